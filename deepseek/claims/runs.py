@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -152,7 +153,8 @@ def _run(words: list[str], checkout: Path, environment: dict[str, str]) -> int:
     except BaseException:
         os.killpg(process.pid, signal.SIGINT)
         try:
-            process.wait(STOPPING_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOPPING_SECONDS)
         finally:
             _end(process.pid)
         raise

@@ -31,11 +31,10 @@ from deepseek.registry import nearest
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.equal_time import adapt_for_equal_time
-from deepseek.train.jobs.expert_index import expert_index
-from deepseek.train.loop.past_runs import find_run
+from deepseek.train.jobs.expert_index import expert_index, index_source
+from deepseek.train.loop.past_runs import find_run, latest_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.text.corpus import whole_text
 
 FORMAT = 1
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
@@ -154,7 +153,7 @@ class Against:
         self.name = str(self.request["name"])
         self.base = str(self.request["base"])
         self.tokenizer = load_tokenizer(resolve(self.base))
-        self.held_out = TokenShards(self.run / "corpus" / "held-out")
+        self.held_out = TokenShards(latest_run(self.run) / "corpus" / "held-out")
         documents = list(decode_documents(self.held_out, self.tokenizer))
         self.cases = next_line_cases(self._eligible(documents), count, seed)
         if not self.cases:
@@ -173,8 +172,14 @@ class Against:
 
         Raises:
             TrainError: another process compares the same expert.
+            DataError: LoRA or full fine-tuning is asked for and the expert has been updated.
         """
         rows = rows_against(rivals)
+        if any(row.model != "base" for row in rows) and latest_run(self.run) != self.run:
+            raise DataError(
+                f"{self.name} has been updated, but LoRA and full fine-tuning would learn the text "
+                "of its first training alone; compare with rag, or train the expert anew."
+            )
         with run_lock(self.folder):
             return self._compare(rows, quiet)
 
@@ -277,7 +282,7 @@ class Against:
         if row.expert:
             key["expert"] = read_pack(Path(self.record["pack"])).manifest.digest
         if row.retrieval:
-            key["train"] = whole_text(self.run / "corpus").digest
+            key["train"] = index_source(self.run)
         if row.model != "base":
             key["effort"] = read_json(self.folder / row.model / "effort.json")
         return self.folder / "rows" / f"{hashlib.sha256(canonical_json(key)).hexdigest()[:24]}.json"

@@ -15,6 +15,7 @@ from deepseek.data.text.public import public_documents, read_documents
 from deepseek.errors import CheckpointError
 from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import held_out_loss
+from deepseek.train.loop.past_runs import latest_run
 
 ROW_LENGTH = 512
 BATCH_ROWS = 4
@@ -151,8 +152,8 @@ def compare(
 
 
 def held_out_folder(expert: str) -> Path:
-    """Return the folder of the held-out text in the run folder of a trained expert."""
-    return home() / "runs" / expert / "corpus" / "held-out"
+    """Return the folder of a trained expert's held-out text, as of its last update."""
+    return latest_run(home() / "runs" / expert) / "corpus" / "held-out"
 
 
 def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutText]:
@@ -162,7 +163,7 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
             name,
             TokenShards(held_out_folder(name)),
             name if name in plugged else None,
-            ReportedRows.of(home() / "runs" / name),
+            ReportedRows.of(latest_run(home() / "runs" / name)),
         )
         for name in names
         if held_out_folder(name).is_dir()

@@ -42,7 +42,8 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
         seconds: limit of processor time and of wall time.
         memory: limit of the address space in bytes.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # The output goes to a file, which the limit of all files limits: a pipe would fill our memory.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as printed:
         path = Path(folder) / "program.py"
         path.write_text(source, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
@@ -50,25 +51,22 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
             cwd=folder,
             env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=printed,
             stderr=subprocess.STDOUT,
             preexec_fn=functools.partial(_limit, seconds, memory),  # noqa: PLW1509 - no thread holds a lock we need
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=seconds)
+            process.wait(seconds)
             timed_out = False
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
             _kill_group(process)
-        if timed_out:
-            output, _ = process.communicate()
-    return ProgramResult(
-        process.returncode == 0 and not timed_out,
-        timed_out,
-        output.decode(errors="replace")[-OUTPUT:],
-    )
+        process.wait()
+        printed.seek(max(0, printed.seek(0, os.SEEK_END) - OUTPUT))
+        output = printed.read().decode(errors="replace")
+    return ProgramResult(process.returncode == 0 and not timed_out, timed_out, output)
 
 
 def _limit(seconds: float, memory: int) -> None:

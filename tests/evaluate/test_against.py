@@ -3,6 +3,7 @@ resumed.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs import expert_index
 from deepseek.train.jobs.adapt import add_lora
-from deepseek.train.jobs.equal_time import Effort, fit
+from deepseek.train.jobs.equal_time import Effort, adapt_for_equal_time, fit
 from deepseek.train.loop.past_runs import find_run
 
 
@@ -90,6 +91,35 @@ def test_every_row_answers_the_same_cases_and_stays(
     monkeypatch.setattr(against_module, "start_engine", None)  # nothing is computed again
     assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
     assert "full fine-tuning" not in capsys.readouterr().out
+
+
+def test_a_copy_that_was_cut_short_is_made_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+
+    def killed(source: str, target: str, **_: object) -> str:
+        copied.append(target)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        return shutil.copy2(source, target)
+
+    def finished(run: type, request: object, call: object) -> Path:
+        return tmp_path
+
+    monkeypatch.setattr("deepseek.train.jobs.equal_time.run_once", finished)
+    monkeypatch.setattr("deepseek.train.jobs.equal_time.measure", lambda *_: Effort(512, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil.copytree, "__defaults__", (False, None, killed, False, False))
+        with pytest.raises(KeyboardInterrupt):
+            adapt_for_equal_time(find_run("own"), "lora", tmp_path)
+    assert not (tmp_path / "corpus").exists()
+    adapt_for_equal_time(find_run("own"), "lora", tmp_path)
+    names = [
+        {str(path.relative_to(corpus)) for path in corpus.rglob("*")}
+        for corpus in (find_run("own") / "corpus", tmp_path / "corpus")
+    ]
+    assert names[0] == names[1]
 
 
 def test_the_index_holds_what_was_trained_on_and_nothing_that_was_held_out(trained: Path) -> None:

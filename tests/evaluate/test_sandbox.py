@@ -4,7 +4,7 @@ or call out.
 
 import pytest
 
-from deepseek.evaluate.sandbox import _isolation, run_program
+from deepseek.evaluate.sandbox import OUTPUT, _isolation, run_program
 
 
 def test_a_program_passes_by_its_exit_code() -> None:
@@ -25,6 +25,13 @@ def test_a_program_passes_by_its_exit_code() -> None:
 def test_time_is_limited(source: str) -> None:
     outcome = run_program(source, seconds=1)
     assert not outcome.passed
+
+
+def test_output_is_kept_from_its_end_and_limited() -> None:
+    outcome = run_program("print('x' * 10**6); print('the end')")
+    assert outcome.passed and outcome.output.endswith("the end\n")
+    assert len(outcome.output) == OUTPUT
+    assert not run_program("while True: print('x' * 10**6)").passed
 
 
 def test_memory_and_files_are_limited() -> None:

@@ -61,7 +61,12 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
         prompt = shared_prompt(chosen, rejected, where)
         record = {**record, "chosen": chosen, "rejected": rejected, "prompt": prompt}
     prompt, chosen = conversation_parts(record["prompt"], record["chosen"], where)
-    _, rejected = conversation_parts(record["prompt"], record["rejected"], where)
+    other_prompt, rejected = conversation_parts(record["prompt"], record["rejected"], where)
+    if prompt != other_prompt:
+        raise DataError(
+            f"{where} has answers to different conversations, as they differ before the last "
+            "message; cut both after the first answer that differs."
+        )
     if chosen == rejected:
         raise DataError(f"{where} prefers an answer to itself; remove it.")
     stored = record.get("scores") or {}

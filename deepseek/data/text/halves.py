@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import PurePosixPath
+from typing import Any
 
 from deepseek.data.text.document import Document, Rule, uniform
 
@@ -71,10 +72,20 @@ def cut_text(document: Document) -> tuple[str, str]:
     text = document.text
     if document.kind == "messages":
         messages = json.loads(text)
-        middle = len(messages) // 2
-        if middle == 0:
+        cuts = [cut for cut in range(1, len(messages)) if _are_dialogues(messages, cut)]
+        if not cuts:
             return "", text
-        return json.dumps(messages[:middle]), json.dumps(messages[middle:])
+        cut = min(cuts, key=lambda cut: abs(2 * cut - len(messages)))
+        return json.dumps(messages[:cut]), json.dumps(messages[cut:])
     middle = len(text) // 2
     cut = text.rfind("\n", 0, middle) + 1 or text.rfind(" ", 0, middle) + 1 or middle
     return text[:cut], text[cut:]
+
+
+def _are_dialogues(messages: list[Any], cut: int) -> bool:
+    """Return whether a user speaks and is answered both before and after a cut, so that both parts
+    have targets.
+    """
+    roles = [message["role"] for message in messages]
+    before, after = roles[:cut], roles[cut:]
+    return after[0] == "user" and "assistant" in before[1:] and "assistant" in after

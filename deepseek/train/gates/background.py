@@ -22,7 +22,11 @@ from deepseek.model.experts.relevance import PASSAGE
 from deepseek.model.language_model import LanguageModel
 from deepseek.packs.manifest import PAIR_SLOTS
 from deepseek.text.tokenizer import encode_plain
-from deepseek.train.gates.conversations import conversation_halves, expected_frequencies
+from deepseek.train.gates.conversations import (
+    conversation_halves,
+    expected_frequencies,
+    without_reserved,
+)
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place
 from deepseek.train.gates.relevance import Background, count_pairs
 
@@ -52,8 +56,11 @@ PACKAGE_PASSAGES = 10
 def background(
     model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Background:
-    """Return the background of a base, cached in the library's home."""
-    rows = kept_rows(model, tokenizer, progress)
+    """Return the background of a base, cached in the library's home.
+
+    Reserved conversations are not counted, as they show how often an expert is admitted to a chat.
+    """
+    rows = without_reserved(kept_rows(model, tokenizer, progress), tokenizer)
     root, name = place(model)
     stored = kept(root / f"words-{name}", lambda: _measured(model, tokenizer, rows, progress))
     chats = stored["chats"].long().split(stored["lengths"].tolist())
@@ -116,7 +123,8 @@ def _measured_pairs(
         for documents in (rows_RT, described)
     )
     found = {"rows": list(rows_RT), "code": passages, "descriptions": described}
-    return {"counts": torch.stack([of_rows, code, of_descriptions]).int()} | {
+    kinds = [counts for counts in (of_rows, code, of_descriptions) if counts.any()]
+    return {"counts": torch.stack(kinds).int()} | {
         f"passages.{kind}": _stacked(_passages(documents)) for kind, documents in found.items()
     }
 

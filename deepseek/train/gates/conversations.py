@@ -78,6 +78,17 @@ def conversation_rows(
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
+def without_reserved(rows_RT: Tensor, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Return the public rows that do not begin with a message of a reserved conversation."""
+    _, reserved = conversation_halves()
+    openings = [
+        opening(tokenizer, conversation.turns[0])[: rows_RT.shape[1]]
+        for conversation in reserved[::PAIR_STRIDE]
+    ]
+    kept = [not any(row[: len(begun)] == begun for begun in openings) for row in rows_RT.tolist()]
+    return rows_RT[torch.tensor(kept, dtype=torch.bool)]
+
+
 def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
     """Return the prompt ids of a first message; plain text if there is no chat template."""
     if tokenizer.chat_template is None:

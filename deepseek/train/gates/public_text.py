@@ -36,7 +36,7 @@ from deepseek.train.gates.conversations import conversation_rows
 from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
-VERSION = 5
+VERSION = 6
 """Part of the cache names; increase it when public text changes."""
 ROW_LENGTH = 128
 """Tokens of a public row; each row comes from a different text."""
@@ -214,8 +214,11 @@ def public_rows(
     installed = [
         torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()
     ]
+    # Conversations have their rows for fitting at even places, so an even number precedes them.
+    rows = torch.cat(installed)
+    rows = rows[: len(rows) // 2 * 2]
     conversations = conversation_rows(model, tokenizer, ROW_LENGTH, progress)
-    return torch.cat([*installed, conversations, sampled_rows(model, tokenizer, progress)])
+    return torch.cat([rows, conversations, sampled_rows(model, tokenizer, progress)])
 
 
 def cut_rows(

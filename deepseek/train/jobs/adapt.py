@@ -36,6 +36,7 @@ from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
+from deepseek.train.loop.layers import trained_prefixes
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.packed import begin_rows
 from deepseek.train.loop.progress import ProgressBar
@@ -214,7 +215,7 @@ class AdaptRun(TextRun):
             "trained_parameters": self.trained,
             "peak_memory": peak_memory(self.device),
             "device": str(self.device),
-            "seconds": time.monotonic() - self.started,
+            "seconds": self.clock.seconds,
         }
         self.drop_trunk()
         self.progress.say(f"the adapted model is {outcome}, {self.out}")
@@ -258,15 +259,15 @@ class LastLayersTask(ExpertTask):
         self.replay = None
         self.held_out = held_out
         self.held_out_stream = held_out_stream
-        trained = {
-            f"layers.{index}": block for index, block in enumerate(model.layers) if index >= first
+        prefixes = trained_prefixes(model, first)
+        for name, module in model.named_modules():
+            if f"{name}." in prefixes:
+                module.float().requires_grad_(True)
+        self.parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.startswith(prefixes)
         }
-        self.parameters = {}
-        for prefix, module in (trained | {"norm": model.norm}).items():
-            module.float().requires_grad_(True)
-            self.parameters |= {
-                f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()
-            }
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the final normed hidden states `[B, T, D]`."""

@@ -77,6 +77,9 @@ UPDATES: dict[str, dict[str, Any]] = {
 MINIBATCH = 16
 """Pairs or answers per optimizer step, as in RLPO."""
 
+EPOCHS = RLPOConfig().epochs
+"""Steps for each minibatch of answers, as in RLPO."""
+
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class AlignRequest(AlignArguments):
@@ -278,7 +281,7 @@ class AlignRun:
             "learning_rate": request.learning_rate,
             "seed": request.seed,
             "per_device_train_batch_size": MINIBATCH,
-            "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
+            "max_steps": request.rollouts * -(-request.rollout_size // MINIBATCH) * EPOCHS,
             "save_strategy": "no",
             "report_to": [],
             "logging_steps": 1,
@@ -343,6 +346,7 @@ class AlignRun:
         arguments = RLOOConfig(
             **common,
             beta=RLOO_BETA,
+            num_iterations=EPOCHS,
             num_generations=ANSWERS,
             temperature=request.temperature,
             max_completion_length=request.new_tokens,

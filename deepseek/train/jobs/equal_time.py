@@ -62,7 +62,10 @@ def adapt_for_equal_time(
     shared = {name: request[name] for name in ("base", "row_length", "held_out_tokens", "seed")}
     shared |= {"device": device, "dtype": dtype}
     if not (folder / "corpus").is_dir():
-        shutil.copytree(run / "corpus", folder / "corpus", dirs_exist_ok=True)
+        copied = folder / "corpus.partial"
+        shutil.rmtree(copied, ignore_errors=True)  # of a process that was killed
+        shutil.copytree(run / "corpus", copied)
+        copied.rename(folder / "corpus")
     plan = folder / "effort.json"
     if not plan.is_file():
         seconds = read_json(run / "result.json")["seconds"]

@@ -12,9 +12,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as declaration
+from torch import Tensor
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object, write_json
@@ -88,7 +90,7 @@ class ExpertRun(TextRun):
         plan = self.plan(texts)
         outcome = self.train(texts, plan)
         # The budget in minutes doesn't cover the calibration of the gates, so neither does this.
-        seconds = time.monotonic() - self.started
+        seconds = self.clock.seconds
         self.progress.say("calibrating the gates")
         gates = self.calibrate(texts, plan)
         write_pack(self.out, self.pack(outcome.reported, (corpus.train.digest,), corpus.commit))
@@ -180,11 +182,7 @@ class ExpertRun(TextRun):
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
         request = self.request
-        seconds_left = (
-            None
-            if request.minutes is None
-            else request.minutes * 60 - (time.monotonic() - self.started)
-        )
+        seconds_left = None if request.minutes is None else request.minutes * 60 - self.clock.here
         amount = Amount(
             request.tokens,
             request.epochs,
@@ -218,6 +216,19 @@ class ExpertRun(TextRun):
         evaluate, _ = timed(score, warm_up, batch, self.device)
         return Speed(seconds, step, evaluate)
 
+    def stored_paces(self, batch: Batch, stream_BTD: Tensor) -> dict[str, float]:
+        """Return the paces of the down projections (see `output_paces`). They are measured once: on
+        another device they would differ in the last bits, and a resumed run has to go on as it was.
+        """
+        path = self.folder / "paces.json"
+        if not path.is_file():
+            write_json(path, output_paces(self.model, self.module.layers, batch, stream_BTD))
+        return {name: float(pace) for name, pace in read_object(path).items()}
+
+    def corpora(self) -> list[Path]:
+        """Return the folders of all text that the expert has learnt."""
+        return [self.folder / "corpus"]
+
     def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:
         """Fill the trunk caches and run the training loop."""
         texts = texts.planned(plan)
@@ -225,7 +236,7 @@ class ExpertRun(TextRun):
         validation = self.exact_stream("validation", texts.validation)
         task = self.task(texts.train, texts.validation.batches(), (train, validation))
         first = texts.train.rows(texts.train.row_ids[: self.request.batch_rows])
-        self.paces = output_paces(self.model, self.module.layers, first, train(first))
+        self.paces = self.stored_paces(first, train(first))
         return self.loop(
             task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out)
         )
@@ -236,14 +247,16 @@ class ExpertRun(TextRun):
             self.model, self.tokenizer, self.module.layers, progress=self.progress
         )
         words = background(self.model, self.tokenizer, self.progress)
-        corpus = self.folder / "corpus"
-        own = whole_text(corpus)
-        own_ids_N = torch.from_numpy(own.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
-        questions = encode_plain(self.tokenizer, asked_about(corpus / "questions.jsonl"))
+        corpora = self.corpora()
+        ids_N = np.concatenate([whole_text(corpus).ids_N for corpus in corpora])
+        own_ids_N = torch.from_numpy(ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
+        asked = [text for corpus in corpora for text in asked_about(corpus / "questions.jsonl")]
+        questions = encode_plain(self.tokenizer, asked)
         question_ids_N = torch.tensor(
             [token for ids in questions for token in ids], dtype=torch.long
         )
-        unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
+        unseen_rows = max(1, UNSEEN_TOKENS // texts.validation.length)
+        unseen = texts.validation.first(unseen_rows).batches()
         # Too little validation text to check the gates alone: add the reported held-out rows.
         if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:
             unseen += texts.held_out.batches()
@@ -310,7 +323,7 @@ class ExpertRun(TextRun):
         before = time.monotonic()
         tokens = self.request.batch_rows * self.request.row_length
         replay = Replay.beside(self.model, self.tokenizer, self.first, tokens, self.progress)
-        self.started += time.monotonic() - before
+        self.clock.leave_out(time.monotonic() - before)
         return replay
 
 

@@ -1,20 +1,26 @@
 """Retrieval index of an expert's training text, stored beside its pack."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object
-from deepseek.data import TokenShards
+from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import DataError
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.loop.past_runs import find_run
+from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import whole_text
+
+FORMAT = "2"
+"""Changes when the same text is indexed in another way."""
 
 
 def index_expert(name: str) -> Path:
@@ -41,19 +47,52 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
 
     The index never contains held-out documents, nor commits that changed a held-out file.
     """
-    shards = whole_text(run / "corpus")
     folder = index_folder(name)
+    source = index_source(run)
     if (folder / "meta.json").is_file():
         index = Index.load(folder)
-        if index.source == shards.digest:
+        if index.source == source:
             return index
-    held_out = [
-        document.name
-        for document in decode_documents(TokenShards(run / "corpus" / "held-out"), tokenizer)
-    ]
     with run_lock(folder):
         index = Index.build(
-            decode_documents(shards, tokenizer), without=held_out, source=shards.digest
+            learnt_documents(run, tokenizer), held_out_names(run, tokenizer), source
         )
         index.save(folder)
     return index
+
+
+def index_source(run: Path) -> str:
+    """Return a digest of what the index of a run holds: the text of the training and its updates.
+
+    Changes with `FORMAT`, so that indexes of earlier versions are built anew.
+    """
+    texts = [whole_text(finished / "corpus").digest for finished in finished_runs(run)]
+    return sha256(" ".join([FORMAT, *texts]).encode()).hexdigest()
+
+
+def learnt_documents(run: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
+    """Yield the training documents of a run and its updates, each once, and a file that has changed
+    as it was read last.
+    """
+    known = set()
+    unnamed = 0
+    for finished in reversed(finished_runs(run)):
+        for document in decode_documents(whole_text(finished / "corpus"), tokenizer):
+            is_unnamed = document.kind == "text"
+            key = document.text if is_unnamed else document.name
+            if key in known:
+                continue
+            known.add(key)
+            unnamed += is_unnamed
+            yield replace(document, name=f"text {unnamed}") if is_unnamed else document
+
+
+def held_out_names(run: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the names of the documents that a run, or its last update, has held out."""
+    corpus = latest_run(run) / "corpus"
+    names = read_object(corpus / "corpus.json").get("held_out_names")
+    if isinstance(names, list):
+        return [str(name) for name in names]
+    # Earlier versions did not note them, and shards hold the names of code alone.
+    held_out = decode_documents(TokenShards(corpus / "held-out"), tokenizer)
+    return [document.name for document in held_out if document.kind != "text"]

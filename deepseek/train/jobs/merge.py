@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -100,20 +101,31 @@ class Part:
         self.name = pack.manifest.name
         self.manifest = pack.manifest
         self.module = ExpertModule.from_pack(pack, torch.float32, model.device)
-        self._corpus = self.expert.folder / "corpus"
+        self._corpora = [run / "corpus" for run in self.expert.finished_runs()]
 
     def rows(self, part: str, tokens: int) -> list[Batch]:
-        """Return rows of a part of the corpus: "train", "validation" or "held-out"."""
+        """Return rows of what the expert has learnt ("train"), or of the "validation" or "held-out"
+        text of its last run.
+
+        An update validates on text that may be learnt, so its held-out text stands in for that.
+        """
+        corpora = self._corpora if part == "train" else self._corpora[-1:]
+        if part == "validation" and len(self._corpora) > 1:
+            part = "held-out"
         request = self.expert.request
-        shards = TokenShards(self._corpus / part)
-        loader = RowLoader(shards, request.batch_rows, request.row_length, request.seed)
-        return loader.first(max(1, tokens // request.row_length)).batches()
+        rows: list[Batch] = []
+        for corpus in corpora:
+            shards = TokenShards(corpus / part)
+            loader = RowLoader(shards, request.batch_rows, request.row_length, request.seed)
+            count = max(1, tokens // len(corpora) // request.row_length)
+            rows += loader.first(count).batches()
+        return rows
 
     @cached_property
     def ids_N(self) -> Tensor:
         """Token ids of the training text, for the relevance table."""
-        ids_N = whole_text(self._corpus).ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT
-        return torch.from_numpy(ids_N).long()
+        texts = [whole_text(corpus).ids_N for corpus in reversed(self._corpora)]
+        return torch.from_numpy(np.concatenate(texts)[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
 
 
 def merge_experts(

@@ -40,6 +40,7 @@ from deepseek.train.loop.loop import LoopConfig, TrainResult, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
+from deepseek.train.loop.stopwatch import Stopwatch
 from deepseek.train.text.corpus import build_corpus, read_source
 from deepseek.train.text.inputs import text_digest
 from deepseek.train.text.mix import EASY_STEPS, Domain, MixedRows, easiest_first
@@ -105,7 +106,7 @@ class PretrainRun:
         self.out = out
         self.progress = progress
         self.backend = backend
-        self.started = time.monotonic()
+        self.clock = Stopwatch(folder)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
 
@@ -238,13 +239,7 @@ class PretrainRun:
         rows = settings.batch_rows * settings.accumulate
         easy = round(EASY_STEPS * config.steps) * rows if settings.curriculum else 0
         batches = MixedRows(self.domains, settings.batch_rows, easy, settings.seed)
-        # A sharded model only runs as a whole module, whereas `generate` calls its parts.
-        single_process = self.backend.world == 1
-        hooks = (
-            replace(self.task.hooks, evaluated=self.write_samples)
-            if single_process
-            else self.task.hooks
-        )
+        hooks = replace(self.task.hooks, evaluated=self.evaluated)
         return train(
             self.task,
             batches,
@@ -260,6 +255,14 @@ class PretrainRun:
         size = self.settings.batch_rows
         rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
         return loader.first(max(rows // size * size, min(rows, size))).batches()
+
+    def evaluated(self, step: int) -> None:
+        """Keep the time of the run and write samples after an evaluation."""
+        if self.backend.main:
+            self.clock.keep()
+        # A sharded model only runs as a whole module, whereas `generate` calls its parts.
+        if self.backend.world == 1:
+            self.write_samples(step)
 
     @torch.no_grad()
     def write_samples(self, step: int) -> None:
@@ -302,7 +305,7 @@ class PretrainRun:
             "steps": position.step,
             "skipped": position.skipped,
             "tokens": position.tokens,
-            "seconds": time.monotonic() - self.started,
+            "seconds": self.clock.seconds,
             "peak_memory": peak_memory(self.device),
             "parameters": sum(tensor.numel() for tensor in self.task.parameters.values()),
         }

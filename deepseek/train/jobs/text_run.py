@@ -6,9 +6,8 @@ shows these figures.
 """
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +28,10 @@ from deepseek.train.jobs.arguments import TextArguments
 from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.outcome import Outcome, tell
 from deepseek.train.jobs.plan import TrainingPlan
-from deepseek.train.loop.loop import LoopConfig, Task, train
+from deepseek.train.loop.loop import Hooks, LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.stopwatch import Stopwatch
 from deepseek.train.text.corpus import Corpus, build_corpus
 from deepseek.train.text.inputs import base_digest, text_digest
 from deepseek.train.text.trunk_cache import Stream, TrunkCache
@@ -106,7 +106,7 @@ class TextRun:
     """One training in its run folder, with its model.
 
     Attributes:
-        started: start of the run in seconds of the monotonic clock.
+        clock: measures the run.
         paces: learning rates of single parameters as shares of the others', see `OptimConfig`.
     """
 
@@ -120,7 +120,7 @@ class TextRun:
         """Load the base model; its weights have the dtype of the products, or `weights`."""
         self.folder = folder
         self.progress = progress
-        self.started = time.monotonic()
+        self.clock = Stopwatch(folder)
         self.device = choose_device(request.device)
         dtype = choose_dtype(request.dtype, self.device)
         self.base = resolve(request.base)
@@ -247,7 +247,15 @@ class TextRun:
             keep_best="held_out_loss",
             patience=PATIENCE,
         )
-        result = train(task, text, config, self.folder / "training", progress=self.progress)
+        self.clock.keep()
+        hooks = getattr(task, "hooks", None) or Hooks()
+        hooks = replace(hooks, evaluated=lambda _step: self.clock.keep())
+        try:
+            result = train(
+                task, text, config, self.folder / "training", progress=self.progress, hooks=hooks
+            )
+        finally:
+            self.clock.keep()
         reported = Metric(before=stored_loss(path), after=test())
         steps_a_pass = len(text.row_ids) / text.batch_rows
         return Outcome(result, reported, tell(result.position, steps, steps_a_pass, plan.limit))

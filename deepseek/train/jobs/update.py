@@ -33,7 +33,7 @@ from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.jobs.text_run import Texts, text_inputs
 from deepseek.train.loop.loop import Task
-from deepseek.train.loop.past_runs import find_run
+from deepseek.train.loop.past_runs import find_run, finished_runs
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import Run, run_once
@@ -100,9 +100,8 @@ class TrainedExpert:
         return frozenset(map(_stored_state, self.finished_runs()))
 
     def finished_runs(self) -> list[Path]:
-        """Return the folders of the training and of the finished updates."""
-        updates = sorted(self.folder.glob("updates/*/result.json"))
-        return [self.folder, *(result.parent for result in updates)]
+        """Return the folders of the training and of the finished updates, in their order."""
+        return finished_runs(self.folder)
 
 
 def update_expert(arguments: ExpertArguments) -> Path:
@@ -222,6 +221,15 @@ class UpdateRun(ExpertRun):
             train=frozenset[str]().union(*(run.train for run in runs)),
             held_out=frozenset[str]().union(*(run.held_out for run in runs)),
         )
+
+    def run(self) -> dict[str, Any]:
+        """As of any expert, with the number of this update, from 1."""
+        return {**super().run(), "update": len(self.expert.finished_runs())}
+
+    def corpora(self) -> list[Path]:
+        """Return this update's corpus, and those of the earlier runs, the latest first."""
+        earlier = [run / "corpus" for run in self.expert.finished_runs()]
+        return [*super().corpora(), *reversed(earlier)]
 
     def corpus(self) -> Corpus:
         """Return the corpus of new and replayed documents; only the first call reads the source."""

@@ -1,10 +1,16 @@
-"""Parse the layers of an expert: `all`, `last:3`, or a list such as `0-9,20`."""
+"""Which layers are trained: parse `all`, `last:3`, or a list such as `0-9,20`, and name their
+parameters.
+"""
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from deepseek import checks
 from deepseek.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from deepseek.model.transformer import DeepSeekModel
 
 PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
@@ -52,3 +58,20 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
             f"network; choose among {', '.join(map(str, possible))}."
         )
     return tuple(sorted(chosen))
+
+
+def trained_prefixes(model: "DeepSeekModel", first: int) -> tuple[str, ...]:
+    """Return the name prefixes of the parameters that belong to layers from `first` on.
+
+    Raises:
+        ConfigError: layer `first` shares experts with layers below it.
+    """
+    layers = [f"layers.{index}." for index in range(first, len(model.layers))]
+    sharing = model.config.expert_sharing if len(model.expert_pools) else 1
+    if first % sharing:
+        raise ConfigError(
+            f"Layer {first} shares its experts with layers below it, which stay frozen; "
+            f"begin at a multiple of {sharing} or take all layers."
+        )
+    pools = [f"expert_pools.{index}." for index in range(first // sharing, len(model.expert_pools))]
+    return (*layers, *pools, "norm.")

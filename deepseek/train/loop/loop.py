@@ -222,6 +222,11 @@ class _Run:
                         self.save()
                 figures = self.evaluate() or figures
                 self.save()
+                if self.backend.any(interrupt.asked):
+                    raise KeyboardInterrupt(
+                        "stopped after the last step, nothing is lost; the same call resumes the "
+                        "run"
+                    )
                 if position.best is not None:
                     self.load_best()
                     figures = {self.config.keep_best: position.best}

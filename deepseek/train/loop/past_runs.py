@@ -35,6 +35,23 @@ def find_run(name: str) -> Path:
     return runs[name]
 
 
+def finished_runs(folder: Path) -> list[Path]:
+    """Return the folders of a training and of its finished updates, in the order of their ends."""
+    updates = list(folder.glob("updates/*/result.json"))
+    # Updates of earlier versions have no number.
+    updates.sort(key=lambda path: (read_object(path).get("update", 0), path.stat().st_mtime_ns))
+    return [folder, *(path.parent for path in updates)]
+
+
+def latest_run(folder: Path) -> Path:
+    """Return the folder of the last finished update of a training, without one its own.
+
+    Its held-out text is the one to use: of a git history that is split by time, an update learns
+    commits that the training held out.
+    """
+    return finished_runs(folder)[-1]
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """Return stage, state and figures of a run as a flat mapping."""
     if not (folder / "result.json").is_file():

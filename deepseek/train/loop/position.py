@@ -92,10 +92,10 @@ class Position:
         return spike
 
     def is_best(self, figure: float) -> bool:
-        """Record the figure of an evaluation; return whether it is the lowest so far (NaN never
-        is).
+        """Record the figure of an evaluation; return whether it is the lowest so far; one that is
+        not finite never is.
         """
-        if self.best is None or figure < self.best:
+        if math.isfinite(figure) and (self.best is None or figure < self.best):
             self.best = figure
             self.best_step = self.step
             self.stale = 0

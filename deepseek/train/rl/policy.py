@@ -13,7 +13,7 @@ from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.passes import UpperLayers, begin, resume
 from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.train.loop.layers import parse_layers
+from deepseek.train.loop.layers import parse_layers, trained_prefixes
 from deepseek.train.rl.rollout import Responses
 
 
@@ -156,20 +156,3 @@ def below(
     """
     with autocast(model, cached=False):
         return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
-
-
-def trained_prefixes(model: DeepSeekModel, first: int) -> tuple[str, ...]:
-    """Return the name prefixes of the parameters that belong to layers from `first` on.
-
-    Raises:
-        ConfigError: layer `first` shares experts with layers below it.
-    """
-    layers = [f"layers.{index}." for index in range(first, len(model.layers))]
-    sharing = model.config.expert_sharing if len(model.expert_pools) else 1
-    if first % sharing:
-        raise ConfigError(
-            f"Layer {first} shares its experts with layers below it, which stay frozen; "
-            f"begin at a multiple of {sharing} or take all layers."
-        )
-    pools = [f"expert_pools.{index}." for index in range(first // sharing, len(model.expert_pools))]
-    return (*layers, *pools, "norm.")

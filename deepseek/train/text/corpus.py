@@ -153,10 +153,13 @@ def build_corpus(
     notes = folder / "corpus.json"
     if not notes.is_file():
         skipped = Skipped()
+        # Commits that are made while the text is read are neither learnt nor noted.
+        commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
         if source.git and source.by == "time":
-            train, held_out, report = past_and_future(source, skipped, progress)
+            train, held_out, report = past_and_future(source, skipped, progress, commit)
         else:
-            documents, report = clean(read_source(source, skipped), skipped, progress)
+            read = read_source(source, skipped, commit)
+            documents, report = clean(read, skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
         halves = halve(held_out, source.by, source.seed) if validation else ([], held_out)
         chosen, to_validate = choose(train, halves[0])
@@ -169,11 +172,11 @@ def build_corpus(
         if validation:
             TokenShards.build(to_validate, tokenizer, folder / "validation", progress=progress)
         TokenShards.build(halves[1], tokenizer, folder / "held-out", progress=progress)
-        commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
         known = {
             "documents": digests(train),
             # Few documents are cut in two, and then the halves are known too.
             "held_out": digests([*held_out, *halves[0]]),
+            "held_out_names": sorted({document.name for document in held_out}),
         }
         write_json(notes, {"report": str(report), "commit": commit, **known})
     stored = read_object(notes)
@@ -215,7 +218,7 @@ def known_documents(folder: Path) -> KnownDocuments:
 
 
 def past_and_future(
-    source: Source, skipped: Skipped, progress: Progress
+    source: Source, skipped: Skipped, progress: Progress, commit: str | None = None
 ) -> tuple[list[Document], list[Document], CleanReport]:
     """Return the documents before the last commits and those that these commits changed.
 
@@ -229,15 +232,20 @@ def past_and_future(
             "Splitting by time needs a git repository alone; split by file, or leave the other "
             "texts out."
         )
-    past, future = read_git_by_time(source.git, source.held_out, skipped=skipped)
+    past, future = read_git_by_time(source.git, source.held_out, commit or "HEAD", skipped=skipped)
     documents, report = clean([*past, *future], skipped, progress)
     later = {document.name for document in future}
     train = [document for document in documents if document.name not in later]
     return train, [document for document in documents if document.name in later], report
 
 
-def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
+def read_source(source: Source, skipped: Skipped, commit: str | None = None) -> Iterator[Document]:
     """Yield the documents of every part of a source.
+
+    Args:
+        source: the source.
+        skipped: counter of skipped items.
+        commit: commit of the git repository to read; default: HEAD.
 
     Raises:
         DataError: the source has no path.
@@ -247,7 +255,7 @@ def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
             "No text is given; name a git repository, a folder, a JSONL or a Parquet file."
         )
     if source.git:
-        yield from read_git(source.git, skipped=skipped)
+        yield from read_git(source.git, commit or "HEAD", skipped=skipped)
     if source.folder:
         yield from read_folder(source.folder, skipped)
     for file in filter(None, (source.jsonl, source.parquet)):

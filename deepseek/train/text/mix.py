@@ -48,7 +48,8 @@ def easiest_first(documents: Sequence[Document]) -> list[Document]:
         [[compression(d.text), malformed(d), reading_effort(d.text)] for d in documents]
     )
     ranks = signals.argsort(axis=0, kind="stable").argsort(axis=0).astype(float)
-    ranks[:, 1] = signals[:, 1] * len(documents)  # malformed code comes last
+    # Malformed code comes last: the two other ranks together are less.
+    ranks[:, 1] = signals[:, 1] * 2 * len(documents)
     return [documents[index] for index in ranks.sum(axis=1).argsort(kind="stable")]
 
 

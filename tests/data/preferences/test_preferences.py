@@ -219,6 +219,18 @@ def test_a_compressed_file_is_named_as_such(tmp_path: Path) -> None:
         ({"chosen": "a", "rejected": "b"}, "no `prompt`"),
         ({"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": "b"}, "needs a text"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "after the prompt"),
+        (
+            {
+                side: [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": side},
+                    {"role": "user", "content": "and?"},
+                    {"role": "assistant", "content": f"more {side}"},
+                ]
+                for side in ("chosen", "rejected")
+            },
+            "different conversations",
+        ),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": {"j": 1}}, "must map a judge"),
     ],
 )

@@ -4,9 +4,11 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.text.document import Document
 from deepseek.data.text.halves import SMALLEST_PART, halve
+from deepseek.text.chat_template import encode_chat
 
 LINES = st.lists(
     st.integers(0, 10**9).map("line {}\n".format), min_size=1, max_size=40, unique=True
@@ -64,8 +66,24 @@ def test_a_file_keeps_its_part_at_every_call() -> None:
 
 
 def test_one_conversation_is_cut_between_messages() -> None:
-    messages = [{"role": "user", "content": f"{index}\nmore"} for index in range(5)]
+    messages = [
+        {"role": role, "content": f"{index}\nmore"}
+        for index in range(3)
+        for role in ("user", "assistant")
+    ]
     validation, test = halve([Document(json.dumps(messages), "chat", "messages")])
     assert json.loads(validation[0].text) + json.loads(test[0].text) == messages
-    alone = Document(json.dumps(messages[:1]), "chat", "messages")
-    assert halve([alone]) == ([], [alone])
+    for short in (messages[:1], messages[:2], messages[:3]):
+        alone = Document(json.dumps(short), "chat", "messages")
+        assert halve([alone]) == ([], [alone])
+
+
+@given(st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=9))
+def test_each_part_of_a_conversation_has_an_answer_to_learn(roles: list[str]) -> None:
+    messages = [{"role": role, "content": f"{index}"} for index, role in enumerate(roles)]
+    validation, test = halve([Document(json.dumps(messages), "chat", "messages")])
+    tokenizer = tiny_tokenizer()
+    for part in [*validation, *(test if validation else [])]:
+        assert any(encode_chat(tokenizer, json.loads(part.text)).is_target)
+    pairs = "".join(role[0] for role in roles).count("ua")
+    assert bool(validation) >= (pairs > 1), "two questions with answers can be cut"

@@ -2,6 +2,7 @@
 others can read.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import ConfigError
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates import public_text
 from deepseek.train.jobs.adapt import add_lora, largest_rank
 
@@ -93,6 +95,36 @@ def test_last_n_computes_what_the_whole_model_does(
         for mode in ("last-n", "full")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.fixture(scope="session")
+def mixture(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of four layers, of which two each share their experts."""
+    folder = tmp_path_factory.mktemp("mixture")
+    dense, tokenizer = deepseek.load(tiny_base, dtype="float32")
+    config = copy.deepcopy(dense.config)
+    config.update({"num_experts": 4, "expert_dim": 16, "max_experts": 2, "expert_sharing": 2})
+    torch.manual_seed(0)
+    DeepSeekModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["last-n", "full"])
+def test_a_mixture_is_adapted_with_its_pools_and_its_balance(
+    mode: str, mixture: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    out, _ = adapted(mixture, text_folder, tmp_path, mode=mode, epochs=1, last=2)
+    before, after = load_file(mixture / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    pools = {name for name in before if name.startswith("expert_pools.")}
+    if mode == "last-n":
+        assert changed & pools == {name for name in pools if name.startswith("expert_pools.1.")}
+        assert not any(name.startswith(("layers.0.", "layers.1.")) for name in changed)
+    else:
+        assert changed >= pools
+        assert any(".balance." in name for name in changed)
+    assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
 
 
 def test_lora_is_merged(

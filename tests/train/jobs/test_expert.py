@@ -108,6 +108,37 @@ def test_killed_twice_and_called_again_gives_the_same_pack(
     assert run(tiny_base, text_folder, folder).read_bytes() == whole
 
 
+def test_a_resumed_run_goes_on_with_its_paces_and_counts_its_time(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device the paces would differ in the last bits."""
+    measured = iter([0.5, 0.5000001])
+
+    def paces(_model: object, layers: tuple[int, ...], *_: object) -> dict[str, float]:
+        return dict.fromkeys((f"ffn.{layer}.down_proj" for layer in layers), next(measured))
+
+    def stop(*_: object) -> None:
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepseek.train.jobs.expert.output_paces", paces)
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.train.jobs.expert.ExpertRun.calibrate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_base, text_folder, tmp_path)
+    kept = read_json(tmp_path / "run" / "elapsed.json")["seconds"]
+    assert kept > 0
+    run(tiny_base, text_folder, tmp_path)
+    assert read_json(tmp_path / "run" / "result.json")["seconds"] > kept
+
+
+def test_rows_may_be_longer_than_the_text_that_checks_the_gates(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek.train.jobs.expert.UNSEEN_TOKENS", 200)
+    assert run(tiny_base, text_folder, tmp_path, tokens=600, epochs=1, row_length=256).is_file()
+
+
 def test_what_stops_a_run_is_not_what_is_reported(
     tiny_base: Path, text_folder: Path, tmp_path: Path
 ) -> None:

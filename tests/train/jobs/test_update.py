@@ -12,15 +12,23 @@ from typing import Any
 
 import pytest
 
+from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json
 from deepseek.cli.main import main
+from deepseek.data import Document
+from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder
 from deepseek.packs.pack import read_pack
-from deepseek.train.jobs import watch
+from deepseek.retrieval.index import Index
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs import expert_index, watch
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_server import ExpertServer
 from deepseek.train.jobs.update import TrainedExpert
+from deepseek.train.loop.past_runs import finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.text.corpus import whole_text
 
 Capture = pytest.CaptureFixture[str]
 
@@ -132,6 +140,40 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
     watch.watch_expert("words", every=0, rounds=2)
     assert read_pack(words.pack).manifest.digest != after.digest
     assert len(words.updates()) == 2
+
+
+def test_after_an_update_its_text_is_the_one_to_report_on_and_to_search(words: Home) -> None:
+    assert held_out_folder("words") == words.run / "corpus" / "held-out"
+    index = Index.load(expert_index.index_expert("words"))
+    words.write(*range(40, 44))
+    (words.source / "3.txt").write_text(sentence(99))
+    update()
+    update_run = latest_run(words.run)
+    assert update_run != words.run
+    assert held_out_folder("words") == update_run / "corpus" / "held-out"
+    (text,) = expert_texts(["words"], ["words"])
+    assert text.reported == ReportedRows.of(update_run)
+
+    tokenizer = load_tokenizer(resolve(read_json(words.run / "request.json")["base"]))
+    learnt = [document.text for document in expert_index.learnt_documents(words.run, tokenizer)]
+    assert len(set(learnt)) == len(learnt)
+    assert {document.text for run in (words.run, update_run) for document in texts(run)} == {
+        *learnt
+    }
+    again = Index.load(expert_index.index_expert("words"))
+    assert again.source != index.source
+    assert len({passage.name for passage in again.passages}) == len(learnt)
+
+    words.write(44, 45, 46)
+    update()
+    numbers = [read_json(run / "result.json").get("update", 0) for run in finished_runs(words.run)]
+    assert numbers == [0, 1, 2]
+
+
+def texts(run: Path) -> Iterator[Document]:
+    """Yield the training documents of one run."""
+    tokenizer = load_tokenizer(resolve(read_json(run / "request.json")["base"]))
+    return decode_documents(whole_text(run / "corpus"), tokenizer)
 
 
 def test_an_interrupted_update_ends_with_the_same_bits(

@@ -22,6 +22,8 @@ from deepseek.train.loop.metrics import read_metrics
 
 SCRIPT = str(Path(__file__).with_name("tiny_pretrain.py"))
 STEPS = 50
+LEARNING_RATE = 3e-3
+"""That of `tiny_pretrain.py`."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.2"]
 
 
@@ -54,11 +56,15 @@ def launch(
 
 
 def assert_same_result(folder: Path, other: Path) -> None:
-    """Weights and losses agree to 1e-6."""
+    """Losses agree to a few units in the last place, weights to a thousandth of one step.
+
+    Sums over two processes round otherwise than one; AdamW scales tiny gradients up, and their
+    rounding with them.
+    """
     weights, others = (load_file(f / "model" / "model.safetensors") for f in (folder, other))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        assert (tensor - others[name]).abs().max() <= 1e-6, name
+        assert (tensor - others[name]).abs().max() <= 1e-3 * LEARNING_RATE, name
     logs = [
         [
             record["loss"]
@@ -67,7 +73,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
         ]
         for f in (folder, other)
     ]
-    assert len(logs[0]) == STEPS and logs[0] == pytest.approx(logs[1], abs=1e-6)
+    assert len(logs[0]) == STEPS and logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,12 @@ def test_a_bandit_is_solved(kind: dict[str, Any]) -> None:
     assert scores[0] < 0.5 and scores[-1] > 0.95
 
 
+def test_the_policy_is_scored_at_the_temperature_at_which_it_answers() -> None:
+    config = RLPOConfig(new_tokens=4, temperature=0.25)
+    state = RLPOState(tiny(), share_of_sevens, config)
+    assert state.learner.policy.temperature == 0.25
+
+
 def test_an_update_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_it() -> None:
     """The same guards as in the loop."""
 

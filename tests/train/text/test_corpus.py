@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pygit2
 import pytest
@@ -9,6 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document, TokenShards
 from deepseek.errors import DataError
+from deepseek.train.text import corpus as corpus_module
 from deepseek.train.text.corpus import Source, build_corpus, whole_text
 from deepseek.train.text.question_mix import asked_about, mix_questions, with_questions
 
@@ -50,6 +52,26 @@ def test_the_past_knows_nothing_of_the_future(repository: Path, tmp_path: Path) 
     )
     assert "SECRET_OF_THE_FUTURE" not in past and "function_0" in past
     assert "SECRET_OF_THE_FUTURE" in future and "function_9" in future and "function_9" not in past
+
+
+@pytest.mark.parametrize("by", ["file", "time"])
+def test_a_commit_during_the_reading_is_neither_read_nor_noted(
+    by: Any, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pygit2.Repository(repository)
+    head = str(made.head.target)
+    find = corpus_module.find_commit
+
+    def found(*arguments: Any) -> Any:
+        commit_found = find(*arguments)
+        commit(made, "late.py", "TOO_LATE = True\n" * 9, 3000)
+        return commit_found
+
+    monkeypatch.setattr(corpus_module, "find_commit", found)
+    source = Source(git=repository, by=by, held_out=0.3)
+    corpus = build_corpus(source, tiny_tokenizer(), tmp_path / "corpus")
+    assert corpus.commit == head
+    assert "TOO_LATE" not in text_of(corpus.train) + text_of(corpus.held_out)
 
 
 def test_time_needs_git_alone(repository: Path, tmp_path: Path) -> None:

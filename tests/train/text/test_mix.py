@@ -84,6 +84,15 @@ def test_well_formed_text_counts_as_easy() -> None:
     assert easiest_first([]) == []
 
 
+@given(st.lists(st.sampled_from(["x = (1\n", "x = 1\n", "y = [f(a)]\n"]), max_size=12))
+def test_malformed_code_comes_last(texts: list[str]) -> None:
+    documents = [
+        Document(text * (1 + number), f"{number}.py", "code") for number, text in enumerate(texts)
+    ]
+    found = [malformed(document) for document in easiest_first(documents)]
+    assert found == sorted(found)
+
+
 def test_sorting_by_ease_loses_nothing(tmp_path: Path) -> None:
     documents = [Document(f"text {i} " * (i + 1), f"{i}") for i in range(20)]
     assert sorted(d.name for d in easiest_first(documents)) == sorted(d.name for d in documents)
