@@ -11,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
+from deepseek.model.passes import begin, resume
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import Metric
@@ -342,6 +343,32 @@ def test_attribution_and_record_tell_who_spoke(model, make_pack, ids):
     assert trace.names == ("a", "b")
     for m, name in enumerate(names):
         torch.testing.assert_close(trace.weights(name), weights_BTM[..., m], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("attended", [False, True])
+def test_a_resumed_pass_attributes_nothing_to_experts_below(model, make_pack, ids, layer, attended):
+    places = {"low": (0, 1), "high": (2,), "both": (0, 2)}
+    for name, layers in places.items():
+        model.experts.plug(make_pack(name, layers=layers, bias=2.0))
+    full = begin(model, ids)
+    stream_BTD = full.run_to(layer)
+    if attended:
+        stream_BTD = full.attend()
+    full.finish()
+    resumed = resume(model, stream_BTD, layer, attended=attended, input_ids=ids)
+    resumed.finish()
+    armed, experts = full.ctx.armed, resumed.ctx.armed
+    if layer > 2:
+        with pytest.raises(ConfigError, match="No layer of an armed expert has run"):
+            experts.attribution()
+        return
+    expected_BTM, weights_BTM = armed.attribution(), experts.attribution()
+    for m, name in enumerate(experts.names):
+        if min(places[name]) >= layer:
+            assert torch.equal(weights_BTM[..., m], expected_BTM[..., m])
+        else:
+            assert weights_BTM[..., m].any() == (max(places[name]) >= layer)
 
 
 def test_a_module_speaks_only_at_its_own_layers(model, make_pack, ids):
