@@ -166,6 +166,18 @@ def test_dynamic_positions_in_bf16() -> None:
     assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
+@pytest.mark.parametrize("kind", ["alibi", "dpe"])
+@torch.no_grad()
+def test_biases_in_bf16_around_padding_between_tokens(kind: str) -> None:
+    model, ids = small_model(kind), ids_of(2, 40)
+    mask = torch.ones_like(ids)
+    mask[:, 9:14] = 0
+    real = mask[0].bool()
+    expected = model(ids, attention_mask=mask).logits[:, real]
+    found = nn.Module.to(model, torch.bfloat16)(ids, attention_mask=mask).logits[:, real].float()
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 @torch.no_grad()
 def test_far_distances_share_what_half_the_training_length_learned() -> None:
     bias = small_model("dpe", train_len=16).layers[0].attention.score_bias
