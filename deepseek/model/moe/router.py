@@ -45,14 +45,15 @@ class Router(nn.Module, ABC):
         nn.init.normal_(self.weight, std=0.02)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`.
+        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`, also under autocast.
 
         Raises:
             ConfigError: x has another width or is not floating point.
         """
         checks.tensor("x", x, "real", width=self.input_dim, empty=True)
         checks.same_device(x=x, weight=self.weight)
-        return linear(x.float(), self.weight.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.float(), self.weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return softmax weights over all experts, fp32 `[..., E]`, for x `[..., D]`."""
@@ -73,8 +74,7 @@ class Router(nn.Module, ABC):
         checks.tensor("x", x, "real", width=self.input_dim, empty=True)
         if choice is not None:
             self._check_choice(choice, x[..., 0].numel())
-        with torch.autocast(x.device.type, enabled=False):
-            return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
+        return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
 
     def _check_choice(self, choice: RoutingDecision, tokens: int) -> None:
         """Raise `ConfigError` unless a decision names this router's experts for these tokens."""

@@ -90,6 +90,15 @@ def test_public_contract():
     assert dispatch.ids.shape == dispatch.weights.shape == (6, 5)
 
 
+@pytest.mark.parametrize("router", [DynamicRouter(8, 64), TopKRouter(8, 64, top_k=2)])
+def test_logits_and_weights_are_in_fp32_under_autocast(router):
+    x = torch.randn(20, 64)
+    exact = router.logits(x), router(x), router.route(x).weights
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = router.logits(x), router(x), router.route(x).weights
+    assert all(map(torch.equal, exact, mixed))
+
+
 def test_router_learns_even_with_one_expert_a_token():
     router = DynamicRouter(8, 4, max_experts=1)
     router.route(torch.randn(10, 4)).weights.sum().backward()
