@@ -204,8 +204,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         """Return the number of experts per token in a `RoutingDecision`; 0 for a dense model."""
         for module in self.modules():
             if isinstance(module, MoELayer):
-                logits_NE = torch.zeros(1, module.router.num_experts, device=self.device)
-                return module.router.choose(logits_NE).choice.ids_NC.shape[1]
+                return module.router.choice_width
         return 0
 
     def state_bytes(self, length: int) -> int:
