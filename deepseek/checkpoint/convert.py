@@ -60,6 +60,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 # In blocks with four norms, that name is of a norm of the attention's output.
 _POST_NORM = (r"\.post_attention_layernorm\.", ".attention_post_norm.")
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+# Older checkpoints hold these frequencies, which follow from the config.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 # Supported families, and the field values that a family implies without listing them in its config.
@@ -222,7 +224,7 @@ def convert_tensors(
 
     Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`. If
     a dense checkpoint is loaded into a config with routed experts, its feed-forward networks become
-    the shared experts.
+    the shared experts. Tensors that are computed from the config are left out.
 
     Args:
         tensors: name and tensor of every weight.
@@ -233,7 +235,9 @@ def convert_tensors(
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     four = bool(config.get("post_norms"))
-    renamed = {our_name(name, post_norms=four): tensor for name, tensor in tensors}
+    renamed = {
+        our_name(name, post_norms=four): tensor for name, tensor in tensors if not is_computed(name)
+    }
     stacked = _stack_experts(renamed)
     if config.get("num_experts") and not any(map(is_routed, stacked)):
         return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
@@ -271,6 +275,13 @@ def restore_names(
 def is_routed(name: str) -> bool:
     """Return whether a tensor belongs to routed experts, by our name for it."""
     return ".experts." in name or name.startswith("expert_pools.")
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a tensor is computed from the config, so that the checkpoint's is ignored, as
+    `transformers` ignores it.
+    """
+    return _COMPUTED.search(name) is not None
 
 
 def our_name(name: str, *, post_norms: bool = False) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -185,6 +186,26 @@ def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_pat
     stored = load_stored(DeepSeekModel, tmp_path, torch.float32)
     ids = torch.randint(0, 211, (1, 30))
     assert torch.equal(stored(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_tensors_that_transformers_ignores_are_ignored(name: str, tmp_path: Path) -> None:
+    reference = random_checkpoint(name, tmp_path)
+    ids = torch.randint(0, 211, (1, 30))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for prefix in ("model.", "model.layers.0.self_attn.", "model.layers.2.self_attn."):
+        tensors[f"{prefix}rotary_emb.inv_freq"] = torch.full((16,), 1e4)
+    if reference.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = torch.zeros(211, 64)
+    save_file(tensors, path, metadata={"format": "pt"})
+    expected = reference(ids).logits
+    for model in (
+        DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32),
+        load_stored(DeepSeekModel, tmp_path, torch.float32),
+    ):
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
