@@ -26,6 +26,7 @@ from deepseek.model.attached.hooks import AttachedContext, gate_input
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.sites import first_tensor
 from deepseek.model.attached.traits import decoder_of, layers_of, supported, traits_of
+from deepseek.model.inputs import check_positions
 
 
 class _StoppedError(Exception):
@@ -39,8 +40,9 @@ class _StoppedError(Exception):
 class AttachedPass:
     """A forward pass of an attached model in progress, with the methods of `ForwardPass`.
 
-    It differs in one point: the layer whose attention `attend` has run is resumed before the
-    attention, not after it.
+    It differs in two points: the layer whose attention `attend` has run is resumed before the
+    attention, not after it; and logits are computed by `language_model.output_head` from what
+    `finish` returns.
 
     Attributes:
         model: the model to run.
@@ -125,13 +127,6 @@ class AttachedPass:
         self.layer = len(layers_of(self.model))
         return hidden_BTD if last is None else hidden_BTD[:, -last:]
 
-    def logits(self) -> Tensor:
-        """Run the remaining layers and return the next-token logits `[B, T, V]`."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        logits_BTV: Tensor = head(self.finish())
-        return logits_BTV
-
     def _run(self, stop: Callable[[], Any] | None) -> Tensor:
         """Run the decoder from the stored stream on.
 
@@ -195,7 +190,16 @@ def begin_attached(
     """Return a forward pass of an attached model that is about to run layer 0.
 
     Args: see `passes.begin`. A pass with a cache cannot be stopped, only finished.
+
+    Raises:
+        ConfigError: positions of a wrong shape, dtype or range.
     """
+    if position_ids is not None:
+        tokens = inputs_embeds if input_ids_BT is None else input_ids_BT
+        assert tokens is not None
+        batch, length = tokens.shape[:2]
+        check_positions(position_ids, batch, length, tokens.device)
+        position_ids = position_ids.expand(batch, length)
     inputs = {
         "input_ids": input_ids_BT,
         "inputs_embeds": inputs_embeds,

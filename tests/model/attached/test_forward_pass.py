@@ -105,6 +105,20 @@ def test_documents_of_a_packed_row_stand_alone(model: AttachedModel, ids: torch.
     assert torch.equal(cut.finish(), packed)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "gemma3_text"])
+def test_positions_of_one_row_are_those_of_all(family: str, ids: torch.Tensor) -> None:
+    model = attached(tiny_family(family))
+    plug_random(model)
+    assert traits_of(model).separates_documents == (family not in MIXES_DOCUMENTS)
+    one = positions(5, 8, 3)
+    packed = begin(model, ids, position_ids=one.expand(2, -1)).finish()
+    for place in (one, one[0]):
+        assert torch.equal(begin(model, ids, position_ids=place).finish(), packed)
+    for wrong in (one.expand(3, -1), one[:, 1:], one - 1, one.float()):
+        with pytest.raises(ConfigError, match="position"):
+            begin(model, ids, position_ids=wrong)
+
+
 def test_a_pass_never_goes_back(ids: torch.Tensor) -> None:
     model = attached(tiny_family("gemma3_text"))
     step = begin(model, ids)
