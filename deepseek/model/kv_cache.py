@@ -309,7 +309,7 @@ class TokenState:
 
     def crop(self, length: int) -> None:
         if self.values is not None:
-            self.values = self.values[..., :length]
+            self.values = self.values[..., :length] if length else None
 
     def change_rows(self, change: Change) -> None:
         if self.values is not None:
