@@ -151,6 +151,7 @@ class KVCache(DynamicCache):
         armed: the experts that the sequence started with. They are pinned here so that plugging or
             unplugging between two steps never changes a sequence in flight.
         started: whether `armed` has been set.
+        packed: whether its tokens are of several documents to a row.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -160,6 +161,7 @@ class KVCache(DynamicCache):
         self.relevance_state: RelevanceState | None = None
         self.armed: Any = None
         self.started = False
+        self.packed = False
 
     def reserve(self, layers: int, capacity: int) -> None:
         """Make an empty cache keep memory for `capacity` tokens from its first token on.

@@ -236,6 +236,11 @@ def test_padding_and_packing_change_nothing(kind: str) -> None:
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed[:, :35], model(ids[:, :35]).logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(packed[:, 35:], model(ids[:, 35:]).logits, atol=1e-4, rtol=0)
+    mask = torch.ones_like(ids)
+    mask[:, 30:35] = mask[:, 50:] = 0
+    padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(padded[:, :30], model(ids[:, :30]).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded[:, 35:50], model(ids[:, 35:50]).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

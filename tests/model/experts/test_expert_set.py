@@ -121,6 +121,13 @@ def test_packed_documents_equal_separate_ones(model, make_pack, ids):
     packed = logits_of(model, ids[:1], position_ids=positions)
     apart = torch.cat([logits_of(model, ids[:1, :15]), logits_of(model, ids[:1, 15:])], dim=1)
     torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
+    mask = torch.ones_like(ids[:1])
+    mask[:, [0, 1, 14, 38, 39]] = 0
+    positions = positions - 2 * (torch.arange(40) < 15)
+    padded = logits_of(model, ids[:1], position_ids=positions.clamp(min=0), attention_mask=mask)
+    for document in (slice(2, 14), slice(15, 38)):
+        alone = logits_of(model, ids[:1, document])
+        torch.testing.assert_close(padded[:, document], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_changes_no_real_token_and_hears_no_expert(model, make_pack, ids):
