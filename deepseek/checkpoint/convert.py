@@ -40,8 +40,6 @@ _COMMON_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
 )
 
 # Rules from Hugging Face's tensor names to ours, applied in order.
@@ -62,6 +60,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 # In blocks with four norms, that name is of a norm of the attention's output.
 _POST_NORM = (r"\.post_attention_layernorm\.", ".attention_post_norm.")
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+# Older checkpoints hold these frequencies, which follow from the config.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 # Supported families, and the field values that a family implies without listing them in its config.
@@ -91,7 +91,13 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
     layers = range(values["num_hidden_layers"])
     types = values.get("layer_types")
     bias = bool(values.get("attention_bias"))
-    ours = {
+    # Not of `values`: some classes take a `head_dim` that they do not declare.
+    common = {name: getattr(hf_config, name, None) for name in _COMMON_FIELDS}
+    ours: dict[str, Any] = {
+        name: value
+        for name, value in common.items()
+        if value is not None and not _means_no_token(name, value, values["vocab_size"])
+    } | {
         "attention_bias": bias,
         "attention_output_bias": bias,
         "clip_qkv": values.get("clip_qkv"),
@@ -120,7 +126,7 @@ def _gemma_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the `ModelConfig` fields that only Gemmas have, with the defaults of their classes."""
     if values.get("use_bidirectional_attention"):
         raise CheckpointError("Models with use_bidirectional_attention=true are not supported.")
-    ours = {name: values[name] for name in _COMMON_FIELDS if name in values} | {
+    ours = {
         "hidden_act": values["hidden_activation"],
         "query_pre_attn_scalar": values["query_pre_attn_scalar"],
         "attn_logit_softcapping": values["attn_logit_softcapping"],
@@ -174,10 +180,6 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             "Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
         )
-    common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
-    common = {key: value for key, value in common.items() if not _means_no_token(key, value, raw)}
-    if family in GEMMA:  # older configs: their class makes `rope_parameters` of them
-        common = {key: common[key] for key in common.keys() - {"rope_scaling", "rope_theta"}}
     layers = raw.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
         raise CheckpointError(
@@ -194,18 +196,15 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             f"The config.json is no config of the family {family} ({cause:.300}); fetch the model "
             "again."
         ) from None
-    return common | translated | FAMILIES[family]
+    return translated | FAMILIES[family]
 
 
-def _means_no_token(key: str, value: Any, raw: dict[str, Any]) -> bool:
+def _means_no_token(name: str, value: Any, vocab_size: int) -> bool:
     """Return whether a field is the id of a special token outside the vocabulary.
 
     Llama's first checkpoints write `pad_token_id: -1` for a tokenizer without padding.
     """
-    if not key.endswith("_token_id") or not isinstance(value, int):
-        return False
-    vocab_size = raw.get("vocab_size")
-    return value < 0 or (isinstance(vocab_size, int) and value >= vocab_size)
+    return name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < vocab_size
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -225,7 +224,7 @@ def convert_tensors(
 
     Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`. If
     a dense checkpoint is loaded into a config with routed experts, its feed-forward networks become
-    the shared experts.
+    the shared experts. Tensors that are computed from the config are left out.
 
     Args:
         tensors: name and tensor of every weight.
@@ -236,7 +235,9 @@ def convert_tensors(
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     four = bool(config.get("post_norms"))
-    renamed = {our_name(name, post_norms=four): tensor for name, tensor in tensors}
+    renamed = {
+        our_name(name, post_norms=four): tensor for name, tensor in tensors if not is_computed(name)
+    }
     stacked = _stack_experts(renamed)
     if config.get("num_experts") and not any(map(is_routed, stacked)):
         return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
@@ -274,6 +275,13 @@ def restore_names(
 def is_routed(name: str) -> bool:
     """Return whether a tensor belongs to routed experts, by our name for it."""
     return ".experts." in name or name.startswith("expert_pools.")
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a tensor is computed from the config, so that the checkpoint's is ignored, as
+    `transformers` ignores it.
+    """
+    return _COMPUTED.search(name) is not None
 
 
 def our_name(name: str, *, post_norms: bool = False) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepseek.checkpoint.convert import our_name
+from deepseek.checkpoint.convert import is_computed, our_name
 from deepseek.checkpoint.fingerprint import weight_files
 from deepseek.checkpoint.store import write_json
 from deepseek.errors import CheckpointError, shown
@@ -95,7 +95,8 @@ def headers(path: Path) -> list[TensorHeader]:
 
 
 class TensorFiles:
-    """The tensors of a model folder, each read from its file when it is asked for.
+    """The tensors of a model folder, each read from its file when it is asked for, but those that
+    are computed from the config.
 
     The files stay open: a checkpoint that is deleted or replaced meanwhile is read as it was.
 
@@ -113,6 +114,8 @@ class TensorFiles:
             descriptor = os.open(path, os.O_RDONLY)
             finalize(self, os.close, descriptor)
             for header in headers(path):
+                if is_computed(header.name):
+                    continue
                 dtype = DTYPES.get(header.dtype)
                 if dtype is None:
                     raise CheckpointError(

@@ -62,6 +62,8 @@ RULES = (
         ),
         "head_dim": FieldRule(lambda width: 32 <= width <= 256, "between 32 and 256"),
         "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
+        # Pages hold the buckets of keys in 16 bits.
+        "lsh_num_buckets": FieldRule(lambda count: count <= 1 << 16, "at most 65536"),
         "positional_encoding": one_of("alibi", "dpe", "none", "rope"),
         "qk_norm": one_of("none", "head", "width"),
         "router_score": one_of("sigmoid", "softmax"),

@@ -1,5 +1,6 @@
 """`ModelConfig`: the architecture of a model, as a Hugging Face config."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from deepseek.model.presets import PRESETS
 from deepseek.model.rope_parameters import ROTARY, check_rope
 from deepseek.registry import nearest, pick
 
-# Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
+# Keys that Hugging Face itself writes into a config or passes along with it. They are left to it.
 FOREIGN_KEYS = {
     "attn_implementation",
     "experts_implementation",
@@ -71,7 +72,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         positional_encoding: "rope", "dpe" (rope plus a learned score bias, see
             `model/positions/dynamic.py`), "alibi", "learned" (one vector per position) or "none".
         rope_parameters: parameters of "rope" and "dpe" in Hugging Face's form: `rope_theta`,
-            `rope_type` ("yarn" and others).
+            `rope_type` ("yarn" and others). `rope_theta` and `rope_scaling`, the older names of its
+            parts, are taken as well.
         local_rope_theta: rotary base of layers with a sliding window (Gemma 3), whose angles are
             not scaled; None: that of `rope_parameters`, scaling included.
         train_len: tokens per row that "dpe" is trained on (default: the longest context).
@@ -164,7 +166,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     def __new__(cls, *_: Any, **kwargs: Any) -> "ModelConfig":
         config = super().__new__(cls)
         # Remember which fields the caller set: `merged_into` must tell them from defaults.
-        config.__dict__["_given"] = tuple(sorted(kwargs))
+        scaling = kwargs.get("rope_scaling")
+        inside = {"rope_theta"} & set(scaling if isinstance(scaling, Mapping) else ())
+        config.__dict__["_given"] = tuple(sorted(kwargs.keys() | inside))
         return config
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -180,7 +184,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
         checks.apply(FIELDS, self)
-        checks.optional(checks.mapping)("rope_scaling", kwargs.get("rope_scaling"))
+        if "rope_scaling" in kwargs:  # copied, because Hugging Face adds the defaults to it
+            scaling = checks.optional(checks.mapping)("rope_scaling", kwargs["rope_scaling"])
+            kwargs["rope_scaling"] = scaling
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -231,7 +237,23 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
                     f"{name}={self.given[name]!r} contradicts the checkpoint, whose weights have "
                     f"{name}={checkpoint[name]!r}; leave {name} out."
                 )
-        return type(self)(**(checkpoint | self.given))
+        return type(self)(**(checkpoint | self.given | self._rotary_over(checkpoint)))
+
+    def _rotary_over(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return the `rope_parameters` of a checkpoint with the parts that were set on this config
+        by their older names, `rope_theta` and `rope_scaling`; nothing if none was.
+        """
+        older = {"rope_theta", "rope_scaling"} & set(self._given)
+        if not older or "rope_parameters" in self._given:
+            return {}
+        ours = self.rope_parameters or {}
+        theirs = checkpoint.get("rope_parameters") or {}
+        base = ours if "rope_theta" in older else theirs
+        merged = dict(ours if "rope_scaling" in older else theirs)
+        merged.pop("rope_theta", None)
+        return {
+            "rope_parameters": {key: base[key] for key in {"rope_theta"} & base.keys()} | merged
+        }
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Return whether the feed-forward network of layer `layer_idx` is a mixture of experts."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deepseek.errors import ConfigError, shown
 from deepseek.kernels.bias.score_bias import Visible
@@ -191,14 +192,41 @@ def real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor
     return None if bool(mask.all()) else mask
 
 
-def document_ids(position_ids_BT: Tensor) -> Tensor | None:
+def document_ids(position_ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor | None:
     """Return the document number `[B, T]` of each token, or None if no row is packed.
 
-    A new document starts where positions restart.
+    A new document starts where positions do not go on by 1 from token to token, and after padding
+    between tokens, which positions may count or not, where they do not increase.
+
+    Args:
+        position_ids_BT: position of each token; those of padding mean nothing.
+        real_BT: False at padding; None: no padding.
     """
-    restarts = torch.diff(position_ids_BT, dim=-1, prepend=position_ids_BT[:, :1] - 1) != 1
-    restarts[:, 0] = False
-    return restarts.cumsum(-1) if bool(restarts.any()) else None
+    if position_ids_BT.shape[1] == 1:
+        return None  # fast: every step of decoding asks
+    real_BT = torch.ones_like(position_ids_BT, dtype=torch.bool) if real_BT is None else real_BT
+    slots_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
+    latest_BT = slots_T.where(real_BT, -1).cummax(-1).values
+    before_BT = pad(latest_BT[:, :-1], (1, 0), value=-1)  # slot of the real token before
+    step_BT = position_ids_BT - position_ids_BT.gather(1, before_BT.clamp(min=0))
+    restarts_BT = torch.where(before_BT == slots_T - 1, step_BT != 1, step_BT <= 0)
+    restarts_BT = restarts_BT & real_BT & (before_BT >= 0)
+    return restarts_BT.cumsum(-1) if bool(restarts_BT.any()) else None
+
+
+def goes_on(position_ids_BT: Tensor, past: int, real_BS: Tensor | None) -> bool:
+    """Return whether the first new token of each row belongs to the document in the cache, if there
+    is one.
+
+    Args:
+        position_ids_BT: positions of the new tokens.
+        past: number of tokens in the cache.
+        real_BS: False at padding; None: no padding.
+    """
+    starts_B = position_ids_BT[:, 0] == 0
+    if real_BS is not None:
+        starts_B = starts_B & real_BS[:, past] & real_BS[:, :past].any(-1)
+    return past == 0 or not bool(starts_B.any())
 
 
 def attention_mask(

@@ -151,6 +151,7 @@ class KVCache(DynamicCache):
         armed: the experts that the sequence started with. They are pinned here so that plugging or
             unplugging between two steps never changes a sequence in flight.
         started: whether `armed` has been set.
+        packed: whether its tokens are of several documents to a row.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -160,6 +161,7 @@ class KVCache(DynamicCache):
         self.relevance_state: RelevanceState | None = None
         self.armed: Any = None
         self.started = False
+        self.packed = False
 
     def reserve(self, layers: int, capacity: int) -> None:
         """Make an empty cache keep memory for `capacity` tokens from its first token on.
@@ -309,7 +311,7 @@ class TokenState:
 
     def crop(self, length: int) -> None:
         if self.values is not None:
-            self.values = self.values[..., :length]
+            self.values = self.values[..., :length] if length else None
 
     def change_rows(self, change: Change) -> None:
         if self.values is not None:

@@ -231,13 +231,15 @@ def begin(
             None: no padding.
         position_ids: positions `[B, T]`, restarting at each document of a packed row; None: counted
             over real tokens.
-        cache: keys and values of past tokens; new ones are appended. None: no cache.
+        cache: keys and values of past tokens; new ones are appended. None: no cache. A cache of
+            packed documents cannot be continued.
         routing: layer -> routing decisions of an earlier pass over the same tokens, to replay;
             None: the router decides.
 
     Raises:
         ConfigError: both or neither of ids and embeddings; ids, embeddings, positions or a mask of
-            a wrong shape, dtype or range; or armed experts with a cache that is not a `KVCache`.
+            a wrong shape, dtype or range; armed experts with a cache that is not a `KVCache`; or
+            packed documents with past tokens.
     """
     if (input_ids_BT is None) == (inputs_embeds is None):
         raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
@@ -350,17 +352,33 @@ def _context(
     positions_BT = ctx_of.resolve_positions(
         batch, length, past, attention_mask, position_ids, device
     )
-    packed = position_ids is not None and past == 0 and real_BS is None
+    documents_BT = None
+    if position_ids is not None:
+        real_BT = None if real_BS is None else real_BS[:, past:]
+        documents_BT = ctx_of.document_ids(positions_BT, real_BT)
+        if past and not (documents_BT is None and ctx_of.goes_on(positions_BT, past, real_BS)):
+            raise _packed_in_cache()
+    if isinstance(cache, KVCache):
+        if past and cache.packed:
+            raise _packed_in_cache()
+        cache.packed = documents_BT is not None
     return ForwardContext(
         positions=model.positions.prepare(positions_BT, hidden_BTD.dtype),
         position_ids_BT=positions_BT,
         past=past,
         window=model.config.sliding_window,
         real_BS=real_BS,
-        document_ids_BT=ctx_of.document_ids(positions_BT) if packed else None,
+        document_ids_BT=documents_BT,
         cache=cache,
         input_ids_BT=input_ids,
         armed=experts_of(model.experts, cache),
+    )
+
+
+def _packed_in_cache() -> ConfigError:
+    return ConfigError(
+        "Packed documents share a row of the cache, where the next tokens would see all of them; "
+        "run each document with a cache of its own."
     )
 
 

@@ -128,7 +128,9 @@ def load_stored(
         model = cls(config)
     stored = store_weights(model, files, target, device)
     suffixes = ("", SCALES, *SUFFIXES.values())
-    read_later = {name + suffix for name in stored for suffix in suffixes}
+    # A tied head in the files is that of the embeddings, and is read no more than these.
+    names = (*stored, *model.all_tied_weights_keys)
+    read_later = {name + suffix for name in names for suffix in suffixes}
     rest = ((name, files.read(name)) for name in files if name not in read_later)
     plain, matrices = restored(convert_tensors(rest, config.to_dict()))
     _load(model, _placed(plain, device, target))

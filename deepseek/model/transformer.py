@@ -121,7 +121,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
                 None: no padding.
             position_ids: positions `[B, T]`. A position that restarts within a row starts a new
                 document, whose tokens do not attend to the previous one. None: counted.
-            cache: keys and values of past tokens; new ones are appended.
+            cache: keys and values of past tokens; new ones are appended. A cache of several
+                documents to a row cannot be continued.
             inputs_embeds: embeddings `[B, T, D]` in place of `input_ids`.
             labels: target ids `[B, T]`, shifted internally as Hugging Face does; -100 is ignored.
             use_cache: whether to create a cache if none is passed; None: `config.use_cache`. A
@@ -139,7 +140,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: both or neither of ids and embeddings, an argument of a wrong shape, dtype
-                or range, or armed experts with a cache that is not a `KVCache`.
+                or range, armed experts with a cache that is not a `KVCache`, or several documents
+                in a row with past tokens.
         """
         cache = cache if cache is not None else past_key_values
         if (
@@ -204,8 +206,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         """Return the number of experts per token in a `RoutingDecision`; 0 for a dense model."""
         for module in self.modules():
             if isinstance(module, MoELayer):
-                logits_NE = torch.zeros(1, module.router.num_experts, device=self.device)
-                return module.router.choose(logits_NE).choice.ids_NC.shape[1]
+                return module.router.choice_width
         return 0
 
     def state_bytes(self, length: int) -> int:

@@ -45,6 +45,7 @@ COMPILED_REFUSES = {
     "final_logit_softcapping": 0.0,
     "head_dim": 16,
     "hidden_act": "gelu",
+    "lsh_num_buckets": (1 << 16) + 1,
     "positional_encoding": "learned",
     "qk_norm": "layer",
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4},

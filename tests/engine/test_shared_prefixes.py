@@ -27,7 +27,14 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.layer_parts import choose_cuts, layer_parts
 from deepseek.runner import Runner
 
-LAYERS = {"top": [4], "upper": [3, 4], "middle": [2, 3, 4], "low": [1, 2, 3, 4], "apart": [1, 4]}
+LAYERS = {
+    "top": [4],
+    "upper": [3, 4],
+    "middle": [2, 3, 4],
+    "low": [1, 2, 3, 4],
+    "apart": [1, 4],
+    "bottom": [0, 1],
+}
 COMPILED = {
     "hidden_size": 64,
     "num_attention_heads": 2,
@@ -215,6 +222,18 @@ def test_a_chat_goes_on_with_other_experts_from_the_first_one_on() -> None:
     # Turn 2 takes the two blocks of turn 1, turn 3 the three of turn 2; turn 4 has all layers of
     # turn 1's two blocks, and the lower ones of turn 3's other three.
     assert (stats.shared_tokens, stats.cached_tokens) == (16 + 24 + 24, 16)
+
+
+@pytest.mark.parametrize("kind", ["dense", "compiled"])
+def test_a_pass_may_resume_above_all_layers_of_an_expert(kind: str) -> None:
+    one = bench(kind)
+    scheduler = Scheduler(one.runner, prefill_chunk=8)
+    shared = []
+    for experts in [("bottom",), ("bottom", "top"), ("bottom", "upper"), ("bottom",)]:
+        ask = Ask(40, 40, experts, False)
+        assert one.run([ask], scheduler, True) == [one.alone(ask, 8)]
+        shared.append(scheduler.shared_tokens)
+    assert shared == [0, 32, 64, 64]
 
 
 def test_parts_cover_all_layers_once() -> None:

@@ -323,6 +323,25 @@ def test_one_that_is_larger_than_the_budget_is_one_sentence() -> None:
     assert is_one_sentence(str(refused.value))
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 30])
+def test_a_budget_that_is_lifted_holds_for_experts_that_are_stored_already(limit) -> None:
+    loaded = new_model("torch")
+    experts = loaded.model.experts
+    experts.weight_cache.limit = 1 << 20
+    for name in ("a", "b"):
+        experts.plug(new_pack(loaded, name))
+    ids = torch.arange(3, 20)[None]
+    with experts.forced("a"), torch.no_grad():
+        expected = loaded.model(ids).logits
+    experts.weight_cache.limit = limit
+    for plugged in experts._state.plugged:
+        experts.weight_cache.forget(plugged.module)
+    for name in ("b", "a"):
+        with experts.forced(name), torch.no_grad():
+            logits = loaded.model(ids).logits
+    assert torch.equal(logits, expected)
+
+
 def test_plugging_does_the_same_whatever_is_plugged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of what follows from the set of experts is paid at the first request after it."""
     loaded = new_model("torch")

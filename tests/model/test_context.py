@@ -38,3 +38,34 @@ def test_runs_of_slots_are_the_mask(
     asked = real[0, past:]  # what padding itself sees is of no account, as long as it is something
     assert torch.equal(told[asked], expected[asked]) and torch.equal(seen[asked], expected[asked])
     assert told.any(-1).all() and seen.any(-1).all()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    first=st.integers(0, 3),
+    holes=st.lists(st.booleans(), min_size=24, max_size=24),
+    filler=st.sampled_from([0, 1, 77]),
+)
+def test_padding_is_of_no_account_for_documents(
+    lengths: list[int], first: int, holes: list[bool], filler: int
+) -> None:
+    plain = torch.cat([torch.arange(length) for length in lengths])
+    expected = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    found = document_ids(plain[None])
+    assert (found is None) == (len(lengths) == 1)
+    assert found is None or torch.equal(found[0], expected)
+    slots = [slot for slot in range(40) if slot >= first and not (slot < 24 and holes[slot])]
+    slots = torch.tensor(slots)[: len(plain)]
+    length = int(slots[-1]) + 3
+    positions = torch.full((1, length), filler)
+    positions[0, slots] = plain[: len(slots)]
+    real = torch.zeros(1, length, dtype=torch.bool)
+    real[0, slots] = True
+    found = document_ids(positions, real)
+    expected = expected[: len(slots)]
+    if found is None:
+        assert not expected.any()
+    else:
+        assert torch.equal(found[0, slots], expected)
+    # Positions may also count the padding within a document.
+    assert document_ids(torch.arange(length)[None], real) is None

@@ -1,12 +1,17 @@
 """Checkpoints of every supported family give the logits and the text that `transformers` gives."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,6 +26,9 @@ from transformers import (
 )
 
 from deepseek import DeepSeekModel
+from deepseek.checkpoint import convert
+from deepseek.checkpoint.convert import convert_config
+from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import load_stored
 
 SMALL: dict[str, Any] = {
@@ -119,6 +127,57 @@ def test_family_matches_transformers(name: str, tmp_path: Path) -> None:
     assert torch.equal(text, theirs)
 
 
+WHAT_A_CLASS_KNOWS = (
+    "bos_token_id",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+
+
+@pytest.mark.parametrize("family", sorted(convert.FAMILIES))
+@settings(max_examples=4)
+@given(given=st.sets(st.sampled_from(WHAT_A_CLASS_KNOWS)))
+@example(given=set())
+def test_what_a_config_leaves_out_is_what_its_class_says(family: str, given: set[str]) -> None:
+    sizes = SMALL | {"hidden_size": 256, "num_attention_heads": 32}
+    for name in ("num_key_value_heads", "max_position_embeddings"):
+        sizes.pop(name)
+    theirs = CONFIG_MAPPING[family](**sizes)
+    raw = {"model_type": family, **sizes}
+    raw |= {name: value for name in given if (value := getattr(theirs, name, None)) is not None}
+    ours = ModelConfig(**convert_config(raw))
+    for name in set(WHAT_A_CLASS_KNOWS) - {"hidden_act", "bos_token_id", "rope_parameters"}:
+        if (expected := getattr(theirs, name, None)) is not None:
+            assert getattr(ours, name) == expected, name
+    rotary = theirs.rope_parameters
+    assert ours.rope_parameters == rotary.get("full_attention", rotary)
+    assert ours.hidden_act == getattr(theirs, "hidden_activation", "silu")
+    assert ours.bos_token_id in (theirs.bos_token_id, None)
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_parameters", "tie_word_embeddings"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3"])
+@torch.no_grad()
+def test_a_config_without_a_default_matches_transformers(
+    name: str, key: str, tmp_path: Path
+) -> None:
+    random_checkpoint(name, tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    del raw[key]
+    path.write_text(json.dumps(raw))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 211, (2, 60))
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_path: Path) -> None:
@@ -127,6 +186,26 @@ def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_pat
     stored = load_stored(DeepSeekModel, tmp_path, torch.float32)
     ids = torch.randint(0, 211, (1, 30))
     assert torch.equal(stored(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_tensors_that_transformers_ignores_are_ignored(name: str, tmp_path: Path) -> None:
+    reference = random_checkpoint(name, tmp_path)
+    ids = torch.randint(0, 211, (1, 30))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for prefix in ("model.", "model.layers.0.self_attn.", "model.layers.2.self_attn."):
+        tensors[f"{prefix}rotary_emb.inv_freq"] = torch.full((16,), 1e4)
+    if reference.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = torch.zeros(211, 64)
+    save_file(tensors, path, metadata={"format": "pt"})
+    expected = reference(ids).logits
+    for model in (
+        DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32),
+        load_stored(DeepSeekModel, tmp_path, torch.float32),
+    ):
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -183,6 +183,45 @@ def test_whole_numbers_of_any_size_are_rotary_parameters(values: dict[str, objec
     assert logits.isfinite().all()
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("stored", [{}, LINEAR, LLAMA3])
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, LINEAR | {"rope_theta": 500.0}])
+@pytest.mark.parametrize("theta", [None, 123.0])
+def test_older_names_override_the_rotary_parameters_of_a_checkpoint(
+    stored: dict[str, Any], scaling: dict[str, Any] | None, theta: float | None
+) -> None:
+    context = {"original_max_position_embeddings": 64}
+    checkpoint = small_config(rope_parameters={"rope_theta": 1e6, **stored, **context}).to_dict()
+    older = {"rope_theta": theta, "rope_scaling": scaling and scaling | context}
+    older = {name: value for name, value in older.items() if value is not None}
+    merged = ModelConfig(**older).merged_into({"rope_parameters": checkpoint["rope_parameters"]})
+    kind = {"rope_type": "default"}
+    expected = kind | {"rope_theta": theta or 1e6} | (scaling or stored) | context
+    assert merged.rope_parameters == expected
+
+
+@torch.no_grad()
+def test_an_overridden_rotary_base_changes_the_logits(tmp_path: Path) -> None:
+    DeepSeekModel(small_config()).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (1, 40))
+    given = [{"rope_theta": 123.0}, {"rope_parameters": {"rope_theta": 123.0}}, {}]
+    older, newer, stored = (
+        DeepSeekModel.from_pretrained(tmp_path, config=ModelConfig(**fields))(ids).logits
+        for fields in given
+    )
+    assert torch.equal(older, newer)
+    assert not torch.allclose(older, stored, atol=1e-3)
+
+
+def test_a_config_leaves_the_mapping_it_is_given_alone() -> None:
+    scaling = dict(LINEAR)
+    small_config(rope_scaling=scaling)
+    assert scaling == LINEAR
+
+
 def test_contradicting_config_is_refused(tmp_path: Path) -> None:
     DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="hidden_size=64 contradicts"):

@@ -55,8 +55,9 @@ def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> 
     Args:
         source: the GGUF file.
         folder: existing, empty folder to write to.
-        dtype: dtype of the weights, a key of `DTYPES`. None keeps every value exactly: the file's
-            own dtype, or fp32 if it is quantised.
+        dtype: dtype of the weights, a key of `DTYPES`. None keeps every matrix exactly: the dtype
+            of the file's matrices, or fp32 if they are quantised or of several. Vectors, which
+            files hold in fp32, are rounded to it, as `transformers` rounds them.
 
     Raises:
         ConfigError: the dtype is unknown.

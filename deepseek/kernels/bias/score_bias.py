@@ -100,7 +100,11 @@ class Visible:
 def reference_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, bias: ScoreBias, visible: Visible
 ) -> Tensor:
-    """Return the attended values `[B, H, T, K]`, with all scores in memory at once.
+    """Return the attended values `[B, H, T, K]` in the dtype of the queries, with all scores in
+    memory at once.
+
+    Scores are in fp32 or wider, also under autocast: biases of far keys are large, and rounding
+    their sums to bf16 would cost more than the differences between keys.
 
     Args:
         query_BHTK: queries of the last T slots.
@@ -108,13 +112,22 @@ def reference_attention(
         bias: the bias of the scores.
         visible: the keys that each query sees.
     """
-    length = query_BHTK.shape[2]
-    total = key_BGSK.shape[2]
-    repeats = query_BHTK.shape[1] // key_BGSK.shape[1]
-    key, value = (part.repeat_interleave(repeats, dim=1) for part in (key_BGSK, value_BGSK))
-    scores_BHTS = scaled_query(query_BHTK, bias) @ key.transpose(-1, -2)
+    with torch.autocast(query_BHTK.device.type, enabled=False):
+        repeats = query_BHTK.shape[1] // key_BGSK.shape[1]
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key_BGSK, value_BGSK))
+        wide = torch.promote_types(query_BHTK.dtype, torch.float32)
+        scores_BHTS = scaled_query(query_BHTK.to(wide), bias) @ key.to(wide).transpose(-1, -2)
+        scores_BHTS = _biased(scores_BHTS, bias, visible)
+        hidden = ~visible.mask(key.shape[2])[:, None]
+        weights_BHTS = scores_BHTS.masked_fill(hidden, float("-inf")).softmax(-1)
+        return (weights_BHTS.to(value.dtype) @ value).to(query_BHTK.dtype)
+
+
+def _biased(scores_BHTS: Tensor, bias: ScoreBias, visible: Visible) -> Tensor:
+    """Return the scores plus the terms of distances and keys."""
+    length, total = scores_BHTS.shape[2:]
     if bias.table_BHTN is not None:
-        slots_1S = torch.arange(total, device=key.device)[None]
+        slots_1S = torch.arange(total, device=scores_BHTS.device)[None]
         places_BS = slots_1S if visible.real_BS is None else visible.real_BS.cumsum(-1)
         bucket_BTS = distance_buckets(places_BS[:, -length:, None] - places_BS[:, None])
         scores_BHTS = scores_BHTS + bias.table_BHTN.gather(
@@ -123,7 +136,7 @@ def reference_attention(
     if bias.key_BHS is not None:
         shifted_BHS = bias.key_BHS - bias.key_BHS[..., -1:].detach()
         scores_BHTS = scores_BHTS + shifted_BHS[:, :, None].to(scores_BHTS.dtype)
-    return scores_BHTS.masked_fill(~visible.mask(total)[:, None], float("-inf")).softmax(-1) @ value
+    return scores_BHTS
 
 
 def scaled_query(query_BHTK: Tensor, bias: ScoreBias) -> Tensor:

@@ -104,7 +104,9 @@ def attend(
     query = query_BHTK if bias is None else bias.scaled(query_BHTK)
     table, term = (None, None) if bias is None else bias.terms(query_BHTK, key_BGSK.shape[2])
     codes = (query_codes_BHTP.int(), buckets.codes_BJS, first_BS, windows)
-    out, lse = _Attention.apply(query, key_BGSK, value_BGSK, table, term, codes, scale)
+    # Under autocast the tables of rotary positions leave queries and keys in fp32, but not values.
+    key, value = (part.to(query.dtype) for part in (key_BGSK, value_BGSK))
+    out, lse = _Attention.apply(query, key, value, table, term, codes, scale)
     if buckets.sums is None:
         return out
     buckets.sums.append(key_BGSK, value_BGSK, buckets.real_BS)
@@ -134,7 +136,8 @@ def likeliest_buckets(
     """
 
     def of(part: Tensor) -> Tensor:
-        scores = part.float() @ weight_KC
+        with torch.autocast(part.device.type, enabled=False):
+            scores = part.float() @ weight_KC
         return likeliest(scores if bias_C is None else scores + bias_C, probes)
 
     tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()
@@ -191,7 +194,7 @@ class _Attention(torch.autograd.Function):
 
     Inputs, output and denominators are saved for the backward pass, which recomputes intervals and
     scores. The bias is a table `[B, H, T, 32]` in fp32 and a term of each key `[B, H, S]` in fp64,
-    or both are None.
+    or both are None. Autocast is off in both passes, which must arrive at the same scores.
     """
 
     @staticmethod
@@ -206,7 +209,9 @@ class _Attention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         inputs = (query, key, value, table, term)
-        out, lse = _kernels(query).forward(inputs, find_intervals(*codes), codes[-1], scale)
+        intervals = find_intervals(*codes)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = _kernels(query).forward(inputs, intervals, codes[-1], scale)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.codes = codes
         ctx.scale = scale
@@ -218,9 +223,10 @@ class _Attention(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         kernels = _kernels(inputs[0])
         intervals = find_intervals(*ctx.codes)
-        grads = kernels.backward(
-            grad, grad_lse, inputs, out, lse, intervals, ctx.codes[-1], ctx.scale
-        )
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = kernels.backward(
+                grad, grad_lse, inputs, out, lse, intervals, ctx.codes[-1], ctx.scale
+            )
         return (
             *(
                 part.to(source.dtype) if source is not None else None

@@ -16,6 +16,7 @@ from torch.nn.functional import grouped_mm, silu
 
 from deepseek.device.choose import fast_dtype
 from deepseek.device.cpu import has_bfloat16
+from deepseek.kernels.moe.alignment import aligned, is_aligned
 from deepseek.kernels.numba import openmp
 
 
@@ -39,8 +40,12 @@ def mix_experts_grouped(
 ) -> Tensor:
     """Compute `mix_experts` as two grouped matrix products, the path for GPUs.
 
-    Shapes are static, and nothing is copied from the device to the host.
+    Shapes are static, and nothing is copied from the device to the host. Widths that `grouped_mm`
+    refuses are padded with zeros, which costs a copy of the weights.
     """
+    if not is_aligned(gate_up_E2FD, down_EDF):
+        x, gate_up, down = aligned(x_ND, gate_up_E2FD, down_EDF)
+        return mix_experts_grouped(x, gate_up, down, ids_NA, weights_NA)[:, : x_ND.shape[1]]
     num_experts = len(down_EDF)
     num_slots = ids_NA.shape[1]
     ids_S, order_S = ids_NA.flatten().sort(stable=True)
@@ -96,7 +101,7 @@ def mix_experts(
     """
     if torch.compiler.is_exporting():
         return mix_experts_everywhere(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
-    if x_ND.device.type != "cpu" or _is_slow(gate_up_E2FD, ids_NA):
+    if x_ND.device.type != "cpu" or _is_slow(gate_up_E2FD, down_EDF, ids_NA):
         return mix_experts_grouped(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
     return mix_experts_sorted(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
 
@@ -124,15 +129,16 @@ def mix_experts_sorted(
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, None)
 
 
-def _is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
+def _is_slow(gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor) -> bool:
     """Whether grouped products are faster than the CPU path for training these experts.
 
     They are where bf16 products are native, because the kernels for few tokens convert the weights
-    to fp32.
+    to fp32; not where they pad them first.
     """
     native = gate_up_E2FD.dtype == torch.bfloat16 and has_bfloat16()
     trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
-    return native and trained and ids_NA.shape[0] > 1 and _has_few_tokens(ids_NA, len(gate_up_E2FD))
+    few = ids_NA.shape[0] > 1 and _has_few_tokens(ids_NA, len(gate_up_E2FD))
+    return native and trained and few and is_aligned(gate_up_E2FD, down_EDF)
 
 
 def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:

@@ -21,11 +21,13 @@ from transformers import Cache
 
 from deepseek.device.memory import is_out_of_memory
 from deepseek.errors import ConfigError
+from deepseek.model import context as ctx_of
 from deepseek.model.attached.documents import Documents
 from deepseek.model.attached.hooks import AttachedContext, gate_input
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.sites import first_tensor
 from deepseek.model.attached.traits import decoder_of, layers_of, supported, traits_of
+from deepseek.model.inputs import check_positions
 
 
 class _StoppedError(Exception):
@@ -39,8 +41,9 @@ class _StoppedError(Exception):
 class AttachedPass:
     """A forward pass of an attached model in progress, with the methods of `ForwardPass`.
 
-    It differs in one point: the layer whose attention `attend` has run is resumed before the
-    attention, not after it.
+    It differs in two points: the layer whose attention `attend` has run is resumed before the
+    attention, not after it; and logits are computed by `language_model.output_head` from what
+    `finish` returns.
 
     Attributes:
         model: the model to run.
@@ -125,13 +128,6 @@ class AttachedPass:
         self.layer = len(layers_of(self.model))
         return hidden_BTD if last is None else hidden_BTD[:, -last:]
 
-    def logits(self) -> Tensor:
-        """Run the remaining layers and return the next-token logits `[B, T, V]`."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        logits_BTV: Tensor = head(self.finish())
-        return logits_BTV
-
     def _run(self, stop: Callable[[], Any] | None) -> Tensor:
         """Run the decoder from the stored stream on.
 
@@ -195,7 +191,16 @@ def begin_attached(
     """Return a forward pass of an attached model that is about to run layer 0.
 
     Args: see `passes.begin`. A pass with a cache cannot be stopped, only finished.
+
+    Raises:
+        ConfigError: positions of a wrong shape, dtype or range, or packed documents and padding.
     """
+    if position_ids is not None:
+        tokens = inputs_embeds if input_ids_BT is None else input_ids_BT
+        assert tokens is not None
+        batch, length = tokens.shape[:2]
+        check_positions(position_ids, batch, length, tokens.device)
+        position_ids = position_ids.expand(batch, length)
     inputs = {
         "input_ids": input_ids_BT,
         "inputs_embeds": inputs_embeds,
@@ -203,7 +208,13 @@ def begin_attached(
         "position_ids": position_ids,
     }
     given = {name: value for name, value in inputs.items() if value is not None}
-    documents = _documents(model, given) if cache is None else None
+    documents = None
+    if cache is None and _is_packed(given):
+        given.pop(
+            "attention_mask", None
+        )  # it is of ones, but a decoder that gets it joins documents
+        if not traits_of(model).separates_documents:
+            documents = Documents.of(given["position_ids"])
     if documents is not None:
         given = {name: documents.split(value) for name, value in given.items()}
     use_cache = cache is not None
@@ -246,15 +257,25 @@ def resume_attached(
     return step
 
 
-def _documents(model: AttachedModel, inputs: Mapping[str, Tensor]) -> Documents | None:
-    """Return the documents of packed rows if the model would not keep them apart."""
+def _is_packed(inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether a row holds several documents.
+
+    Raises:
+        ConfigError: one does, and there is padding, which a stock decoder takes with one document
+            per row only.
+    """
     positions_BT = inputs.get("position_ids")
-    if positions_BT is None or "attention_mask" in inputs:
-        return None
-    packed = bool((positions_BT[:, 1:] == 0).any())
-    if not packed or traits_of(model).separates_documents:
-        return None
-    return Documents.of(positions_BT)
+    if positions_BT is None:
+        return False
+    real_BT = ctx_of.real_tokens(inputs.get("attention_mask"), *positions_BT.shape)
+    if real_BT is None:
+        return bool((positions_BT[:, 1:] == 0).any())
+    if ctx_of.document_ids(positions_BT, real_BT) is None:
+        return False
+    raise ConfigError(
+        "Rows of an attached model hold packed documents or padding, not both; leave the attention "
+        "mask out, or give each document a row."
+    )
 
 
 def can_cut(model: AttachedModel, layer: int) -> bool:

@@ -142,12 +142,14 @@ class ExpertHooks:
             )
         real_BS = ctx_of.real_tokens(mask, batch, past + length)
         positions = _text_positions(arguments.get("position_ids"))
-        packed = positions is not None and past == 0 and real_BS is None
+        real_BT = None if real_BS is None else real_BS[:, past:]
         positions_BT = ctx_of.resolve_positions(batch, length, past, mask, positions, tokens.device)
         return AttachedContext(
             position_ids_BT=positions_BT,
-            token_mask_BT=None if real_BS is None else real_BS[:, past:],
-            document_ids_BT=ctx_of.document_ids(positions_BT) if packed else None,
+            token_mask_BT=real_BT,
+            document_ids_BT=None
+            if positions is None
+            else ctx_of.document_ids(positions_BT, real_BT),
             input_ids_BT=ids_BT,
             cache=memory,
             armed=memory.armed,

@@ -1,8 +1,8 @@
 """Exact attention whose scores are capped (Gemma 2, arXiv:2408.00118, section 2).
 
 `scaled_dot_product_attention` of torch has no cap, so scores are computed by matrix products, for
-as many queries at a time as `MAX_SCORES` allows. They are in fp32 whatever the dtype of the inputs,
-because rounding scores to bf16 would cost more precision than rounding the output.
+as many queries at a time as `MAX_SCORES` allows. They are in fp32 whatever the dtype of the inputs
+and of autocast, because rounding scores to bf16 would cost more precision than rounding the output.
 """
 
 import torch
@@ -55,9 +55,10 @@ def capped_attention(
 def _attend(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, cap: float, mask_B1TS: Tensor
 ) -> Tensor:
-    groups = key_BGSK.shape[1]
-    query_BGRTK = query_BHTK.float().unflatten(1, (groups, -1)) * query_BHTK.shape[-1] ** -0.5
-    scores_BGRTS = query_BGRTK @ key_BGSK.float()[:, :, None].mT
-    scores_BGRTS = soft_cap(scores_BGRTS, cap).masked_fill(~mask_B1TS[:, :, None], -torch.inf)
-    weights_BGRTS = scores_BGRTS.softmax(-1).to(value_BGSK.dtype)
-    return (weights_BGRTS @ value_BGSK[:, :, None]).flatten(1, 2)
+    with torch.autocast(query_BHTK.device.type, enabled=False):
+        groups = key_BGSK.shape[1]
+        query_BGRTK = query_BHTK.float().unflatten(1, (groups, -1)) * query_BHTK.shape[-1] ** -0.5
+        scores_BGRTS = query_BGRTK @ key_BGSK.float()[:, :, None].mT
+        scores_BGRTS = soft_cap(scores_BGRTS, cap).masked_fill(~mask_B1TS[:, :, None], -torch.inf)
+        weights_BGRTS = scores_BGRTS.softmax(-1).to(value_BGSK.dtype)
+        return (weights_BGRTS @ value_BGSK[:, :, None]).flatten(1, 2)

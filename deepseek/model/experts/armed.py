@@ -1,50 +1,23 @@
 """The armed experts of one sequence: evaluate their gates and add their outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deepseek import checks
+from deepseek.errors import ConfigError
 from deepseek.model.context import GateContext
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.relevance import RULED_OUT, RelevanceBank
+from deepseek.model.experts.trace import Trace
 
 CANDIDATES = 64
 """Maximum number of modules whose gates are evaluated because their relevance tables admit them."""
-
-
-@dataclass
-class Trace:
-    """Recorded expert weights over several forward passes (see `ExpertSet.record`).
-
-    Attributes:
-        parts: (module name, layer) -> the weights `[B, T]` of each pass, on the CPU.
-    """
-
-    parts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the recorded modules, sorted."""
-        return tuple(sorted({name for name, _ in self.parts}))
-
-    def weights(self, name: str) -> Tensor:
-        """Return the weights `[B, T]` of module `name`, averaged over its layers."""
-        return torch.stack(
-            [torch.cat(parts, dim=1) for (owner, _), parts in self.parts.items() if owner == name]
-        ).mean(0)
-
-    def add(self, modules: Sequence[ExpertModule], layer_idx: int, weights_BTM: Tensor) -> None:
-        """Append the weights `[B, T, M]` of one layer in one forward pass."""
-        for module, weights_BT in zip(
-            modules, weights_BTM.detach().float().cpu().unbind(-1), strict=True
-        ):
-            self.parts.setdefault((module.name, layer_idx), []).append(weights_BT)
 
 
 @dataclass(frozen=True)
@@ -343,21 +316,38 @@ class ArmedExperts:
         """Return the weights `[B, T, M]` of the latest forward pass, averaged over layers.
 
         M is in the order of `names`. Layers that have not run are left out of the average.
+
+        Raises:
+            ConfigError: no layer with an expert has run.
         """
+        if not self._weights:
+            raise ConfigError(
+                "No layer of an armed expert has run, so there are no weights; run the model from "
+                "a layer at or below that of an armed expert."
+            )
         return attribution(self._roster, self._weights)
 
 
 def attribution(roster: Roster, weights: Mapping[int, Tensor]) -> Tensor:
     """Return the weights `[B, T, M]` of the modules of a roster, averaged over layers.
 
+    A module none of whose layers has run, as where a pass resumes above them, has weight 0.
+
     Args:
         roster: the modules.
-        weights: layer -> the weights `[B, T, M]` of its owners.
+        weights: layer -> the weights `[B, T, M]` of its owners, for one layer or more.
     """
     trace = Trace()
     for layer, weights_BTM in weights.items():
         trace.add(roster.owners[layer], layer, weights_BTM)
-    return torch.stack([trace.weights(module.name) for module in roster.modules], dim=-1)
+    zeros_BT = torch.zeros(next(iter(weights.values())).shape[:2])
+    return torch.stack(
+        [
+            trace.weights(module.name) if module.name in trace.names else zeros_BT
+            for module in roster.modules
+        ],
+        dim=-1,
+    )
 
 
 def combine(

@@ -15,7 +15,7 @@ from deepseek import checks
 from deepseek.errors import ConfigError, PackError, shown
 from deepseek.model.attached.sites import ExpertSites
 from deepseek.model.experts.adapter import AdapterModule
-from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
+from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.arming import AUTO, Arming, ArmingValue
 from deepseek.model.experts.linear_hooks import HookTable
 from deepseek.model.experts.module import ExpertModule
@@ -29,6 +29,7 @@ from deepseek.model.experts.state import (
     roster_of,
     roster_with,
 )
+from deepseek.model.experts.trace import Trace
 from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack

@@ -131,7 +131,8 @@ class RaggedExperts:
                 adapter = part.armed.strongest_adapter
                 names[start : start + part.length] = [adapter] * part.length
             modules = group.roster.modules
-            if not modules:
+            # Without weights no layer of these modules has run, as the pass resumed above them.
+            if not group.weights:
                 continue
             best = attribution(group.roster, group.weights)[0].max(dim=-1)
             for row, weight, index in zip(

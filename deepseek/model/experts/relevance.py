@@ -15,6 +15,7 @@ change its subject.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import log
 from typing import TYPE_CHECKING
 
@@ -170,11 +171,16 @@ class RelevanceBank:
             torch.tensor(offsets, device=device),
         )
 
+    @cached_property
+    def longest(self) -> int:
+        """Number of tokens in the longest table."""
+        return max(len(table_V) for table_V in self.tables if table_V is not None)
+
     def evidence(self, ids_BT: Tensor) -> Tensor:
         """Return the evidence of each token `[B, T, M]`, in nats; 0 for ids beyond the tables."""
-        size = max(len(table_V) for table_V in self.tables if table_V is not None)
-        known_BT = ids_BT < size
-        return _looked_up(self.tables, ids_BT.where(known_BT, 0)) * known_BT[..., None]
+        known_BT = ids_BT < self.longest
+        ids_BT = ids_BT.where(known_BT, 0)
+        return _looked_up(self.tables, ids_BT, self.longest) * known_BT[..., None]
 
     def document_evidence(self, ids_BT: Tensor, before_BT: Tensor) -> Tensor:
         """Return the evidence of each token of a document, `[B, T, M]`, in nats.
@@ -188,7 +194,7 @@ class RelevanceBank:
         """
         linked_BT = before_BT != NO_TOKEN
         slots_BT = pair_slots(before_BT.where(linked_BT, 0), ids_BT)
-        of_pairs_BTM = _looked_up(self.pairs, slots_BT) * linked_BT[..., None]
+        of_pairs_BTM = _looked_up(self.pairs, slots_BT, PAIR_SLOTS) * linked_BT[..., None]
         if all(pairs_S is not None for pairs_S in self.pairs):
             return of_pairs_BTM
         return of_pairs_BTM.where(self.paired_M, self.evidence(ids_BT))
@@ -269,14 +275,25 @@ class RelevanceBank:
         return self.of_document(_final_sums(found_BTM, DOCUMENT_DECAY, counted_BT))
 
 
-def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
-    """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none."""
+def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor, longest: int) -> Tensor:
+    """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none.
+
+    Args:
+        tables: the tables; None: none.
+        entries_BT: indices into the longest of them; a shorter one is 0 beyond its end.
+        longest: number of entries of the longest table.
+    """
     entries_N = entries_BT.flatten()
     values_MN = torch.zeros(len(tables), len(entries_N), device=entries_BT.device)
     for values_N, table in zip(values_MN, tables, strict=True):
-        if table is not None:
-            # Copied, not stacked: autocast in bf16 refuses to stack fp16.
+        if table is None:
+            continue
+        # Copied, not stacked: autocast in bf16 refuses to stack fp16.
+        if len(table) == longest:
             values_N.copy_(table.index_select(0, entries_N))
+        else:
+            inside_N = entries_N < len(table)
+            values_N[inside_N] = table[entries_N[inside_N]].to(values_N.dtype)
     return values_MN.T.reshape(*entries_BT.shape, len(tables))
 
 

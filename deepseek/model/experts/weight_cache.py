@@ -162,7 +162,9 @@ class WeightCache:
 
     def _free(self, nbytes: int, name: str) -> None:
         """Drop what was used least recently until there is room for so many more bytes."""
-        left = (self.limit or 0) - self.nbytes
+        if self.limit is None:
+            return
+        left = self.limit - self.nbytes
         for module, make, form in self._items():
             if left >= nbytes:
                 return

@@ -45,14 +45,15 @@ class Router(nn.Module, ABC):
         nn.init.normal_(self.weight, std=0.02)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`.
+        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`, also under autocast.
 
         Raises:
             ConfigError: x has another width or is not floating point.
         """
         checks.tensor("x", x, "real", width=self.input_dim, empty=True)
         checks.same_device(x=x, weight=self.weight)
-        return linear(x.float(), self.weight.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.float(), self.weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return softmax weights over all experts, fp32 `[..., E]`, for x `[..., D]`."""
@@ -68,24 +69,30 @@ class Router(nn.Module, ABC):
 
         Raises:
             ConfigError: x has another width or is not floating point, or `choice` is of other
-                tokens or other experts.
+                tokens or other experts, or of another number of them.
         """
         checks.tensor("x", x, "real", width=self.input_dim, empty=True)
         if choice is not None:
             self._check_choice(choice, x[..., 0].numel())
-        with torch.autocast(x.device.type, enabled=False):
-            return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
+        return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
 
     def _check_choice(self, choice: RoutingDecision, tokens: int) -> None:
         """Raise `ConfigError` unless a decision names this router's experts for these tokens."""
         checks.instance("choice", choice, RoutingDecision)
-        ids_NC = checks.tensor("choice.ids_NC", choice.ids_NC, "whole", dims=(2,), empty=True)
+        ids_NC = checks.tensor(
+            "choice.ids_NC", choice.ids_NC, "whole", dims=(2,), width=self.choice_width, empty=True
+        )
         if len(ids_NC) != tokens:
             raise ConfigError(
                 f"choice.ids_NC has {len(ids_NC)} rows; it must have one for each of the {tokens} "
                 "tokens."
             )
         checks.within("choice.ids_NC", ids_NC, 0, self.num_experts - 1, "ids of experts")
+
+    @property
+    @abstractmethod
+    def choice_width(self) -> int:
+        """Number C of experts per token in a `RoutingDecision`."""
 
     @abstractmethod
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
@@ -146,6 +153,16 @@ class DynamicRouter(Router):
                 "must satisfy 1 <= min_experts <= max_experts <= candidates for "
                 f"{num_experts} experts."
             )
+
+    @property
+    def choice_width(self) -> int:
+        return self.candidates
+
+    def _check_choice(self, choice: RoutingDecision, tokens: int) -> None:
+        super()._check_choice(choice, tokens)
+        active_N = checks.tensor("choice.active_N", choice.active_N, "whole", dims=(1,), empty=True)
+        checks.shape("choice.active_N", active_N, (tokens,), "[tokens]")
+        checks.within("choice.active_N", active_N, 1, self.max_experts, "numbers of experts")
 
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         ids_NC, logits_NC = self._candidates(logits_NE, choice)
@@ -235,6 +252,10 @@ class TopKRouter(Router):
             raise ConfigError(
                 f"top_k={top_k} must lie between 1 and the number of experts that the groups allow."
             )
+
+    @property
+    def choice_width(self) -> int:
+        return self.top_k
 
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         scores_NE = self.score(logits_NE)

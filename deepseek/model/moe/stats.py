@@ -12,7 +12,7 @@ class RoutingDecision:
 
     Attributes:
         ids_NC: the experts that the weights are normalised over, active ones first, `[N, C]`.
-        active_N: number of active experts per token; None: all.
+        active_N: number of active experts per token; None: all, as in top-k routing.
     """
 
     ids_NC: Tensor

@@ -65,6 +65,22 @@ def test_quantised_files_are_read_exactly(architecture: str, kind: Kind, tmp_pat
     assert torch.equal(logits(ours), theirs(file, exact))
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16])
+def test_matrices_keep_every_bit_and_vectors_are_rounded_to_their_dtype(
+    kind: Kind, tmp_path: Path
+) -> None:
+    model = tiny_gguf.tiny_model("llama")
+    file = tiny_gguf.write_gguf(model, tmp_path / "tiny.gguf", "llama", quantisation=kind)
+    weights = load_file(converted(file) / "model.safetensors")
+    dtype = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
+    names = {f"blk.0.{part}.weight" for part in ("attn_norm", "ffn_norm", "ffn_down")}
+    values = {name: torch.from_numpy(read_gguf(file).values(name)) for name in names}
+    stored = [weights[name] for name in weights if ".layers.0." in name]
+    for value in values.values():
+        assert value.dim() == 1 or torch.equal(value.to(dtype).float(), value.float())
+        assert any(one.shape == value.shape and torch.equal(one, value.to(dtype)) for one in stored)
+
+
 def test_weights_can_be_narrower(tmp_path: Path) -> None:
     model = tiny_gguf.tiny_model("gemma2")
     file = tiny_gguf.write_gguf(model, tmp_path / "t.gguf", "gemma2", quantisation=Kind.Q8_0)

@@ -171,6 +171,32 @@ def test_bf16_is_close() -> None:
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("function", [biased_attention, chunked_attention, reference_attention])
+@pytest.mark.parametrize("mixed", ["bf16", "autocast", "bf16 values"])
+@torch.no_grad()
+def test_scores_are_exact_in_16_bits_whatever_the_path(function: object, mixed: str) -> None:
+    """A bias of far keys is large, and rounding its sum with the scores to bf16 costs 8 times as
+    much as rounding the inputs.
+    """
+    query, key, value, table, _, scale = problem(0, 1, 2, 4, 512, 0, width=64)
+    slopes = 0.5 ** torch.arange(1.0, 9)
+    term = slopes.double()[None, :, None] * torch.arange(512).double()
+    query, key, value = (part.bfloat16() for part in (query, key, value))
+    visible = from_start(1, 512)
+    for bias in (ScoreBias(key_BHS=term), ScoreBias(table / 4, term, scale)):
+        parts = [query.double(), key.double(), value.double()]
+        expected = reference_attention(*parts, bias, visible)
+        if mixed == "autocast":
+            parts = [query.float(), key.float(), value.float()]
+        else:
+            wide = torch.float32 if mixed == "bf16 values" else torch.bfloat16
+            parts = [query.to(wide), key.to(wide), value]
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed != "bf16"):
+            found = function(*parts, bias, visible)  # type: ignore[operator]
+        assert found.dtype == parts[0].dtype
+        assert (found.double() - expected).norm() < 0.005 * expected.norm()
+
+
 MEASURE = """
 import resource, torch
 from deepseek.kernels.bias import score_bias

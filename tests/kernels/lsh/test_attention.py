@@ -376,6 +376,26 @@ def test_padding_gives_zeros_and_gets_no_gradient():
         assert not part.transpose(1, 2)[idle].any()
 
 
+@pytest.mark.usefixtures("way")
+def test_values_in_16_bits_are_those_values_in_fp32_also_under_autocast():
+    @settings(max_examples=20)
+    @given(case=problems())
+    def check(case: Problem) -> None:
+        inputs = case.inputs()
+        rounded = [part.detach().bfloat16() if n == 2 else part for n, part in enumerate(inputs)]
+        mixed = [part.detach().requires_grad_() for part in rounded]
+        wide = [part.detach().to(whole.dtype) for part, whole in zip(mixed, inputs, strict=True)]
+        expected = outcome(case.fast, [part.requires_grad_() for part in wide])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = outcome(case.fast, mixed)
+        assert found[0].dtype == torch.float32 and found[3].dtype == torch.bfloat16
+        expected[3] = expected[3].bfloat16()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+    check()
+
+
 @pytest.fixture(params=["tiles of AMX", "vectors", "tiles in torch"])
 def bf16_way(request, monkeypatch):
     """Run a test in bf16 with the compiled kernels' two kinds of products, and with torch."""

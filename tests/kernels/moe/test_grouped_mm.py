@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.kernels.moe.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
@@ -23,11 +25,16 @@ def kernels(request, monkeypatch):
 
 
 def problem(
-    tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32
+    tokens: int,
+    experts: int,
+    slots: int,
+    dtype: torch.dtype = torch.float32,
+    widths: tuple[int, int] = (D, F),
 ) -> tuple[Tensor, ...]:
     """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no
     token.
     """
+    D, F = widths
     torch.manual_seed(tokens + experts)
     x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
     gate_up = (torch.randn(experts, 2 * F, D) * 0.2).to(dtype).requires_grad_()
@@ -85,6 +92,24 @@ def test_bfloat16_gradients_are_those_of_the_reference(size):
         error, allowed = (fast.double() - slow).abs(), (reference.double() - slow).abs()
         assert error.norm() <= 1.2 * allowed.norm() + 1e-3 * slow.norm()
         assert not error.numel() or error.max() <= 2 * allowed.max() + 1e-2 * slow.abs().max()
+
+
+@pytest.mark.parametrize("way", [mix_experts, mix_experts_grouped], ids=["segments", "grouped_mm"])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from(SIZES),
+    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@example(size=(9, 32, 4), widths=(64, 20), dtype=torch.bfloat16)
+def test_experts_of_any_width_train(way, size, widths, dtype):
+    inputs = problem(*size, dtype=dtype, widths=widths)
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    exact = outcome(mix_experts_reference, wide)
+    small = 1e-5 if dtype == torch.float32 else 0.03
+    for fast, slow in zip(outcome(way, inputs), exact, strict=True):
+        assert fast.shape == slow.shape
+        assert (fast.double() - slow).norm() <= small * (1 + slow.norm())
 
 
 def test_machines_without_numba_or_mkl_compute_the_same(monkeypatch):

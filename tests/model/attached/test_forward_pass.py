@@ -105,6 +105,42 @@ def test_documents_of_a_packed_row_stand_alone(model: AttachedModel, ids: torch.
     assert torch.equal(cut.finish(), packed)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "gemma3_text"])
+def test_positions_of_one_row_are_those_of_all(family: str, ids: torch.Tensor) -> None:
+    model = attached(tiny_family(family))
+    plug_random(model)
+    assert traits_of(model).separates_documents == (family not in MIXES_DOCUMENTS)
+    one = positions(5, 8, 3)
+    packed = begin(model, ids, position_ids=one.expand(2, -1)).finish()
+    for place in (one, one[0]):
+        assert torch.equal(begin(model, ids, position_ids=place).finish(), packed)
+    for wrong in (one.expand(3, -1), one[:, 1:], one - 1, one.float()):
+        with pytest.raises(ConfigError, match="position"):
+            begin(model, ids, position_ids=wrong)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "gemma3_text"])
+def test_packed_rows_have_no_padding(family: str, ids: torch.Tensor) -> None:
+    model = attached(tiny_family(family))
+    plug_random(model)
+    place = positions(5, 8, 3).expand(2, -1)
+    packed = begin(model, ids, position_ids=place).finish()
+    mask = torch.ones_like(ids)
+    masked = begin(model, ids, position_ids=place, attention_mask=mask).finish()
+    assert torch.equal(masked, packed)
+    mask[0, :2] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": place}
+    ctx = model.expert_hooks.context(given)  # as in the model's own forward
+    assert ctx is not None and ctx.document_ids_BT is not None
+    assert ctx.document_ids_BT[:, [2, 4, 5, 12, 13]].tolist() == [[0, 0, 1, 1, 2]] * 2
+    with pytest.raises(ConfigError, match="packed documents or padding"):
+        begin(model, ids, position_ids=place, attention_mask=mask)
+    left = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = begin(model, ids, position_ids=left, attention_mask=mask).finish()
+    alone = begin(model, ids[:1, 2:]).finish()
+    assert torch.allclose(found[:1, 2:], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pass_never_goes_back(ids: torch.Tensor) -> None:
     model = attached(tiny_family("gemma3_text"))
     step = begin(model, ids)

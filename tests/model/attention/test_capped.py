@@ -70,16 +70,32 @@ def test_values_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_bfloat16_is_nearly_as_exact_as_bfloat16_can_be():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bfloat16_is_nearly_as_exact_as_bfloat16_can_be(mixed):
     torch.manual_seed(0)
     shapes = [(8, 4), (4, 4), (4, 1)]  # heads and standard deviation of queries, keys and values
     inputs = [(torch.randn(1, heads, 64, 64) * std).bfloat16() for heads, std in shapes]
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
     exact = reference(*(part.double() for part in inputs), 50.0, causal)
     rounding = (exact.bfloat16().double() - exact).norm()
-    got = capped.capped_attention(*inputs, 50.0, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        got = capped.capped_attention(*inputs, 50.0, None)
     assert got.dtype == torch.bfloat16
     assert (got.double() - exact).norm() < 2 * rounding
+
+
+def test_scores_are_as_exact_under_autocast_forward_and_backward():
+    torch.manual_seed(0)
+    inputs = [4 * torch.randn(1, heads, 64, 64) for heads in (8, 4, 4)]
+    results = []
+    for mixed in (False, True):
+        for part in inputs:
+            part.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            attended = capped.capped_attention(*inputs, 50.0, None)
+        results.append([attended, *torch.autograd.grad(attended.square().sum(), inputs)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("field", ["attn_logit_softcapping", "final_logit_softcapping"])

@@ -8,6 +8,7 @@ import torch
 from deepseek import DeepSeekModel, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.model.attention.hash import LinearHash, load_hashes, plug_hashes, save_hashes
+from deepseek.model.attention.lsh import RandomHash
 
 HEADS, GROUPS, WIDTH, BUCKETS = 4, 2, 16, 6
 
@@ -51,6 +52,15 @@ def test_the_code_of_a_key_depends_on_that_key_alone() -> None:
     others[:, :, 17] = keys[:, :, 17]
     assert torch.equal(one.key_codes(others)[:, :, 17], codes[:, :, 17])
     assert torch.equal(one.key_codes(keys[:, :, 17:18])[:, :, 0], codes[:, :, 17])
+
+
+@pytest.mark.parametrize("one", [some_hash(), RandomHash(BUCKETS, WIDTH)], ids=["fitted", "random"])
+def test_autocast_changes_no_code(one: LinearHash | RandomHash) -> None:
+    keys, queries = torch.randn(1, GROUPS, 2000, WIDTH), torch.randn(1, HEADS, 2000, WIDTH)
+    exact = one.key_codes(keys), one.query_codes(queries, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = one.key_codes(keys), one.query_codes(queries, 3)
+    assert all(map(torch.equal, exact, mixed))
 
 
 def test_probes_are_different_buckets_and_the_likeliest_come_first() -> None:

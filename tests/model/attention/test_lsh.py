@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from deepseek import DeepSeekModel, ModelConfig, sparse_attention
 from deepseek.errors import ConfigError
+from deepseek.kernels.lsh import tiles
 from deepseek.model.attention.lsh import LshAttention, RandomHash
 from deepseek.model.kv_cache import KVCache
 
@@ -49,10 +50,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def small_model(kind: str) -> DeepSeekModel:
+def small_model(kind: str, **changes: Any) -> DeepSeekModel:
     """Return a model whose biases of scores, if it has any, are about a nat."""
     torch.manual_seed(0)
-    model = DeepSeekModel(small_config(**KINDS[kind])).eval()
+    model = DeepSeekModel(small_config(**KINDS[kind], **changes)).eval()
     for name, parameter in model.named_parameters():
         if "score_bias" in name:
             parameter.data.add_(0.01 * torch.randn_like(parameter))
@@ -235,6 +236,11 @@ def test_padding_and_packing_change_nothing(kind: str) -> None:
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed[:, :35], model(ids[:, :35]).logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(packed[:, 35:], model(ids[:, 35:]).logits, atol=1e-4, rtol=0)
+    mask = torch.ones_like(ids)
+    mask[:, 30:35] = mask[:, 50:] = 0
+    padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(padded[:, :30], model(ids[:, :30]).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded[:, 35:50], model(ids[:, 35:50]).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -296,6 +302,31 @@ def test_every_weight_learns_and_checkpointing_changes_nothing(kind: str) -> Non
     model(ids, labels=ids).loss.backward()
     for name, part in model.named_parameters():
         torch.testing.assert_close(part.grad, grads[name], msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [16, 20])  # the kernels take multiples of 16
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_weight_learns_under_autocast(
+    kind: str, head_dim: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("deepseek.kernels.lsh.attention._kernels", lambda _: tiles)
+    model = small_model(kind, head_dim=head_dim).train()
+    ids = torch.randint(0, 97, (2, 40))
+    exact = model(ids, labels=ids).loss
+    exact.backward()
+    grads = {name: part.grad for name, part in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact, atol=0.05, rtol=0)
+    found, right = (
+        torch.cat([part.flatten() for part in some])
+        for some in ([part.grad for part in model.parameters()], list(grads.values()))
+    )
+    assert torch.cosine_similarity(found, right, dim=0) > 0.9
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
+from deepseek.model.passes import begin, resume
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import Metric
@@ -120,6 +121,13 @@ def test_packed_documents_equal_separate_ones(model, make_pack, ids):
     packed = logits_of(model, ids[:1], position_ids=positions)
     apart = torch.cat([logits_of(model, ids[:1, :15]), logits_of(model, ids[:1, 15:])], dim=1)
     torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
+    mask = torch.ones_like(ids[:1])
+    mask[:, [0, 1, 14, 38, 39]] = 0
+    positions = positions - 2 * (torch.arange(40) < 15)
+    padded = logits_of(model, ids[:1], position_ids=positions.clamp(min=0), attention_mask=mask)
+    for document in (slice(2, 14), slice(15, 38)):
+        alone = logits_of(model, ids[:1, document])
+        torch.testing.assert_close(padded[:, document], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_changes_no_real_token_and_hears_no_expert(model, make_pack, ids):
@@ -342,6 +350,32 @@ def test_attribution_and_record_tell_who_spoke(model, make_pack, ids):
     assert trace.names == ("a", "b")
     for m, name in enumerate(names):
         torch.testing.assert_close(trace.weights(name), weights_BTM[..., m], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("attended", [False, True])
+def test_a_resumed_pass_attributes_nothing_to_experts_below(model, make_pack, ids, layer, attended):
+    places = {"low": (0, 1), "high": (2,), "both": (0, 2)}
+    for name, layers in places.items():
+        model.experts.plug(make_pack(name, layers=layers, bias=2.0))
+    full = begin(model, ids)
+    stream_BTD = full.run_to(layer)
+    if attended:
+        stream_BTD = full.attend()
+    full.finish()
+    resumed = resume(model, stream_BTD, layer, attended=attended, input_ids=ids)
+    resumed.finish()
+    armed, experts = full.ctx.armed, resumed.ctx.armed
+    if layer > 2:
+        with pytest.raises(ConfigError, match="No layer of an armed expert has run"):
+            experts.attribution()
+        return
+    expected_BTM, weights_BTM = armed.attribution(), experts.attribution()
+    for m, name in enumerate(experts.names):
+        if min(places[name]) >= layer:
+            assert torch.equal(weights_BTM[..., m], expected_BTM[..., m])
+        else:
+            assert weights_BTM[..., m].any() == (max(places[name]) >= layer)
 
 
 def test_a_module_speaks_only_at_its_own_layers(model, make_pack, ids):

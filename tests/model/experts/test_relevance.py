@@ -113,6 +113,27 @@ def test_a_whole_document_has_the_evidence_that_its_tokens_add_up_to(
     torch.testing.assert_close(alone_BM, whole_BM, atol=1e-4, rtol=1e-5)
 
 
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    st.lists(st.none() | st.integers(1, 25), min_size=1, max_size=4).filter(any),
+    st.booleans(),
+)
+def test_tokens_beyond_a_table_are_no_evidence(
+    ids: list[int], sizes: list[int | None], pairs: bool
+) -> None:
+    modules = [
+        ExpertModule("plain", [0], 8, 4) if size is None else module_with(size, seed, pairs=pairs)
+        for seed, size in enumerate(sizes)
+    ]
+    bank = RelevanceBank.stack(modules, torch.device("cpu"))
+    assert bank is not None
+    ids_BT = torch.tensor([ids])
+    for module, found_T in zip(modules, bank.evidence(ids_BT)[0].unbind(-1), strict=True):
+        table = [] if module.relevance is None else module.relevance.table_V.tolist()
+        assert found_T.tolist() == [table[token] if token < len(table) else 0 for token in ids]
+    assert bank.whole_document(ids_BT).isfinite().all()
+
+
 def test_mixed_precision_changes_no_evidence() -> None:
     """Trainings score whole models under autocast, with tables that come from packs in fp16."""
     modules = [module_with(50, 0, pairs=True), module_with(50, 1), ExpertModule("m2", [0], 8, 4)]

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from deepseek.errors import ConfigError
 from deepseek.model.moe.router import DynamicRouter, TopKRouter
+from deepseek.model.moe.stats import RoutingDecision
 
 LOGITS = st.lists(st.integers(-40, 40), min_size=4, max_size=12, unique=True).map(
     lambda zs: [z / 7 for z in zs]
@@ -88,6 +89,15 @@ def test_public_contract():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     dispatch = router.route(x)
     assert dispatch.ids.shape == dispatch.weights.shape == (6, 5)
+
+
+@pytest.mark.parametrize("router", [DynamicRouter(8, 64), TopKRouter(8, 64, top_k=2)])
+def test_logits_and_weights_are_in_fp32_under_autocast(router):
+    x = torch.randn(20, 64)
+    exact = router.logits(x), router(x), router.route(x).weights
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = router.logits(x), router(x), router.route(x).weights
+    assert all(map(torch.equal, exact, mixed))
 
 
 def test_router_learns_even_with_one_expert_a_token():
@@ -189,3 +199,32 @@ def test_a_choice_is_kept_while_its_weights_follow_the_logits(router):
     )
     moved.weights.sum().backward()
     assert router.weight.grad is not None
+
+
+@given(
+    tokens=st.integers(0, 5),
+    width=st.integers(1, 12),
+    active=st.integers(-1, 9),
+    others=st.integers(0, 6),
+    dynamic=st.booleans(),
+)
+def test_a_choice_that_is_not_of_this_router_is_refused(tokens, width, active, others, dynamic):
+    options = {"min_experts": 1, "max_experts": 5, "candidates": 8}
+    router = DynamicRouter(12, 4, **options) if dynamic else TopKRouter(12, 4, top_k=3)
+    x = torch.randn(3, 4)
+    ids = torch.rand(tokens, 12).argsort(-1)[:, :width]
+    choice = RoutingDecision(ids, torch.full((others,), active) if dynamic else None)
+    fits = tokens == 3 and width == (8 if dynamic else 3)
+    if fits and (not dynamic or (others == 3 and 1 <= active <= 5)):
+        dispatch = router.route(x, choice)
+        assert dispatch.kept_NA.sum(-1).tolist() == [active if dynamic else 3] * 3
+    else:
+        with pytest.raises(ConfigError, match=r"^choice\..+\.$"):
+            router.route(x, choice)
+
+
+def test_a_dynamic_router_needs_the_number_of_active_experts():
+    router = DynamicRouter(12, 4)
+    choice = router.route(torch.randn(3, 4)).choice
+    with pytest.raises(ConfigError, match=r"choice\.active_N"):
+        router.route(torch.randn(3, 4), RoutingDecision(choice.ids_NC, None))

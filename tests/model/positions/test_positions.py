@@ -2,12 +2,15 @@
 is refused.
 """
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from deepseek import DeepSeekModel, DynamicPositionalEncoding, ModelConfig
@@ -94,6 +97,78 @@ def test_packed_documents_do_not_see_each_other(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    padding=st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    window=st.none() | st.just(5),
+    filler=st.sampled_from([0, 1, 99]),
+)
+@torch.no_grad()
+def test_packed_documents_with_padding_do_not_see_each_other(
+    kind: str, lengths: list[int], padding: list[int], window: int | None, filler: int
+) -> None:
+    model = small_model(kind, sliding_window=window, full_attention_layers=[1] if window else None)
+    positions, documents = [filler] * padding[0], []
+    for length, more in zip(lengths, padding[1:], strict=False):
+        documents.append(slice(len(positions), len(positions) + length))
+        positions += [*range(length), *[filler] * more]
+    ids, mask = ids_of(1, len(positions)), torch.zeros(1, len(positions), dtype=torch.long)
+    for document in documents:
+        mask[:, document] = 1
+    place = torch.tensor([positions])
+    packed = model(ids, attention_mask=mask, position_ids=place).logits
+    for document in documents:
+        alone = model(ids[:, document]).logits
+        torch.testing.assert_close(packed[:, document], alone, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cache_of_packed_documents_is_not_continued() -> None:
+    model, ids = small_model("rope"), ids_of(1, 30)
+    place = torch.cat((torch.arange(10), torch.arange(15)))[None]
+
+    def refused(cache: KVCache, first: int, **more: Any) -> None:
+        with pytest.raises(ConfigError, match="a cache of its own"):
+            model(ids[:, first:], cache=cache, **more)
+
+    packed = KVCache()
+    model(ids[:, :25], position_ids=place, cache=packed)
+    refused(packed, 25)
+    refused(copy.deepcopy(packed), 25, position_ids=torch.arange(15, 20)[None])
+    cache = KVCache()
+    model(ids[:, :10], position_ids=place[:, :10], cache=cache)
+    refused(cache, 10, position_ids=torch.arange(20)[None])  # a document begins with the new tokens
+    refused(cache, 20, position_ids=(torch.arange(10, 20) % 15)[None])  # or among them
+    whole = model(ids).logits
+    again = model(ids[:, 10:], position_ids=torch.arange(10, 30)[None], cache=cache).logits
+    torch.testing.assert_close(again, whole[:, 10:], atol=1e-5, rtol=0)
+    packed.crop(-25)
+    model(ids[:, :20], cache=packed)
+    torch.testing.assert_close(
+        model(ids[:, 20:], cache=packed).logits, whole[:, 20:], atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("filler", [0, 1])
+@torch.no_grad()
+def test_a_padded_row_is_read_in_pieces_with_positions(filler: int) -> None:
+    """As generation of `transformers` reads it, chunk by chunk."""
+    model, ids = small_model("rope"), ids_of(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    place = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+    for bounds in ([0, 5, 13, 14, 30], [0, 13, 30], [0, 20, 21, 30]):
+        cache, parts = KVCache(), []
+        for a, b in pairwise(bounds):
+            given = {"attention_mask": mask[:, :b], "position_ids": place[:, a:b]}
+            parts.append(model(ids[:, a:b], cache=cache, **given).logits)
+        found = torch.cat(parts, dim=1)
+        torch.testing.assert_close(found[:1, 13:], model(ids[:1, 13:]).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[1:], model(ids[1:]).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_beams_reorder_the_cache_and_files_keep_every_bit(kind: str, tmp_path: Path) -> None:
     model, ids = small_model(kind), ids_of(2, 10)
@@ -120,13 +195,15 @@ def test_order_matters_and_every_weight_learns(kind: str) -> None:
     assert not [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("removed", [1, 10, 30])
 @torch.no_grad()
-def test_a_cache_can_be_shortened() -> None:
-    model, ids, cache = small_model("dpe"), ids_of(1, 30), KVCache()
+def test_a_cache_can_be_shortened(kind: str, removed: int) -> None:
+    model, ids, cache = small_model(kind), ids_of(1, 30), KVCache()
     model(ids, cache=cache)
-    cache.crop(-10)
-    again = model(ids[:, 20:], cache=cache).logits
-    torch.testing.assert_close(again, model(ids).logits[:, 20:], atol=1e-5, rtol=0)
+    cache.crop(-removed)
+    again = model(ids[:, 30 - removed :], cache=cache).logits
+    torch.testing.assert_close(again, model(ids).logits[:, 30 - removed :], atol=1e-5, rtol=0)
 
 
 def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) -> None:
@@ -163,6 +240,18 @@ def test_dynamic_positions_in_bf16() -> None:
     model, ids = small_model("dpe"), ids_of(2, 40)
     expected = model(ids).logits
     found = nn.Module.to(model, torch.bfloat16)(ids).logits.float()
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["alibi", "dpe"])
+@torch.no_grad()
+def test_biases_in_bf16_around_padding_between_tokens(kind: str) -> None:
+    model, ids = small_model(kind), ids_of(2, 40)
+    mask = torch.ones_like(ids)
+    mask[:, 9:14] = 0
+    real = mask[0].bool()
+    expected = model(ids, attention_mask=mask).logits[:, real]
+    found = nn.Module.to(model, torch.bfloat16)(ids, attention_mask=mask).logits[:, real].float()
     assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 

@@ -1,0 +1,25 @@
+"""Widths of experts that torch's `grouped_mm` takes, and padding of all others to them."""
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+ALIGNMENT = 16
+"""Bytes of which the rows of `grouped_mm`'s operands must be multiples."""
+
+
+def is_aligned(*weights: Tensor) -> bool:
+    """Return whether `grouped_mm` takes weights `[E, ..., width]` as they are."""
+    return all(part.shape[-1] * part.element_size() % ALIGNMENT == 0 for part in weights)
+
+
+def aligned(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens and both projections, padded with zeros to widths that are aligned.
+
+    Args:
+        x_ND: tokens.
+        gate_up_E2FD, down_EDF: see `mix_experts`.
+    """
+    step = ALIGNMENT // gate_up_E2FD.element_size()
+    more_D, more_F = (-width % step for width in down_EDF.shape[1:])
+    gate_up = pad(gate_up_E2FD.unflatten(1, (2, -1)), (0, more_D, 0, more_F)).flatten(1, 2)
+    return pad(x_ND, (0, more_D)), gate_up, pad(down_EDF, (0, more_F, 0, more_D))
