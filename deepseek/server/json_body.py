@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -107,7 +108,9 @@ def parsed(body: bytes) -> Any:
     except UnicodeDecodeError:
         raise refused("The body is not UTF-8 text; send JSON in UTF-8.") from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -156,6 +159,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise refused(f"{name} is not JSON; send a finite number.")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise refused(f"{digits:.40} is more than a number can be; send a smaller one.")
+    return value
 
 
 def _too_deep() -> ApiError:

@@ -295,8 +295,12 @@ class Service:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`
         if one is not plugged.
         """
-        first = model.partition(SEPARATOR)[0]
-        base = first if first in self.settings.aliases else self.settings.model
+        bases = [
+            name
+            for name in (self.settings.model, *self.settings.aliases)
+            if model == name or model.startswith(name + SEPARATOR)
+        ]
+        base = max(bases, key=len, default=self.settings.model)
         plugged = {info.name for info in self.engine.experts()}
         if model == base:
             return None

@@ -3,6 +3,7 @@ the model's text.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Calling:
         Llama writes "parameters" instead of "arguments"; both are accepted.
         """
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError):
             return
         # A list, not a set: "name" in free-form JSON can be any value, also an unhashable one.
@@ -126,6 +127,14 @@ class Calling:
             if isinstance(call, dict) and call.get("name") in names:
                 arguments = call.get("arguments", call.get("parameters", {}))
                 yield {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def _finite(digits: str) -> float:
+    """Return a number, which `NaN`, `Infinity` and `1e999` are not in JSON."""
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(digits)
+    return value
 
 
 def named(tools: Sequence[Tool], wanted: Sequence[Tool]) -> tuple[Tool, ...]:

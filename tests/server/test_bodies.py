@@ -111,6 +111,7 @@ REFUSED = {
     "half of a pair": b'{"model": "\\ud800"}',
     "a key that is half of a pair": b'{"\\udfff": 1}',
     "NaN": b'{"temperature": NaN}',
+    "beyond a float": b'{"temperature": 1e999}',
     "infinity": b'{"temperature": -Infinity}',
     "many digits": b'{"seed": ' + b"9" * 5000 + b"}",
     "a key twice": b'{"model": "a", "model": "b"}',

@@ -180,7 +180,7 @@ def test_a_grammar_takes_the_prompt_as_it_is(server: Live, client: OpenAI) -> No
         ({"prompt": [5, 6], "suffix": "x"}, "suffix"),
         ({"echo": True, "suffix": "x"}, "suffix"),
         ({"suffix": 5}, "suffix"),
-        ({"suffix": "word " * 4000}, "messages"),
+        ({"suffix": "word " * 4000}, "suffix"),
     ],
 )
 def test_what_a_suffix_does_not_go_with_is_refused(

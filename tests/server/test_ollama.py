@@ -167,6 +167,8 @@ def test_a_schema_constrains_the_answer(api: ollama.Client) -> None:
 def test_an_empty_prompt_loads_the_model(api: ollama.Client) -> None:
     assert api.generate(model="tiny", prompt="").done_reason == "load"
     assert api.chat(model="tiny", messages=[]).done_reason == "load"
+    with pytest.raises(ollama.ResponseError, match="no model"):
+        api.generate(model="other", prompt="")
 
 
 def test_what_ollama_reads_as_random_or_off_is_read_so(api: ollama.Client) -> None:

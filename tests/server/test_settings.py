@@ -21,7 +21,7 @@ BODY = {"model": "gpt-4o-mini", "prompt": "the value", "max_tokens": 4, "tempera
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     settings = Settings(
         origins=frozenset({SITE}),
-        aliases=frozenset({"gpt-4o-mini"}),
+        aliases=frozenset({"gpt-4o-mini", "org/c++"}),
         api_keys=frozenset({"user"}),
         admin_keys=frozenset({"admin"}),
     )
@@ -74,6 +74,9 @@ def test_an_alias_is_the_model(open_server: Live) -> None:
             reply = http.post("/v1/completions", json={**BODY, "model": name}).json()
             assert reply["model"] == name
             texts.append(reply["choices"][0]["text"])
+        for name in ("org/c++", "org/c+++one"):
+            assert http.post("/v1/completions", json={**BODY, "model": name}).status_code == 200
+            assert http.get(f"/v1/models/{name}").json()["id"] == name
         listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
         unknown = http.post("/v1/completions", json={**BODY, "model": "gpt-4o"})
     assert texts[0] == texts[1]

@@ -38,7 +38,7 @@ async def models(service: TheService) -> dict[str, Any]:
     return {"object": "list", "data": [card(service, name) for name in names], **page}
 
 
-@router.get("/v1/models/{model}", responses=described(Model))
+@router.get("/v1/models/{model:path}", responses=described(Model))
 async def model(model: str, service: TheService) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
     service.named_experts(model)

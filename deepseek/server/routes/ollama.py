@@ -84,7 +84,8 @@ async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
 async def chat(body: OllamaChat, service: TheService) -> Response:
     """Answer a conversation, as lines of JSON or as one object."""
     if not body.messages:
-        return loading_reply(body.model, {"message": {"role": "assistant", "content": ""}})
+        message = {"role": "assistant", "content": ""}
+        return loading_reply(service, body.model, {"message": message})
     started = time.perf_counter()
     chunks = await chat_completions.answer(service, body.chat())
     return reply(AnswerLines(body.model, chunks, "message", started), chunks, body.stream)
@@ -94,7 +95,7 @@ async def chat(body: OllamaChat, service: TheService) -> Response:
 async def generate(body: OllamaGenerate, service: TheService) -> Response:
     """Continue a prompt, as lines of JSON or as one object."""
     if not body.prompt:
-        return loading_reply(body.model, {"response": ""})
+        return loading_reply(service, body.model, {"response": ""})
     started = time.perf_counter()
     chunks = (
         await completions.answer(service, body.completion(service.settings.answer_tokens))
@@ -111,8 +112,13 @@ def reply(lines: AnswerLines, chunks: Any, stream: bool | None) -> Reply:
     )
 
 
-def loading_reply(model: str, content: dict[str, Any]) -> Response:
-    """Return the reply to an empty prompt, by which clients ask for the model to be loaded."""
+def loading_reply(service: Service, model: str, content: dict[str, Any]) -> Response:
+    """Return the reply to an empty prompt, by which clients ask for the model to be loaded.
+
+    Raises:
+        ApiError: there is no such model.
+    """
+    service.named_experts(base_name(model))
     fields = {"model": model, "created_at": now(), "done": True, "done_reason": "load"}
     return JSONResponse({**fields, **content})
 
