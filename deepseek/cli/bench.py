@@ -24,10 +24,10 @@ ALIASES = {
 
 
 def measurements() -> dict[str, str]:
-    """Return name -> first line of its docstring for every benchmark in the checkout."""
+    """Return name -> first sentence of its docstring for every benchmark in the checkout."""
     sources = {file.stem: file.read_text() for file in FOLDER.glob("*.py")}
     lines = {
-        name: text.partition("\n")[0].strip('"')
+        name: " ".join(text.strip('"').partition("\n\n")[0].split()).partition(". ")[0].strip('".')
         for name, text in sources.items()
         if "def main(" in text
     }

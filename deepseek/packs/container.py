@@ -151,7 +151,10 @@ def _bad_length(prefix: bytes, length: int) -> str:
             "safetensors files"
         )
     if len(prefix) == 8 and length > MAX_HEADER:
-        return f"its header claims {length} bytes and {MAX_HEADER} are allowed"
+        return (
+            f"its header claims {length} bytes and {MAX_HEADER} are allowed, so that it is hardly a "
+            "safetensors file; give one that `deepseek expert train` wrote"
+        )
     return f"its header is cut short; {DAMAGED}"
 
 

@@ -64,15 +64,23 @@ def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
 def load_key(path: Path) -> Ed25519PrivateKey:
     """Return the private key in a PEM file.
 
+    Args:
+        path: the file, or the name of a key that `keygen` wrote to the trust folder.
+
     Raises:
         PackError: the file cannot be read, is accessible to other users, or is not an unencrypted
             Ed25519 key.
     """
+    if len(path.parts) == 1 and not path.exists():
+        path = trust_folder() / f"{path.name.removesuffix('.pem')}.pem"
     try:
         mode = path.stat().st_mode
         content = path.read_bytes()
     except OSError as error:
-        raise PackError(f"the private key {path} cannot be read ({error.strerror}).") from None
+        raise PackError(
+            f"the private key {path} cannot be read ({error.strerror}); give the path or the name "
+            "of a key that `deepseek expert keygen` wrote."
+        ) from None
     if mode & 0o077:
         raise PackError(f"the private key {path} is open to others; run chmod 600 on it.")
     try:

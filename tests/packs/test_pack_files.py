@@ -3,6 +3,7 @@ changes.
 """
 
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,17 @@ def test_signed_packs_satisfy_the_policy_of_who_trusts_the_signer(tmp_path):
         signature="trusted", trusted=frozenset({signed.manifest.signature.public_key})
     )
     assert same(read_pack(tmp_path / "p", named), signed)
+
+
+def test_a_key_has_a_path_and_a_name(tmp_path, monkeypatch):
+    private, _ = keygen("named")
+    monkeypatch.chdir(tmp_path)
+    sought = [
+        load_key(Path(place)).private_bytes_raw() for place in (private, "named", "named.pem")
+    ]
+    assert len(set(sought)) == 1
+    with pytest.raises(PackError, match="that `deepseek expert keygen` wrote"):
+        load_key(Path("nobody"))
 
 
 def test_keys_are_private_and_never_overwritten(tmp_path):

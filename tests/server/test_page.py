@@ -7,7 +7,7 @@ keyboard, screen readers, a phone's width.
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from live_server import Live
@@ -114,6 +114,59 @@ def test_awkward_markdown_takes_no_time(open_page: "Page", source: str) -> None:
         return performance.now() - start;
     }}"""
     assert imported(open_page, "markdown.js", timed) < 1000  # ms
+
+
+@pytest.mark.parametrize("level", ["> ", ">", "1. ", "- "])
+def test_an_answer_that_nests_without_end_is_shown(open_page: "Page", level: str) -> None:
+    source = json.dumps(level * 5000 + "deep")
+    made = imported(
+        open_page,
+        "markdown.js",
+        f"(() => {{ const place = document.createElement('div');"
+        f" place.append(m.render({source}, (a, b) => [{source}.slice(a, b)]));"
+        f" return place.textContent.endsWith('deep'); }})()",
+    )
+    assert made is True
+
+
+def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(page: "Page") -> None:
+    set_up(page, tokens=400)
+    page.locator("#words").fill("the expert of the model")
+    page.keyboard.press("Enter")
+    expect(page.locator("#stop")).to_be_visible()
+    page.get_by_role("button", name=re.compile("Delete the chat")).first.click()
+    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    page.reload()
+    expect(page.locator("#chat-none")).to_be_visible()
+
+
+def test_closing_the_settings_does_not_stop_an_answer(page: "Page") -> None:
+    set_up(page, tokens=200)
+    page.locator("#words").fill("the expert of the model")
+    page.keyboard.press("Enter")
+    expect(page.locator("#stop")).to_be_visible()
+    page.locator("#gear").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
+    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    assert "stopped" not in page.locator(".assistant").inner_text()
+
+
+def test_a_failure_at_the_start_is_told_and_tried_again(page: "Page") -> None:
+    failures = iter([True])
+
+    def answer(route: Any) -> None:
+        if next(failures, False):
+            route.fulfill(json={"error": "no list"})
+        else:
+            route.continue_()
+
+    page.route("**/v1/experts", answer)
+    page.reload()
+    expect(page.locator("#notice")).not_to_be_empty()
+    expect(page.locator("#notice")).to_be_empty(timeout=10_000)
+    set_up(page, tokens=4)
+    say(page, "the expert")
 
 
 def test_a_cut_answer_goes_on_and_can_be_asked_again(page: "Page") -> None:

@@ -121,6 +121,11 @@ def split(
     train = [document for document, held in zip(documents, is_held_out, strict=True) if not held]
     test = [document for document, held in zip(documents, is_held_out, strict=True) if held]
     if not train or not test:
+        if len(documents) < 2:
+            raise DataError(
+                f"{len(documents)} document cannot be divided into text to train on and text to "
+                "hold out; give two or more, such as the parts of a long one."
+            )
         purpose = "train on" if not train else "hold out"
         raise DataError(
             f"Of {len(documents)} documents none is left to {purpose}; "

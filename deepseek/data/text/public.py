@@ -42,8 +42,10 @@ def read_documents(path: Path) -> Iterator[Document]:
     """Yield the cleaned documents of a folder, a JSONL file or a Parquet file.
 
     Raises:
-        DataError: the path is another file, or holds no usable text.
+        DataError: the path does not exist, is another file, or holds no usable text.
     """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; name a folder, or a .jsonl or .parquet file.")
     if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
         raise DataError(
             f"{path} is neither a folder nor a .jsonl or .parquet file; "

@@ -340,7 +340,7 @@ def attribution(roster: Roster, weights: Mapping[int, Tensor]) -> Tensor:
     trace = Trace()
     for layer, weights_BTM in weights.items():
         trace.add(roster.owners[layer], layer, weights_BTM)
-    zeros_BT = torch.zeros(next(iter(weights.values())).shape[:2])
+    zeros_BT = torch.zeros(next(iter(weights.values())).shape[:2], device="cpu")  # as in the trace
     return torch.stack(
         [
             trace.weights(module.name) if module.name in trace.names else zeros_BT

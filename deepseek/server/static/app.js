@@ -34,12 +34,15 @@ function setUpTabs() {
   });
 }
 
-async function whoAmI() {
+/** Ask until there is an answer: the model may still be loaded. @param {() => Promise<any>} ask */
+async function patiently(ask) {
   while (true) {
     try {
-      return await json("GET", "/v1/me");
+      const told = await ask();
+      notice("");
+      return told;
     } catch (error) {
-      notice(error.message); // the model is being loaded
+      notice(error.message);
       await new Promise((wake) => setTimeout(wake, 1000));
     }
   }
@@ -47,14 +50,14 @@ async function whoAmI() {
 
 settings.setUp();
 setUpTabs();
-const me = await whoAmI();
-notice("");
+const me = await patiently(() => json("GET", "/v1/me"));
 byId("model").textContent = me.model;
 byId("model").title = me.licence;
-await experts.setUp(me);
+experts.setUp(me);
+await patiently(experts.load);
 history.setUp();
 chat.setUp();
 files.setUp();
 review.setUp();
-await teach.setUp(me);
+await teach.setUp(me).catch((error) => notice(error.message));
 byId("words").focus();

@@ -35,7 +35,11 @@ export function setUp() {
     event.preventDefault();
     if (!running && words.value.trim()) ask(words.value.trim(), "chat");
   });
-  addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
+  addEventListener("keydown", (event) => {
+    // Escape also closes the settings and the field in which a message is edited.
+    const closes = byId("settings").open || event.target.closest?.(".editor");
+    if (event.key === "Escape" && !closes) running?.abort();
+  });
   byId("stop").addEventListener("click", () => running?.abort());
   byId("fresh").addEventListener("click", () => show(store.fresh()));
   const log = byId("log");

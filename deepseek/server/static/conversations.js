@@ -32,6 +32,8 @@
  */
 
 const PREFIX = "chat:";
+/** Ids of conversations that were deleted: an answer that is still written must not bring them back. */
+const removed = new Set();
 const CURRENT = "current chat";
 
 /** @returns {Conversation} */
@@ -93,7 +95,8 @@ export const open = (conversation) => localStorage.setItem(CURRENT, conversation
  * @param {Conversation} conversation
  */
 export function keep(conversation) {
-  if (!conversation.turns.length) return remove(conversation.id);
+  if (removed.has(conversation.id)) return;
+  if (!conversation.turns.length) return forget(conversation.id);
   conversation.changed = Date.now();
   try {
     localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
@@ -105,7 +108,13 @@ export function keep(conversation) {
 }
 
 /** @param {string} id */
-export const remove = (id) => localStorage.removeItem(PREFIX + id);
+const forget = (id) => localStorage.removeItem(PREFIX + id);
+
+/** Delete a conversation for good. @param {string} id */
+export function remove(id) {
+  removed.add(id);
+  forget(id);
+}
 
 /**
  * Messages of the turns before `end`, as requests have them.

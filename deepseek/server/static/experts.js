@@ -43,7 +43,7 @@ export function choice(conversation) {
   return { ...(added.length ? { arm: ["auto", ...added] } : {}), deny: conversation.denied };
 }
 
-export async function setUp(who) {
+export function setUp(who) {
   me = who;
   if (matchMedia("(max-width: 46rem)").matches)
     for (const id of ["chats", "experts"]) byId(id).open = false;
@@ -52,10 +52,10 @@ export async function setUp(who) {
     chat.keep();
     showChoice(chat.conversation);
   });
-  await load();
 }
 
-async function load() {
+/** Ask for the experts and the models. */
+export async function load() {
   const [listed, served] = await Promise.all([
     json("GET", "/v1/experts"),
     json("GET", "/v1/models"),

@@ -14,6 +14,7 @@ export function setUp() {
   // The whole page takes files, so that a near miss does not make the browser leave for the file.
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return; // a text may go into the message
       event.preventDefault();
       document.body.classList.toggle("over", kind === "dragover");
     });

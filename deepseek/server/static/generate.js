@@ -66,7 +66,7 @@ export async function generate(conversation, turn, answer, signal, changed) {
     throw error;
   } finally {
     const made = answer.tokens.length - begun;
-    answer.rate = made > 1 ? (1000 * (made - 1)) / (last - first) : 0;
+    answer.rate = made > 1 && last > first ? (1000 * (made - 1)) / (last - first) : 0;
     if (!Object.keys(answer.counts).length) recount(answer);
     for (const name of Object.keys(answer.counts))
       if (experts.has(name)) answer.digests[name] = experts.get(name).digest;

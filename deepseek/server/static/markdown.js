@@ -19,6 +19,8 @@ const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t#]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}>[ ]?/;
 const ITEM = /^( {0,6})([-*+]|\d{1,9}[.)])[ \t]+/;
+/** Nested quotes and lists above this read as paragraphs: a model that loops writes thousands. */
+const DEEPEST = 40;
 const TABLE_LINE = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
 /**
@@ -59,8 +61,9 @@ const joined = (lines) => ({
 const startsBlock = (text) =>
   FENCE.test(text) || HEADING.test(text) || RULE.test(text) || QUOTE.test(text) || ITEM.test(text);
 
-/** @param {Located[]} lines @param {Leaf} leaf @returns {Node[]} */
-function blocks(lines, leaf) {
+/** @param {Located[]} lines @param {Leaf} leaf @param {number} [depth] levels around it @returns {Node[]} */
+function blocks(lines, leaf, depth = 0) {
+  if (depth > DEEPEST) return [element("p", {}, ...inline(joined(lines), leaf))];
   const made = [];
   for (let place = 0; place < lines.length;) {
     const { text } = lines[place];
@@ -73,7 +76,7 @@ function blocks(lines, leaf) {
       (text.includes("|") && TABLE_LINE.test(lines[place + 1]?.text ?? "")
         ? { read: table }
         : { read: paragraph });
-    const { node, next } = reader.read(lines, place, leaf);
+    const { node, next } = reader.read(lines, place, leaf, depth);
     made.push(node);
     place = next;
   }
@@ -129,17 +132,17 @@ function heading(lines, place, leaf) {
   };
 }
 
-function quote(lines, place, leaf) {
+function quote(lines, place, leaf, depth) {
   let end = place;
   const inner = [];
   while (end < lines.length && QUOTE.test(lines[end].text)) {
     inner.push(part(lines[end], lines[end].text.match(QUOTE)[0].length));
     end += 1;
   }
-  return { node: element("blockquote", {}, ...blocks(inner, leaf)), next: end };
+  return { node: element("blockquote", {}, ...blocks(inner, leaf, depth + 1)), next: end };
 }
 
-function list(lines, place, leaf) {
+function list(lines, place, leaf, depth) {
   const [, indent, mark] = lines[place].text.match(ITEM);
   const numbered = /\d/.test(mark);
   const made = element(numbered ? "ol" : "ul");
@@ -149,7 +152,7 @@ function list(lines, place, leaf) {
     const found = lines[next].text.match(ITEM);
     if (!found || found[1].length < indent.length || /\d/.test(found[2]) !== numbered) break;
     const item = listItem(lines, next, found[0].length);
-    made.append(element("li", {}, ...tight(blocks(item.lines, leaf))));
+    made.append(element("li", {}, ...tight(blocks(item.lines, leaf, depth + 1))));
     next = item.next;
   }
   return { node: made, next };

@@ -22,7 +22,7 @@ export function setUp() {
     byId(`answer-${number}`).addEventListener("click", () => choose(number));
   addEventListener("keydown", (event) => {
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
-    if (typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden)
+    if (event.repeat || typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden)
       return;
     if (event.key === "1" || event.key === "2") choose(Number(event.key) - 1);
     if (event.key === "s") next();
@@ -72,17 +72,21 @@ function show(given) {
 }
 
 async function choose(number) {
+  const chosen = pair;
+  if (!chosen) return; // it is being stored
+  pair = null;
   try {
-    if (pair.id === null) {
+    if (chosen.id === null) {
       await json("POST", "/v1/preferences", {
-        prompt: pair.prompt,
-        chosen: pair.answers[number],
-        rejected: pair.answers[1 - number],
+        prompt: chosen.prompt,
+        chosen: chosen.answers[number],
+        rejected: chosen.answers[1 - number],
       });
-    } else await json("POST", `/v1/preferences/${pair.id}`, { choice: number });
+    } else await json("POST", `/v1/preferences/${chosen.id}`, { choice: number });
     notice("");
     await next();
   } catch (error) {
+    pair = chosen;
     notice(error.message);
   }
 }

@@ -8,6 +8,7 @@ import { minutes, show } from "/static/lesson.js";
 
 const IN_THE_PAGE = ["name", "kind", "path", "minutes", "layers"]; // arguments with a place of their own in the form
 // Seconds before and after training, at least and at most, on a processor.
+const AGAIN = 2000; // milliseconds before a stream that broke is opened again
 const AROUND = { "last:3": [60, 180], all: [120, 600] };
 
 export async function setUp(me) {
@@ -33,7 +34,7 @@ export async function setUp(me) {
   estimate();
   const lesson = await json("GET", "/v1/teach");
   if (lesson.state === "running")
-    follow(); // begun before the page was opened
+    follow().catch((error) => notice(error.message)); // begun before the page was opened
   else if (lesson.state !== "none") show(lesson);
 }
 
@@ -111,8 +112,20 @@ async function start(event) {
   }
 }
 
+/** Show a lesson until it ends; a stream that breaks is opened again. */
 async function follow() {
   byId("lesson-state").scrollIntoView({ block: "nearest" });
-  for await (const lesson of events("GET", "/v1/teach/events")) show(lesson);
+  for (let state = "running"; state === "running";) {
+    try {
+      for await (const lesson of events("GET", "/v1/teach/events")) {
+        state = lesson.state;
+        show(lesson);
+      }
+      notice("");
+    } catch (error) {
+      notice(`The lesson is not heard of (${error.message}); trying again.`);
+    }
+    if (state === "running") await new Promise((wake) => setTimeout(wake, AGAIN));
+  }
   await refresh();
 }

@@ -86,7 +86,7 @@ def without_reserved(rows_RT: Tensor, tokenizer: PreTrainedTokenizerFast) -> Ten
         for conversation in reserved[::PAIR_STRIDE]
     ]
     kept = [not any(row[: len(begun)] == begun for begun in openings) for row in rows_RT.tolist()]
-    return rows_RT[torch.tensor(kept, dtype=torch.bool)]
+    return rows_RT[torch.tensor(kept, dtype=torch.bool, device=rows_RT.device)]
 
 
 def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:

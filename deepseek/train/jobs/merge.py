@@ -143,13 +143,16 @@ def merge_experts(
         The pack, and the held-out losses.
 
     Raises:
-        ConfigError: the name is taken or no name, or the width is more than that of both together.
+        ConfigError: the name is taken or no name, both experts are the same, or the width is more
+            than that of both together.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
     """
     path = experts_folder() / f"{_checked_name(out)}{SUFFIX}"
     if path.exists():
         raise ConfigError(f"There is an expert {out} already; choose another name.")
+    if first == second:
+        raise ConfigError(f"Both experts are {first}; name two different ones.")
     request = TrainedExpert.find(first).request
     device = choose_device(request.device)
     folder = resolve(request.base)

@@ -63,15 +63,9 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
 def trained_prefixes(model: "DeepSeekModel", first: int) -> tuple[str, ...]:
     """Return the name prefixes of the parameters that belong to layers from `first` on.
 
-    Raises:
-        ConfigError: layer `first` shares experts with layers below it.
+    Experts that a layer below shares are not among them.
     """
     layers = [f"layers.{index}." for index in range(first, len(model.layers))]
-    sharing = model.config.expert_sharing if len(model.expert_pools) else 1
-    if first % sharing:
-        raise ConfigError(
-            f"Layer {first} shares its experts with layers below it, which stay frozen; "
-            f"begin at a multiple of {sharing} or take all layers."
-        )
-    pools = [f"expert_pools.{index}." for index in range(first // sharing, len(model.expert_pools))]
+    lowest = -(-first // model.config.expert_sharing)
+    pools = [f"expert_pools.{index}." for index in range(lowest, len(model.expert_pools))]
     return (*layers, *pools, "norm.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from deepseek.checkpoint.store import home, read_object
 from deepseek.errors import CheckpointError, DataError
+from deepseek.packs.library import installed
 from deepseek.registry import nearest
 
 
@@ -28,6 +29,11 @@ def find_run(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     runs = all_runs()
+    if name not in runs and name in installed():
+        raise DataError(
+            f"The expert {name} has no run folder, as it was merged or imported, or its run was "
+            "deleted; name one that was trained here."
+        )
     if name not in runs:
         raise DataError(
             f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."

@@ -64,6 +64,7 @@ class Policy:
         self.value_head = nn.Linear(model.config.hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        check_sharing(model, self.first)
         trained = trained_prefixes(model, self.first)
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
@@ -156,3 +157,13 @@ def below(
     """
     with autocast(model, cached=False):
         return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
+
+
+def check_sharing(model: DeepSeekModel, first: int) -> None:
+    """Raise `ConfigError` if layer `first` shares experts with layers below it."""
+    sharing = model.config.expert_sharing if len(model.expert_pools) else 1
+    if first % sharing:
+        raise ConfigError(
+            f"Layer {first} shares its experts with layers below it, which stay frozen; "
+            f"begin at a multiple of {sharing} or take all layers."
+        )

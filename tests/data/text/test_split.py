@@ -64,7 +64,7 @@ def test_the_share_by_time_is_the_one_asked_for() -> None:
 @pytest.mark.parametrize(
     ("whole", "share", "by", "cause"),
     [
-        (documents(["a"]), 0.1, "file", "Of 1 documents"),
+        (documents(["a"]), 0.1, "file", "1 document cannot"),
         (documents(["a", "b"]), 0.0, "file", "between 0 and 1"),
         (documents(["a", "b"]), 1.0, "file", "between 0 and 1"),
         (

@@ -120,6 +120,14 @@ def test_what_cannot_be_merged_is_said(trained: Path) -> None:
         merge_experts("greek", "stars", "wide", width=49)
     with pytest.raises(DataError, match="no run"):
         merge_experts("greek", "moons", "other")
+    with pytest.raises(ConfigError, match="Both experts are greek"):
+        merge_experts("greek", "greek", "other")
+    copied = shutil.copy(
+        experts_folder() / "greek.safetensors", experts_folder() / "lone.safetensors"
+    )
+    with pytest.raises(DataError, match="The expert lone has no run folder"):
+        merge_experts("greek", "lone", "other")
+    Path(copied).unlink()
     corpus = home() / "runs" / "stars" / "corpus"
     away = corpus.rename(corpus.with_name("away"))
     try:
