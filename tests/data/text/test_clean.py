@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -86,6 +87,10 @@ def test_a_private_key_in_a_diff_and_across_messages() -> None:
     assert report.changes == {"private-key redacted": 1}
 
 
+def as_documents(texts: list[str]) -> list[Document]:
+    return [Document(text, f"{number}") for number, text in enumerate(texts)]
+
+
 def words(count: int, seed: int) -> str:
     draw = random.Random(seed)
     return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
@@ -98,7 +103,8 @@ def test_no_document_below_the_threshold_is_dropped(length: int, seed: int, chan
     tokens[: int(changed * length)] = words(int(changed * length), seed + 100).split()
     right = " ".join(tokens)
     similarity = jaccard(shingle_hashes(left), shingle_hashes(right))
-    assert near_duplicates([left, right]) <= ({1} if similarity >= THRESHOLD else set())
+    dropped = near_duplicates(as_documents([left, right]))
+    assert dropped <= ({1} if similarity >= THRESHOLD else set())
 
 
 def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
@@ -106,9 +112,43 @@ def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
     for seed in range(100):
         original = words(300, seed)
         texts += [original, original.replace(" w1", " W1", 1) + " the end", words(300, seed + 500)]
-    dropped = near_duplicates(texts)
+    dropped = near_duplicates(as_documents(texts))
     assert dropped <= set(range(1, 300, 3))
     assert len(dropped) >= 99  # a sketch may miss a pair now and then, near the threshold
+
+
+@given(st.integers(0, 500), st.lists(st.integers(0, 99), min_size=2, max_size=5, unique=True))
+def test_a_shared_system_prompt_makes_no_duplicates(length: int, seeds: list[int]) -> None:
+    system = {"role": "system", "content": words(length, 1000)}
+    chats = [
+        [
+            system,
+            {"role": "user", "content": words(10, seed)},
+            {"role": "assistant", "content": words(10, seed + 100)},
+        ]
+        for seed in seeds
+    ]
+    documents = [
+        conversation(chat, "d", f"{seed}") for seed, chat in zip(seeds, chats, strict=True)
+    ]
+    assert clean(documents)[0] == documents
+    edited = [{**system, "content": f"Today is Monday. {system['content']}"}, *chats[0][1:]]
+    assert near_duplicates([*documents, conversation(edited, "d", "copy")]) == {len(documents)}
+
+
+def test_conversations_without_turns_are_compared_whole() -> None:
+    prompts = [{"role": "system", "content": words(50, seed)} for seed in range(3)]
+    documents = [conversation([prompt], "d", "d") for prompt in prompts]
+    assert clean(documents)[0] == documents
+
+
+@pytest.mark.parametrize("kind", ["code", "commit"])
+def test_code_that_differs_in_operators_is_no_duplicate(kind: Literal["code", "commit"]) -> None:
+    sums = Document("x = a + b\ny = c + d\nz = e + f\nw = g + h\n", "a", kind)
+    mixed = Document("x = a - b\ny = c * d\nz = e / f\nw = g % h\n", "b", kind)
+    assert clean([sums, mixed])[0] == [sums, mixed]
+    spaced = Document(sums.text.replace("\n", "\n\n"), "c", kind)
+    assert clean([sums, spaced])[1].changes == {"near duplicates": 1}
 
 
 def test_counts_add_up_and_order_stays() -> None:
