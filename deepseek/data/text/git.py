@@ -147,8 +147,8 @@ def read_git(
     """Yield the files at a commit (named `repo/path`), then the commits up to it (named `repo@id`),
     newest first.
 
-    A file's time is that of the commit that added it. Merges are skipped, since their changes are
-    in the merged commits.
+    A file's time is that of the commit that added it; 0 if a shallow clone lacks that commit.
+    Merges are skipped, since their changes are in the merged commits.
 
     Args:
         path: the repository, or a folder in it.
@@ -270,11 +270,21 @@ def walk_history(
     first_seen: dict[str, int] = {}
     for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
         commits.append(each)
+        if is_shallow_boundary(each):  # when its files were added is unknown
+            continue
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":
                 # Older commits come later in the walk and overwrite newer ones.
                 first_seen[delta.new_file.path] = each.commit_time
     return commits, first_seen
+
+
+def is_shallow_boundary(commit: pygit2.Commit) -> bool:
+    """Return whether a shallow clone ends at a commit: it has parents, but not in the clone.
+
+    libgit2 shows it as a commit without parents, which would have added every file.
+    """
+    return not commit.parents and b"\nparent " in commit.read_raw().partition(b"\n\n")[0]
 
 
 def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
@@ -298,7 +308,7 @@ def tree_documents(
         repository: the repository.
         commit: the commit whose tree is read.
         name: name of the repository, the first part of all document names.
-        first_seen: path -> time at which it was added, in seconds since 1970.
+        first_seen: path -> time at which it was added, in seconds since 1970; default: 0.
         skipped: counter by reason.
     """
     for path, blob in tree_files(repository, commit.tree):
@@ -306,7 +316,7 @@ def tree_documents(
         if reason:
             skipped[reason] += 1
             continue
-        time = first_seen.get(path, commit.commit_time)
+        time = first_seen.get(path, 0)
         document = file_document(blob.data, path, file_name(name, path), time, skipped)
         if document:
             yield document
@@ -335,8 +345,8 @@ def commit_documents(
 
 def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Document | None:
     """Return message and diff of a commit, or None after counting why it is skipped."""
-    if len(commit.parents) > 1:
-        skipped["merge"] += 1
+    if is_shallow_boundary(commit) or len(commit.parents) > 1:
+        skipped["merge" if commit.parents else "shallow boundary"] += 1
         return None
     changes = diff_text(diff_to_parent(commit))
     if changes is None:

@@ -110,6 +110,39 @@ def test_merges_binary_changes_and_huge_commits_are_left_out(
     assert skipped == {"commit without text": 1, "large commit": 1, "merge": 1}
 
 
+def make_shallow(repository: Path, *boundary: str) -> None:
+    """End the history at commits, as `git clone --depth` does."""
+    (repository / ".git" / "shallow").write_text("".join(f"{commit}\n" for commit in boundary))
+
+
+def test_a_shallow_clone_adds_no_files_where_it_ends(repository: Path, commit: Commit) -> None:
+    commit({"a.py": "a = 1\n"}, "one", 100)
+    boundary = commit({"b.py": "b = 1\n"}, "two", 200)
+    commit({"a.py": "a = 3\n", "c.py": "c = 1\n"}, "three", 300)
+    complete = by_name(list(read_git(repository)))
+    make_shallow(repository, boundary)
+    skipped = Skipped()
+    shallow = by_name(list(read_git(repository, skipped=skipped)))
+    assert skipped == {"shallow boundary": 1}
+    assert {n: d.time for n, d in shallow.items() if d.kind == "code"} == {
+        "engine/a.py": 0,
+        "engine/b.py": 0,
+        "engine/c.py": 300,
+    }
+    assert [d for d in shallow.values() if d.kind == "commit"] == [
+        d for d in complete.values() if d.kind == "commit" and d.time == 300
+    ]
+    past, future = read_git_by_time(repository, 0.5)
+    assert [document.name for document in past] == ["engine/a.py", "engine/b.py"]
+    assert [document.time for document in future] == [300, 300]
+
+
+def test_a_first_commit_is_no_shallow_boundary(repository: Path, commit: Commit) -> None:
+    first = commit({"a.py": "a = 1\n"}, "one\n\nparent of all", 100)
+    make_shallow(repository, first)
+    assert [document.time for document in read_git(repository)] == [100, 100]
+
+
 def test_links_are_not_followed(repository: Path, commit: Commit) -> None:
     (repository / "real.py").write_text("x = 1\n")
     (repository / "link.py").symlink_to("/etc/passwd")
