@@ -32,10 +32,15 @@ long texts stay cheap.
 """
 
 WORD = re.compile(r"\w+")
+CODE_WORD = re.compile(r"\w+|[^\w\s]")
+"""A word or a sign of code, where an operator is all that tells `a + b` from `a - b`."""
+
+CODE_SHINGLE = 10
+"""Words and signs per shingle of code: about five words, as code has about one sign per word."""
 
 
-def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[int]:
-    """Return the indices of texts that are near duplicates of an earlier, retained text.
+def near_duplicates(documents: Sequence[Document], progress: Progress = silent) -> set[int]:
+    """Return the indices of documents that are near duplicates of an earlier, retained one.
 
     Candidates come from MinHash LSH (Broder 1997) and are verified by exact Jaccard similarity.
     """
@@ -43,8 +48,8 @@ def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[in
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
     retained: dict[int, NDArray[np.uint32]] = {}
     dropped: set[int] = set()
-    for number, text in enumerate(texts):
-        shingles = shingle_hashes(text)
+    for number, document in enumerate(documents):
+        shingles = document_shingles(document)
         sketch = prototype.copy()
         sketch.update_batch(shingles[:MAX_SHINGLES].tolist())
         if any(jaccard(shingles, retained[other]) >= THRESHOLD for other in index.query(sketch)):
@@ -53,21 +58,46 @@ def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[in
             index.insert(number, sketch)
             retained[number] = shingles
         if number % 100 == 99:
-            progress(number + 1, len(texts), "compare")
+            progress(number + 1, len(documents), "compare")
     return dropped
 
 
-def shingle_hashes(text: str) -> NDArray[np.uint32]:
-    """Return the sorted distinct 32-bit hashes of all runs of `SHINGLE` words."""
+def document_shingles(document: Document) -> NDArray[np.uint32]:
+    """Return the shingles by which near duplicates of a document are found.
+
+    Those of a conversation come from its turns, since many conversations share a system prompt.
+    """
+    if document.kind in ("code", "commit"):
+        return shingle_hashes(document.text, CODE_WORD, CODE_SHINGLE)
+    if document.kind != "messages":
+        return shingle_hashes(document.text)
+    turns = [
+        message["content"]
+        for message in document.messages()
+        if message["role"] in ("user", "assistant")
+    ]
+    return shingle_hashes("\n".join(turns) or document.text)
+
+
+def shingle_hashes(
+    text: str, word: re.Pattern[str] = WORD, length: int = SHINGLE
+) -> NDArray[np.uint32]:
+    """Return the sorted distinct 32-bit hashes of all runs of words.
+
+    Args:
+        text: the text.
+        word: pattern of a word; default: letters and digits.
+        length: words per run; default: `SHINGLE`.
+    """
     words = np.array(
-        [zlib.crc32(word.encode("utf-8", "replace")) for word in WORD.findall(text)],
+        [zlib.crc32(found.encode("utf-8", "replace")) for found in word.findall(text)],
         dtype=np.uint32,
     )
-    if len(words) < SHINGLE:
+    if len(words) < length:
         return np.array([zlib.crc32(text.encode("utf-8", "replace"))], dtype=np.uint32)
-    count = len(words) - SHINGLE + 1
+    count = len(words) - length + 1
     hashes = np.zeros(count, dtype=np.uint32)
-    for place in range(SHINGLE):  # polynomial rolling hash; the products wrap on purpose
+    for place in range(length):  # polynomial rolling hash; the products wrap on purpose
         hashes = hashes * np.uint32(0x9E3779B1) + words[place : place + count]
         hashes ^= hashes >> np.uint32(15)
     return np.unique(hashes)
@@ -137,7 +167,7 @@ def clean(
             continue
         seen.add(key)
         distinct.append(document)
-    drop = near_duplicates([document.text for document in distinct], progress)
+    drop = near_duplicates(distinct, progress)
     result = [document for index, document in enumerate(distinct) if index not in drop]
     report.changes.update({"near duplicates": len(drop)} if drop else {})
     report.changes.update({f"skipped as {reason}": count for reason, count in skipped.items()})

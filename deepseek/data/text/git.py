@@ -3,6 +3,7 @@
 import os
 import re
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -109,6 +110,16 @@ def repository_name(repository: pygit2.Repository) -> str:
     return unicode_only(folder.name.removesuffix(".git"))
 
 
+def file_name(name: str, path: str) -> str:
+    """Return the name of a file's document in the repository `name`."""
+    return unicode_only(f"{name}/{path}")
+
+
+def commit_name(name: str, commit: pygit2.Commit) -> str:
+    """Return the name of a commit's document in the repository `name`."""
+    return f"{name}@{str(commit.id)[:12]}"
+
+
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
     """Return the commit of a revision (branch, tag, `HEAD~3`, id); raise `DataError` if there is
     none.
@@ -136,8 +147,8 @@ def read_git(
     """Yield the files at a commit (named `repo/path`), then the commits up to it (named `repo@id`),
     newest first.
 
-    A file's time is that of the commit that added it. Merges are skipped, since their changes are
-    in the merged commits.
+    A file's time is that of the commit that added it; 0 if a shallow clone lacks that commit.
+    Merges are skipped, since their changes are in the merged commits.
 
     Args:
         path: the repository, or a folder in it.
@@ -179,7 +190,8 @@ def read_git_by_time(
     """Return (past, future): the repository before its last commits, and what these commits added.
 
     The past holds the files at the cut and the commits up to it, so nothing later leaks into it.
-    The future holds the commits after the cut and the files that they added, as of `revision`.
+    The future holds all other commits and the files that they added, as of `revision`. The cut lies
+    on the line of first parents; times, which may be wrong or equal, play no part.
 
     Args:
         path: the repository, or a folder in it.
@@ -193,26 +205,53 @@ def read_git_by_time(
     repository = open_repository(path)
     commit = find_commit(repository, revision)
     with damage_explained(path):
-        commits, _ = walk_history(repository, commit)
-    if len(commits) < 2 or not 0 < held_out < 1:
-        raise DataError(
-            f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; "
-            "split by file."
-        )
-    cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
+        name = repository_name(repository)
+        total = count_commits(repository, commit)
+        if total < 2 or not 0 < held_out < 1:
+            raise DataError(
+                f"{path} has {total} commits, of which {held_out} cannot be held out; "
+                "split by file."
+            )
+        cut = find_cut(repository, commit, total - round(total * held_out))
+        before, added = walk_history(repository, cut)
+        paths = chain(added, (path for path, _ in tree_files(repository, cut.tree)))
+        known = {commit_name(name, each) for each in before}
+        known.update(file_name(name, each) for each in paths)
     past = list(read_git(path, str(cut.id), skipped=skipped))
-    known = {document.name for document in past}
-    later = read_git(path, revision)
-    future = [
-        document
-        for document in later
-        if document.time > cut.commit_time and document.name not in known
-    ]
+    future = [document for document in read_git(path, revision) if document.name not in known]
     return past, list(
         not_empty(
             future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share."
         )
     )
+
+
+def count_commits(repository: pygit2.Repository, commit: pygit2.Commit) -> int:
+    """Return the number of commits up to `commit`."""
+    return sum(1 for _ in repository.walk(commit.id))
+
+
+def find_cut(repository: pygit2.Repository, commit: pygit2.Commit, past: int) -> pygit2.Commit:
+    """Return an ancestor on the first-parent line of `commit` up to which there are about `past`
+    commits.
+
+    A commit of a side branch is no cut: what the main line had then is not reachable from it.
+
+    Args:
+        repository: the repository.
+        commit: the newest commit; it has a parent.
+        past: number of commits up to the cut.
+    """
+    line = []
+    while commit.parents:
+        commit = commit.parents[0]
+        line.append(commit)
+
+    def missing(cut: pygit2.Commit) -> int:
+        return past - count_commits(repository, cut)
+
+    place = bisect_left(line, 0, hi=len(line) - 1, key=missing)
+    return min(line[place], line[max(0, place - 1)], key=lambda cut: abs(missing(cut)))
 
 
 def explained(documents: Iterable[Document], path: str | Path) -> Iterator[Document]:
@@ -231,11 +270,21 @@ def walk_history(
     first_seen: dict[str, int] = {}
     for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
         commits.append(each)
+        if is_shallow_boundary(each):  # when its files were added is unknown
+            continue
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":
                 # Older commits come later in the walk and overwrite newer ones.
                 first_seen[delta.new_file.path] = each.commit_time
     return commits, first_seen
+
+
+def is_shallow_boundary(commit: pygit2.Commit) -> bool:
+    """Return whether a shallow clone ends at a commit: it has parents, but not in the clone.
+
+    libgit2 shows it as a commit without parents, which would have added every file.
+    """
+    return not commit.parents and b"\nparent " in commit.read_raw().partition(b"\n\n")[0]
 
 
 def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
@@ -259,7 +308,7 @@ def tree_documents(
         repository: the repository.
         commit: the commit whose tree is read.
         name: name of the repository, the first part of all document names.
-        first_seen: path -> time at which it was added, in seconds since 1970.
+        first_seen: path -> time at which it was added, in seconds since 1970; default: 0.
         skipped: counter by reason.
     """
     for path, blob in tree_files(repository, commit.tree):
@@ -267,9 +316,8 @@ def tree_documents(
         if reason:
             skipped[reason] += 1
             continue
-        time = first_seen.get(path, commit.commit_time)
-        full_name = unicode_only(f"{name}/{path}")
-        document = file_document(blob.data, path, full_name, time, skipped)
+        time = first_seen.get(path, 0)
+        document = file_document(blob.data, path, file_name(name, path), time, skipped)
         if document:
             yield document
 
@@ -297,8 +345,8 @@ def commit_documents(
 
 def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Document | None:
     """Return message and diff of a commit, or None after counting why it is skipped."""
-    if len(commit.parents) > 1:
-        skipped["merge"] += 1
+    if is_shallow_boundary(commit) or len(commit.parents) > 1:
+        skipped["merge" if commit.parents else "shallow boundary"] += 1
         return None
     changes = diff_text(diff_to_parent(commit))
     if changes is None:
@@ -310,7 +358,7 @@ def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Docum
     # Not `commit.message`, which takes the name of an encoding from the commit.
     message = commit.raw_message.decode("utf-8", "replace").strip()
     text = f"{message}\n\n{changes}"
-    return Document(text, f"{name}@{str(commit.id)[:12]}", "commit", commit.commit_time)
+    return Document(text, commit_name(name, commit), "commit", commit.commit_time)
 
 
 def diff_text(diff: pygit2.Diff) -> str | None:

@@ -16,6 +16,9 @@ SMALLEST_PART = 0.25
 in two.
 """
 
+LONGEST_WORD = 40
+"""Most characters of a word that is kept whole where this leaves less than the smallest part."""
+
 
 def halve(
     documents: Sequence[Document], by: Rule = "file", seed: int = 0
@@ -78,8 +81,13 @@ def cut_text(document: Document) -> tuple[str, str]:
         cut = min(cuts, key=lambda cut: abs(2 * cut - len(messages)))
         return json.dumps(messages[:cut]), json.dumps(messages[cut:])
     middle = len(text) // 2
-    cut = text.rfind("\n", 0, middle) + 1 or text.rfind(" ", 0, middle) + 1 or middle
-    return text[:cut], text[cut:]
+    quarter = int(SMALLEST_PART * len(text))
+    word = max(0, middle - LONGEST_WORD)
+    for end, start in (("\n", quarter), (" ", quarter), ("\n", word), (" ", word)):
+        cut = text.rfind(end, start, middle) + 1
+        if cut:
+            return text[:cut], text[cut:]
+    return text[:middle], text[middle:]
 
 
 def _are_dialogues(messages: list[Any], cut: int) -> bool:

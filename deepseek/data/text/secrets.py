@@ -33,11 +33,17 @@ class Rule:
     group: int = 0
 
 
+TAIL = "[A-Za-z0-9_-]*"
+"""What is left of a token that is longer than its published pattern."""
+
 DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 
 
 def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
     """Return the rules of a detect-secrets plugin.
+
+    Services lengthen their tokens without notice, so a pattern without a group takes the whole
+    token, where detect-secrets needs only to find it.
 
     Args:
         kind: name in the placeholder.
@@ -45,11 +51,26 @@ def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[R
         secret_type: detect-secrets' name of the plugin.
         group: group that holds the secret, if a pattern has it; default: 0.
     """
-    patterns = DETECTORS[secret_type]().denylist
-    return [
-        Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups))
-        for pattern in patterns
-    ]
+    rules = []
+    for pattern in DETECTORS[secret_type]().denylist:
+        own_group = min(group, pattern.groups)
+        # The look-ahead at the end of some patterns is false within a longer token.
+        longer = pattern.pattern.removesuffix(r"(?!\w)") + TAIL
+        whole = pattern if own_group else re.compile(longer, pattern.flags)
+        rules.append(Rule(kind, tuple(hints.split()), whole, own_group))
+    return rules
+
+
+def own(kind: str, hints: str, pattern: str, group: int = 0) -> Rule:
+    """Return a rule of ours; letters are those of ASCII, as text without spaces may stand around.
+
+    Args:
+        kind: name in the placeholder.
+        hints: hints separated by spaces, see `Rule`.
+        pattern: the regular expression.
+        group: group of the pattern that holds the secret; default: 0, the whole match.
+    """
+    return Rule(kind, tuple(hints.split()), re.compile(pattern, re.ASCII), group)
 
 
 PRIVATE_KEY = re.compile(
@@ -64,20 +85,34 @@ ASSIGNED = re.compile(
 format strings do not match.
 """
 
+AWS_UNQUOTED = r"(?i)aws_secret_access_key[\"']?\s*[=:]\s*([a-z0-9/+]{40})(?![a-z0-9/+=])"
+"""Without quotes, as in `~/.aws/credentials`; with quotes it is a published pattern."""
+
+JWT = r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
+"""Header, payload and signature. The first two are JSON objects in base64, so they begin with
+`eyJ`, which alone occurs in names such as `keyJson.getString`.
+"""
+
+ADDRESS = re.compile(
+    r"://[^:/?#\[\]@!$&'()*+,;=\s]+:(?!\{+[^{}@]*\}+@|%s@)([^:/?#\[\]@!$&'()*+,;=\s]+)@"
+)
+"""The password in an address, which is no placeholder of a format string."""
+
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 
 RULES = (
     Rule("private-key", ("PRIVATE KEY",), PRIVATE_KEY),
     *published("aws-key", "AKIA ASIA ABIA ACCA A3T aws AWS Aws", "AWS Access Key", group=1),
+    own("aws-key", "aws_secret AWS_SECRET", AWS_UNQUOTED, 1),
     *published("azure-key", "AccountKey=", "Azure Storage Account access key"),
     *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),
-    Rule("github-token", ("github_pat_",), re.compile(r"github_pat_\w{22,}")),
+    own("github-token", "github_pat_", r"github_pat_\w{22,}"),
     *published("gitlab-token", GITLAB_PREFIXES, "GitLab Token"),
-    Rule("google-key", ("AIza", "ya29."), re.compile(r"\bAIza[\w-]{35}\b|\bya29\.[\w-]{20,}")),
-    Rule("anthropic-key", ("sk-ant-",), re.compile(r"\bsk-ant-[\w-]{20,}")),
+    own("google-key", "AIza ya29.", r"\bAIza[\w-]{35,}|\bya29\.[\w-]{20,}"),
+    own("anthropic-key", "sk-ant-", r"\bsk-ant-[\w-]{20,}"),
+    own("openai-key", "sk-", r"\bsk-(?:proj|svcacct|admin)-[\w-]{20,}"),
     *published("openai-key", "T3BlbkFJ", "OpenAI Token"),
-    Rule("openai-key", ("sk-proj-",), re.compile(r"\bsk-proj-[\w-]{20,}")),
-    Rule("huggingface-token", ("hf_",), re.compile(r"\bhf_[A-Za-z0-9]{34,}\b")),
+    own("huggingface-token", "hf_", r"\bhf_[A-Za-z0-9]{34,}"),
     *published("slack-token", "xox hooks.slack.com", "Slack Token"),
     *published("stripe-key", "_live_", "Stripe Access Key"),
     *published("sendgrid-key", "SG.", "SendGrid API Key"),
@@ -87,8 +122,8 @@ RULES = (
     *published("npm-token", "_authToken", "NPM tokens", group=1),
     *published("discord-token", ".", "Discord Bot Token"),
     *published("telegram-token", ":", "Telegram Bot Token"),
-    *published("jwt", "eyJ", "JSON Web Token"),
-    *published("password", "://", "Basic Auth Credentials", group=1),
+    own("jwt", "eyJ", JWT),
+    Rule("password", ("://",), ADDRESS, 1),
     Rule("password", ('"', "'"), ASSIGNED, 1),
 )
 

@@ -78,6 +78,8 @@ class PageReader(HTMLParser):
         """Start a new line, list item or table cell if the element has one."""
         if tag in BREAKS:
             self.parts.append("\n")
+        if self.silent:
+            return
         if tag == "li":
             self.parts.append("- ")
         elif tag in ("td", "th"):
@@ -98,11 +100,11 @@ class PageReader(HTMLParser):
         return self.rawdata.find(">", i) + 1 or -1
 
     def end(self) -> None:
-        """Read what is left: an unfinished entity is text, unfinished markup is dropped.
+        """Read what is left: text up to an unfinished entity is text, unfinished markup is dropped.
 
         `HTMLParser.close` would look for the end of each unfinished tag again, in quadratic time.
         """
-        if self.rawdata.startswith("&"):
+        if self.rawdata and not self.rawdata.startswith("<"):
             self.handle_data(unescape(self.rawdata))
 
     def handle_data(self, data: str) -> None:

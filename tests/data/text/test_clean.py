@@ -1,7 +1,11 @@
 """Cleaning: secrets, duplicates, and counts that add up."""
 
+import base64
+import json
 import random
+import string
 import time
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -28,6 +32,20 @@ SECRETS = {
     "-----BEGIN RSA PRIVATE KEY-----\n" + BODY + "-----END RSA PRIVATE KEY-----": "private-key",
     "-----BEGIN OPENSSH PRIVATE KEY-----\n" + BODY: "private-key",
 }
+LETTERS = string.ascii_letters + string.digits
+TOKENS = {  # prefix: kind, characters, fewest of them
+    "AIza": ("google-key", LETTERS + "_-", 35),
+    "ghs_": ("github-token", LETTERS + "_", 36),
+    "glpat-": ("gitlab-token", LETTERS + "_-", 20),
+    "glptt-": ("gitlab-token", LETTERS + "_-", 40),
+    "hf_": ("huggingface-token", LETTERS, 34),
+    "sk-admin-": ("openai-key", LETTERS + "_-", 20),
+    "sk-proj-": ("openai-key", LETTERS + "_-", 20),
+    "sk-svcacct-": ("openai-key", LETTERS + "_-", 20),
+    f"sk-{'a1B2' * 5}T3BlbkFJ": ("openai-key", LETTERS, 20),
+    "rk_live_": ("stripe-key", LETTERS, 24),
+    "sk_live_": ("stripe-key", LETTERS, 24),
+}
 ASSIGNMENTS = [
     "db_password = 'hunter2hunter2hunter2'",
     "postgres://app:s3cr3tvalue@db/x",
@@ -39,6 +57,7 @@ def f(password, token=None):
     password = getpass.getpass("password: ")
     secret = "short1"
     api_key = "{settings.api_key_for_tests}"
+    title = surveyJson.title + keyJson.getString(moneyJar.total) + journeyJob.identifier_of_the_job
     url = "https://example.org/a:b@c"; commit = "0f79eca5a7e3b9c1d2e4f60718293a4b5c6d7e8f"
 """
 
@@ -54,12 +73,40 @@ def test_a_secret_leaves_only_its_kind(secret: str, kind: str) -> None:
     assert found[kind] == 1
 
 
+@given(st.data(), st.sampled_from(list(TOKENS)))
+def test_nothing_is_left_of_a_token_that_is_longer(data: st.DataObject, prefix: str) -> None:
+    kind, letters, shortest = TOKENS[prefix]
+    token = prefix + data.draw(st.text(letters, min_size=shortest, max_size=160))
+    for before, after in [('key="', '"'), ("", "\n"), ("密钥", "。"), ("密钥", "不要")]:
+        assert redact(before + token + after) == (f"{before}<REDACTED:{kind}>{after}", {kind: 1})
+
+
+@given(st.text(), st.binary(min_size=1, max_size=64))
+def test_a_web_token_goes_with_its_signature(subject: str, signature: bytes) -> None:
+    parts = [b'{"alg":"HS256"}', json.dumps({"sub": subject}).encode(), signature]
+    token = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+    assert redact(f"Bearer {token}. Then")[0] == "Bearer <REDACTED:jwt>. Then"
+
+
 def test_only_the_secret_part_of_an_assignment_goes() -> None:
     source = "db_password = 'hunter2hunter2hunter2'\nurl = 'postgres://app:s3cr3tvalue@db/x'\n"
     assert (
         redact(source)[0]
         == "db_password = '<REDACTED:password>'\nurl = 'postgres://app:<REDACTED:password>@db/x'\n"
     )
+
+
+@pytest.mark.parametrize("name", ["aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("mark", [" = ", "=", ": "])
+def test_a_secret_key_of_aws_needs_no_quotes(name: str, mark: str) -> None:
+    text = f"{name}{mark}{'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY'}\nregion = x\n"
+    assert redact(text)[0] == f"{name}{mark}<REDACTED:aws-key>\nregion = x\n"
+
+
+@pytest.mark.parametrize("password", ["{password}", "{}", "{self.password}", "{{pw}}", "%s"])
+def test_placeholders_of_format_strings_are_no_passwords(password: str) -> None:
+    source = f'url = f"postgres://{{user}}:{password}@{{host}}/x"\n'
+    assert redact(source) == (source, {})
 
 
 def test_ordinary_code_stays_as_it_is() -> None:
@@ -86,6 +133,10 @@ def test_a_private_key_in_a_diff_and_across_messages() -> None:
     assert report.changes == {"private-key redacted": 1}
 
 
+def as_documents(texts: list[str]) -> list[Document]:
+    return [Document(text, f"{number}") for number, text in enumerate(texts)]
+
+
 def words(count: int, seed: int) -> str:
     draw = random.Random(seed)
     return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
@@ -98,7 +149,8 @@ def test_no_document_below_the_threshold_is_dropped(length: int, seed: int, chan
     tokens[: int(changed * length)] = words(int(changed * length), seed + 100).split()
     right = " ".join(tokens)
     similarity = jaccard(shingle_hashes(left), shingle_hashes(right))
-    assert near_duplicates([left, right]) <= ({1} if similarity >= THRESHOLD else set())
+    dropped = near_duplicates(as_documents([left, right]))
+    assert dropped <= ({1} if similarity >= THRESHOLD else set())
 
 
 def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
@@ -106,9 +158,43 @@ def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
     for seed in range(100):
         original = words(300, seed)
         texts += [original, original.replace(" w1", " W1", 1) + " the end", words(300, seed + 500)]
-    dropped = near_duplicates(texts)
+    dropped = near_duplicates(as_documents(texts))
     assert dropped <= set(range(1, 300, 3))
     assert len(dropped) >= 99  # a sketch may miss a pair now and then, near the threshold
+
+
+@given(st.integers(0, 500), st.lists(st.integers(0, 99), min_size=2, max_size=5, unique=True))
+def test_a_shared_system_prompt_makes_no_duplicates(length: int, seeds: list[int]) -> None:
+    system = {"role": "system", "content": words(length, 1000)}
+    chats = [
+        [
+            system,
+            {"role": "user", "content": words(10, seed)},
+            {"role": "assistant", "content": words(10, seed + 100)},
+        ]
+        for seed in seeds
+    ]
+    documents = [
+        conversation(chat, "d", f"{seed}") for seed, chat in zip(seeds, chats, strict=True)
+    ]
+    assert clean(documents)[0] == documents
+    edited = [{**system, "content": f"Today is Monday. {system['content']}"}, *chats[0][1:]]
+    assert near_duplicates([*documents, conversation(edited, "d", "copy")]) == {len(documents)}
+
+
+def test_conversations_without_turns_are_compared_whole() -> None:
+    prompts = [{"role": "system", "content": words(50, seed)} for seed in range(3)]
+    documents = [conversation([prompt], "d", "d") for prompt in prompts]
+    assert clean(documents)[0] == documents
+
+
+@pytest.mark.parametrize("kind", ["code", "commit"])
+def test_code_that_differs_in_operators_is_no_duplicate(kind: Literal["code", "commit"]) -> None:
+    sums = Document("x = a + b\ny = c + d\nz = e + f\nw = g + h\n", "a", kind)
+    mixed = Document("x = a - b\ny = c * d\nz = e / f\nw = g % h\n", "b", kind)
+    assert clean([sums, mixed])[0] == [sums, mixed]
+    spaced = Document(sums.text.replace("\n", "\n\n"), "c", kind)
+    assert clean([sums, spaced])[1].changes == {"near duplicates": 1}
 
 
 def test_counts_add_up_and_order_stays() -> None:

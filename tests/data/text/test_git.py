@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pygit2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pygit2.enums import FileMode, ResetMode
 
 from deepseek.data import read_git, read_git_by_time
 from deepseek.data.text.document import Document
@@ -106,6 +110,39 @@ def test_merges_binary_changes_and_huge_commits_are_left_out(
     assert skipped == {"commit without text": 1, "large commit": 1, "merge": 1}
 
 
+def make_shallow(repository: Path, *boundary: str) -> None:
+    """End the history at commits, as `git clone --depth` does."""
+    (repository / ".git" / "shallow").write_text("".join(f"{commit}\n" for commit in boundary))
+
+
+def test_a_shallow_clone_adds_no_files_where_it_ends(repository: Path, commit: Commit) -> None:
+    commit({"a.py": "a = 1\n"}, "one", 100)
+    boundary = commit({"b.py": "b = 1\n"}, "two", 200)
+    commit({"a.py": "a = 3\n", "c.py": "c = 1\n"}, "three", 300)
+    complete = by_name(list(read_git(repository)))
+    make_shallow(repository, boundary)
+    skipped = Skipped()
+    shallow = by_name(list(read_git(repository, skipped=skipped)))
+    assert skipped == {"shallow boundary": 1}
+    assert {n: d.time for n, d in shallow.items() if d.kind == "code"} == {
+        "engine/a.py": 0,
+        "engine/b.py": 0,
+        "engine/c.py": 300,
+    }
+    assert [d for d in shallow.values() if d.kind == "commit"] == [
+        d for d in complete.values() if d.kind == "commit" and d.time == 300
+    ]
+    past, future = read_git_by_time(repository, 0.5)
+    assert [document.name for document in past] == ["engine/a.py", "engine/b.py"]
+    assert [document.time for document in future] == [300, 300]
+
+
+def test_a_first_commit_is_no_shallow_boundary(repository: Path, commit: Commit) -> None:
+    first = commit({"a.py": "a = 1\n"}, "one\n\nparent of all", 100)
+    make_shallow(repository, first)
+    assert [document.time for document in read_git(repository)] == [100, 100]
+
+
 def test_links_are_not_followed(repository: Path, commit: Commit) -> None:
     (repository / "real.py").write_text("x = 1\n")
     (repository / "link.py").symlink_to("/etc/passwd")
@@ -129,6 +166,81 @@ def test_the_past_knows_nothing_of_the_future(repository: Path, commit: Commit) 
     assert len([d for d in past if d.kind == "commit"]) == 10
     # a file that the past knew is not new when it comes back
     assert {d.text.split("\n")[0] for d in future} == {"future = True", "change", "add"}
+
+
+def cut_by_position(repository: Path, held_out: float) -> tuple[list[Document], list[Document]]:
+    """The split of a linear history with growing times, by its definition."""
+    commits = list(pygit2.Repository(repository).walk(pygit2.Repository(repository).head.target))
+    cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
+    past = list(read_git(repository, str(cut.id)))
+    known = {document.name for document in past}
+    later = [document for document in read_git(repository) if document.time > cut.commit_time]
+    return past, [document for document in later if document.name not in known]
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.1, 0.25, 0.5, 0.99])
+def test_a_linear_history_is_cut_at_the_share(
+    repository: Path, commit: Commit, held_out: float
+) -> None:
+    for number in range(11):
+        commit({f"m{number}.py": f"m = {number}\n", "a.py": f"{number}\n"}, "more", 100 + number)
+    assert read_git_by_time(repository, held_out) == cut_by_position(repository, held_out)
+
+
+@pytest.mark.parametrize("time", [lambda _: 100, lambda number: 900 - number])
+def test_times_play_no_part_in_the_cut(
+    repository: Path, commit: Commit, time: Callable[[int], int]
+) -> None:
+    for number in range(10):
+        commit({f"m{number}.py": f"m = {number}\n"}, f"m{number}", time(number))
+    past, future = read_git_by_time(repository, 0.3)
+    assert len(past) == 2 * 7
+    assert {d.text.split("\n")[0] for d in future if d.kind == "commit"} == {"m7", "m8", "m9"}
+    assert {d.name for d in future if d.kind == "code"} == {f"engine/m{n}.py" for n in (7, 8, 9)}
+
+
+HISTORIES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=4, max_size=12)
+
+
+@given(HISTORIES, st.lists(st.integers(0, 9), min_size=13, max_size=13), st.floats(0.05, 0.95))
+@settings(max_examples=30, deadline=None)
+def test_every_document_is_past_or_future_whatever_was_merged(
+    steps: list[tuple[int, int]], times: list[int], held_out: float
+) -> None:
+    with TemporaryDirectory() as folder:
+        repo = pygit2.init_repository(folder)
+        builder = repo.TreeBuilder()
+        ids: list[pygit2.Oid] = []
+        for number, (back, others) in enumerate([(0, 0), *steps]):
+            builder.insert(
+                f"m{number}.py", repo.create_blob(f"m = {number}\n".encode()), FileMode.BLOB
+            )
+            who = pygit2.Signature("A", "a@example.org", 100 + times[number], 0)
+            parents = list(dict.fromkeys([*ids[-1 - back :][:1], *ids[-1 - others :]]))
+            ids.append(repo.create_commit(None, who, who, "m", builder.write(), parents))
+        repo.set_head(repo.create_branch("tip", repo[ids[-1]].peel(pygit2.Commit)).name)
+        past, future = read_git_by_time(folder, held_out)
+        names = [document.name for document in [*past, *future]]
+        assert sorted(names) == sorted({document.name for document in read_git(folder)})
+
+
+def test_a_branch_that_is_merged_late_is_no_cut(repository: Path, commit: Commit) -> None:
+    base = commit({"m0.py": "m = 0\n"}, "m0", 100)
+    repo = pygit2.Repository(repository)
+    main = base
+    for number in range(1, 17):
+        main = commit({f"m{number}.py": f"m = {number}\n"}, f"m{number}", 100 + number)
+    for number in range(1, 17):
+        repo.index.read()
+        repo.index.remove(f"m{number}.py")
+        repo.index.write()
+    repo.reset(pygit2.Oid(hex=base), ResetMode.SOFT)
+    side = commit({"s.py": "s = 1\n"}, "side", 116)
+    repo.reset(pygit2.Oid(hex=main), ResetMode.HARD)
+    commit({"s.py": "s = 1\n"}, "merge", 200, parents=[side])
+    past, future = read_git_by_time(repository, 0.1)
+    assert len([d for d in past if d.kind == "commit"]) == 17
+    assert {d.name for d in future} == {"engine/s.py", f"engine@{side[:12]}"}
 
 
 def test_each_mistake_is_named(tmp_path: Path, repository: Path, commit: Commit) -> None:

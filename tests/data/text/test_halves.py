@@ -2,12 +2,13 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.text.document import Document
-from deepseek.data.text.halves import SMALLEST_PART, halve
+from deepseek.data.text.halves import LONGEST_WORD, SMALLEST_PART, halve
 from deepseek.text.chat_template import encode_chat
 
 LINES = st.lists(
@@ -44,6 +45,34 @@ def test_neither_part_is_small_where_text_can_be_cut(documents: list[Document], 
         len(line) for document in documents for line in document.text.splitlines(keepends=True)
     )
     assert min(sizes) >= SMALLEST_PART * sum(sizes) - len(documents) * longest_line
+
+
+@given(
+    st.sampled_from(["", "Title\n", "One line. "]),
+    st.text("ab \n", min_size=1),
+    st.integers(4 * LONGEST_WORD, 500),
+)
+def test_a_document_is_cut_near_its_middle_wherever_its_lines_end(
+    begin: str, body: str, times: int
+) -> None:
+    text = begin + body * times
+    ((first,), (second,)) = halve([Document(text, "alone")])
+    assert first.text + second.text == text
+    assert min(len(first.text), len(second.text)) >= SMALLEST_PART * len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a b\nc d e f", "a b\n"),
+        ("a\nb c d e f g", "a\nb c "),
+        ("a sentence b", "a "),
+        ("a\nsentence b", "a\n"),
+        ("abcd", "ab"),
+    ],
+)
+def test_a_cut_prefers_the_end_of_a_line_to_that_of_a_word(text: str, first: str) -> None:
+    assert halve([Document(text, "alone")])[0][0].text == first
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=8, max_size=30, unique=True))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek.data import read_folder, read_records
 from deepseek.data.text.filters import Skipped, decode
@@ -141,3 +143,15 @@ def test_html_keeps_reading_order_and_drops_furniture() -> None:
     </pre></nav><table><tr><td>x</td><td>y</td></table><footer>no"""
     expected = "Title\n\nOne & two three\n\n- a\n- b\n\ndef f():\n        return  1\n\n  x  y\n"
     assert "\n".join(line.rstrip() for line in html_to_text(page).splitlines()) + "\n" == expected
+
+
+@given(st.text("ab &;#T\n", min_size=1))
+def test_the_last_text_of_a_page_needs_no_end_tag(text: str) -> None:
+    assert html_to_text(f"<p>First</p><p>{text}") == html_to_text(f"<p>First</p><p>{text}</p>")
+
+
+@pytest.mark.parametrize("tag", ["nav", "footer", "aside", "form"])
+def test_lists_and_tables_in_furniture_leave_no_marks(tag: str) -> None:
+    inside = "<ul><li><a href=x>Home</a><li>About</ul><table><tr><td>x</td><th>y</table>"
+    page = f"<{tag}>{inside}</{tag}><p>Hello</p><{tag}>{inside}</{tag}><ul><li>kept</ul>"
+    assert html_to_text(page).split("\n") == ["Hello", "", "- kept", ""]
