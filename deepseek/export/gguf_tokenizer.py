@@ -62,7 +62,7 @@ def tokenizer_facts(
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             facts[f"tokenizer.ggml.{key}_token_id"] = index
-    others = [index for index in stops if index in range(vocab_size)]
+    others = [index for index in stops if index is not None and 0 <= index < vocab_size]
     for role, index in _ends(tokenizer, others).items():
         facts[f"tokenizer.ggml.{role}_token_id"] = index
     if isinstance(tokenizer.chat_template, str):
