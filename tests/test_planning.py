@@ -4,6 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import deepseek
 from deepseek.errors import ConfigError
@@ -34,6 +36,9 @@ DENSE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+
+ONE_FLOP = Device(80e9, 1.0, 1e12, 1e12, utilisation=1.0)
+"""A device that computes one operation a second."""
 
 
 def test_shapes_are_those_of_the_model() -> None:
@@ -129,6 +134,16 @@ def test_constants_are_those_of_the_kernels() -> None:
         assert size == int8_layout.group_bytes(bits) / (int8_layout.COLUMNS * int8_layout.GROUP)
 
 
+@given(positions=st.integers(1, 100_000), tied=st.booleans())
+def test_a_token_uses_one_learned_position(positions: int, tied: bool) -> None:
+    fields = {**DENSE, "max_position_embeddings": positions, "tie_word_embeddings": tied}
+    learned, none = (
+        parameters(Architecture(**fields, positional_encoding=kind)) for kind in ("learned", "none")
+    )
+    assert learned.active - none.active == DENSE["hidden_size"]
+    assert learned.total - none.total == positions * DENSE["hidden_size"]
+
+
 @pytest.mark.parametrize(("zero", "bytes_each"), [(0, 16.0), (1, 9.0), (2, 5.5), (3, 2.0)])
 def test_each_stage_of_zero_shards_more(zero: int, bytes_each: float) -> None:
     made = deepseek.plan("deepseek-1b", 8, zero=zero)
@@ -140,6 +155,25 @@ def test_what_is_frozen_has_no_gradients_and_can_be_quantised() -> None:
     part = deepseek.plan("deepseek-1b", 1, trained=0.01, bits=4).memory(1)
     assert part.gradients == pytest.approx(0.01 * whole.gradients)
     assert part.weights == pytest.approx(whole.weights * (0.01 + 0.99 * 0.53125 / 4))
+
+
+@given(zero=st.integers(0, 3), trained=st.floats(0.001, 1))
+def test_stages_below_3_gather_only_what_is_trained(zero: int, trained: float) -> None:
+    made = deepseek.plan("deepseek-1b", 8, zero=zero, trained=trained)
+    share = 2 if zero == 3 else trained
+    assert made.at(8).gathered == pytest.approx(2 * share * made.shape.parameters * 7 / 8)
+
+
+@given(trained=st.floats(0.001, 1), attention=st.sampled_from(["exact", "flash", "lsh"]))
+def test_recomputation_costs_one_more_forward_pass(trained: float, attention: str) -> None:
+    once, twice = (
+        deepseek.plan("deepseek-1b", trained=trained, recompute=recompute, attention=attention)
+        for recompute in (False, True)
+    )
+    prefill = plan_inference("deepseek-1b", attention=attention, device=ONE_FLOP)
+    assert twice.flops_per_token - once.flops_per_token == pytest.approx(
+        prefill.prefill_seconds / prefill.length
+    )
 
 
 def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:
@@ -182,6 +216,14 @@ def test_inference_reads_what_a_token_uses() -> None:
     assert made.prefill_seconds == pytest.approx(
         64 * (2 * model.active + 4 * 2 * 16 * 64 / 2) / 1e15
     )
+
+
+@given(batch=st.integers(1, 4096), gpus=st.integers(1, 8))
+def test_every_device_has_the_residual_stream_of_all_tokens(batch: int, gpus: int) -> None:
+    made = plan_inference({**DENSE, "num_key_value_heads": 2}, gpus, length=64, batch=batch)
+    tokens = max(64, batch)
+    shared = tokens * 3 * 32 * 2 + 4 * 100 * batch
+    assert made.memory.activations == pytest.approx(tokens * 4 * 16 * 2 + shared / gpus)
 
 
 def test_fewer_bits_need_less_and_lsh_grows_slower() -> None:

@@ -83,6 +83,7 @@ def fingerprint(folder: str | Path) -> Fingerprint:
     sources = [*files, tokenizer] if tokenizer.is_file() else files
     digests = _cached(
         sources,
+        ("weights", "tokenizer"),
         lambda: {
             "weights": weights_digest(files),
             "tokenizer": tokenizer_digest(tokenizer) if tokenizer.is_file() else "",
@@ -93,11 +94,13 @@ def fingerprint(folder: str | Path) -> Fingerprint:
 
 def cached_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal, cached as a fingerprint is."""
-    return _cached([path], lambda: {"sha256": file_digest(path)})["sha256"]
+    return _cached([path], ("sha256",), lambda: {"sha256": file_digest(path)})["sha256"]
 
 
-def _cached(sources: list[Path], compute: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Return digests of files, computed again only if path, size or time of one changed."""
+def _cached(
+    sources: list[Path], names: tuple[str, ...], compute: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    """Return digests of files by name, computed again only if path, size or time of one changed."""
     states = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources
     ]
@@ -105,7 +108,7 @@ def _cached(sources: list[Path], compute: Callable[[], dict[str, str]]) -> dict[
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
     with suppress(CheckpointError):  # a spoilt cache is written anew
         cached = read_object(cache_file)
-        if all(isinstance(digest, str) for digest in cached.values()):
+        if cached.keys() == {*names} and all(isinstance(each, str) for each in cached.values()):
             return cached
     digests = compute()
     write_json(cache_file, digests)

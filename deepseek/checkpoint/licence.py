@@ -1,5 +1,6 @@
 """The licence of a base model, in its model card: `README.md` with Hugging Face's front matter."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,8 @@ MALFORMED = (
 )
 """Errors of a card that cannot be read."""
 
-RESTRICTED = ("gemma", "llama", "openrail", "deepseek", "cc-by-nc")
-"""Beginnings of Hugging Face licence ids whose terms restrict the use of derivatives."""
+RESTRICTED = re.compile(r"^(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.IGNORECASE)
+"""Parts of Hugging Face licence ids whose terms restrict the use of derivatives."""
 
 
 def read_licence(folder: Path) -> Licence:
@@ -73,7 +74,7 @@ def licence_of(name: str, link: str = "") -> Licence:
         name: the id.
         link: where its terms are; default: not known.
     """
-    restricted = name.lower().startswith(RESTRICTED)
+    restricted = RESTRICTED.search(name) is not None
     try:
         return Licence(canonicalize_license_expression(name), link, restricted)
     except InvalidLicenseExpression:

@@ -34,7 +34,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     if isinstance(name, torch.device) and name.type not in ("cpu", "cuda", "mps"):
         return name  # a backend that this module does not know, such as the meta device
     text = str(name) if isinstance(name, str | torch.device) else shown(name)
-    if not re.match(DEVICE, text):
+    if not re.fullmatch(DEVICE, text):
         raise ConfigError(f"device {shown(name)} is unknown; {nearest(text, DEVICES)}.")
     kind, _, index = text.partition(":")
     if kind == "auto":

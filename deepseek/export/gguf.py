@@ -172,7 +172,7 @@ def _write(
         **({"general.license": licence.name} if licence.name else {}),
         **({"general.license.link": licence.link} if licence.link else {}),
         **_model_facts(config, architecture),
-        **tokenizer_facts(load_tokenizer(folder), config.vocab_size, _turn_end(folder)),
+        **tokenizer_facts(load_tokenizer(folder), config.vocab_size, _stops(folder)),
     }
     for key, value in facts.items():
         _add(writer, key, value)
@@ -302,12 +302,12 @@ def _frequency_factors(config: PretrainedConfig) -> dict[str, Floats]:
     return {"rope_freqs.weight": factors.astype(np.float32)}
 
 
-def _turn_end(folder: Path) -> int | None:
-    """Return the token that ends a turn, if generation stops at another one than EOS, too."""
+def _stops(folder: Path) -> list[int]:
+    """Return the ids of the tokens at which generation stops."""
     if not (folder / "generation_config.json").is_file():
-        return None
-    ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return ends[1] if isinstance(ends, list) and len(ends) > 1 else None
+        return []
+    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return stops if isinstance(stops, list) else [stops]
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The metadata of a tokenizer in a GGUF file, in llama.cpp's words."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from gguf import TokenType
@@ -14,16 +15,23 @@ from deepseek.text.tokenizer import document_start_ids
 NEVER_MERGED = -1e6
 """Score of tokens that no merge produces; llama.cpp merges by the highest score."""
 
+END_ROLES = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
+"""Roles of ends beside EOS: of a turn, and of a message before a tool's answer -> Llama 3's token."""
+
+PREPENDING = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+"""Parts of a tokenizer's JSON by which it puts a space before a text."""
+
 
 def tokenizer_facts(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, turn_end: int | None
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, stops: Iterable[int | None]
 ) -> dict[str, Any]:
     """Return the metadata of a tokenizer.
 
     Args:
         tokenizer: a tokenizer whose backend is byte-level BPE or BPE with byte tokens.
         vocab_size: rows of the model's embedding; missing tokens are filled up.
-        turn_end: id of the token that ends a turn, if it is not EOS.
+        stops: ids of the tokens at which generation stops. Beside EOS the format has places for
+            two, and the others are left out.
 
     Raises:
         ConfigError: llama.cpp has no such tokenizer.
@@ -54,11 +62,21 @@ def tokenizer_facts(
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             facts[f"tokenizer.ggml.{key}_token_id"] = index
-    if turn_end is not None:
-        facts["tokenizer.ggml.eot_token_id"] = turn_end
+    others = [index for index in stops if index is not None and 0 <= index < vocab_size]
+    for role, index in _ends(tokenizer, others).items():
+        facts[f"tokenizer.ggml.{role}_token_id"] = index
     if isinstance(tokenizer.chat_template, str):
         facts["tokenizer.chat_template"] = tokenizer.chat_template
     return facts
+
+
+def _ends(tokenizer: PreTrainedTokenizerFast, stops: Iterable[int]) -> dict[str, int]:
+    """Return the tokens of `END_ROLES`: those with Llama 3's texts, and then the first others."""
+    left = [index for index in dict.fromkeys(stops) if index != tokenizer.eos_token_id]
+    known = {tokenizer.convert_ids_to_tokens(index): index for index in left}
+    ends = {role: known[text] for role, text in END_ROLES.items() if text in known}
+    left = [index for index in left if index not in ends.values()]
+    return ends | dict(zip((role for role in END_ROLES if role not in ends), left, strict=False))
 
 
 def _vocabulary(
@@ -112,7 +130,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 def _adds_space(content: dict[str, Any]) -> bool:
     """Return whether a space is put before each text."""
     steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps
+    return any(step in steps for step in PREPENDING)
 
 
 def _split_rule(content: dict[str, Any]) -> str:

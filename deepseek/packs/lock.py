@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError
 
+from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.store import canonical_json, write_json
 from deepseek.errors import PackError
 from deepseek.packs.library import SUFFIX, experts_folder
@@ -102,6 +103,8 @@ def read_lock(path: Path, trusted: bool = False) -> Lock:
     Raises:
         PackError: it cannot be read, is malformed, or its signature is invalid or not trusted.
     """
+    if is_special(path):
+        raise PackError(f"{path} is a pipe or a device; give a file of `expert lock`.")
     try:
         if path.stat().st_size > LARGEST:
             raise PackError(f"{path} is larger than any lock file; give one of `expert lock`.")

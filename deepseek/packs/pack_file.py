@@ -9,7 +9,14 @@ from typing import BinaryIO, cast
 from deepseek.errors import PackError
 from deepseek.packs.container import open_regular
 from deepseek.packs.manifest import BaseDescription, printable
-from deepseek.packs.pack import DEFAULT_POLICY, ExpertPack, file_content, pack_in
+from deepseek.packs.pack import (
+    DEFAULT_POLICY,
+    ExpertPack,
+    check_pack,
+    file_content,
+    pack_in,
+    read_pack,
+)
 from deepseek.packs.policy import PackPolicy
 
 
@@ -74,6 +81,29 @@ class PackFile:
             reason = f"{changed}, so unplug it and plug it again" if self._digest else error
             raise PackError(f"expert pack {self._label} is refused: {reason}.") from None
         return pack
+
+
+def open_pack(
+    source: Path | ExpertPack, policy: PackPolicy, base: BaseDescription, keep: bool
+) -> tuple[ExpertPack, PackFile | None]:
+    """Return a checked pack, and the open file in which its weights stay; None: it is not kept.
+
+    Args:
+        source: the file or the pack.
+        policy: rules on licence, signature and size.
+        base: base model that the pack must belong to.
+        keep: whether the file stays open, for weights that are read when they are needed.
+
+    Raises:
+        PackError: the pack is refused.
+    """
+    if keep:
+        file = PackFile.of(source, policy.max_bytes)
+        return file.read(policy, base), file
+    if isinstance(source, ExpertPack):
+        check_pack(source, policy, base)
+        return source, None
+    return read_pack(source, policy, base), None
 
 
 def _temporary(pack: ExpertPack) -> BinaryIO:

@@ -112,7 +112,8 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     changes = {name: Matrices(*pairs[name], scaling_of[name]) for name in sorted(pairs)}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     dtype: DtypeName = next((name for name, kind in DTYPES.items() if dtypes == {kind}), "float32")
-    base = printable(config.get("base_model_name_or_path") or "", 200)
+    # With the three dots of a longer one, as long as a manifest's texts may be.
+    base = printable(config.get("base_model_name_or_path") or "", 197)
     return PeftAdapter(base, changes, dtype, file_digest(folder / WEIGHTS))
 
 
@@ -217,7 +218,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
             raise PackError(f"its tensor {printable(layer)}.{missing}.weight is missing")
         down = found["lora_A"]
         up = found["lora_B"]
-        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not up.numel():
+        matrices = down.dim() == up.dim() == 2 and down.shape[0] == up.shape[1]
+        if not (matrices and down.numel() and up.numel()):
             raise PackError(
                 f"its matrices at {printable(layer)} are {[*down.shape]} and {[*up.shape]}, which "
                 "are not the two factors of a linear layer's change"

@@ -18,8 +18,8 @@ class PackPolicy:
 
     Attributes:
         signature: accept "any" pack, only "signed" ones, or only those with a "trusted" signer.
-        allow: SPDX identifiers of accepted licences; None: all that are not in `deny`.
-        deny: SPDX identifiers of refused licences.
+        allow: SPDX identifiers of accepted licences, in any case; None: all that are not in `deny`.
+        deny: SPDX identifiers of refused licences, in any case.
         trusted: trusted public keys in hexadecimal; None: the keys in the trust folder.
         max_bytes: size of the largest pack file to open, in bytes (default 4 GiB).
     """
@@ -46,8 +46,12 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     so that the result does not depend on which alternative a user picks.
     """
     words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
-    for licence in [word for word in words if word and word not in ("AND", "OR", "WITH")]:
-        if licence in policy.deny or (policy.allow is not None and licence not in policy.allow):
+    # SPDX identifiers do not differ by case, and that of the base comes as its card spells it.
+    denied = {name.lower() for name in policy.deny}
+    allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
+    for licence in [word for word in words if word and word.upper() not in ("AND", "OR", "WITH")]:
+        name = licence.lower()
+        if name in denied or (allowed is not None and name not in allowed):
             raise PackError(
                 f"its licence {licence} is not accepted here; change the licence policy to use it"
             )

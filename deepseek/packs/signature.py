@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
 from deepseek.packs.manifest import Signature
@@ -73,6 +74,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     """
     if len(path.parts) == 1 and not path.exists():
         path = trust_folder() / f"{path.name.removesuffix('.pem')}.pem"
+    if is_special(path):
+        raise PackError(f"{path} is a pipe or a device; give the file of a private key.")
     try:
         mode = path.stat().st_mode
         content = path.read_bytes()
@@ -125,7 +128,7 @@ def is_valid(signature: Signature, digest: str) -> bool:
 
 def _public_hex(path: Path) -> str:
     try:
-        key = load_pem_public_key(path.read_bytes())
+        key = None if is_special(path) else load_pem_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):

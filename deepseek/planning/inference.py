@@ -32,7 +32,8 @@ class InferenceMemory:
     Attributes:
         weights: weights.
         keys_values: keys and values of all sequences at full length.
-        activations: hidden states and logits of the largest batch of tokens.
+        activations: hidden states and logits of the largest batch of tokens: a chunk of a prompt,
+            or one token of each sequence.
         attention: scores of one layer.
     """
 
@@ -84,15 +85,17 @@ class InferencePlan:
         width: float = model.intermediate_size
         if model.sparse_layers:
             width = model.shared_width + model.chosen * model.expert_dim
-        # Residual stream, its norm, output and sum; gate, up projection and their product.
-        hidden = chunk * (4 * model.hidden_size + 3 * width) * self.compute_bytes
-        logits = 4.0 * model.vocab_size * self.batch
+        # Each device has the whole residual stream, its norm, output and sum, and its share of the
+        # gate, up projection and their product.
+        numbers = 4 * model.hidden_size + 3 * width / self.gpus
+        hidden = max(chunk, self.batch) * numbers * self.compute_bytes
+        logits = 4.0 * model.vocab_size * self.batch / self.gpus
         one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)
         share = chunk / self.length if self.attention != "flash" else 1.0
         return InferenceMemory(
             weights=self.parameters.total * self.weight_bytes / self.gpus,
             keys_values=self.key_value_bytes * self.length * self.batch / self._key_shares,
-            activations=(hidden + logits) / self.gpus,
+            activations=hidden + logits,
             attention=one_layer * share / model.num_hidden_layers / self.gpus,
         )
 

@@ -94,11 +94,11 @@ def parameters(architecture: Architecture) -> Parameters:
     if architecture.num_experts and architecture.expert_sharing > 1:
         pools = math.ceil(layers / architecture.expert_sharing)
     routed = pools * architecture.num_experts * expert
-    embedding = table
+    positions = 0
     if architecture.positional_encoding == "learned":
-        embedding += architecture.max_position_embeddings * width
+        positions = architecture.max_position_embeddings * width
     counts = {
-        "embedding": embedding,
+        "embedding": table + positions,
         "head": 0 if architecture.tie_word_embeddings else table,
         "attention": layers * attention_parameters(architecture),
         "dense": (layers - sparse) * 3 * width * architecture.intermediate_size,
@@ -107,8 +107,10 @@ def parameters(architecture: Architecture) -> Parameters:
         "router": sparse * architecture.num_experts * width,
         "norms": (architecture.norms_per_layer * layers + 1) * width,
     }
-    # Untied embeddings are only looked up; tied ones also compute the logits.
+    # Untied embeddings are only looked up; tied ones also compute the logits. Of the positions, a
+    # token uses its own.
     looked_up = 0 if architecture.tie_word_embeddings else table
+    looked_up += max(0, positions - width)
     chosen = int(sparse * architecture.chosen * expert)
     active = sum(counts.values()) - looked_up - routed + chosen
     return Parameters(**counts, active=active)

@@ -226,7 +226,7 @@ class Plan:
         remote_share = (gpus - 1) / gpus
         compute = self.formats.compute
         # Stage 3 gathers the weights twice; the others gather what the optimiser has changed, once.
-        passes = 2 if self.zero >= 3 else 1
+        passes = 2 if self.zero >= 3 else self.trained
         gathered = passes * shape.parameters * compute * remote_share
         reduced = shape.parameters * self.trained * self.formats.gradients * remote_share
         computing = self.flops_per_token * self.tokens_per_gpu / (device.flops * device.utilisation)
@@ -246,7 +246,8 @@ class Plan:
         scores = attention_flops(self.config.attending(self.attention), self.length)
         # Backward, half of the work is for the gradients of the weights, which frozen ones lack.
         weights = self.shape.active * (4 + 2 * self.trained)
-        return (weights + scores) * (4 / 3 if self.recompute else 1)
+        forward = 2 * self.shape.active + scores / 3
+        return weights + scores + (forward if self.recompute else 0)
 
     @property
     def days(self) -> float:

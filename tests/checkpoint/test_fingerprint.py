@@ -107,6 +107,20 @@ def test_the_cache_notices_a_changed_file(tmp_path: Path) -> None:
     assert fingerprint(folder) != before
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weights": "a"}', '{"sha256": "a"}', "{"])
+def test_a_spoilt_cache_is_written_anew(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    folder = save(tmp_path / "model", WEIGHTS)
+    expected = fingerprint(folder)
+    (cache,) = (tmp_path / "home" / "fingerprints").iterdir()
+    kept = cache.read_text()
+    cache.write_text(content)
+    assert fingerprint(folder) == expected
+    assert cache.read_text() == kept
+
+
 def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

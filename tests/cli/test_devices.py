@@ -12,6 +12,7 @@ NEVER = [
     ["generate", "hello", "--device", "cuda:x"],
     ["generate", "hello", "--device", "cuda:-1"],
     ["generate", "hello", "--device", ""],
+    ["generate", "hello", "--device", "cpu\n"],
     ["generate", "hello", "--dtype", "fp8"],
     ["chat", "--device", "tpu"],
     ["chat", "--dtype", "int8"],

@@ -6,16 +6,24 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from deepseek.checkpoint.gguf.config import generation_config
 from deepseek.checkpoint.gguf.convert import convert_gguf
-from deepseek.checkpoint.gguf.reader import read_gguf
+from deepseek.checkpoint.gguf.reader import GgufFile, read_gguf
+from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
 from deepseek.checkpoint.licence import write_card
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export import gguf
 from deepseek.export.export import export_model
+from deepseek.export.gguf_tokenizer import tokenizer_facts
 
+TOKENIZER = tiny_tokenizer()
 IDS = torch.arange(2, 82).reshape(2, 40)
 
 
@@ -80,6 +88,70 @@ def test_the_tokenizer_goes_along(architecture: str, tmp_path: Path) -> None:
     assert back(text).input_ids == ours(text).input_ids
     assert back.chat_template == ours.chat_template == tiny_gguf.TEMPLATE
     assert read_gguf(out).facts["tokenizer.ggml.token_type"][:3] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_space_before_the_text_goes_along(scheme: str, tmp_path: Path) -> None:
+    pieces = ["\u2581", "a", "b", "c", "\u2581a", "ab"]
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    merges = [("\u2581", "a"), ("a", "b")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    ours = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    folder = tmp_path / "stock"
+    tiny_gguf.tiny_model("llama", vocab_size=len(texts)).save_pretrained(folder)
+    ours.save_pretrained(folder)
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf")
+    assert read_gguf(out).facts["tokenizer.ggml.add_space_prefix"] is True
+    back = gguf_tokenizer(read_gguf(out))
+    for text in ("ab c", "a b", "c"):
+        assert back(text, add_special_tokens=False).input_ids == ours(text).input_ids
+
+
+def ends(tokenizer: PreTrainedTokenizerFast, stops: list[int]) -> tuple[dict[str, int], object]:
+    """Return the ends in the metadata of a tokenizer, and the stops that are read from it."""
+    facts = tokenizer_facts(tokenizer, len(tokenizer), stops)
+    file = GgufFile(Path("t.gguf"), {"general.architecture": "llama", **facts}, {})
+    found = {role: file.token_id(role) for role in ("eos", "eot", "eom")}
+    return {k: v for k, v in found.items() if v is not None}, generation_config(file).eos_token_id
+
+
+@given(stops=st.lists(st.integers(0, 399), max_size=5))
+def test_generation_stops_where_it_did(stops: list[int]) -> None:
+    eos = TOKENIZER.eos_token_id
+    others = [end for end in dict.fromkeys(stops) if end < len(TOKENIZER) and end != eos]
+    found, back = ends(TOKENIZER, stops)
+    assert found == dict(zip(("eos", "eot", "eom"), [eos, *others], strict=False))
+    assert back == (list(found.values()) if others else eos)
+
+
+@pytest.mark.parametrize("eos", ["<|end_of_text|>", "<|eot_id|>"])
+def test_the_ends_of_llama_3_have_their_roles(eos: str) -> None:
+    texts = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    tokenizer = tiny_tokenizer(texts)
+    tokenizer.eos_token = eos
+    document, message, turn = tokenizer.convert_tokens_to_ids(list(texts))
+    found, back = ends(tokenizer, [document, message, turn])
+    # Where the turn ends by EOS, the end of a document has its place: generation stops there too.
+    turn = turn if eos == texts[0] else document
+    assert found == {"eos": tokenizer.eos_token_id, "eot": turn, "eom": message}
+    assert set(back) == {document, message, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    assert ends(tokenizer, [message])[0]["eom"] == message
+
+
+@pytest.mark.parametrize("stops", [5, [2, 5], [2, 7, 5], 2])
+def test_the_stops_of_a_folder_go_along(stops: int | list[int], tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    write_json(folder / "generation_config.json", {"eos_token_id": stops})
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf")
+    written = generation_config(read_gguf(out)).eos_token_id
+    expected = [2, stops] if stops == 5 else stops
+    assert written == expected
 
 
 def test_scaled_positions_and_the_licence_go_along(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sets of experts by digest, and what two packs differ in."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from deepseek.packs.difference import difference
 from deepseek.packs.lock import Lock, lock_packs, locked_packs, read_lock, write_lock
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import ExpertPack, write_pack
-from deepseek.packs.signature import keygen, load_key
+from deepseek.packs.signature import keygen, load_key, trusted_keys
 
 
 def pack(
@@ -96,6 +97,17 @@ def test_what_is_no_lock_is_refused(content: str, tmp_path: Path) -> None:
         read_lock(path)
     with pytest.raises(PackError, match="cannot be read"):
         read_lock(tmp_path / "none")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "me.pub"
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(PackError, match="is a pipe or a device"):
+        read_lock(pipe)
+    with pytest.raises(PackError, match="is a pipe or a device"):
+        load_key(pipe)
+    with pytest.raises(PackError, match=r"me\.pub in the trust folder"):
+        trusted_keys(tmp_path)
 
 
 def test_packs_of_other_bases_and_of_one_name_are_no_set(

@@ -199,6 +199,14 @@ def test_a_damaged_key_in_the_trust_folder_is_named(tmp_path):
             False,
         ),
         ("MIT", PackPolicy(allow=frozenset({"MIT"}), deny=frozenset({"MIT"})), False),
+        ("MIT", PackPolicy(allow=frozenset({"mit"})), True),
+        ("GPL-3.0-only", PackPolicy(deny=frozenset({"gpl-3.0-only"})), False),
+        ("LicenseRef-Own", PackPolicy(deny=frozenset({"licenseref-own"})), False),
+        (
+            "GPL-2.0-only WITH Classpath-exception-2.0",
+            PackPolicy(deny=frozenset({"classpath-exception-2.0"})),
+            False,
+        ),
     ],
 )
 def test_licence_policy(licence, policy, accepted, tmp_path):
@@ -214,6 +222,8 @@ def test_the_licence_of_the_base_counts_too(tmp_path):
     base = BASE.model_copy(update={"licence": "LicenseRef-Gemma"})
     write_pack(tmp_path / "p", make_pack(base=base))
     assert read_pack(tmp_path / "p").manifest.base.licence == "LicenseRef-Gemma"
+    with pytest.raises(PackError, match="LicenseRef-Gemma is not accepted here"):
+        read_pack(tmp_path / "p", PackPolicy(deny=frozenset({"LicenseRef-gemma"})))
     with pytest.raises(PackError, match="LicenseRef-Gemma is not accepted here"):
         read_pack(tmp_path / "p", PackPolicy(deny=frozenset({"LicenseRef-Gemma"})))
 

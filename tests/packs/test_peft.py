@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pack_fixtures import is_one_sentence
+from pack_fixtures import BASE, is_one_sentence
 from safetensors.torch import load_file, save_file
 from tiny_adapter import write_adapter
 
@@ -118,6 +118,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
         tensors(lambda found: found.update({B: torch.ones(32, 3)})),
         "two factors",
     ),
+    "A is empty": (tensors(lambda found: found.update({A: torch.ones(4, 0)})), "two factors"),
     "B is empty": (tensors(lambda found: found.update({B: torch.ones(0, 4)})), "two factors"),
     "rank beyond the limit": (
         tensors(lambda found: found.update({A: torch.ones(1025, 2), B: torch.ones(2, 1025)})),
@@ -158,6 +159,13 @@ def test_a_hostile_folder_is_refused_in_one_sentence(name: str, tmp_path: Path) 
     assert reason in str(refused.value)
     assert is_one_sentence(str(refused.value))
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("length", [199, 200, 201, 1000])
+def test_a_long_name_of_the_base_fits_into_a_manifest(length: int, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", LAYERS)
+    config(base_model_name_or_path="x" * length)(folder)
+    assert BASE.model_validate(BASE.model_dump() | {"name": read_adapter(folder).base})
 
 
 def test_targets_are_never_evaluated(tmp_path: Path) -> None:

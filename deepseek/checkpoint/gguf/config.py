@@ -117,12 +117,11 @@ def _check_layers(file: GgufFile) -> None:
 def generation_config(file: GgufFile) -> GenerationConfig:
     """Return the generation config of a GGUF file: its token ids.
 
-    A model that ends its turns by another token than a document (`eot`) stops at both.
+    A model that ends turns (`eot`) or messages (`eom`) by other tokens than documents stops at all.
     """
     ids = {name: file.token_id(key) for name, key in TOKEN_IDS.items()}
-    eot = file.token_id("eot")
-    ends = [ids["eos"]] if eot in (None, ids["eos"]) else [ids["eos"], eot]
-    ends = [end for end in ends if end is not None]
+    stops = (ids["eos"], file.token_id("eot"), file.token_id("eom"))
+    ends = [end for end in dict.fromkeys(stops) if end is not None]
     return GenerationConfig(
         bos_token_id=ids["bos"],
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,

@@ -32,7 +32,7 @@ from deepseek.checkpoint.gguf.config import (
 from deepseek.checkpoint.gguf.reader import GgufFile, read_gguf
 from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
 from deepseek.checkpoint.store import write_json
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, shown
 from deepseek.registry import nearest, pick
 
 SHARD_BYTES = 2 << 30
@@ -65,10 +65,11 @@ def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> 
             known.
     """
     file = read_gguf(source)
-    if file.facts.get("split.count", 0) > 1:
+    parts = file.facts.get("split.count", 0)
+    if not isinstance(parts, int) or parts > 1:
         raise CheckpointError(
-            f"{source} is one of {file.facts['split.count']} parts of a model; join them with "
-            "llama.cpp's `llama-gguf-split --merge` first."
+            f"{source} is one of {shown(parts)} parts of a model; join them with llama.cpp's "
+            "`llama-gguf-split --merge` first."
         )
     if file.architecture not in FAMILIES and file.architecture not in _read_by_transformers():
         raise CheckpointError(

@@ -39,10 +39,16 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         CheckpointError: there is no vocabulary, or its kind or split rule is not known.
     """
     kind = file.fact("tokenizer.ggml.model")
-    if kind not in GGUF_TOKENIZER_TYPES:
+    if not isinstance(kind, str) or kind not in GGUF_TOKENIZER_TYPES:
         raise CheckpointError(
             f"{file.path} has a tokenizer of kind {shown(kind)}; "
             f"{nearest(shown(kind), GGUF_TOKENIZER_TYPES)}."
+        )
+    template = file.facts.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise CheckpointError(
+            f"{file.path} has the chat template {shown(template)}, which is no text; convert the "
+            "original model to GGUF again."
         )
     tokens = file.fact("tokenizer.ggml.tokens")
     described = {
@@ -67,7 +73,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     special["pad_token"] = special["pad_token"] or special["eos_token"]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=file.facts.get("tokenizer.chat_template"),
+        chat_template=template,
         model_max_length=file.facts.get(f"{file.architecture}.context_length"),
         add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", kind == "llama")),
         add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),

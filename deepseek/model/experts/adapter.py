@@ -1,5 +1,6 @@
 """A LoRA adapter: low-rank changes to linear layers of a frozen base model (arXiv:2106.09685)."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -84,9 +85,11 @@ class AdapterModule(nn.Module):
         """Bytes of the weights."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights to a device and dtype."""
-        self.to(device, dtype)
+    def placed(self, device: torch.device, dtype: torch.dtype) -> "AdapterModule":
+        """Return a copy on a device, in a dtype, with the same hooks."""
+        copied = copy.copy(self)
+        copied._modules = {"changes": copy.deepcopy(self.changes).to(device, dtype)}
+        return copied
 
     @staticmethod
     def from_pack(

@@ -286,7 +286,7 @@ class ArmedExperts:
             )
             if self.factors:
                 weights_BTM = weights_BTM * weights_BTM.new_tensor(self._factors_of(modules))
-        for trace in self._traces:
+        for trace in tuple(self._traces):  # another thread's block may end meanwhile
             trace.add(modules, layer_idx, weights_BTM)
         return weights_BTM
 

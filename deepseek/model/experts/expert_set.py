@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack
 from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import BaseDescription
-from deepseek.packs.pack import ExpertPack, check_pack, read_pack
-from deepseek.packs.pack_file import PackFile
+from deepseek.packs.pack import ExpertPack
+from deepseek.packs.pack_file import open_pack
 from deepseek.packs.policy import PackPolicy
 
 
@@ -49,7 +50,6 @@ class ExpertSet:
     Attributes:
         policy: rules by which `plug` accepts packs.
         base_folder: folder that the model was loaded from; packs must name its fingerprint.
-        max_experts: maximum number of modules that fire at one token.
         sites: where the experts of an attached model stand; None for a `DeepSeekModel`.
         weight_cache: with a limit, the experts that are plugged from then on stay in their files,
             and their weights are read when they are armed or chosen.
@@ -66,7 +66,6 @@ class ExpertSet:
         self._base: BaseDescription | None = None
         self.policy = PackPolicy()
         self.base_folder: Path | None = None
-        self.max_experts = 5
         self.sites: ExpertSites | None = None
         self.weight_cache = WeightCache()
 
@@ -76,7 +75,6 @@ class ExpertSet:
         copied.policy = self.policy
         copied.base_folder = self.base_folder
         copied._base = self._base
-        copied.max_experts = self.max_experts
         copied.sites = self.sites
         copied.weight_cache = self.weight_cache
         copied._state = self._state
@@ -108,6 +106,20 @@ class ExpertSet:
     def base(self, description: BaseDescription) -> None:
         self._base = description
 
+    @property
+    def max_experts(self) -> int:
+        """Maximum number of modules that fire at one token, from the next sequence on (default 5).
+
+        Setting it raises `ConfigError` unless it is a positive whole number.
+        """
+        return self._state.max_experts
+
+    @max_experts.setter
+    def max_experts(self, limit: int) -> None:
+        limit = checks.positive("max_experts", limit)
+        with self._lock:
+            self._state = replace(self._state, max_experts=limit)
+
     def plug(
         self,
         source: str | Path | ExpertPack,
@@ -133,7 +145,9 @@ class ExpertSet:
         """
         if not isinstance(source, str | Path | ExpertPack):
             raise ConfigError(f"source={shown(source)} must be a path or an ExpertPack.")
-        pack, file = self._read(source)
+        path_or_pack = find_pack(source) if isinstance(source, str) else source
+        keep = self.weight_cache.limit is not None
+        pack, file = open_pack(path_or_pack, self.policy, self.base, keep)
         model = self._live_model()
         module: ExpertModule | AdapterModule = (
             AdapterModule.from_pack(pack, model, self._hooks, model.dtype, model.device)
@@ -151,20 +165,9 @@ class ExpertSet:
                     f"An expert named {module.name} is plugged already; unplug it first or train "
                     "this one under another name."
                 )
-            self._install(self._state.having(plugged), self._state.arming)
+            state = self._current()  # all modules are in one place, so `_current` looks at one
+            self._install(state.having(plugged), state.arming)
         return self._state.info(plugged)
-
-    def _read(self, source: str | Path | ExpertPack) -> tuple[ExpertPack, PackFile | None]:
-        """Read and check a pack; return the file in which its weights stay, None: in memory."""
-        if isinstance(source, str):
-            source = find_pack(source)
-        if self.weight_cache.limit is not None:
-            file = PackFile.of(source, self.policy.max_bytes)
-            return file.read(self.policy, self.base), file
-        if isinstance(source, ExpertPack):
-            check_pack(source, self.policy, self.base)
-            return source, None
-        return read_pack(source, self.policy, self.base), None
 
     def unplug(self, name: str) -> None:
         """Remove a module. Its memory is freed once no sequence in flight uses it.
@@ -338,8 +341,8 @@ class ExpertSet:
         """
         requested = Arming.parse(arm)
         denied = set(checks.texts("deny", deny))
-        limit = checks.optional(checks.positive)("max_experts", max_experts) or self.max_experts
         state = self._current()
+        limit = checks.optional(checks.positive)("max_experts", max_experts) or state.max_experts
         if self._forced is not None and requested.auto is not None:
             return self.armed()
         for name in requested.named:
@@ -379,14 +382,11 @@ class ExpertSet:
 
     def _current(self) -> PlugState:
         """Return the state, after moving the modules to the model's current device and dtype."""
-        state = self._state
         model = self._live_model()
-        first = state.plugged[0].module if state.plugged else None
-        if first is not None and (first.dtype != model.dtype or first.device != model.device):
+        place = (model.device, model.dtype)
+        if self._state.place not in (None, place):
             with self._lock:
-                for expert in self._state.plugged:
-                    expert.module.place(model.device, model.dtype)
-                self._install(self._state.plugged, self._state.arming)
+                self._install(self._state.placed(*place), self._state.arming)
         return self._state
 
     def _install(self, plugged: tuple[Plugged, ...], arming: Arming) -> None:

@@ -1,5 +1,6 @@
 """An expert module: feed-forward networks in parallel to those of a frozen base model."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -148,13 +149,14 @@ class ExpertModule(nn.Module):
         """Bytes of the weights in memory, or of stored ones once they are read."""
         return len(self.layers) * 3 * self.hidden_size * self.width * self.dtype.itemsize
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights to a device and dtype; stored ones when they are read."""
-        if self.stored is None:
-            self.to(device, dtype)
-        else:
-            self.stored.cache.forget(self)
-            self.stored = replace(self.stored, dtype=dtype, device=device)
+    def placed(self, device: torch.device, dtype: torch.dtype) -> "ExpertModule":
+        """Return a copy on a device, in a dtype; stored weights go there when they are read."""
+        copied = copy.copy(self)
+        copied._modules = {"ffn": copy.deepcopy(self.ffn).to(device, dtype)}
+        copied._forms = {}
+        if self.stored is not None:
+            copied.stored = replace(self.stored, dtype=dtype, device=device)
+        return copied
 
     def store(self, file: PackFile, cache: WeightCache) -> None:
         """Drop the weights and read them from now on when they are needed.

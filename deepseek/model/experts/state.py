@@ -2,8 +2,10 @@
 
 from bisect import insort
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import torch
 
 from deepseek import checks
 from deepseek.errors import ConfigError, PackError, shown
@@ -133,6 +135,24 @@ class PlugState:
         plugged = list(self.plugged)
         insort(plugged, expert, key=lambda other: other.manifest.digest)
         return tuple(plugged)
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype] | None:
+        """Device and dtype of the modules' weights; None: no module is plugged."""
+        if not self.plugged:
+            return None
+        module = self.plugged[0].module
+        return module.device, module.dtype
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> tuple[Plugged, ...]:
+        """Return the plugged modules with their weights on a device, in a dtype.
+
+        They are copies where they move, so that sequences in flight, and the original of a copied
+        model, keep theirs.
+        """
+        return tuple(
+            replace(expert, module=expert.module.placed(device, dtype)) for expert in self.plugged
+        )
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek.model.experts.module import ExpertModule
 
 
-@dataclass
+@dataclass(eq=False)  # traces of nested and concurrent blocks are told apart by identity
 class Trace:
     """Recorded expert weights over several forward passes (see `ExpertSet.record`).
 

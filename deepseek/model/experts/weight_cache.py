@@ -84,10 +84,10 @@ class WeightCache:
         with self._lock:
             if self.peek(module, make) is None:
                 self.loads += form is None
-                self._free(made.nbytes, module.name)
+                self._free(made.nbytes, module.name, making=module)
             forms = self._forms.pop(module, {})
-            forms.setdefault(make, made)
-            self._forms[module] = forms  # the last one now
+            forms[make] = forms.pop(make, made)
+            self._forms[module] = forms  # the last one now, as its form is
             return cast(F, forms[make])
 
     def peek(self, module: E, make: Callable[[E], F]) -> F | None:
@@ -160,15 +160,26 @@ class WeightCache:
             items += [(module, make, form) for make, form in forms.items()]
         return items
 
-    def _free(self, nbytes: int, name: str) -> None:
-        """Drop what was used least recently until there is room for so many more bytes."""
+    def _free(self, nbytes: int, name: str, making: Expert | None = None) -> None:
+        """Drop what was used least recently until there is room for so many more bytes.
+
+        Args:
+            nbytes: the bytes.
+            name: of an expert, for the error message.
+            making: an expert of which a form of this size is made; None: none is.
+        """
         if self.limit is None:
             return
         left = self.limit - self.nbytes
-        for module, make, form in self._items():
+        items = self._items()
+        # Of several forms of one size, a reservation holds one: the latest, or the one to come.
+        latest = {(module, form.nbytes): make for module, make, form in items}
+        held = self._reserved.keys() - {(making, nbytes)}
+        for module, make, form in items:
             if left >= nbytes:
                 return
-            if (module, form.nbytes) not in self._reserved:
+            key = (module, form.nbytes)
+            if key not in held or latest[key] != make:
                 del self._forms[module][make]
                 left += form.nbytes
         if left < nbytes:

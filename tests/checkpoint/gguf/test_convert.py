@@ -245,6 +245,11 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         ("gemma", "LicenseRef-Gemma", True),
         ("llama3.2", "LicenseRef-Llama3.2", True),
         ("any words", "LicenseRef-Any-words", False),
+        ("openrail++", "LicenseRef-Openrail--", True),
+        ("creativeml-openrail-m", "LicenseRef-Creativeml-openrail-m", True),
+        ("BigCode-OpenRAIL-M", "LicenseRef-BigCode-OpenRAIL-M", True),
+        ("bigscience-bloom-rail-1.0", "LicenseRef-Bigscience-bloom-rail-1.0", True),
+        ("trail-1.0", "LicenseRef-Trail-1.0", False),
     ],
 )
 def test_a_licence_id_becomes_an_spdx_expression(

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import tiny_gguf
 from fuzz.mutate import mutated_facts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack_fixtures import is_one_sentence
 
+from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.errors import CheckpointError, UserError
@@ -144,6 +147,24 @@ def contents(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> list[b
         tiny_gguf.write_gguf(tiny_gguf.tiny_model(name), path, name).read_bytes()
         for name in ("qwen2", "qwen3moe", "gemma3", "phi3")
     ]
+
+
+@pytest.mark.parametrize("key", ["split.count", "tokenizer.ggml.model", "tokenizer.chat_template"])
+@pytest.mark.parametrize("value", ["x", [1, 2], 3.5, []], ids=str)
+def test_metadata_of_another_type_is_taken_or_refused(
+    key: str, value: object, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "case.gguf"
+    source.write_bytes(content)
+    file = read_gguf(source)
+    changed = replace(file, facts=file.facts | {key: value})
+    monkeypatch.setattr(convert, "read_gguf", lambda _: changed)
+    if key == "tokenizer.chat_template" and isinstance(value, str):
+        convert_gguf(source, tmp_path)
+        return
+    with pytest.raises(CheckpointError) as refused:
+        convert_gguf(source, tmp_path)
+    assert is_one_sentence(str(refused.value))
 
 
 @settings(max_examples=60)

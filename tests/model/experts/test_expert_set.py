@@ -223,6 +223,30 @@ def test_a_copied_model_has_its_own_experts(model, make_pack, ids):
     assert [info.name for info in twin.experts.list()] == ["code"]
 
 
+def test_a_copied_model_moves_without_the_experts_of_the_original(model, make_pack, ids):
+    for name in "ab":
+        model.experts.plug(make_pack(name, seed=ord(name), bias=0.5))
+    expected_cache, cache = KVCache(), KVCache()
+    for store in (expected_cache, cache):
+        logits_of(model, ids[:, :20], cache=store)
+    expected = logits_of(model, ids[:, 20:], cache=expected_cache)
+    twin = copy.deepcopy(model).to(torch.float64)
+    moved = logits_of(twin, ids)
+    assert moved.dtype == torch.float64
+    assert torch.equal(logits_of(model, ids[:, 20:], cache=cache), expected)
+    torch.testing.assert_close(moved.float(), logits_of(model, ids), atol=1e-3, rtol=1e-3)
+
+
+def test_experts_plugged_before_and_after_a_move_are_in_one_place(model, make_pack, ids):
+    packs = [make_pack(name, seed=ord(name), bias=0.5) for name in "ab"]
+    for first, second in (packs, packs[::-1]):
+        model.to(torch.float32).experts.plug(first)
+        model.to(torch.float64).experts.plug(second)
+        assert logits_of(model, ids).dtype == torch.float64
+        for pack in packs:
+            model.experts.unplug(pack.manifest.name)
+
+
 def test_experts_follow_the_model_to_another_dtype(model, make_pack, ids):
     model.experts.plug(make_pack(bias=0.5))
     model.to(torch.bfloat16)
@@ -350,6 +374,35 @@ def test_attribution_and_record_tell_who_spoke(model, make_pack, ids):
     assert trace.names == ("a", "b")
     for m, name in enumerate(names):
         torch.testing.assert_close(trace.weights(name), weights_BTM[..., m], atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ends=st.permutations(range(3)))
+def test_recordings_that_overlap_end_in_any_order(model, make_pack, ids, ends):
+    if not model.experts.list():
+        model.experts.plug(make_pack(bias=0.5))
+    blocks = [model.experts.record() for _ in ends]
+    traces = [block.__enter__() for block in blocks]
+    logits_of(model, ids)
+    for passes, end in enumerate(ends, start=1):
+        blocks[end].__exit__(None, None, None)
+        logits_of(model, ids)
+        assert traces[end].weights("code").shape == (2, 40 * passes)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_most_experts_per_token_may_be_set_at_any_time(model, make_pack, ids, limit):
+    for name in "abc":
+        model.experts.plug(make_pack(name, layers=(3,), seed=ord(name), bias=3.0))
+    assert model.experts.max_experts == 5
+    model.experts.max_experts = limit
+    assert model(ids).experts.attribution().gt(0).sum(-1).max() == limit
+    assert model.experts.armed().roster is model.experts.choose().roster
+    assert copy.deepcopy(model).experts.max_experts == limit
+    for refused in (0, 1.5, True, "2"):
+        with pytest.raises(ConfigError, match=r"max_experts=.* must be a whole number"):
+            model.experts.max_experts = refused
+    assert model.experts.max_experts == limit
 
 
 @pytest.mark.parametrize("layer", range(4))
