@@ -49,7 +49,7 @@ def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptur
         http.get("/v1/models/secret-name")
         http.get("/secret-path")
         lines = logged(caplog, 2)
-    assert sorted(line.split()[1] for line in lines) == ["/v1/models/{model}", "other"]
+    assert sorted(line.split()[1] for line in lines) == ["/v1/models/{model:path}", "other"]
     assert not any("secret" in line for line in lines)
 
 
