@@ -16,7 +16,9 @@ NEVER_MERGED = -1e6
 """Score of tokens that no merge produces; llama.cpp merges by the highest score."""
 
 END_ROLES = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
-"""Roles of ends beside EOS: of a turn, and of a message before a tool's answer -> Llama 3's token."""
+"""Roles of end tokens beside EOS -> Llama 3's token: the end of a turn, and that of a message
+before a tool's answer.
+"""
 
 PREPENDING = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
 """Parts of a tokenizer's JSON by which it puts a space before a text."""

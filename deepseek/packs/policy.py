@@ -49,8 +49,10 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     # SPDX identifiers do not differ by case, and that of the base comes as its card spells it.
     denied = {name.lower() for name in policy.deny}
     allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
-    for licence in [word for word in words if word and word.upper() not in ("AND", "OR", "WITH")]:
+    for licence in words:
         name = licence.lower()
+        if name in ("", "and", "or", "with"):
+            continue
         if name in denied or (allowed is not None and name not in allowed):
             raise PackError(
                 f"its licence {licence} is not accepted here; change the licence policy to use it"

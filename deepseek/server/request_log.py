@@ -33,7 +33,8 @@ def write(method: str, route: str, status: int, usage: "TokenUsage | None", seco
 
     Args:
         method: HTTP method.
-        route: its route as declared, such as `/v1/models/{model:path}`, which holds no text of a client.
+        route: its route as declared, such as `/v1/models/{model:path}`, which holds no text of a
+            client.
         status: HTTP status of the reply.
         usage: tokens of prompt and answer; None: nothing was computed.
         seconds: time from the head of the request to the end of the reply.

@@ -85,7 +85,11 @@ def without_reserved(rows_RT: Tensor, tokenizer: PreTrainedTokenizerFast) -> Ten
         opening(tokenizer, conversation.turns[0])[: rows_RT.shape[1]]
         for conversation in reserved[::PAIR_STRIDE]
     ]
-    kept = [not any(row[: len(begun)] == begun for begun in openings) for row in rows_RT.tolist()]
+
+    def is_kept(row: list[int]) -> bool:
+        return not any(row[: len(begun)] == begun for begun in openings)
+
+    kept = [is_kept(row) for row in rows_RT.tolist()]
     return rows_RT[torch.tensor(kept, dtype=torch.bool, device=rows_RT.device)]
 
 

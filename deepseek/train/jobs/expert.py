@@ -9,6 +9,7 @@ The run folder stores the result of each finished stage, so that a run can be re
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +251,12 @@ class ExpertRun(TextRun):
         corpora = self.corpora()
         ids_N = np.concatenate([whole_text(corpus).ids_N for corpus in corpora])
         own_ids_N = torch.from_numpy(ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
-        asked = [text for corpus in corpora for text in asked_about(corpus / "questions.jsonl")]
-        questions = encode_plain(self.tokenizer, asked)
+        asked = (asked_about(corpus / "questions.jsonl") for corpus in corpora)
+        questions = encode_plain(self.tokenizer, [*chain.from_iterable(asked)])
         question_ids_N = torch.tensor(
             [token for ids in questions for token in ids], dtype=torch.long
         )
-        unseen_rows = max(1, UNSEEN_TOKENS // texts.validation.length)
-        unseen = texts.validation.first(unseen_rows).batches()
+        unseen = texts.validation.first(max(1, UNSEEN_TOKENS // texts.validation.length)).batches()
         # Too little validation text to check the gates alone: add the reported held-out rows.
         if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:
             unseen += texts.held_out.batches()
