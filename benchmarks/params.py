@@ -2,7 +2,7 @@
 speed.
 
     python benchmarks/corpora.py all
-    python benchmarks/params.py CORPORA [--set design|final] [--seeds 3] [--tokens 1500000] [--json FILE]
+    python benchmarks/params.py CORPORA [--set design|final] [--seeds 3] [--tokens 1000000] [--json FILE]
 
 Five models are trained from scratch on the same stream of text, with the same number of floating
 point operations, at each of `--rates`:
@@ -49,31 +49,30 @@ SETS = {
     "final": ("final-public-code", "final-octave", "final-public-prose", "final-spanish"),
 }
 FIRST_SEED = {"design": 100, "final": 0}
-VOCABULARY, ROW = 4096, 256
+VOCABULARY, ROW, ROWS = 2048, 256, 4
 
-# Half the width and two thirds of the layers of `deepseek-29m` and its dense counterpart.
+# A quarter of the width and half of the layers of `deepseek-29m` and its dense counterpart.
 BACKBONE = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 1024,
 }
 ROUTED = {
-    "expert_dim": 96,
     "num_shared_experts": 1,
     "routing_strategy": "dynamic",
     "target_experts": 2.0,
+    "intermediate_size": 512,
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "dense": {"intermediate_size": 1024},
-    "mixture": ROUTED | {"num_experts": 15, "expert_sharing": 4, "intermediate_size": 1024},
+    "dense": {"intermediate_size": 512},
+    "mixture": ROUTED | {"num_experts": 10, "expert_dim": 47, "expert_sharing": 3},
     "own pools": ROUTED
-    | {"num_experts": 4, "max_experts": 4, "candidate_experts": 4}
-    | {"intermediate_size": 1024, "expert_dim": 90},
-    "dense, total": {"intermediate_size": 460},
-    "dense, active": {"intermediate_size": 288},
+    | {"num_experts": 4, "max_experts": 4, "candidate_experts": 4, "expert_dim": 41},
+    "dense, total": {"intermediate_size": 207},
+    "dense, active": {"intermediate_size": 146},
 }
 RATES = dict.fromkeys(KINDS, 2e-3)
 """Peak learning rates, chosen on the design set."""
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rates", type=float, nargs="+", help="default: the chosen ones")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="of the dense model")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of the dense model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, default=home() / "params", help="models are kept here")
     add_output(parser, "params")
@@ -158,7 +157,7 @@ def trained(
         "name": "params",
         "tokens": tokens_of(kind, options.tokens),
         "row_length": ROW,
-        "batch_rows": 16,
+        "batch_rows": ROWS,
         "learning_rate": rate,
         "final_learning_rate": rate / 30,
         "vocab_size": VOCABULARY,
@@ -167,7 +166,7 @@ def trained(
         },
         "model": architecture(kind),
         "seed": seed,
-        "evaluate_every": 100_000,
+        "evaluate_every": 10**9,
         "held_out_tokens": 65_536,
         "samples": [],
         "out": str(folder / "model"),

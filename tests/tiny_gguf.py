@@ -105,6 +105,8 @@ def write_gguf(
     theta = 1000000.0 if architecture == "gemma3" else 10000.0
     writer.add_rope_freq_base(theta)
     add_vocabulary(writer, split_rule, sentencepiece=architecture in ("gemma2", "gemma3", "phi3"))
+    if architecture.startswith("gemma"):
+        writer.add_add_space_prefix(False)
     for key, value in (facts or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
         add[type(value)](key, value)
@@ -132,7 +134,6 @@ def add_vocabulary(writer: gguf.GGUFWriter, split_rule: str, sentencepiece: bool
         byte_tokens = 260 - len(specials) - len(pieces)
         writer.add_token_types([3] * 5 + [1] * len(pieces) + [6] * byte_tokens)
         writer.add_unk_token_id(3)
-        writer.add_add_space_prefix(False)
     else:
         specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokens = [*specials, *sorted(ByteLevel.alphabet()), "th"]

@@ -101,17 +101,14 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
 
     Raises:
         ConfigError: a weight is not a number.
-        PackError: an expert is not in `folder`.
+        PackError: there is no such expert.
     """
     from deepseek.packs.library import find_pack, packs_for
 
     if text.strip() == "none":
         return []
     if text.strip() != "all":
-        named = weights(text)
-        if folder is None:
-            return named
-        return {str(find_pack(name, folder)): weight for name, weight in named.items()}
+        return {str(find_pack(name, folder)): weight for name, weight in weights(text).items()}
     packs, problems = packs_for(base, folder)
     for problem in problems:
         echo(f"warning: {problem}", error=True)

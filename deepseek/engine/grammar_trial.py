@@ -29,25 +29,46 @@ STACK = 4 << 20
 """Bytes of stack for compiling there; half of what threads have here."""
 
 
+TOO_COMPLEX = "it is too complex"
+
+
 class Trial:
     """Tries grammars in another process, one at a time; it is started when first needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
-        self.complaint = lru_cache(maxsize=256)(self._complaint)
+        self._kept = lru_cache(maxsize=256)(self._complaint)
+
+    def complaint(self, lark: str) -> str:
+        """Return why llguidance cannot compile a grammar; "" if it can.
+
+        The answer is kept, unless time was up, since that may be due to a machine that was busy.
+        """
+        try:
+            return self._kept(lark)
+        except TimeoutError:
+            return TOO_COMPLEX
 
     def _complaint(self, lark: str) -> str:
-        """Return why llguidance cannot compile a grammar; "" if it can."""
+        """Compile a grammar in the other process.
+
+        Raises:
+            TimeoutError: that takes longer than `TRIAL_SECONDS`.
+        """
         with self._lock:
             process = self._started()
             assert process.stdin is not None
             process.stdin.write(json.dumps(lark) + "\n")
             process.stdin.flush()
-            line = _line(process, TRIAL_SECONDS)
-            if not line:
+            try:
+                line = _line(process, TRIAL_SECONDS)
+            except TimeoutError:
                 self.stop()
-                return "it is too complex"
+                raise
+            if not line:  # the stack or the memory is exhausted
+                self.stop()
+                return TOO_COMPLEX
             return str(json.loads(line))
 
     def _started(self) -> subprocess.Popen[str]:
@@ -64,7 +85,11 @@ class Trial:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-            if not _line(self._process, START_SECONDS):
+            try:
+                line = _line(self._process, START_SECONDS)
+            except TimeoutError:
+                line = ""
+            if not line:
                 self.stop()
                 raise RuntimeError("The compiler of grammars does not start.")
         return self._process
@@ -78,10 +103,16 @@ class Trial:
 
 
 def _line(process: subprocess.Popen[str], seconds: float) -> str:
-    """Return the next line of a process; "" if it ended or the time is up."""
+    """Return the next line of a process; "" if it ended.
+
+    Raises:
+        TimeoutError: there is none within so many seconds.
+    """
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if ready else ""
+    if not ready:
+        raise TimeoutError
+    return process.stdout.readline()
 
 
 def answer_all() -> None:

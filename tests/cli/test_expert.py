@@ -337,6 +337,8 @@ def test_names_are_looked_up_in_the_folder(pack: Path, tmp_path: Path) -> None:
     assert expert_packs(str(mine), "tiny-base") == {str(mine): None}
     with pytest.raises(PackError, match=r"no expert named 'poems' in .*run=3"):
         expert_packs("poems", "tiny-base", other)
+    with pytest.raises(PackError, match="no expert named 'nope'"):
+        expert_packs("nope", "tiny-base")
 
 
 @pytest.mark.parametrize("text", ["none", "", " none "])

@@ -137,3 +137,13 @@ def test_the_process_that_tries_grammars_starts_again_after_a_crash(
     crash = f"start: %json {chain(300)}"
     assert trial.complaint(crash) == "it is too complex"
     assert trial.complaint("start: /a/") == ""
+
+
+def test_a_grammar_for_which_time_was_up_is_tried_again(
+    trial: grammar_trial.Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trial.complaint("start: /b/") == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_trial, "TRIAL_SECONDS", 0.0)
+        assert trial.complaint("start: /a/") == "it is too complex"
+    assert trial.complaint("start: /a/") == ""

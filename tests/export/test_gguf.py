@@ -90,7 +90,7 @@ def test_the_tokenizer_goes_along(architecture: str, tmp_path: Path) -> None:
     assert read_gguf(out).facts["tokenizer.ggml.token_type"][:3] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_a_space_before_the_text_goes_along(scheme: str, tmp_path: Path) -> None:
     pieces = ["\u2581", "a", "b", "c", "\u2581a", "ab"]
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -106,10 +106,12 @@ def test_a_space_before_the_text_goes_along(scheme: str, tmp_path: Path) -> None
     ours.save_pretrained(folder)
     out = tmp_path / "out.gguf"
     export_model(folder, out, "gguf")
-    assert read_gguf(out).facts["tokenizer.ggml.add_space_prefix"] is True
+    assert read_gguf(out).facts["tokenizer.ggml.add_space_prefix"] is (scheme != "never")
     back = gguf_tokenizer(read_gguf(out))
     for text in ("ab c", "a b", "c"):
-        assert back(text, add_special_tokens=False).input_ids == ours(text).input_ids
+        ids = back(text, add_special_tokens=False).input_ids
+        assert ids == ours(text).input_ids
+        assert back.decode(ids) == text
 
 
 def ends(tokenizer: PreTrainedTokenizerFast, stops: list[int]) -> tuple[dict[str, int], object]:

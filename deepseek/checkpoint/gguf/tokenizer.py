@@ -6,7 +6,7 @@ know the file's rule, which gives other ids in silence. Here an unknown rule is 
 
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
@@ -24,6 +24,9 @@ GPT2_SPLITS = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 
 DIGIT_SPLITS = ("codeshell", "command-r", "refact", "smollm", "starcoder")
 """Names of the rule that splits off each digit, and then splits as GPT-2 does."""
+
+SPACE = "\u2581"
+"""SentencePiece's sign for a space."""
 
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Name in `transformers` -> name in GGUF metadata."""
@@ -60,6 +63,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         backend, _ = convert_gguf_tokenizer(file.architecture, described)
         if kind == "gpt2":
             _set_split_rule(file, backend)
+        elif file.facts.get("tokenizer.ggml.add_space_prefix") is False:
+            _remove_prefix(backend)
         special: dict[str, Any] = {
             f"{name}_token": _token(file, tokens, key) for name, key in SPECIAL_TOKENS.items()
         }
@@ -86,7 +91,21 @@ def _token(file: GgufFile, tokens: list[str], key: str) -> str | None:
     return None if index is None else tokens[index]
 
 
-def _set_split_rule(file: GgufFile, backend: Any) -> None:
+def _remove_prefix(backend: Tokenizer) -> None:
+    """Let a SentencePiece tokenizer put no space before a text.
+
+    `transformers` reads the field and does not use it. Gemma's tokenizer has none of these steps.
+    """
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    if "Prepend" in str(backend.normalizer):
+        backend.normalizer = normalizers.Replace(pattern=" ", content=SPACE)
+    if "Strip" in str(backend.decoder):
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps)
+
+
+def _set_split_rule(file: GgufFile, backend: Tokenizer) -> None:
     """Set the rule of a byte-level tokenizer that `transformers` does not know."""
     rule = str(file.fact("tokenizer.ggml.pre"))
     if rule in DIGIT_SPLITS:

@@ -148,11 +148,6 @@ class WeightCache:
         with self._lock:
             self._reserved -= Counter(dict.fromkeys(sizes.items(), 1))
 
-    def forget(self, module: Expert) -> None:
-        """Free the weights of an expert, which are read again when they are needed."""
-        with self._lock:
-            self._forms.pop(module, None)
-
     def _items(self) -> list[tuple[Expert, Callable[..., Form], Form]]:
         """Return all weights in memory, the least recently used first."""
         items = []
