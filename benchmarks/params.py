@@ -20,6 +20,11 @@ seed. An interrupted run goes on.
 
 Then the mixture and the dense model of the first seed run in the compiled engine with 8 bits, in
 turn: the prefill of 512 held-out tokens, and decoding of what follows, one token at a time.
+
+    python benchmarks/params.py CORPORA --speeds [--json FILE]
+
+measures the same with random weights of `deepseek-29m`, which may choose at most as many experts as
+the trained mixture does on average, and its dense counterpart.
 """
 
 import argparse
@@ -31,13 +36,15 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from results import add_output, write
+from results import FOLDER, write
 from turns import in_turn
 
 import deepseek
 from deepseek.checkpoint.store import home
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.data import read_folder
+from deepseek.model.config import ModelConfig
+from deepseek.model.presets import PRESETS
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning.architecture import Architecture
 from deepseek.planning.sizes import parameters
@@ -77,6 +84,8 @@ KINDS: dict[str, dict[str, Any]] = {
 RATES = dict.fromkeys(KINDS, 2e-3)
 """Peak learning rates, chosen on the design set."""
 
+MIXTURE_FIELDS = {"num_experts", "expert_dim", "num_shared_experts", "expert_sharing"}
+
 PREFILL, DECODE = 512, 128
 
 
@@ -91,9 +100,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of the dense model")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--speeds", action="store_true", help="of `deepseek-29m`")
     parser.add_argument("--work", type=Path, default=home() / "params", help="models are kept here")
-    add_output(parser, "params")
+    parser.add_argument("--json", type=Path, help="default: results/params.json, params_speed.json")
     options = parser.parse_args()
+    if options.speeds:
+        path = options.json or FOLDER / "params_speed.json"
+        write(path, {"figures": full_size_speeds(options.rounds)})
+        return
     runs = []
     for seed in range(FIRST_SEED[options.set], FIRST_SEED[options.set] + options.seeds):
         tokenizer = None  # the first model's, which all others share
@@ -105,11 +119,11 @@ def main() -> None:
     figures = {"sizes": {kind: sizes(kind) for kind in options.kinds}, "losses": losses(runs)}
     if {"dense", "mixture"} <= set(options.kinds):
         folders = {run["kind"]: Path(run["folder"]) for run in reversed(runs)}
-        figures["speed"] = speeds(folders, options)
+        figures["speed"] = trained_speeds(folders, options)
     print(json.dumps(figures, indent=1))
     for run in runs:
         del run["folder"]
-    write(options.json, {"figures": figures, "runs": runs})
+    write(options.json or FOLDER / "params.json", {"figures": figures, "runs": runs})
 
 
 def architecture(kind: str) -> dict[str, Any]:
@@ -205,27 +219,42 @@ def losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def speeds(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Return tokens a second of the mixture and the dense model, and their ratio by medians."""
+def trained_speeds(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the speeds of the dense model and the mixture that were trained, on held-out text."""
     text = "".join(
         document.text[:4000]
         for name in SETS[options.set]
         for document in list(read_folder(options.corpora / name))[-4:]
     )
-    turns: dict[str, Callable[[], dict[str, float]]] = {}
-    experts = 0.0
-    for kind in ("dense", "mixture"):
-        model = DeepSeekModel.from_pretrained(folders[kind]).eval()
-        ids = load_tokenizer(folders[kind])(text).input_ids[: PREFILL + DECODE]
-        turns[kind] = turn(CompiledRunner(model), ids)
-        if kind == "mixture":
-            experts = mean_experts(model, ids)
-    found = in_turn(turns, options.rounds)
+    models = {kind: DeepSeekModel.from_pretrained(folders[kind]) for kind in ("dense", "mixture")}
+    ids = load_tokenizer(folders["dense"])(text).input_ids[: PREFILL + DECODE]
+    return speeds(models, ids, options.rounds)
+
+
+def full_size_speeds(rounds: int) -> dict[str, Any]:
+    """Return the speeds of `deepseek-29m` and its dense counterpart, with random weights."""
+    shape = PRESETS["deepseek-29m"]
+    most = int(ROUTED["target_experts"])
+    fields = {
+        "mixture": shape | {"max_experts": most, "candidate_experts": most},
+        "dense": {name: value for name, value in shape.items() if name not in MIXTURE_FIELDS},
+    }
+    torch.manual_seed(0)
+    models = {kind: DeepSeekModel(ModelConfig(**values)) for kind, values in fields.items()}
+    ids = torch.randint(shape["vocab_size"], (PREFILL + DECODE,)).tolist()
+    return speeds(models, ids, rounds)
+
+
+def speeds(models: Mapping[str, DeepSeekModel], ids: list[int], rounds: int) -> dict[str, Any]:
+    """Return tokens a second of the mixture and the dense model, and their ratio by medians."""
+    turns = {kind: turn(CompiledRunner(model.eval()), ids) for kind, model in models.items()}
+    found = in_turn(turns, rounds)
     rates = {
         kind: {name: median(one[name] for one in results) for name in results[0]}
         for kind, results in found.items()
     }
     ratios = {name: rates["mixture"][name] / rates["dense"][name] for name in rates["dense"]}
+    experts = mean_experts(models["mixture"], ids)
     return {"tokens_per_second": rates, "mixture_over_dense": ratios, "mean_experts": experts}
 
 
