@@ -67,6 +67,7 @@ class Grams:
     def __init__(self, module: nn.Module) -> None:
         self._source: dict[str, str] = {}  # name of a layer -> first layer with the same input
         self._sums: dict[str, list[Tensor]] = {}
+        self._compensations: dict[str, list[Compensation]] = {}
         self._last: tuple[str, Tensor] | None = None
         self._hooks = [
             layer.register_forward_pre_hook(lambda _, args, name=name: self.add(name, args[0]))
@@ -74,11 +75,16 @@ class Grams:
             if isinstance(layer, StoredLinear)
         ]
 
-    def of(self, name: str) -> list[Tensor] | None:
-        """Return the sums of x x^T of a layer's inputs, one for each span of columns; None if the
-        layer has seen none.
+    def compensations(self, name: str) -> list[Compensation] | None:
+        """Return how a layer's columns make up for each other's errors, one for each span of
+        columns; None if the layer has seen no inputs.
         """
-        return self._sums.get(self._source.get(name, ""))
+        source = self._source.get(name)
+        if source is None:
+            return None
+        if source not in self._compensations:
+            self._compensations[source] = [*map(Compensation.of, self._sums[source])]
+        return self._compensations[source]
 
     def groups(self) -> list[list[str]]:
         """Return the names of the layers that have read the same tensors, group by group."""
@@ -108,17 +114,16 @@ class Grams:
 
 
 def quantised_rows(
-    stored: StoredMatrix, grams: list[Tensor] | None, bits: int
+    stored: StoredMatrix, spans: list[Compensation] | None, bits: int
 ) -> Iterator[Int8Matrix]:
     """Quantise a matrix a block of rows at a time.
 
     Args:
         stored: the matrix.
-        grams: second moments of its inputs for each span of columns; None: round to the nearest.
+        spans: compensation for each span of columns; None: round to the nearest.
         bits: bits of a weight.
     """
     outputs, width = stored.shape
-    spans = None if grams is None else [Compensation.of(gram_DD) for gram_DD in grams]
     step = max(64, BLOCK_ELEMENTS // width)
     for first in range(0, outputs, step):
         weight_FD = stored.rows(first, min(first + step, outputs)).float()
@@ -137,9 +142,9 @@ def quantised_rows(
         )
 
 
-def quantised(stored: StoredMatrix, grams: list[Tensor] | None, bits: int) -> Int8Matrix:
+def quantised(stored: StoredMatrix, spans: list[Compensation] | None, bits: int) -> Int8Matrix:
     """Return a quantised matrix (see `quantised_rows`)."""
-    parts = [*quantised_rows(stored, grams, bits)]
+    parts = [*quantised_rows(stored, spans, bits)]
     return Int8Matrix(
         torch.cat([part.values for part in parts]).cpu(),
         torch.cat([part.scales for part in parts]).cpu(),
@@ -174,7 +179,9 @@ def quantise_along(
             grams.close()
             for path, stored in matrices.items():
                 if is_large(stored.name, stored.shape):
-                    done[stored.name] = quantised(stored, grams.of(path), bits(stored.name))
+                    done[stored.name] = quantised(
+                        stored, grams.compensations(path), bits(stored.name)
+                    )
                     stored.hold(done[stored.name].float().to(hidden_BTD.device))
             hidden_BTD = run_layer(model, hidden_BTD, layer)
         yield from done.items()
@@ -199,8 +206,8 @@ def _quantised_ends(
     for path, stored in stored_matrices(model).items():
         if not path.startswith("layers.") and is_large(stored.name, stored.shape):
             is_head = isinstance(head, StoredLinear) and stored is head.stored
-            sums = grams.of("lm_head") if is_head else None
-            yield stored.name, quantised(stored, sums, bits(stored.name))
+            spans = grams.compensations("lm_head") if is_head else None
+            yield stored.name, quantised(stored, spans, bits(stored.name))
 
 
 def run_layer(model: DeepSeekModel, hidden_BTD: Tensor, layer: int) -> Tensor:

@@ -89,7 +89,7 @@ def _costs_of_layer(
                 continue
             weights = [stored.tensor() for stored in group]
             for stored in group:
-                rounded = quantised(stored, grams.of(paths[0]), 4)
+                rounded = quantised(stored, grams.compensations(paths[0]), 4)
                 stored.hold(rounded.float().to(exact_BTD.device))
             change_BTD = run_layer(model, entering_BTD, layer) - exact_BTD
             for stored, weight in zip(group, weights, strict=True):

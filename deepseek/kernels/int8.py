@@ -114,8 +114,13 @@ class Compensation:
         gram = _grouped(_grouped(gram_DD).flatten(-2).T).flatten(-2).double()
         gram.diagonal().add_(DAMPING * gram.diagonal().mean() + 1e-30)
         order_D = gram.diagonal().argsort(descending=True, stable=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order_D][:, order_D]))
-        return Compensation(torch.linalg.cholesky(inverse, upper=True).float(), order_D)
+        # A lower factor of the reversed matrix, reversed, is an upper one U with gram = U U^T. Its
+        # inverse is the factor of gram's inverse, for half the operations of inverting gram first.
+        reverse_D = order_D.flip(0)
+        upper_DD = torch.linalg.cholesky(gram[reverse_D][:, reverse_D]).flip(0, 1)
+        one_DD = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        inverse_DD = torch.linalg.solve_triangular(upper_DD, one_DD, upper=True)
+        return Compensation(inverse_DD.float(), order_D)
 
 
 def quantize(
