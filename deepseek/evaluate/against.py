@@ -8,7 +8,7 @@ resumes.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,9 @@ FORMAT = 1
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")
+
+LEAST_TIME = 0.7
+"""Share of the expert's time below which a rival's training counts as cut short."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +202,9 @@ class Against:
             scores |= self._scores([row for row in rows if row.model == model], quiet)
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}
-        result = Result(
-            self.name,
-            self.cases,
-            documents,
-            self.dials,
-            ordered,
-            self._training_seconds(rows),
-            self._notes(),
-        )
+        seconds = self._training_seconds(rows)
+        notes = self._notes() + self._hurried(rows, seconds)
+        result = Result(self.name, self.cases, documents, self.dials, ordered, seconds, notes)
         write_json(self.folder / "result.json", as_json(result))
         return result
 
@@ -231,6 +228,17 @@ class Against:
         if not infill_layout(self.tokenizer).has_tokens:
             notes.append("The base has no tokens for fill-in-the-middle.")
         return notes
+
+    def _hurried(self, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[str]:
+        """Return a caveat for each rival that took much less time than the expert."""
+        whole = seconds[EXPERT.name]
+        return [
+            f"{row.name} took {seconds[row.name]:.0f} s of the expert's {whole:.0f} s, as the machine "
+            f"was busy when its training was planned; remove {self.folder / row.model} and run the "
+            "same command again."
+            for row in rows
+            if row.model != "base" and seconds[row.name] < LEAST_TIME * whole
+        ]
 
     def _scores(self, rows: Sequence[Row], quiet: bool) -> dict[str, CompletionScores]:
         """Return the scores of rows that share a model, loading it only if a row is missing."""

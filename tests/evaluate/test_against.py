@@ -93,6 +93,25 @@ def test_every_row_answers_the_same_cases_and_stays(
     assert "full fine-tuning" not in capsys.readouterr().out
 
 
+def test_a_rival_that_was_cut_short_is_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
+    record = trained / "runs" / "own" / "result.json"
+    before = record.read_text()
+    assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
+    result = trained / "runs" / "own" / "against" / "result.json"
+    seconds = json.loads(result.read_text())["training_seconds"]
+    try:
+        record.write_text(json.dumps(json.loads(before) | {"seconds": 2 * seconds["LoRA"]}))
+        capsys.readouterr()
+        assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
+    finally:
+        record.write_text(before)
+    (note,) = (one for one in json.loads(result.read_text())["notes"] if "LoRA" in one)
+    assert note in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_a_copy_that_was_cut_short_is_made_again(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
