@@ -186,8 +186,14 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             f"num_hidden_layers={shown(layers)} in config.json is no number of layers; fetch the "
             "model again."
         )
+    # As `AutoConfig` has it: only this class reads which of Mistral's layers have a window.
+    kind = "ministral" if family == "mistral" and raw.get("layer_types") else family
     try:
-        translated = _translate_config(CONFIG_MAPPING[family](**raw))
+        hf_config = CONFIG_MAPPING[kind](**raw)
+        # Once more, as the rotary classes do: the first time is before the class knows
+        # `original_max_position_embeddings` beside the rotary parameters.
+        hf_config.standardize_rope_params()
+        translated = _translate_config(hf_config)
     except CheckpointError:
         raise
     except Exception as error:  # the classes of transformers check their fields in many ways
