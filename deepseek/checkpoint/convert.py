@@ -303,7 +303,7 @@ def our_name(name: str, *, post_norms: bool = False) -> str:
 
 
 def _as_shared_expert(name: str, dense_layers: set[int]) -> str:
-    match = re.match(r"^layers\.(\d+)\.feed_forward\.(gate|up|down)_proj\.weight$", name)
+    match = re.match(r"^layers\.(\d+)\.feed_forward\.(gate|up|down)_proj\.weight", name)
     if match is None or int(match[1]) in dense_layers:
         return name
     return name.replace(".feed_forward.", ".feed_forward.shared_experts.")
