@@ -135,6 +135,7 @@ def _check_rotation(file: GgufFile, width: int) -> None:
     """Raise `CheckpointError` if the file rotates heads of this width in a way that no config says,
     because the folder would hold another model.
     """
+    width = file.facts.get(f"{file.architecture}.attention.key_length", width)
     usual = {"rope.dimension_count": width} | {
         f"rope.scaling.{key}": value for key, value in SCALING.items()
     }
