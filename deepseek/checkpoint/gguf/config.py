@@ -55,6 +55,13 @@ SCALING = {
 and the config has no field for some, and another meaning for others.
 """
 
+LLAMA3_LIMITS = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Rotary parameters that all models from Llama 3.1 on share, and that a GGUF file does not state."""
+
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Name in a config -> name in GGUF metadata."""
 
@@ -206,13 +213,7 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
     All these models have the same limits between low and high frequencies; that is checked.
     """
     factors = file.values("rope_freqs.weight")
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max().round()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    scaling = {"rope_type": "llama3", "factor": float(factors.max().round()), **LLAMA3_LIMITS}
     base = file.fact(f"{file.architecture}.rope.freq_base")
     if not np.allclose(factors, llama3_factors(scaling, base, len(factors)), rtol=1e-4):
         raise CheckpointError(
