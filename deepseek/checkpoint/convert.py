@@ -186,8 +186,14 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             f"num_hidden_layers={shown(layers)} in config.json is no number of layers; fetch the "
             "model again."
         )
+    # As `AutoConfig` has it: only this class reads which of Mistral's layers have a window.
+    kind = "ministral" if family == "mistral" and raw.get("layer_types") else family
     try:
-        translated = _translate_config(CONFIG_MAPPING[family](**raw))
+        hf_config = CONFIG_MAPPING[kind](**raw)
+        # Once more, as the rotary classes do: the first time is before the class knows
+        # `original_max_position_embeddings` beside the rotary parameters.
+        hf_config.standardize_rope_params()
+        translated = _translate_config(hf_config)
     except CheckpointError:
         raise
     except Exception as error:  # the classes of transformers check their fields in many ways
@@ -297,7 +303,7 @@ def our_name(name: str, *, post_norms: bool = False) -> str:
 
 
 def _as_shared_expert(name: str, dense_layers: set[int]) -> str:
-    match = re.match(r"^layers\.(\d+)\.feed_forward\.(gate|up|down)_proj\.weight$", name)
+    match = re.match(r"^layers\.(\d+)\.feed_forward\.(gate|up|down)_proj\.weight", name)
     if match is None or int(match[1]) in dense_layers:
         return name
     return name.replace(".feed_forward.", ".feed_forward.shared_experts.")

@@ -21,7 +21,13 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from deepseek.checkpoint.convert import OWN_TYPE, read_tensors
 from deepseek.checkpoint.files import new_path
-from deepseek.checkpoint.gguf.config import FAMILIES, MORE_FIELDS, llama3_factors, model_config
+from deepseek.checkpoint.gguf.config import (
+    FAMILIES,
+    LLAMA3_LIMITS,
+    MORE_FIELDS,
+    llama3_factors,
+    model_config,
+)
 from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.checkpoint.hub import resolve
@@ -297,6 +303,12 @@ def _frequency_factors(config: PretrainedConfig) -> dict[str, Floats]:
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return {}
+    for key, value in LLAMA3_LIMITS.items():
+        if rope[key] != value:
+            raise ConfigError(
+                f"A GGUF file cannot say rope_parameters[{key!r}]={rope[key]}, only Llama 3's "
+                f"{value}; keep the model's own folder."
+            )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     factors = llama3_factors(rope, rope["rope_theta"], head_dim // 2)
     return {"rope_freqs.weight": factors.astype(np.float32)}

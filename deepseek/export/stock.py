@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from deepseek.checkpoint.convert import FAMILIES, GEMMA, convert_config, our_name
-from deepseek.errors import ConfigError
+from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.graph import Step
 from deepseek.model.config import ModelConfig
 from deepseek.model.support import (
@@ -133,11 +133,12 @@ def stock_config(config: ModelConfig) -> Any:
             for key, value in _in_their_names(config, family).items()
             if key in family_fields - SAVED
         }
-        converted = ModelConfig(**convert_config(raw))
+        try:
+            converted = ModelConfig(**convert_config(raw))
+        except CheckpointError:  # the family has no such field, for example no other activation
+            continue
         differences[family] = [
-            name
-            for name in compared
-            if (getattr(converted, name) or None) != (getattr(config, name) or None)
+            name for name in compared if _value(converted, name) != _value(config, name)
         ]
         if not differences[family]:
             return CONFIG_MAPPING[family](**raw)
@@ -147,6 +148,12 @@ def stock_config(config: ModelConfig) -> Any:
         f"No stock architecture has {reason} (the nearest is {nearest}); "
         "keep the model's own folder."
     )
+
+
+def _value(config: ModelConfig, name: str) -> Any:
+    """Return a field to compare; one that is absent, false or its default counts as the same."""
+    value = getattr(config, name) or None
+    return value or config.head_dim if name == "query_pre_attn_scalar" else value
 
 
 def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:

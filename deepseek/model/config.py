@@ -384,3 +384,10 @@ def _validate_experts(config: ModelConfig) -> None:
             f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and "
             f"be at least max_expert_groups={config.max_expert_groups}."
         )
+    allowed = experts // config.num_expert_groups * config.max_expert_groups
+    if config.routing_strategy == "topk" and most > allowed:
+        raise ConfigError(
+            f"max_experts={most} must be at most {allowed}, the experts of "
+            f"max_expert_groups={config.max_expert_groups} out of "
+            f"num_expert_groups={config.num_expert_groups} groups."
+        )

@@ -80,9 +80,10 @@ def stored_bits(tensors: Tensors, name: str) -> int | None:
 def stored_shape(tensors: Tensors, name: str) -> tuple[int, ...]:
     """Return the shape of a tensor of a checkpoint, whether quantised or not."""
     bits = stored_bits(tensors, name)
-    if bits is None:
-        return tensors.shape(name)
-    *rows, width = tensors.shape(name + SUFFIXES[bits])
+    shape = tensors.shape(name if bits is None else name + SUFFIXES[bits])
+    if bits is None or not shape:
+        return shape
+    *rows, width = shape
     return (*rows, width * 8 // bits)
 
 
@@ -116,7 +117,7 @@ def check_scales(tensors: Tensors, name: str) -> None:
     Raises:
         CheckpointError: it has none.
     """
-    *rows, width = stored_shape(tensors, name)
+    *rows, width = stored_shape(tensors, name) or (1,)  # a scalar is refused as one column
     if (
         name + SCALES not in tensors
         or width % GROUP

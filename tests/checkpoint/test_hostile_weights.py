@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 
 from deepseek.errors import CheckpointError, ConfigError
@@ -68,6 +70,14 @@ def test_a_header_length_that_lies_is_refused(length: int, tmp_path: Path) -> No
     folder = save_base(tmp_path / "base")
     file = folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
+    refused_within_memory(folder)
+
+
+def test_a_quantised_matrix_without_axes_is_refused(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base")
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | {"embed_tokens.weight_int8": torch.tensor(1, dtype=torch.int8)}
+    save_file(tensors, file)
     refused_within_memory(folder)
 
 

@@ -184,6 +184,31 @@ def test_what_is_no_stock_architecture_is_refused(kind: str, reason: str) -> Non
             Graph(tiny_model(kind).model)
 
 
+GEMMA: dict[str, Any] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "post_norms": True,
+    "scale_embeddings": True,
+    "sliding_window": 16,
+    "full_attention_layers": [1],
+    "unit_offset_norms": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"qk_norm": "head", "local_rope_theta": 100.0}),
+    ],
+)
+def test_a_gemma_of_ours_has_a_stock_architecture(family: str, fields: dict[str, Any]) -> None:
+    config = ModelConfig(**SMALL | GEMMA | fields)
+    assert config.query_pre_attn_scalar is None  # what the class of Gemma calls its head_dim
+    assert stock_config(config).model_type == family
+    with pytest.raises(ConfigError, match="clip_qkv"):
+        stock_config(ModelConfig(**SMALL | GEMMA | fields, clip_qkv=0.5))
+
+
 def test_mistakes_are_told(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expert = save_expert(load(base, dtype="float32"), "loud", tmp_path)
     for mistake, arguments in {

@@ -180,6 +180,18 @@ def test_scaled_positions_and_the_licence_go_along(tmp_path: Path) -> None:
         ("attention_bias", True, "attention_bias=True"),
         ("mlp_bias", True, "mlp_bias=True"),
         ("hidden_act", "gelu", "hidden_act='gelu'"),
+        (
+            "rope_parameters",
+            {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            r"'original_max_position_embeddings'\]=64, only Llama 3's 8192",
+        ),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(

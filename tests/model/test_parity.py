@@ -178,6 +178,31 @@ def test_a_config_without_a_default_matches_transformers(
     torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=1e-4, rtol=0)
 
 
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "original length beside the rotary parameters": {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+        "original_max_position_embeddings": 32,
+    },
+    "windows of some layers": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@torch.no_grad()
+def test_what_only_some_checkpoints_of_a_family_say_matches_transformers(
+    kind: str, tmp_path: Path
+) -> None:
+    random_checkpoint("mistral", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | UNUSUAL[kind]))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 211, (2, 60))
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_path: Path) -> None:

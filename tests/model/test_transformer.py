@@ -138,6 +138,16 @@ def test_beam_search_reorders_the_cache(model: DeepSeekModel) -> None:
         ({"num_experts": 4, "expert_dim": 8, "max_experts": 5}, "max_experts=5"),
         ({"num_experts": 8, "expert_dim": 8, "routing_threshold": 1.5}, "routing_threshold=1.5"),
         ({"num_experts": 8, "expert_dim": 8, "target_experts": 7.0}, "target_experts=7.0"),
+        (
+            {
+                "num_experts": 8,
+                "expert_dim": 8,
+                "max_experts": 3,
+                "num_expert_groups": 4,
+                "routing_strategy": "topk",
+            },
+            "max_experts=3 must be at most 2",
+        ),
         ({"hidden_size": 0}, "hidden_size=0"),
         ({"num_attention_heads": 8, "num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type"),

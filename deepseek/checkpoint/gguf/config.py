@@ -43,6 +43,25 @@ MORE_FIELDS = {
 }
 """Metadata key -> config field, beside those in the tables of `transformers`."""
 
+SCALING = {
+    "attn_factor": 1,
+    "yarn_attn_factor": 1,
+    "yarn_beta_fast": 32,
+    "yarn_beta_slow": 1,
+    "yarn_ext_factor": 1,
+    "yarn_log_multiplier": 0,
+}
+"""Key below "rope.scaling" -> its value in every file that is read. llama.cpp computes with these,
+and the config has no field for some, and another meaning for others.
+"""
+
+LLAMA3_LIMITS = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Rotary parameters that all models from Llama 3.1 on share, and that a GGUF file does not state."""
+
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Name in a config -> name in GGUF metadata."""
 
@@ -87,9 +106,14 @@ def model_config(file: GgufFile) -> PretrainedConfig:
         if values.get("num_hidden_layers") == LARGEST_GEMMA[family]:
             values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
     try:
-        return config_class(**values)
+        config = config_class(**values)
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
     except Exception as error:  # config classes check their fields with errors of many types
         raise describes_no_model(file, family, error) from None
+    _check_rotation(file, width)
+    return config
 
 
 def describes_no_model(file: GgufFile, family: str, error: Exception) -> CheckpointError:
@@ -112,6 +136,23 @@ def _check_layers(file: GgufFile) -> None:
             f"{file.path} states {shown(layers)} layers and has {len(file.tensors)} tensors; "
             "convert the original model to GGUF again."
         )
+
+
+def _check_rotation(file: GgufFile, width: int) -> None:
+    """Raise `CheckpointError` if the file rotates heads of this width in a way that no config says,
+    because the folder would hold another model.
+    """
+    width = file.facts.get(f"{file.architecture}.attention.key_length", width)
+    usual = {"rope.dimension_count": width} | {
+        f"rope.scaling.{key}": value for key, value in SCALING.items()
+    }
+    for key, value in usual.items():
+        found = file.facts.get(f"{file.architecture}.{key}", value)
+        if found != value:
+            raise CheckpointError(
+                f"{file.path} states {key} = {shown(found)}, and only {value} is read from GGUF; "
+                "use the original model's folder or hub id."
+            )
 
 
 def generation_config(file: GgufFile) -> GenerationConfig:
@@ -141,7 +182,12 @@ def _rope(file: GgufFile) -> dict[str, Any]:
     prefix = f"{file.architecture}.rope"
     local = file.facts.get(f"{prefix}.freq_base_swa")
     fields_ = {} if local is None else {"rope_local_base_freq": _shortest(local)}
-    kind = file.facts.get(f"{prefix}.scaling.type", "none")
+    if f"{prefix}.freq_base" in file.facts:  # the table of StarCoder2 lacks it
+        fields_["rope_theta"] = _shortest(file.facts[f"{prefix}.freq_base"])
+    # llama.cpp scales linearly by a factor without a type, whose older name is "scale_linear".
+    linear = file.facts.get(f"{prefix}.scale_linear")
+    factor = file.facts.get(f"{prefix}.scaling.factor", linear)
+    kind = file.facts.get(f"{prefix}.scaling.type", "linear" if factor else "none")
     if "rope_freqs.weight" in file.tensors:
         return fields_ | {"rope_scaling": _llama3_scaling(file)}
     if kind == "none" and not any(name.startswith("rope_factors_") for name in file.tensors):
@@ -151,7 +197,9 @@ def _rope(file: GgufFile) -> dict[str, Any]:
             f"{file.path} scales its positions by {kind!r} factors, which are not read from GGUF; "
             "use the original model's folder or hub id."
         )
-    scaling = {"rope_type": kind, "factor": _shortest(file.fact(f"{prefix}.scaling.factor"))}
+    if factor is None:
+        factor = file.fact(f"{prefix}.scaling.factor")
+    scaling = {"rope_type": kind, "factor": _shortest(factor)}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = file.fact(
             f"{prefix}.scaling.original_context_length"
@@ -165,13 +213,7 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
     All these models have the same limits between low and high frequencies; that is checked.
     """
     factors = file.values("rope_freqs.weight")
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max().round()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    scaling = {"rope_type": "llama3", "factor": float(factors.max().round()), **LLAMA3_LIMITS}
     base = file.fact(f"{file.architecture}.rope.freq_base")
     if not np.allclose(factors, llama3_factors(scaling, base, len(factors)), rtol=1e-4):
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """A GGUF file becomes a folder that computes what `transformers` computes from the file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -155,6 +156,37 @@ def test_linear_scaling_is_read_and_another_is_refused(tmp_path: Path) -> None:
     tiny_gguf.write_gguf(model, tmp_path / "other.gguf", facts=facts)
     with pytest.raises(CheckpointError, match="longrope"):
         convert.convert_gguf(tmp_path / "other.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_scales_linearly_as_in_llama_cpp(key: str, tmp_path: Path) -> None:
+    model = tiny_gguf.tiny_model("llama")
+    file = tiny_gguf.write_gguf(model, tmp_path / "tiny.gguf", facts={f"llama.{key}": 4.0})
+    assert config.model_config(read_gguf(file)).rope_parameters == {
+        "rope_type": "linear",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.dimension_count", 8), *((f"rope.scaling.{key}", 2.5) for key in config.SCALING)],
+)
+def test_a_rotation_that_no_config_says_is_refused(key: str, value: float, tmp_path: Path) -> None:
+    model = tiny_gguf.tiny_model("llama")
+    file = tiny_gguf.write_gguf(model, tmp_path / "tiny.gguf", facts={f"llama.{key}": value})
+    with pytest.raises(CheckpointError, match=key):
+        config.model_config(read_gguf(file))
+
+
+def test_the_rotary_base_of_every_family_is_read(tmp_path: Path) -> None:
+    file = read_gguf(tiny_gguf.write_gguf(tiny_gguf.tiny_model("llama"), tmp_path / "tiny.gguf"))
+    for architecture in config.FAMILIES:
+        facts = {key.replace("llama.", f"{architecture}."): file.facts[key] for key in file.facts}
+        facts |= {"general.architecture": architecture, f"{architecture}.rope.freq_base": 5e5}
+        rotary = config.model_config(replace(file, facts=facts)).rope_parameters
+        assert rotary.get("full_attention", rotary)["rope_theta"] == 5e5
 
 
 def test_large_models_are_written_in_shards(

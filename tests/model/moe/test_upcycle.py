@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deepseek.model.config import ModelConfig
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.balance import update_routers
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer, init_upcycled
+from deepseek.model.quantised import with_large_quantised
+from deepseek.model.transformer import DeepSeekModel
 
 CASES = {
     "the issue's": {"num_experts": 16, "expert_dim": 32},
@@ -104,3 +107,20 @@ def test_training_an_upcycled_layer_beats_training_its_dense_network():
         return sum(losses[-10:])
 
     assert train(layer, lambda x: run(layer, x[None])[0]) < 0.95 * train(control, control)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_8_bits_is_upcycled_as_any_other(tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    dense = DeepSeekModel(ModelConfig(**shape))
+    dense.config.save_pretrained(tmp_path)
+    tensors = dense.state_dict()
+    del tensors["lm_head.weight"]
+    save_file(with_large_quantised(tensors), tmp_path / "model.safetensors")
+    changes = ModelConfig(num_experts=8, expert_dim=16)
+    upcycled_model = DeepSeekModel.from_pretrained(tmp_path, config=changes, dtype="float32")
+    quantised = DeepSeekModel.from_pretrained(tmp_path, dtype="float32")
+    ids = torch.randint(0, 97, (2, 20))
+    assert upcycled_model.config.num_experts == 8
+    assert torch.equal(upcycled_model(ids).logits, quantised(ids).logits)
