@@ -152,8 +152,8 @@ def stock_config(config: ModelConfig) -> Any:
 
 def _value(config: ModelConfig, name: str) -> Any:
     """Return a field to compare; one that is absent, false or its default counts as the same."""
-    value = getattr(config, name) or None
-    return value or config.head_dim if name == "query_pre_attn_scalar" else value
+    default = config.head_dim if name == "query_pre_attn_scalar" else None
+    return getattr(config, name) or default
 
 
 def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
