@@ -76,3 +76,14 @@ def test_runs_are_found_by_name() -> None:
     assert summary(find_run("done")) == {"state": "finished", "held_out_loss": 1.5}
     with pytest.raises(DataError, match="no run 'dome'; perhaps 'done'"):
         find_run("dome")
+
+
+def test_a_run_comes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "manual").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_run("manual") == Path("manual")
+    (home() / "runs" / "manual").mkdir(parents=True)
+    assert find_run("manual") == home() / "runs" / "manual"
+    assert find_run("./manual") == Path("manual")
