@@ -109,6 +109,12 @@ def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:
     assert given(model, prompts, answers).answers() == answers
 
 
+def test_an_empty_answer_has_features_even_alone(base: Path) -> None:
+    model, _ = load(base, dtype="float32")
+    assert not features_of(model, 2, [[5, 6]], [[]]).any()
+    assert given(model, [[5, 6]], [[]]).answers() == [[]]
+
+
 def test_the_reward_model_is_kept(base: Path, tmp_path: Path) -> None:
     model, _ = load(base)
     fitted = RewardModel(model, 2, torch.randn(32))
