@@ -126,6 +126,17 @@ def test_tables_and_indexes_see_text_without_gaps(tmp_path: Path) -> None:
     assert whole_text(tmp_path / "plain").digest == plain.train.digest
 
 
+def test_questions_with_separators_of_unicode_are_read_again(tmp_path: Path) -> None:
+    documents = [
+        Document(f"# Part{sign}x\n\nThe **widget** is a tool that builds parts.\n", f"{n}.md")
+        for n, sign in enumerate("\u2028\u2029\x85")
+    ]
+    notes = tmp_path / "questions.jsonl"
+    mix_questions(documents, [], tiny_tokenizer(), 0.0, notes)
+    asked = asked_about(notes)
+    assert all(any(sign in question for question in asked) for sign in "\u2028\u2029\x85")
+
+
 def test_questions_are_made_after_the_split(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
