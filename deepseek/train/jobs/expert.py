@@ -38,7 +38,7 @@ from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.jobs.expert_task import ExpertTask, output_paces
 from deepseek.train.jobs.outcome import Outcome
-from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
+from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.progress import ProgressBar
@@ -192,12 +192,7 @@ class ExpertRun(TextRun):
             request.batch_rows,
             request.held_out_tokens,
         )
-        return make_plan(
-            amount,
-            seconds_left,
-            speed,
-            RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows),
-        )
+        return make_plan(amount, seconds_left, speed, texts.counts)
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation, and discard its gradients."""

@@ -253,7 +253,8 @@ class PretrainRun:
     def held_out_batches(self, loader: RowLoader) -> list[Batch]:
         """Return a domain's held-out batches, full ones if it has enough rows."""
         size = self.settings.batch_rows
-        rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
+        loader = loader.with_targets()
+        rows = min(len(loader.row_ids), max(size, self.settings.held_out_tokens // loader.length))
         return loader.first(max(rows // size * size, min(rows, size))).batches()
 
     def evaluated(self, step: int) -> None:
