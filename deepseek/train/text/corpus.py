@@ -124,6 +124,14 @@ class KnownDocuments:
     tested: frozenset[str] = frozenset()
     validated: frozenset[str] = frozenset()
 
+    def has_learnt(self, document: Document) -> bool:
+        """Return whether a training document is known, maybe under another name."""
+        return document.digest in self.train or document.text_digest in self.learnt
+
+    def has_held_out(self, document: Document) -> bool:
+        """Return whether a held-out document is known, maybe under another name."""
+        return document.digest in self.held_out or document.text_digest in self.tested
+
     def __or__(self, other: "KnownDocuments") -> "KnownDocuments":
         """Return the documents of two runs."""
         both = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -200,7 +208,7 @@ def build_corpus(
             "held_out": digests([*held_out, *halves[0]]),
             "held_out_names": sorted({document.name for document in held_out}),
             "learnt": text_digests(train),
-            "tested": text_digests(held_out),
+            "tested": text_digests([*held_out, *halves[0]]),
             "validated": text_digests(each for each in held_out if each.name in firsts),
         }
         write_json(notes, {"report": str(report), "commit": commit, **noted})
