@@ -1,6 +1,7 @@
 """From pairs to an aligned model: reward model, synthetic pairs, the stage, resumed or not."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,7 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         "new_tokens": 6,
         "layers": "last:2",
         "learning_rate": 3e-3,
+        "quiet": True,
     }
     return align(
         str(base),
@@ -202,7 +204,6 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         name="x",
         out=folder / "model",
         run_folder=folder / "run",
-        quiet=True,
         **(small | changes),
     )
 
@@ -235,6 +236,22 @@ def test_the_stage_raises_the_reward_and_leaves_a_model(
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
     assert run(base, database, tmp_path, **asked) == folder, "a finished run is not repeated"
+
+
+@pytest.mark.parametrize("reward", ["model", "willing"])
+def test_prompts_beyond_the_context_are_left_out(
+    base: Path, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str
+) -> None:
+    prefs = tmp_path / "long.db"
+    shutil.copyfile(database, prefs)
+    store = PreferenceDatabase(prefs)
+    for number in range(40):
+        ask = ({"role": "user", "content": f"{number} " + "alpha beta " * 200},)
+        store.add(Preference(ask, "alpha", "omicron"))
+    store.close()
+    asked = {"rollouts": 2, "reward": reward, "quiet": False}
+    assert run(base, prefs, tmp_path, **asked).is_dir()
+    assert "pairs are left out" in capsys.readouterr().err
 
 
 def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> None:
