@@ -159,6 +159,14 @@ def test_a_good_answer_meets_a_refusal_too(base: Path) -> None:
     assert list(generate_pairs(model, tokenizer, prompts, judges, refusals=True, **sampled)) == []
 
 
+def test_a_prompt_beyond_the_context_is_named_before_sampling(base: Path) -> None:
+    model, tokenizer = load(base, dtype="float32")
+    prompts = [[{"role": "user", "content": text}] for text in ("alpha", "alpha beta " * 200)]
+    pairs = generate_pairs(model, tokenizer, prompts * 40, {"varied": judge.varied}, new_tokens=4)
+    with pytest.raises(ConfigError, match=r"Prompt 2 has .* shorten it"):
+        next(pairs)
+
+
 def test_refusals_are_refusals() -> None:
     assert set(judge.willing([], judge.REFUSALS)) == {0.0}
     assert judge.willing([], ["I’m sorry, I can’t help with that."]) == [0.0]
