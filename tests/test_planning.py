@@ -160,8 +160,11 @@ def test_what_is_frozen_has_no_gradients_and_can_be_quantised() -> None:
 @given(zero=st.integers(0, 3), trained=st.floats(0.001, 1))
 def test_stages_below_3_gather_only_what_is_trained(zero: int, trained: float) -> None:
     made = deepseek.plan("deepseek-1b", 8, zero=zero, trained=trained)
-    share = 2 if zero == 3 else trained
+    share = {0: 0, 3: 2}.get(zero, trained)
     assert made.at(8).gathered == pytest.approx(2 * share * made.shape.parameters * 7 / 8)
+    # Without ZeRO, gradients are reduced and gathered (arXiv:1910.02054, section 7.1).
+    reduced = trained * made.shape.parameters * 4 * 7 / 8
+    assert made.at(8).reduced == pytest.approx(reduced * (1 if zero else 2))
 
 
 @given(trained=st.floats(0.001, 1), attention=st.sampled_from(["exact", "flash", "lsh"]))
@@ -224,6 +227,17 @@ def test_every_device_has_the_residual_stream_of_all_tokens(batch: int, gpus: in
     tokens = max(64, batch)
     shared = tokens * 3 * 32 * 2 + 4 * 100 * batch
     assert made.memory.activations == pytest.approx(tokens * 4 * 16 * 2 + shared / gpus)
+
+
+def test_the_widest_layer_of_a_mixture_decides_the_activations() -> None:
+    mixture = {**DENSE, "num_experts": 4, "expert_dim": 8, "max_experts": 2}
+    memory = [
+        plan_inference({**mixture, "dense_layers": dense, "intermediate_size": width}, length=64)
+        .memory.activations
+        for dense, width in (((), 512), ((0,), 512), ((0,), 8))
+    ]  # fmt: skip
+    assert memory[1] - memory[0] == pytest.approx(64 * 3 * (512 - 16) * 2)
+    assert memory[2] == memory[0]
 
 
 def test_fewer_bits_need_less_and_lsh_grows_slower() -> None:

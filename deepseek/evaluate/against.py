@@ -36,7 +36,7 @@ from deepseek.train.loop.past_runs import find_run, latest_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 
-FORMAT = 1
+FORMAT = 2
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")

@@ -73,6 +73,7 @@ def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | 
         for number, line in enumerate(lines)
         if number >= LEAST_LINES
         and line.startswith(added)
+        and not (added and _names_file(lines, number))
         and _is_informative(line.removeprefix(added))
     ]
     if not suitable:
@@ -81,6 +82,11 @@ def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | 
         int(uniform(f"lines:{seed}:{document.name}") * 2**53)
     ).permutation(len(suitable))
     return document, [suitable[place] for place in order]
+
+
+def _names_file(lines: list[str], number: int) -> bool:
+    """Return whether a line of a commit names the file whose changes follow it."""
+    return lines[number].startswith("+++ ") and lines[number - 1].startswith("--- ")
 
 
 def _is_informative(line: str) -> bool:

@@ -115,9 +115,9 @@ class HeldOutText:
             loader = RowLoader(
                 self.shards, reported.batch_rows, reported.row_length, seed=reported.seed
             )
-            return loader.first(reported.rows).batches()
-        loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
-        return loader.first(min(loader.num_rows, max(1, max_tokens // ROW_LENGTH))).batches()
+            return loader.with_targets().first(reported.rows).batches()
+        loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0).with_targets()
+        return loader.first(max(1, max_tokens // ROW_LENGTH)).batches()
 
 
 def compare(

@@ -14,16 +14,19 @@ from deepseek.checkpoint.store import canonical_json, home, read_object, write_j
 from deepseek.data import read_folder
 from deepseek.data.builders.functions import documented_functions
 from deepseek.engine.load import load
-from deepseek.errors import TrainError
+from deepseek.errors import DataError, TrainError
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
+from deepseek.packs.library import find_pack
+from deepseek.packs.pack import read_pack
 from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.jobs.device_arguments import PrecisionArguments
 from deepseek.train.jobs.limits import MAX_COUNT, MAX_TOKENS
 from deepseek.train.jobs.recipe import Stage
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.text.inputs import base_digest
+from deepseek.train.text.corpus import Source
+from deepseek.train.text.inputs import base_digest, text_digest
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
@@ -73,11 +76,18 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
         DataError, ConfigError, HubError: the message states the cause and the fix.
     """
     folder = writable_folder(located(arguments.run_folder or home() / "runs" / "evaluation"))
+    result = folder / "result.json"
     with run_lock(folder):
-        inputs = _inputs(arguments)
-        if not (folder / "result.json").is_file():
-            write_json(folder / "result.json", {**_evaluate(arguments), "inputs": inputs})
-        elif read_object(folder / "result.json").get("inputs", inputs) != inputs:
+        try:
+            inputs = _inputs(arguments)
+        except DataError:
+            # What finished figures were measured on may be gone since.
+            if result.is_file():
+                return
+            raise
+        if not result.is_file():
+            write_json(result, {**_evaluate(arguments), "inputs": inputs})
+        elif read_object(result).get("inputs", inputs) != inputs:
             raise TrainError(
                 f"{folder} holds the figures of another model, of other texts or other arguments; "
                 "give another run_folder, or delete this one."
@@ -85,9 +95,23 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
 
 
 def _inputs(arguments: EvaluationArguments) -> str:
-    """Return a digest of what decides the figures, save the texts themselves."""
-    decisive = {**arguments.as_json(), "base": base_digest(arguments.base)}
+    """Return a digest of what decides the figures.
+
+    Raises:
+        DataError: a text is gone.
+    """
+    places = [located(path) for path in (*arguments.data, arguments.functions) if path]
+    decisive = {
+        **arguments.as_json(),
+        "base": base_digest(arguments.base),
+        "texts": [text_digest(_source(place)) for place in places],
+        "packs": [read_pack(find_pack(name)).manifest.digest for name in arguments.experts],
+    }
     return sha256(canonical_json(decisive)).hexdigest()
+
+
+def _source(place: Path) -> Source:
+    return Source(folder=place) if place.is_dir() else Source(jsonl=place)
 
 
 def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:

@@ -82,12 +82,14 @@ class InferencePlan:
         """Bytes per device."""
         model = self.architecture
         chunk = min(self.length, PREFILL_CHUNK)
-        width: float = model.intermediate_size
+        widths: list[float] = []
+        if model.sparse_layers < model.num_hidden_layers:
+            widths.append(model.intermediate_size)
         if model.sparse_layers:
-            width = model.shared_width + model.chosen * model.expert_dim
+            widths.append(model.shared_width + model.chosen * model.expert_dim)
         # Each device has the whole residual stream, its norm, output and sum, and its share of the
         # gate, up projection and their product.
-        numbers = 4 * model.hidden_size + 3 * width / self.gpus
+        numbers = 4 * model.hidden_size + 3 * max(widths) / self.gpus
         hidden = max(chunk, self.batch) * numbers * self.compute_bytes
         logits = 4.0 * model.vocab_size * self.batch / self.gpus
         one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)

@@ -225,10 +225,12 @@ class Plan:
         device = self.device
         remote_share = (gpus - 1) / gpus
         compute = self.formats.compute
-        # Stage 3 gathers the weights twice; the others gather what the optimiser has changed, once.
-        passes = 2 if self.zero >= 3 else self.trained
+        # Stage 3 gathers the weights twice, 1 and 2 gather what the optimiser has changed, once.
+        # Without ZeRO every device changes all weights, by gradients that are reduced and gathered.
+        passes = {0: 0.0, 3: 2.0}.get(self.zero, self.trained)
         gathered = passes * shape.parameters * compute * remote_share
         reduced = shape.parameters * self.trained * self.formats.gradients * remote_share
+        reduced *= 1 if self.zero else 2
         computing = self.flops_per_token * self.tokens_per_gpu / (device.flops * device.utilisation)
         link = device.node_link if gpus <= NODE else device.link
         moving = (gathered + reduced) / link

@@ -25,7 +25,7 @@ LONGEST = 2400
 """Most characters per passage, as minified code and tables have very long lines."""
 
 PATCH = re.compile(r"^(?=--- .*\n\+\+\+ )", re.MULTILINE)
-TARGET = re.compile(r"\+\+\+ (\S+)")
+HEAD = re.compile(r"--- (.*)\n\+\+\+ (.*)")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
     first = 0
     repository = document.name.rsplit("@", 1)[0]
     for part in PATCH.split(document.text):
-        target = TARGET.search(part) if part.startswith("--- ") else None
-        yield from _windows(document, part, first, f"{repository}/{target[1]}" if target else "")
+        head = HEAD.match(part)
+        # A deletion shows the text of the file that it deletes.
+        file = "" if head is None else head[1] if head[2] == "/dev/null" else head[2]
+        yield from _windows(document, part, first, file and f"{repository}/{file}")
         first += part.count("\n")
 
 

@@ -155,6 +155,10 @@ def test_the_index_holds_what_was_trained_on_and_nothing_that_was_held_out(train
     before = (folder / "passages.jsonl").stat().st_mtime_ns
     expert_index.index_expert("own")
     assert (folder / "passages.jsonl").stat().st_mtime_ns == before
+    whole = (folder / "passages.jsonl").read_text()
+    (folder / "passages.jsonl").write_text(whole[:-9])
+    expert_index.index_expert("own")
+    assert (folder / "passages.jsonl").read_text() == whole, "a damaged index is built again"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,13 @@ def test_only_what_a_commit_added_is_asked_for() -> None:
     )
 
 
+def test_the_name_of_a_changed_file_is_no_added_line() -> None:
+    message = "Message\n\n" + "body\n" * LEAST_LINES
+    patch = "--- src/parser.py\n+++ src/parser.py\n@@\n+value = compute(1)\n"
+    cases = next_line_cases([Document(message + patch, "repo@1", "commit")], 50)
+    assert [case.target for case in cases] == ["value = compute(1)"]
+
+
 @given(st.integers(0, 20), st.integers(8, 200))
 def test_prompt_and_target_are_the_tokens_of_the_text(seed: int, most: int) -> None:
     (case,) = next_line_cases([CODE], 1, seed)

@@ -126,6 +126,19 @@ def test_what_is_held_out_is_never_found(held_out: set[str]) -> None:
         )
 
 
+def test_neither_spaces_in_a_name_nor_a_deletion_show_what_is_held_out() -> None:
+    added = Document(
+        "Add\n\n--- /dev/null\n+++ src/my file.py\n@@\n+secret = 1\n", "repo@1", "commit"
+    )
+    deleted = Document(
+        "Drop\n\n--- src/old.py\n+++ /dev/null\n@@\n-secret = 2\n", "repo@2", "commit"
+    )
+    index = Index.build([added, deleted], without=["repo/src/my file.py", "repo/src/old.py"])
+    assert index.retrieve("secret") == []
+    found = Index.build([added, deleted]).retrieve("secret")
+    assert {passage.path for passage in found} == {"repo/src/my file.py", "repo/src/old.py"}
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text to index"):
         Index.build([Document("", "a")])

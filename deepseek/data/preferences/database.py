@@ -152,6 +152,8 @@ class PreferenceDatabase:
     ) -> Added:
         """Add many pairs, in transactions of `BATCH`; skip duplicates.
 
+        If `pairs` fails or is interrupted, those before stay: sampling one takes seconds.
+
         Args:
             pairs: the pairs.
             progress: called after each transaction, whose pairs are then on disk.
@@ -160,13 +162,22 @@ class PreferenceDatabase:
         before = self._one("SELECT count(*) FROM pairs")
         seen = 0
         source = iter(pairs)
-        while rows := [pair.row() for pair in islice(source, BATCH)]:
-            with self._transaction():
-                self._db.executemany(INSERT, rows)
-            seen += len(rows)
+        while count := self._add_batch(islice(source, BATCH)):
+            seen += count
             progress(seen, total, "preferences")
         new = self._one("SELECT count(*) FROM pairs") - before
         return Added(new, seen - new)
+
+    def _add_batch(self, pairs: Iterable[Preference]) -> int:
+        """Add pairs in one transaction, also those before an error, and return their number."""
+        rows: list[tuple[Any, ...]] = []
+        try:
+            rows.extend(pair.row() for pair in pairs)  # keeps what came before an error
+        finally:
+            if rows:
+                with self._transaction():
+                    self._db.executemany(INSERT, rows)
+        return len(rows)
 
     def get(self, pair_id: int) -> Preference:
         """Return the pair with this id; raise `MissingPreferenceError` if there is none."""
@@ -233,7 +244,8 @@ class PreferenceDatabase:
         checks.whole("limit", limit, least=1, most=MAX_ID)
         words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
         if not words:
-            return list(islice(self.pairs(), limit))
+            every = self._rows("SELECT * FROM shown ORDER BY id DESC LIMIT ?", limit)
+            return [Preference.of(row) for row in every]
         rows = self._rows(
             "SELECT * FROM shown WHERE id IN "
             "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY id DESC",

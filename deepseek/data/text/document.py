@@ -48,6 +48,11 @@ class Document:
         parts = json.dumps([self.kind, self.name, self.text])
         return sha256(parts.encode()).hexdigest()
 
+    @property
+    def text_digest(self) -> str:
+        """SHA-256 of the text alone, in hexadecimal: a renamed document keeps it."""
+        return sha256(self.text.strip().encode("utf-8", "surrogatepass")).hexdigest()
+
     def gap(self) -> tuple[str, str, str]:
         """Return prefix, suffix and middle of a document of kind `infill`."""
         loaded: dict[str, str] = json.loads(self.text)

@@ -150,8 +150,32 @@ class RowLoader:
         return np.arange(self.num_rows) if self.chosen is None else self.chosen
 
     def first(self, rows: int) -> "RowLoader":
-        """Return a loader restricted to the first `rows` rows of the first epoch."""
-        return RowLoader(self.shards, self.batch_rows, self.length, self.seed, self.order(0, rows))
+        """Return a loader restricted to the first `rows` rows of the first epoch, at most all."""
+        return self._restricted(self.order(0, min(rows, len(self.row_ids))))
+
+    def with_targets(self) -> "RowLoader":
+        """Return a loader restricted to the rows in which something is to be predicted.
+
+        In conversations with long messages of the user, many rows have no target. They would take
+        the place of others in a plan, and a loss over them alone is none.
+
+        Raises:
+            DataError: no row has a target.
+        """
+        is_target_N = np.append(self.shards.ids_N < CONTEXT_BIT, False)
+        is_target_N[self.shards.offsets.astype(np.int64)] = False  # nothing precedes these
+        targets = self.num_rows * self.length
+        is_label_N = np.pad(is_target_N[1 : targets + 1], (0, targets))[:targets]
+        rows = np.flatnonzero(is_label_N.reshape(self.num_rows, self.length).any(1))
+        if not len(rows):
+            raise DataError(
+                f"The text in {self.shards.folder} has nothing to predict; give conversations with "
+                "answers of the assistant, or other text."
+            )
+        return self if len(rows) == self.num_rows else self._restricted(rows)
+
+    def _restricted(self, row_ids: NDArray[np.int64]) -> "RowLoader":
+        return RowLoader(self.shards, self.batch_rows, self.length, self.seed, row_ids)
 
     def next(self) -> Batch:
         """Return the next batch and advance the cursor."""

@@ -120,6 +120,7 @@ RULES = (
     *published("square-token", "sq0csp-", "Square OAuth Secret"),
     *published("pypi-token", "pypi-AgE", "PyPI Token"),
     *published("npm-token", "_authToken", "NPM tokens", group=1),
+    own("npm-token", "npm_", r"\bnpm_[A-Za-z0-9]{36,}"),
     *published("discord-token", ".", "Discord Bot Token"),
     *published("telegram-token", ":", "Telegram Bot Token"),
     own("jwt", "eyJ", JWT),

@@ -232,9 +232,22 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 if line.strip():
                     yield number, parse(line, f"{file.name} line {number}")
         except UnicodeDecodeError as error:
+            # The error counts from the part of the file that was decoded at once.
             raise DataError(
-                f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8."
+                f"{file} is not UTF-8 (line {undecodable_line(file)}); convert it with iconv -t "
+                "utf-8."
             ) from error
+
+
+def undecodable_line(file: Path) -> int:
+    """Return the number of the first line that is not UTF-8; 0 if all are."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def parse(line: str, where: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ known, and its cross-entropy with softmax(W q + b) is convex in each head's W an
 minimises it from the calibrated start, in seconds and without a learning rate.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def distill_hashes(
                 )
             if layer >= max(layers):
                 break
-    return hashes
+    return {layer: hashes[layer] for layer in layers}
 
 
 def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
@@ -131,7 +132,11 @@ def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
     if newest is None:
         return {}
     tensors, stored_meta = load_state(newest)
-    return from_named_tensors(tensors) if stored_meta == meta else {}
+    if stored_meta == meta:
+        return from_named_tensors(tensors)
+    # Left there, a state of more layers would be taken for the newest one.
+    shutil.rmtree(state)
+    return {}
 
 
 def _rotation(model: DeepSeekModel) -> Rotate:

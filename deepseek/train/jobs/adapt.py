@@ -34,7 +34,7 @@ from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
-from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
+from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import trained_prefixes
 from deepseek.train.loop.loop import Task
@@ -141,7 +141,6 @@ class AdaptRun(TextRun):
     def plan(self, texts: Texts) -> TrainingPlan:
         """Return the plan of this run. There is no time budget, so that no speed is measured."""
         request = self.request
-        rows = RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
         amount = Amount(
             request.tokens,
             request.epochs,
@@ -150,7 +149,7 @@ class AdaptRun(TextRun):
             request.batch_rows,
             request.held_out_tokens,
         )
-        return make_plan(amount, None, Speed(0.0, 0.0, 0.0), rows)
+        return make_plan(amount, None, Speed(0.0, 0.0, 0.0), texts.counts)
 
     def last_layers(self, texts: Texts) -> "TaskAndTest":
         """Return the task for the last layers; the trunk below is run and cached once per row."""

@@ -29,6 +29,7 @@ from deepseek.data.preferences.preference import Preference
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
@@ -126,8 +127,15 @@ class AlignRun:
                 f"rollout_size={request.rollout_size} must be a multiple of {answers}: method "
                 f"{request.method} gives each prompt {answers} answers."
             )
+        self.base = resolve(request.base)
+        config = ModelConfig(**read_config(self.base))
+        parse_layers(request.layers, config.num_hidden_layers)
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
+        room = config.max_position_embeddings - request.new_tokens
         database = PreferenceDatabase(request.prefs)
-        self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
+        self.pairs, self.held_out = (
+            self.fitting(list(database.pairs(split)), room) for split in ("train", "eval")
+        )
         database.close()
         if min(len(self.pairs), len(self.held_out)) < FEWEST_PAIRS:
             raise DataError(
@@ -135,15 +143,22 @@ class AlignRun:
                 f"out; at least {FEWEST_PAIRS} of each are needed, so import more or hold out "
                 "another share."
             )
-        self.base = resolve(request.base)
-        parse_layers(request.layers, read_config(self.base)["num_hidden_layers"])
         if request.reward != "model":
             pick(JUDGES, request.reward, "reward")
         if request.method not in UPDATES and find_spec("trl") is None:
             raise TrainError(
                 "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
             )
-        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
+
+    def fitting(self, pairs: list[Preference], room: int) -> list[Preference]:
+        """Return the pairs whose prompts have at most `room` tokens; say how many are left out."""
+        fit = [pair for pair in pairs if len(encode_prompt(self.tokenizer, pair.prompt)) <= room]
+        if len(fit) < len(pairs):
+            self.progress.say(
+                f"{len(pairs) - len(fit)} pairs are left out, as their prompts are longer than the "
+                f"{room} tokens that the model's context leaves beside an answer"
+            )
+        return fit
 
     def estimate(self) -> str:
         """Return the amount of work: pairs, prompts and sampled answers."""

@@ -95,7 +95,7 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as empty:
         run = AdaptRun(request, folder, Path(empty) / "model", ProgressBar(quiet=True))
         texts = run.texts(run.corpus())
-        sample = texts.first(min(request.batch_rows, texts.train.num_rows), 1, 1)
+        sample = texts.first(request.batch_rows, 1, 1)
         task, _ = TASKS[mode](run, sample)
         loading = time.monotonic() - started
         batch = sample.train.rows(sample.train.row_ids)
@@ -105,9 +105,7 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
 
         row_seconds, _ = timed(step, batch, batch, run.device)
     evaluations = 2 * len(texts.held_out.row_ids) * row_seconds * EVALUATION_COST
-    return fit(
-        seconds - loading - evaluations, row_seconds, texts.train.num_rows, request.row_length
-    )
+    return fit(seconds - loading - evaluations, row_seconds, texts.counts.train, request.row_length)
 
 
 def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:

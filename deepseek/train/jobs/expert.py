@@ -38,7 +38,7 @@ from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.jobs.expert_task import ExpertTask, output_paces
 from deepseek.train.jobs.outcome import Outcome
-from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
+from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, check_tokens, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.progress import ProgressBar
@@ -183,7 +183,7 @@ class ExpertRun(TextRun):
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
         request = self.request
-        seconds_left = None if request.minutes is None else request.minutes * 60 - self.clock.here
+        seconds_left = request.minutes and max(0.0, request.minutes * 60 - self.clock.here)
         amount = Amount(
             request.tokens,
             request.epochs,
@@ -192,12 +192,9 @@ class ExpertRun(TextRun):
             request.batch_rows,
             request.held_out_tokens,
         )
-        return make_plan(
-            amount,
-            seconds_left,
-            speed,
-            RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows),
-        )
+        plan = make_plan(amount, seconds_left, speed, texts.counts)
+        check_tokens(plan, request.row_length, FEWEST_TOKENS)
+        return plan
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation, and discard its gradients."""

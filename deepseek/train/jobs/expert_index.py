@@ -1,6 +1,7 @@
 """Retrieval index of an expert's training text, stored beside its pack."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import whole_text
 
-FORMAT = "2"
+FORMAT = "3"
 """Changes when the same text is indexed in another way."""
 
 
@@ -49,7 +50,7 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
     """
     folder = index_folder(name)
     source = index_source(run)
-    if (folder / "meta.json").is_file():
+    with suppress(DataError):  # missing, damaged or of another version: it is built below
         index = Index.load(folder)
         if index.source == source:
             return index

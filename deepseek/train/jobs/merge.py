@@ -118,7 +118,7 @@ class Part:
             shards = TokenShards(corpus / part)
             loader = RowLoader(shards, request.batch_rows, request.row_length, request.seed)
             count = max(1, tokens // len(corpora) // request.row_length)
-            rows += loader.first(count).batches()
+            rows += loader.with_targets().first(count).batches()
         return rows
 
     @cached_property

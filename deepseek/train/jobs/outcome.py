@@ -55,4 +55,4 @@ def tell(position: Position, steps: int, steps_a_pass: float, limit: str) -> str
 
 
 MORE_TEXT = "more text would help more than more time"
-MORE = {"time": "minutes", "tokens": "tokens"}
+MORE = {"time": "minutes", "tokens": "tokens", "text": "text"}

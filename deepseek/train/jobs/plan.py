@@ -15,6 +15,7 @@ import torch
 from deepseek.data import Batch
 from deepseek.device.memory import synchronize
 from deepseek.errors import TrainError
+from deepseek.train.jobs.outcome import MORE
 
 T = TypeVar("T")
 
@@ -200,6 +201,22 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCoun
     return TrainingPlan(
         train, validation, held_out, steps, evaluations, round(seconds_used, 1), limit
     )
+
+
+def check_tokens(plan: TrainingPlan, row_length: int, fewest: int) -> None:
+    """Raise `TrainError` before the training if a plan has too few tokens for what follows it.
+
+    Args:
+        plan: the plan.
+        row_length: tokens per row.
+        fewest: fewest tokens.
+    """
+    tokens = plan.rows * row_length
+    if tokens < fewest:
+        raise TrainError(
+            f"The plan has {tokens} tokens to train on, and the gates need at least {fewest}; give "
+            f"more {MORE[plan.limit]}."
+        )
 
 
 def timed(

@@ -19,6 +19,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch, RowLoader, TokenShards
 from deepseek.data.text.filters import Skipped
+from deepseek.data.text.secrets import redact_document
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import free_memory, peak_memory, synchronize
 from deepseek.errors import DataError
@@ -253,7 +254,8 @@ class PretrainRun:
     def held_out_batches(self, loader: RowLoader) -> list[Batch]:
         """Return a domain's held-out batches, full ones if it has enough rows."""
         size = self.settings.batch_rows
-        rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
+        loader = loader.with_targets()
+        rows = min(len(loader.row_ids), max(size, self.settings.held_out_tokens // loader.length))
         return loader.first(max(rows // size * size, min(rows, size))).batches()
 
     def evaluated(self, step: int) -> None:
@@ -345,9 +347,12 @@ def mixed_texts(settings: PretrainArguments) -> Iterator[str]:
 
 
 def cut(domain: DomainSettings, characters: int, settings: PretrainArguments) -> Iterator[str]:
-    """Yield texts of one domain until they add up to `characters`."""
+    """Yield texts of one domain until they add up to `characters`.
+
+    Secrets are redacted: one that is in many files would become a token of the vocabulary.
+    """
     for document in read_source(domain.source(settings.held_out, settings.seed), Skipped()):
-        yield document.text
+        yield redact_document(document)[0].text
         characters -= len(document.text)
         if characters <= 0:
             return

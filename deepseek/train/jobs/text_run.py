@@ -27,7 +27,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import TextArguments
 from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.outcome import Outcome, tell
-from deepseek.train.jobs.plan import TrainingPlan
+from deepseek.train.jobs.plan import RowCounts, TrainingPlan
 from deepseek.train.loop.loop import Hooks, LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
@@ -68,6 +68,12 @@ class Texts:
     train: RowLoader
     held_out: RowLoader
     validation: RowLoader
+
+    @property
+    def counts(self) -> RowCounts:
+        """Numbers of rows."""
+        parts = (self.train, self.validation, self.held_out)
+        return RowCounts(*(len(part.row_ids) for part in parts))
 
     def first(self, rows: int, held_out_rows: int, validation_rows: int) -> "Texts":
         """Return a subset of the rows, the same one at every call."""
@@ -157,7 +163,7 @@ class TextRun:
                 "choose the best state, and as many to report on; give more text."
             )
         parts = (
-            RowLoader(shards, request.batch_rows, request.row_length, request.seed)
+            RowLoader(shards, request.batch_rows, request.row_length, request.seed).with_targets()
             for shards in (corpus.train, corpus.held_out, corpus.validation)
         )
         return Texts(*parts)

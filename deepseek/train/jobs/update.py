@@ -12,8 +12,9 @@ An update is a run of its own, in `updates/` of the run that trained the expert.
 import json
 import shutil
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from hashlib import sha256
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,7 @@ class UpdateRun(ExpertRun):
     def known(self) -> KnownDocuments:
         """Documents of the expert's training and of its updates."""
         runs = [known_documents(run / "corpus") for run in self.expert.finished_runs()]
-        return KnownDocuments(
-            train=frozenset[str]().union(*(run.train for run in runs)),
-            held_out=frozenset[str]().union(*(run.held_out for run in runs)),
-        )
+        return reduce(or_, runs)
 
     def run(self) -> dict[str, Any]:
         """As of any expert, with the number of this update, from 1."""
@@ -241,6 +239,7 @@ class UpdateRun(ExpertRun):
             self.progress,
             partial(fresh, known=self.known, seed=self.request.seed, name=name),
             validation=True,
+            known=self.known,
         )
         self.progress.say(corpus.report)
         if not self.former_path.is_file():

@@ -23,12 +23,15 @@ def all_runs() -> dict[str, Path]:
 def find_run(name: str) -> Path:
     """Return the folder of a run, given its name or path.
 
+    A name comes first: an expert is called like the folder that it learns from, which often lies in
+    the working folder.
+
     Raises:
         DataError: there is no such run.
     """
-    if Path(name).is_dir():
-        return Path(name)
     runs = all_runs()
+    if name not in runs and Path(name).is_dir():
+        return Path(name)
     if name not in runs and name in installed():
         raise DataError(
             f"The expert {name} has no run folder, as it was merged or imported, or its run was "

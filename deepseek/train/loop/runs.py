@@ -177,6 +177,11 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
             ),
         ):
             record = job(request, run.folder, out=run.made, progress=progress).run()
+    except DataError:
+        # What was read is not enough, and a git history that has grown since has the same digest.
+        if run.main and not (run.folder / "request.json").is_file():
+            _drop_early_stages(run)
+        raise
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
@@ -225,9 +230,13 @@ def _begin(run: Run, inputs: dict[str, str]) -> None:
     start = {"request": json.loads(json.dumps(run.stored)), "inputs": inputs}
     begun = (run.folder / "request.json").is_file()
     if not begun and started.is_file() and read_json(started) != start:
-        for stage in EARLY_STAGES:
-            shutil.rmtree(run.folder / stage, ignore_errors=True)
+        _drop_early_stages(run)
     write_json(started, start)
+
+
+def _drop_early_stages(run: Run) -> None:
+    for stage in EARLY_STAGES:
+        shutil.rmtree(run.folder / stage, ignore_errors=True)
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from deepseek import checks
 from deepseek.data.preferences.preference import Preference
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
-from deepseek.errors import DataError
+from deepseek.errors import ConfigError, DataError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import package
 from deepseek.text.chat_template import encode_prompt
@@ -139,7 +139,7 @@ def generate_pairs(
         progress: called with the number of finished prompts.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or a prompt is too long for the model.
     """
     checks.whole("answers", answers, least=2, most=MOST_ANSWERS)
     checks.positive("new_tokens", new_tokens)
@@ -148,9 +148,11 @@ def generate_pairs(
     generator = torch.Generator(model.device).manual_seed(seed)
     ends = Vocabulary(model, tokenizer).ends
     at_once = max(1, ROWS // answers)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(encoded, model.config.max_position_embeddings - new_tokens)
     for start in range(0, len(prompts), at_once):
         group = prompts[start : start + at_once]
-        rows = [encode_prompt(tokenizer, prompt) for prompt in group for _ in range(answers)]
+        rows = [ids for ids in encoded[start : start + at_once] for _ in range(answers)]
         ids = generate(model, rows, new_tokens, ends, generator, temperature=temperature).answers()
         texts = [
             str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -175,6 +177,16 @@ def generate_pairs(
                     tuple(prompt), texts[best], refusal, source, labels=("refusal",), scores=both
                 )
         progress(start + len(group), len(prompts), "generating pairs")
+
+
+def check_room(prompts: Sequence[Sequence[int]], most: int) -> None:
+    """Raise `ConfigError` for the first prompt of more than `most` tokens, before any sampling."""
+    for number, ids in enumerate(prompts, 1):
+        if len(ids) > most:
+            raise ConfigError(
+                f"Prompt {number} has {len(ids)} tokens, and the model's context leaves {most} "
+                "beside an answer; shorten it, or ask for shorter answers."
+            )
 
 
 def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:

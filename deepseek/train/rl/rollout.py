@@ -115,7 +115,7 @@ def given(
         ConfigError: a prompt is empty, or too long for the model's context with its answer.
     """
     width = max(map(len, prompts))
-    length = max(map(len, answers))
+    length = max(1, *map(len, answers))  # a column even where all answers are empty
     check_prompts(prompts, model.config.max_position_embeddings - length)
     responses = empty_responses(model, len(prompts), width, length)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -1,6 +1,6 @@
 """Build the token shards of a run, once per run folder: read, clean, split, tokenise."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from deepseek.data.text.git import find_commit, open_repository, read_git_by_tim
 from deepseek.data.text.halves import halve
 from deepseek.errors import DataError
 from deepseek.train.text.question_mix import mix_questions
+from deepseek.train.text.sides import keep_sides, keep_validation
 
 WHOLE = "whole"
 """Folder of the training text without gaps, if that on which a run trains has some."""
@@ -112,10 +113,32 @@ class KnownDocuments:
     Attributes:
         train: of training documents.
         held_out: of held-out documents, and of the halves of those that are cut in two.
+        learnt: of the texts of training documents, whatever their names.
+        tested: of the texts of held-out documents.
+        validated: of the texts of those by which, in whole or in part, a best state was chosen.
     """
 
     train: frozenset[str]
     held_out: frozenset[str]
+    learnt: frozenset[str] = frozenset()
+    tested: frozenset[str] = frozenset()
+    validated: frozenset[str] = frozenset()
+
+    def has_learnt(self, document: Document) -> bool:
+        """Return whether a training document is known, maybe under another name."""
+        return document.digest in self.train or document.text_digest in self.learnt
+
+    def has_held_out(self, document: Document) -> bool:
+        """Return whether a held-out document is known, maybe under another name."""
+        return document.digest in self.held_out or document.text_digest in self.tested
+
+    def __or__(self, other: "KnownDocuments") -> "KnownDocuments":
+        """Return the documents of two runs."""
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return KnownDocuments(*(mine | theirs for mine, theirs in both))
+
+
+NONE_KNOWN = KnownDocuments(frozenset(), frozenset())
 
 
 Choose = Callable[[list[Document], list[Document]], tuple[list[Document], list[Document]]]
@@ -135,6 +158,7 @@ def build_corpus(
     progress: Progress = silent,
     choose: Choose = both,
     validation: bool = False,
+    known: KnownDocuments = NONE_KNOWN,
 ) -> Corpus:
     """Return the corpus in `folder`, building it from `source` if it is missing.
 
@@ -149,6 +173,7 @@ def build_corpus(
         choose: takes the training and the validation documents, and returns those to use, sorted;
             questions and gaps are made afterwards. Default: all.
         validation: move half of the held-out text to a validation set (see `halve`).
+        known: documents of earlier runs, which stay on their side of the split.
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -161,7 +186,11 @@ def build_corpus(
             read = read_source(source, skipped, commit)
             documents, report = clean(read, skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        # By time, an update learns what was held out.
+        tested = frozenset[str]() if source.by == "time" else known.tested
+        train, held_out = keep_sides(train, held_out, known.learnt, tested)
         halves = halve(held_out, source.by, source.seed) if validation else ([], held_out)
+        halves = keep_validation(*halves, known.validated)
         chosen, to_validate = choose(train, halves[0])
         questions = folder / "questions.jsonl"
         mixed = mix_questions(chosen, held_out, tokenizer, source.questions, questions)
@@ -172,13 +201,17 @@ def build_corpus(
         if validation:
             TokenShards.build(to_validate, tokenizer, folder / "validation", progress=progress)
         TokenShards.build(halves[1], tokenizer, folder / "held-out", progress=progress)
-        known = {
+        firsts = {document.name for document in halves[0]}
+        noted = {
             "documents": digests(train),
             # Few documents are cut in two, and then the halves are known too.
             "held_out": digests([*held_out, *halves[0]]),
             "held_out_names": sorted({document.name for document in held_out}),
+            "learnt": text_digests(train),
+            "tested": text_digests([*held_out, *halves[0]]),
+            "validated": text_digests(each for each in held_out if each.name in firsts),
         }
-        write_json(notes, {"report": str(report), "commit": commit, **known})
+        write_json(notes, {"report": str(report), "commit": commit, **noted})
     stored = read_object(notes)
     return Corpus(
         TokenShards(folder / "train"),
@@ -201,6 +234,11 @@ def digests(documents: Sequence[Document]) -> list[str]:
     return sorted({document.digest for document in documents})
 
 
+def text_digests(documents: Iterable[Document]) -> list[str]:
+    """Return the digests of the texts of documents, each once, sorted."""
+    return sorted({document.text_digest for document in documents})
+
+
 def known_documents(folder: Path) -> KnownDocuments:
     """Return the documents that the source of a corpus held.
 
@@ -214,7 +252,9 @@ def known_documents(folder: Path) -> KnownDocuments:
             f"{folder} does not say which documents it has, as an earlier version built it; train "
             "the expert anew, under the same name with another --run-folder."
         )
-    return KnownDocuments(frozenset(map(str, train)), frozenset(map(str, held_out)))
+    # Earlier versions did not note texts.
+    texts = (notes.get(name, []) for name in ("learnt", "tested", "validated"))
+    return KnownDocuments(*(frozenset(map(str, part)) for part in (train, held_out, *texts)))
 
 
 def past_and_future(

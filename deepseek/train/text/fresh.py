@@ -38,16 +38,18 @@ def fresh(
     Raises:
         DataError: no training document is new.
     """
-    new = [document for document in train if document.digest not in known.train]
+    new = [document for document in train if not known.has_learnt(document)]
     if not new:
         raise DataError(
             f"The source of {name} has changed, but holds no new text to train on: what changed is "
             "held out, no text, or only gone; change more, or train it anew."
         )
-    held_out = [document for document in validation if document.digest not in known.held_out] or new
-    replayed = past(train, known.train, seed, max(LEAST_PAST, characters(new)))
+    held_out = [document for document in validation if not known.has_held_out(document)] or new
+    learnt = [document for document in train if known.has_learnt(document)]
+    tested = [document for document in validation if known.has_held_out(document)]
+    replayed = past(learnt, len(known.train), seed, max(LEAST_PAST, characters(new)))
     wanted = max(LEAST_VALIDATION, characters(held_out))
-    return [*new, *replayed], [*held_out, *past(validation, known.held_out, seed, wanted)]
+    return [*new, *replayed], [*held_out, *past(tested, len(known.held_out), seed, wanted)]
 
 
 def characters(documents: Sequence[Document]) -> int:
@@ -55,14 +57,16 @@ def characters(documents: Sequence[Document]) -> int:
     return sum(len(document.text) for document in documents)
 
 
-def past(
-    documents: Sequence[Document], known: frozenset[str], seed: int, wanted: int
-) -> list[Document]:
-    """Return known documents with at least the characters wanted, if there are as many, in an order
-    that is drawn anew whenever more are known.
+def past(documents: Sequence[Document], known: int, seed: int, wanted: int) -> list[Document]:
+    """Return documents with at least the characters wanted, if there are as many.
+
+    Args:
+        documents: those that are known.
+        known: number of all that are known; the order is drawn anew whenever there are more.
+        seed: decides the order.
+        wanted: characters.
     """
-    former = [document for document in documents if document.digest in known]
-    former.sort(key=lambda document: uniform(f"past:{seed}:{len(known)}:{document.name}"))
+    former = sorted(documents, key=lambda document: uniform(f"past:{seed}:{known}:{document.name}"))
     chosen: list[Document] = []
     for document in former:
         if wanted <= 0:

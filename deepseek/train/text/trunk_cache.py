@@ -170,7 +170,11 @@ class TrunkCache:
             same = read_json(self.folder / "key.json") == identity
         except CheckpointError:
             return False
-        return same and (self.folder / "done.bin").stat().st_size == self.shape[0]
+        done = self.folder / "done.bin"
+        # Of a cache whose deletion was interrupted, some files are left.
+        if not (same and done.is_file() and (self.folder / "hidden.bin").is_file()):
+            return False
+        return done.stat().st_size == self.shape[0]
 
     def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
         """Write rows, then mark them as done.

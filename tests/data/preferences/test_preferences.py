@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def test_words_are_found_wherever_they_stand(database: PreferenceDatabase) -> No
     assert database.search("topic")[0].chosen == "good answer 49"
     assert database.search('no "such* OR (words') == []
     assert database.search("user") == [], "roles are no words"
-    assert len(database.search("", limit=5)) == 5
+    newest = [pair.id for pair in database.search("", limit=5)]
+    assert newest == sorted((pair.id for pair in database.pairs()), reverse=True)[:5]
 
 
 def test_a_revision_is_found_by_its_new_words_and_keeps_the_old_ones(
@@ -163,6 +165,20 @@ def test_export_and_import_give_the_same_pairs(
     again = list(read_preferences(tmp_path / name))
     assert [one.digest for one in again] == [one.digest for one in database.pairs()]
     assert again[-1].scores == {"judge": (1.0, 0.0)} and again[0].source == "test"
+
+
+def test_what_came_before_an_interruption_stays(tmp_path: Path) -> None:
+    def sampled() -> Iterator[Preference]:
+        for number in range(3):
+            ask = ({"role": "user", "content": f"question {number}"},)
+            yield Preference(ask, "yes", "no")
+        raise KeyboardInterrupt
+
+    database = PreferenceDatabase(tmp_path / "p.db")
+    with pytest.raises(KeyboardInterrupt):
+        database.add_all(sampled())
+    database.close()
+    assert len(list(PreferenceDatabase(tmp_path / "p.db").pairs())) == 3
 
 
 @given(

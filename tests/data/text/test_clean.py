@@ -39,6 +39,7 @@ TOKENS = {  # prefix: kind, characters, fewest of them
     "glpat-": ("gitlab-token", LETTERS + "_-", 20),
     "glptt-": ("gitlab-token", LETTERS + "_-", 40),
     "hf_": ("huggingface-token", LETTERS, 34),
+    "npm_": ("npm-token", LETTERS, 36),
     "sk-admin-": ("openai-key", LETTERS + "_-", 20),
     "sk-proj-": ("openai-key", LETTERS + "_-", 20),
     "sk-svcacct-": ("openai-key", LETTERS + "_-", 20),

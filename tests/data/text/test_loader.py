@@ -124,6 +124,25 @@ def test_a_row_by_its_id_is_the_row_of_the_batch(shards: TokenShards) -> None:
         assert torch.equal(single.labels[0], batch.labels[place])
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 1000])
+def test_rows_without_a_target_can_be_left_out(shards: TokenShards, length: int) -> None:
+    every = RowLoader(shards, 2, length)
+    has_target = [bool((every.row(row)[1] != IGNORE).any()) for row in range(every.num_rows)]
+    assert not all(has_target) or length > 5
+    assert every.with_targets().row_ids.tolist() == np.flatnonzero(has_target).tolist()
+
+
+def test_a_text_without_any_target_is_refused(tmp_path: Path) -> None:
+    shards = TokenShards.build([conversation([ASK], "c", "c")], tiny_tokenizer(), tmp_path / "s")
+    with pytest.raises(DataError, match="nothing to predict"):
+        RowLoader(shards, 1, 4).with_targets()
+
+
+def test_more_rows_than_there_are_come_once(shards: TokenShards) -> None:
+    loader = RowLoader(shards, 2, 16)
+    assert sorted(loader.first(1000).row_ids.tolist()) == list(range(loader.num_rows))
+
+
 def test_batches_are_full_even_of_a_tiny_corpus(tmp_path: Path) -> None:
     shards = TokenShards.build([Document("the", "d")], tiny_tokenizer(), tmp_path / "s")
     loader = RowLoader(shards, 4, 64)

@@ -101,10 +101,11 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, cause: s
 
 def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "latin.jsonl").write_bytes('{"text": "ü"}'.encode("latin-1"))
+    latin = '{"text": "u"}\n' * 2000 + '{"text": "ü"}'
+    (tmp_path / "latin.jsonl").write_bytes(latin.encode("latin-1"))
     for name, cause in [
         ("empty.jsonl", "is empty"),
-        ("latin.jsonl", "not UTF-8"),
+        ("latin.jsonl", r"not UTF-8 \(line 2001\)"),
         ("gone.jsonl", "does not exist"),
     ]:
         with pytest.raises(DataError, match=cause):

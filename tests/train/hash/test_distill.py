@@ -143,6 +143,26 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
         )
 
 
+def test_a_state_of_other_texts_makes_room(model: DeepSeekModel, tmp_path: Path) -> None:
+    fit(model, tmp_path, identity="one text")
+
+    def stop(done: int, _total: int, _what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, tmp_path, identity="another", progress=stop)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_resumed_run_returns_the_layers_that_are_asked_for(
+    model: DeepSeekModel, tmp_path: Path
+) -> None:
+    fit(model, tmp_path)
+    ids = torch.randint(97, (2, 96), generator=torch.Generator().manual_seed(1))
+    assert distill_hashes(model, ids, SMALL, [2], tmp_path).keys() == {2}
+
+
 def test_short_texts_are_refused(model: DeepSeekModel, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="far keys"):
         distill_hashes(model, torch.ones(1, 40, dtype=torch.long), SMALL, [1], tmp_path)

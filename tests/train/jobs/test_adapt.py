@@ -5,6 +5,7 @@ others can read.
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import ConfigError
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs.adapt import add_lora, largest_rank
 
@@ -69,6 +71,38 @@ def test_a_mode_learns_and_stock_transformers_read_the_result(
     ours = deepseek.load(out, dtype="float32").model
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, stock(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["last-n", "full"])
+def test_rows_of_a_long_message_are_no_test(
+    mode: str, llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    asked = [path.read_text() for path in sorted(text_folder.iterdir())]
+    answer = {"role": "assistant", "content": "alpha beta"}
+    chats = [{"messages": [{"role": "user", "content": text}, answer]} for text in asked]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    deepseek.adapt(
+        str(base),
+        name="x",
+        mode=mode,
+        from_jsonl=source,
+        out=tmp_path / "out",
+        run_folder=tmp_path / "run",
+        row_length=16,
+        held_out_tokens=16,
+        quiet=True,
+    )
+    figures = json.loads((tmp_path / "run" / "result.json").read_text())["figures"]
+    assert figures["held_out_loss_before"] > 0 and figures["best_step"] > 0
 
 
 def test_last_n_leaves_everything_below_as_it_was(

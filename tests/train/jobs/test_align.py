@@ -1,6 +1,7 @@
 """From pairs to an aligned model: reward model, synthetic pairs, the stage, resumed or not."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,12 @@ def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:
     assert given(model, prompts, answers).answers() == answers
 
 
+def test_an_empty_answer_has_features_even_alone(base: Path) -> None:
+    model, _ = load(base, dtype="float32")
+    assert not features_of(model, 2, [[5, 6]], [[]]).any()
+    assert given(model, [[5, 6]], [[]]).answers() == [[]]
+
+
 def test_the_reward_model_is_kept(base: Path, tmp_path: Path) -> None:
     model, _ = load(base)
     fitted = RewardModel(model, 2, torch.randn(32))
@@ -152,6 +159,14 @@ def test_a_good_answer_meets_a_refusal_too(base: Path) -> None:
     assert list(generate_pairs(model, tokenizer, prompts, judges, refusals=True, **sampled)) == []
 
 
+def test_a_prompt_beyond_the_context_is_named_before_sampling(base: Path) -> None:
+    model, tokenizer = load(base, dtype="float32")
+    prompts = [[{"role": "user", "content": text}] for text in ("alpha", "alpha beta " * 200)]
+    pairs = generate_pairs(model, tokenizer, prompts * 40, {"varied": judge.varied}, new_tokens=4)
+    with pytest.raises(ConfigError, match=r"Prompt 2 has .* shorten it"):
+        next(pairs)
+
+
 def test_refusals_are_refusals() -> None:
     assert set(judge.willing([], judge.REFUSALS)) == {0.0}
     assert judge.willing([], ["I’m sorry, I can’t help with that."]) == [0.0]
@@ -189,6 +204,7 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         "new_tokens": 6,
         "layers": "last:2",
         "learning_rate": 3e-3,
+        "quiet": True,
     }
     return align(
         str(base),
@@ -196,7 +212,6 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         name="x",
         out=folder / "model",
         run_folder=folder / "run",
-        quiet=True,
         **(small | changes),
     )
 
@@ -229,6 +244,22 @@ def test_the_stage_raises_the_reward_and_leaves_a_model(
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
     assert run(base, database, tmp_path, **asked) == folder, "a finished run is not repeated"
+
+
+@pytest.mark.parametrize("reward", ["model", "willing"])
+def test_prompts_beyond_the_context_are_left_out(
+    base: Path, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str
+) -> None:
+    prefs = tmp_path / "long.db"
+    shutil.copyfile(database, prefs)
+    store = PreferenceDatabase(prefs)
+    for number in range(40):
+        ask = ({"role": "user", "content": f"{number} " + "alpha beta " * 200},)
+        store.add(Preference(ask, "alpha", "omicron"))
+    store.close()
+    asked = {"rollouts": 2, "reward": reward, "quiet": False}
+    assert run(base, prefs, tmp_path, **asked).is_dir()
+    assert "pairs are left out" in capsys.readouterr().err
 
 
 def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> None:

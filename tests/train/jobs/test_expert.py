@@ -185,7 +185,8 @@ def test_dry_run_measures_and_changes_nothing(
         ({"layers": "top"}, ConfigError, "write all, last:3"),
         ({"name": "no/slash"}, UserError, "name"),
         ({"licence": "my own"}, UserError, "licence"),
-        ({"tokens": None, "minutes": 1e-5}, TrainError, "give more minutes"),
+        ({"tokens": None, "minutes": 1e-5}, TrainError, "^0 seconds .* give more minutes"),
+        ({"tokens": 64}, TrainError, "plan has 64 tokens .* give more tokens"),
     ],
 )
 def test_bad_dials_are_one_sentence(

@@ -11,6 +11,8 @@ from train.loop.tiny_pretrain import settings
 import deepseek
 from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.text.tokenizer import train_tokenizer
+from deepseek.train.jobs.pretrain import mixed_texts
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.loop import loop
 from deepseek.train.loop.metrics import read_metrics
@@ -100,6 +102,16 @@ def test_a_misspelt_key_is_one_sentence_with_the_right_name(tmp_path: Path) -> N
     path.write_text("name = = 3")
     with pytest.raises(ConfigError, match="neither YAML nor TOML"):
         PretrainArguments.read(path)
+
+
+def test_no_secret_becomes_a_token(tmp_path: Path) -> None:
+    secret = "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"part {number} has hf_{secret} as its token")
+    domains = {"words": {"folder": str(tmp_path)}}
+    arguments = PretrainArguments.read(name="x", vocab_size=400, domains=domains, tokens=1000)
+    vocabulary = train_tokenizer(mixed_texts(arguments), 400).get_vocab()
+    assert not any(secret[:8] in token for token in vocabulary)
 
 
 def test_a_damaged_shard_is_named_before_training_goes_on(

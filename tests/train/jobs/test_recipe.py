@@ -10,7 +10,7 @@ import pytest
 from train.loop.tiny_pretrain import settings
 
 from deepseek.checkpoint.store import home, write_json
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.evaluate.stage import evaluate_stage
 from deepseek.train.jobs.recipe import train_recipe
 from deepseek.train.loop.past_runs import find_run, summary
@@ -71,8 +71,35 @@ def test_evaluation_is_a_stage_of_its_own(
     assert figures[f"loss.{text_folder}"] > 0 and "loss.public code" in figures
 
 
+def test_finished_figures_are_those_of_the_same_texts(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek.evaluate.stage._evaluate", lambda _: {"figures": {}})
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "alpha"}\n')
+    given = {"run_folder": tmp_path / "run", "data": [str(text)], "quiet": True}
+    evaluate_stage(str(tiny_base), **given)
+    evaluate_stage(str(tiny_base), **given)
+    text.write_text('{"text": "beta"}\n')
+    with pytest.raises(TrainError, match="of other texts"):
+        evaluate_stage(str(tiny_base), **given)
+    text.unlink()
+    evaluate_stage(str(tiny_base), **given)
+
+
 def test_runs_are_found_by_name() -> None:
     write_json(home() / "runs" / "done" / "result.json", {"figures": {"held_out_loss": 1.5}})
     assert summary(find_run("done")) == {"state": "finished", "held_out_loss": 1.5}
     with pytest.raises(DataError, match="no run 'dome'; perhaps 'done'"):
         find_run("dome")
+
+
+def test_a_run_comes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "manual").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_run("manual") == Path("manual")
+    (home() / "runs" / "manual").mkdir(parents=True)
+    assert find_run("manual") == home() / "runs" / "manual"
+    assert find_run("./manual") == Path("manual")

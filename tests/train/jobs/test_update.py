@@ -15,7 +15,7 @@ import pytest
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json
 from deepseek.cli.main import main
-from deepseek.data import Document
+from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder
@@ -168,6 +168,13 @@ def test_after_an_update_its_text_is_the_one_to_report_on_and_to_search(words: H
     update()
     numbers = [read_json(run / "result.json").get("update", 0) for run in finished_runs(words.run)]
     assert numbers == [0, 1, 2]
+
+    for path in list(words.source.iterdir()):
+        path.rename(path.with_name(f"moved-{path.name}"))
+    words.write(47)
+    update()
+    held_out = decode_documents(TokenShards(held_out_folder("words")), tokenizer)
+    assert not {document.text for document in held_out} & {*learnt}, "a moved file is no test"
 
 
 def texts(run: Path) -> Iterator[Document]:

@@ -70,6 +70,26 @@ def call(folder: Path, text: str, seed: int = 0, killed: str = "", dry_run: bool
     return read_json(out) if out.is_file() else None
 
 
+class PoorJob(FakeJob):
+    """Refuses a short text before it has begun."""
+
+    def run(self) -> dict[str, Any]:
+        if self.stage("corpus") == "short":
+            raise DataError("There is too little text; give more.")
+        return super().run()
+
+
+def test_a_text_that_was_not_enough_is_read_again(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    inputs = {"text": "of a git history whatever it holds"}
+    run = Run({"seed": 0}, out, tmp_path / "run", True, False, lambda: inputs, makes_file=True)
+    asked = {"seed": 0, "killed": ""}
+    with pytest.raises(DataError, match="too little"):
+        run_once(PoorJob, FakeRequest({**asked, "text": "short"}), run)
+    run_once(PoorJob, FakeRequest({**asked, "text": "long enough"}), run)
+    assert read_json(out) == ["long enough", "long enough"]
+
+
 STARTS = st.lists(
     st.tuples(
         st.sampled_from(["one", "two"]),

@@ -1,6 +1,7 @@
 """What a run learns from a repository split by time knows nothing that came later."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,18 @@ import pygit2
 import pytest
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.data import Document, TokenShards
+from deepseek.data import Document, TokenShards, read_folder
+from deepseek.data.text.decode import decode_documents
 from deepseek.errors import DataError
 from deepseek.train.text import corpus as corpus_module
-from deepseek.train.text.corpus import Source, build_corpus, whole_text
+from deepseek.train.text.corpus import (
+    NONE_KNOWN,
+    KnownDocuments,
+    Source,
+    build_corpus,
+    known_documents,
+    whole_text,
+)
 from deepseek.train.text.question_mix import asked_about, mix_questions, with_questions
 
 
@@ -124,6 +133,41 @@ def test_tables_and_indexes_see_text_without_gaps(tmp_path: Path) -> None:
     assert "<fim_suffix>" in text_of(gapped.train)
     assert whole_text(tmp_path / "gapped").digest == plain.train.digest
     assert whole_text(tmp_path / "plain").digest == plain.train.digest
+
+
+def test_documents_stay_on_their_side_under_other_names(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(40):
+        (source / f"{number}.txt").write_text(f"part {number} is about {number * number} things\n")
+    tokenizer = tiny_tokenizer()
+    text = Source(folder=source, held_out=0.3)
+
+    def built(name: str, known: KnownDocuments = NONE_KNOWN) -> list[set[str]]:
+        corpus = build_corpus(text, tokenizer, tmp_path / name, validation=True, known=known)
+        parts = (corpus.train, corpus.validation, corpus.held_out)
+        return [{d.text for d in decode_documents(part, tokenizer)} for part in parts if part]
+
+    before = built("before")
+    for path in list(source.iterdir()):
+        path.rename(source / f"renamed-{path.name}")
+    after = built("after", known_documents(tmp_path / "before"))
+    assert after[0] == before[0] and after[1] | after[2] == before[1] | before[2]
+    assert after[2] and not after[2] & before[1], "what chose the best state is not reported"
+    everything = frozenset(document.text_digest for document in read_folder(source))
+    with pytest.raises(DataError, match="learnt before"):
+        built("none", replace(NONE_KNOWN, learnt=everything))
+
+
+def test_questions_with_separators_of_unicode_are_read_again(tmp_path: Path) -> None:
+    documents = [
+        Document(f"# Part{sign}x\n\nThe **widget** is a tool that builds parts.\n", f"{n}.md")
+        for n, sign in enumerate("\u2028\u2029\x85")
+    ]
+    notes = tmp_path / "questions.jsonl"
+    mix_questions(documents, [], tiny_tokenizer(), 0.0, notes)
+    asked = asked_about(notes)
+    assert all(any(sign in question for question in asked) for sign in "\u2028\u2029\x85")
 
 
 def test_questions_are_made_after_the_split(tmp_path: Path) -> None:

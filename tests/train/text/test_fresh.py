@@ -1,10 +1,12 @@
 """The text of an update: what is new, and as much of the past, to train on and to validate on."""
 
+from dataclasses import replace
+
 import pytest
 
 from deepseek.data import Document
 from deepseek.errors import DataError
-from deepseek.train.text.corpus import KnownDocuments, digests
+from deepseek.train.text.corpus import KnownDocuments, digests, text_digests
 from deepseek.train.text.fresh import LEAST_VALIDATION, fresh
 
 OLD = [Document("a" * 10_000, f"old-{number}") for number in range(40)]
@@ -46,3 +48,18 @@ def test_what_was_held_out_is_new_to_train_on() -> None:
     """By time, the held-out documents of one update are those to train on in the next."""
     train, _ = fresh(OLD_HELD_OUT[:1], OLD_HELD_OUT[1:], known=KNOWN, seed=0, name="words")
     assert train == OLD_HELD_OUT[:1]
+
+
+def test_a_record_that_has_moved_to_another_line_is_no_new_one() -> None:
+    learnt, tested = frozenset(text_digests(OLD)), frozenset(text_digests(OLD_HELD_OUT))
+    known = replace(KNOWN, learnt=learnt, tested=tested)
+    moved, held_out = (
+        [replace(document, name=f"moved-{document.name}") for document in documents]
+        for documents in (OLD, OLD_HELD_OUT)
+    )
+    new = Document("what was not there", "records.jsonl:1")
+    train, validation = fresh([new, *moved], held_out, known=known, seed=0, name="words")
+    assert train[0] == new and validation[0] == new
+    assert {*train[1:]} <= {*moved} and {*validation[1:]} <= {*held_out}
+    with pytest.raises(DataError, match="no new text"):
+        fresh(moved, held_out, known=known, seed=0, name="words")

@@ -86,6 +86,17 @@ class Stopping:
         return batch.row_ids[:, None, None].expand(-1, LENGTH, WIDTH).float()
 
 
+@pytest.mark.parametrize("gone", ["hidden.bin", "done.bin", "key.json"])
+def test_a_cache_of_which_a_part_was_deleted_is_filled_again(
+    loader: RowLoader, tmp_path: Path, gone: str
+) -> None:
+    open_cache(tmp_path, 4).fill(loader, Stopping(after=100), 2, nothing)
+    (tmp_path / "cache" / gone).unlink()
+    cache = open_cache(tmp_path, 4)
+    cache.fill(loader, Stopping(after=100), 2, nothing)
+    assert cache.read(torch.tensor([3, 1]))[:, 0, 0].tolist() == [3, 1]
+
+
 def test_an_interrupted_fill_goes_on_where_it_was(loader: RowLoader, tmp_path: Path) -> None:
     first, second = Stopping(after=4), Stopping(after=100)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,63 @@
+"""Keep documents on their side of the split when a source is read again for an update.
+
+The split draws lots by name. A file that is renamed, or a record of a file that moves to another
+line, would draw anew: what was learnt would become a test, and what has chosen the best state would
+be reported.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from deepseek.data.text.document import Document
+from deepseek.errors import DataError
+
+
+def keep_sides(
+    train: Sequence[Document],
+    held_out: Sequence[Document],
+    learnt: AbstractSet[str],
+    tested: AbstractSet[str],
+) -> tuple[list[Document], list[Document]]:
+    """Return training and held-out documents, of which those that were known stay where they were.
+
+    Args:
+        train: training documents.
+        held_out: held-out documents.
+        learnt: digests of texts that were trained on before; they count before `tested`.
+        tested: digests of texts that were held out before.
+
+    Raises:
+        DataError: nothing is left to hold out.
+    """
+    stays = tested - learnt
+    kept = [document for document in train if document.text_digest not in stays]
+    known = [document for document in held_out if document.text_digest in learnt]
+    again = [document for document in train if document.text_digest in stays]
+    new = [document for document in held_out if document.text_digest not in learnt]
+    if not again and not new:
+        raise DataError(
+            "All text that would be held out was learnt before; add new text, or train anew."
+        )
+    return [*kept, *known], [*again, *new]
+
+
+def keep_validation(
+    validation: Sequence[Document], test: Sequence[Document], validated: AbstractSet[str]
+) -> tuple[list[Document], list[Document]]:
+    """Return the validation and the test part; no document of the second has validated before.
+
+    Args:
+        validation: held-out documents that choose the best state.
+        test: held-out documents to report on.
+        validated: digests of texts by which a best state was chosen before.
+
+    Raises:
+        DataError: nothing is left to report on.
+    """
+    used = [document for document in test if document.text_digest in validated]
+    unused = [document for document in test if document.text_digest not in validated]
+    if test and not unused:
+        raise DataError(
+            "All text to report on has chosen a best state before; add new text, or train anew."
+        )
+    return [*validation, *used], unused
