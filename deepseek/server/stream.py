@@ -93,10 +93,15 @@ class Reply(StreamingResponse):
         yield await encoded_aside(partial(fold, sent))
 
     async def _lines(self, chunks: AsyncIterator[Fields], layout: Layout) -> AsyncIterator[bytes]:
+        begun = False
         try:
             async for chunk in chunks:
                 yield await _line(chunk, layout, chunk.get("type"))
-        except Exception as error:  # the status is already sent, so the error becomes an event
+                begun = True
+        except Exception as error:
+            if not begun:
+                raise
+            # The status is already sent, so the error becomes an event.
             yield await _line(body_for(as_api_error(error), self._path), layout, "error")
         if layout == "events":
             yield b"data: [DONE]\n\n"
