@@ -158,11 +158,15 @@ class Chunks(ABC):
         """Yield the first chunks of the choices, before any token; default: none."""
         yield from ()
 
+    def usage(self) -> TokenUsage:
+        """Return the tokens used so far."""
+        return self.job.usage()
+
     def used(self) -> Fields:
         """Return the usage, the number of tokens per expert, and the sources of retrieved
         passages.
         """
-        usage = self.job.usage()
+        usage = self.usage()
         retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
         return {"usage": usage_fields(usage), "experts": spoken(usage.experts), **retrieved}
 

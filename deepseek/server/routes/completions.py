@@ -3,12 +3,13 @@ lm-eval does).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek.engine.request import Request, TokenEvent, TokenLogprob
+from deepseek.engine.request import Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.encoding import PART
@@ -156,15 +157,10 @@ class CompletionChunks(Chunks):
             offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
             yield self.choice(index, "" if start else text, logprobs)
 
-    def used(self) -> Fields:
-        """Return the usage, without the unrequested token of `max_tokens` 0."""
-        fields = super().used()
-        if self.silent:
-            fields["usage"] |= {
-                "completion_tokens": 0,
-                "total_tokens": fields["usage"]["prompt_tokens"],
-            }
-        return fields
+    def usage(self) -> TokenUsage:
+        """Return the tokens used so far, without the unrequested one of `max_tokens` 0."""
+        usage = super().usage()
+        return replace(usage, completion_tokens=0, experts={}) if self.silent else usage
 
     def prompt(self, index: int) -> str:
         """Return the prompt of a choice as text."""
