@@ -158,6 +158,7 @@ class Scheduler:
         except Exception as error:  # other sequences must not be affected
             self._fail(sequence, error)
             return
+        sequence.begun = True
         # Marks the blocks as recently used, so that `shrink` evicts others first.
         matched = self.prefixes.match(sequence.keys)
         restored = restore_within(matched, self.cache_bytes - self.reserved)
