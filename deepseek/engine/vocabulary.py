@@ -63,6 +63,14 @@ class Vocabulary:
             raise unusable(grammar, _first_line(matcher))
         return Matcher(matcher)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token's text, which can be part of a character.
+
+        Args:
+            token: its id.
+        """
+        return bytes(self._tokens.decode_bytes([token]))
+
     def opening(self, token: int) -> str:
         """Return the text of a token that a reply can begin with in its place.
 
@@ -88,8 +96,8 @@ class Vocabulary:
 
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
-        # Created lazily: construction is slow, and only requests with a grammar or token healing
-        # need it.
+        # Created lazily: construction is slow, and only requests with a grammar, token healing or
+        # pieces of characters need it.
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )

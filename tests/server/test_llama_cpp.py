@@ -76,6 +76,14 @@ def test_pieces_of_tokens(server: Live) -> None:
     assert "".join(token["piece"] for token in reply["tokens"]) == "the value"
 
 
+def test_pieces_of_characters_are_bytes(server: Live) -> None:
+    reply = post(server, "/tokenize", {"content": "a é\ufffd 模", "with_pieces": True})
+    pieces = [token["piece"] for token in reply["tokens"]]
+    assert [0xC3] in pieces
+    whole = b"".join(p.encode() if isinstance(p, str) else bytes(p) for p in pieces)
+    assert whole.decode() == "a é\ufffd 模"
+
+
 def test_control_tokens_are_read_as_text_on_request(server: Live) -> None:
     end = server.engine.tokenizer.eos_token
     assert len(post(server, "/tokenize", {"content": end})["tokens"]) == 1
