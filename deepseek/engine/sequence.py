@@ -250,7 +250,13 @@ class ActiveSequence:
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
         text, self.finish_reason = self._decode(token)
         return TokenEvent(
-            token, text, logprob, expert, self.finish_reason, stop_text=self._text.stop_text
+            token,
+            text,
+            logprob,
+            expert,
+            self.finish_reason,
+            stop_text=self._text.stop_text,
+            held=self._text.held,
         )
 
     def _decode(self, token: int) -> tuple[str, FinishReason | None]:

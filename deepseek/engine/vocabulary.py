@@ -175,6 +175,11 @@ class TextStream:
         self.skip = skip
         self.stop_text: str | None = None
 
+    @property
+    def held(self) -> int:
+        """Number of characters that are held back."""
+        return len(self._pending)
+
     def push(self, token: int) -> str:
         """Append a token and return the text that can be emitted now.
 

@@ -129,6 +129,7 @@ class CompletionChunks(Chunks):
         # For max_tokens 0 the engine still generates one token, which is not sent.
         self.silent = body.max_tokens == 0
         self.lengths: dict[int, int] = {}  # choice -> characters so far
+        self.held: dict[int, int] = {}  # choice -> further characters, which are held back
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
         """Yield the token, and before the first one the echoed prompt if requested."""
@@ -142,7 +143,9 @@ class CompletionChunks(Chunks):
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
-            logprobs = self.logprobs(scored, self.lengths[index])
+            offset = self.lengths[index] + self.held.get(index, 0)
+            self.held[index] = event.held
+            logprobs = self.logprobs(scored, offset)
             choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
 
