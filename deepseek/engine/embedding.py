@@ -53,6 +53,11 @@ class ActiveEmbedding:
         left = len(self._ids) - self._done
         return min(self._block, left) if self._text.continues else left
 
+    @property
+    def between_texts(self) -> bool:
+        """Whether the next chunk is the first one of a text."""
+        return self._done == 0
+
     @torch.inference_mode()
     def advance(self) -> bool:
         """Compute the next chunk; return whether it was the last one."""

@@ -266,6 +266,14 @@ class Engine:
         """Return the plugged experts, sorted by name."""
         return self.model.experts.list()
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token's text, which can be part of a character.
+
+        Args:
+            token: its id.
+        """
+        return self._vocabulary.token_bytes(token)
+
     def stats(self) -> EngineStats:
         """Return the engine's counters and its current load."""
         scheduler = self._scheduler

@@ -80,6 +80,11 @@ class Generation:
         self._sequence.cancelled = True
 
     @property
+    def begun(self) -> bool:
+        """Whether the request has left the queue to be computed."""
+        return self._sequence.begun
+
+    @property
     def usage(self) -> TokenUsage:
         """Tokens used so far."""
         return self._sequence.usage

@@ -189,6 +189,7 @@ class TokenEvent:
         refused: whether the request caused the failure, such as by a grammar that turned out to be
             too complex.
         stop_text: the stop text that ended the generation, None if something else did.
+        held: number of characters that are held back after this token.
     """
 
     token_id: int | None
@@ -199,6 +200,7 @@ class TokenEvent:
     error: str | None = None
     refused: bool = False
     stop_text: str | None = None
+    held: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Scheduler:
     Attributes:
         weights: as passed.
         waiting: the queue of what has not been admitted; any thread may append.
-        running: what has been admitted, in the order of admission.
+        running: what has been admitted, in the order of admission; texts to be embedded go to the
+            end after each text.
         prefixes: the prefix cache.
         reserved: bytes reserved for the running sequences.
         steps, prompt_tokens, cached_tokens, shared_tokens, completion_tokens, finished: counters,
@@ -157,6 +158,7 @@ class Scheduler:
         except Exception as error:  # other sequences must not be affected
             self._fail(sequence, error)
             return
+        sequence.begun = True
         # Marks the blocks as recently used, so that `shrink` evicts others first.
         matched = self.prefixes.match(sequence.keys)
         restored = restore_within(matched, self.cache_bytes - self.reserved)
@@ -204,6 +206,10 @@ class Scheduler:
             return
         if complete:
             self.end(embedding, "stop")
+        elif embedding.between_texts:
+            # A prompt behind it waits for one text, not for thousands.
+            self.running.remove(embedding)
+            self.running.append(embedding)
 
     def _stored_parts(self, sequence: ActiveSequence, chunk: Chunk) -> list[int]:
         """Return the parts of the layers at which a chunk completes a prompt block that is not in

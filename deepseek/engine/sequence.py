@@ -91,6 +91,7 @@ class ActiveSequence:
         cuts: layers at which the sequence's state is divided into these parts.
         keys: cache keys of the prompt, for each part of the layers.
         state: the runner's state of the sequence; None before its admission and after its end.
+        begun: whether its computation has begun.
         cancelled: set by any thread to end the sequence before the next step.
         finish_reason: None while the sequence runs.
         deliver: consumer of the events; the scheduler calls it with each one.
@@ -123,6 +124,7 @@ class ActiveSequence:
         first_needed = request.scored_from if request.prompt_logprobs else len(prompt)
         self.keys = part_keys(parts, armed, prompt, block, first_needed)
         self.state: SequenceState | None = None
+        self.begun = False
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.deliver: Callable[[TokenEvent], None] = lambda _: None
@@ -248,7 +250,13 @@ class ActiveSequence:
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
         text, self.finish_reason = self._decode(token)
         return TokenEvent(
-            token, text, logprob, expert, self.finish_reason, stop_text=self._text.stop_text
+            token,
+            text,
+            logprob,
+            expert,
+            self.finish_reason,
+            stop_text=self._text.stop_text,
+            held=self._text.held,
         )
 
     def _decode(self, token: int) -> tuple[str, FinishReason | None]:

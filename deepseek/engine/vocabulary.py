@@ -8,7 +8,6 @@ import llguidance
 import llguidance.hf
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
@@ -64,6 +63,14 @@ class Vocabulary:
             raise unusable(grammar, _first_line(matcher))
         return Matcher(matcher)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token's text, which can be part of a character.
+
+        Args:
+            token: its id.
+        """
+        return bytes(self._tokens.decode_bytes([token]))
+
     def opening(self, token: int) -> str:
         """Return the text of a token that a reply can begin with in its place.
 
@@ -89,8 +96,8 @@ class Vocabulary:
 
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
-        # Created lazily: construction is slow, and only requests with a grammar or token healing
-        # need it.
+        # Created lazily: construction is slow, and only requests with a grammar, token healing or
+        # pieces of characters need it.
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )
@@ -161,10 +168,17 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = stop
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []  # the latest tokens, as far as the next one's text needs them
+        self._read = 0  # number of them whose text is complete
+        self._known = ""  # the text of these
         self._pending = ""
         self.skip = skip
         self.stop_text: str | None = None
+
+    @property
+    def held(self) -> int:
+        """Number of characters that are held back."""
+        return len(self._pending)
 
     def push(self, token: int) -> str:
         """Append a token and return the text that can be emitted now.
@@ -172,7 +186,7 @@ class TextStream:
         Args:
             token: its id.
         """
-        decoded = self._decoder.step(self._tokenizer, token) or ""
+        decoded = self._decode(token)
         self._pending += decoded[self.skip :]
         self.skip -= min(self.skip, len(decoded))
         reached = [stop for stop in self._stop if stop in self._pending]
@@ -186,6 +200,22 @@ class TextStream:
         dropped.
         """
         return self._release(len(self._pending))
+
+    def _decode(self, token: int) -> str:
+        """Return the text that a token completes.
+
+        As `DecodeStream` of `tokenizers`, which fails at bytes that are no UTF-8, where byte
+        fallback writes a text anew that it has returned already.
+        """
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if len(text) <= len(self._known) or text.endswith("\ufffd"):
+            return ""
+        added = text[len(self._known) :]
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._known = self._tokenizer.decode(self._ids)
+        return added
 
     def _release(self, count: int) -> str:
         text = self._pending[:count]

@@ -188,7 +188,12 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # The time was up just after the reply was there: only a reply that is sent ends its job.
+            if not working.done():
+                raise
         if working.done():
             return working.result()
         raise ClientDisconnect

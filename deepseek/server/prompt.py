@@ -28,7 +28,7 @@ TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
 
 GAP_CHARACTERS = 16
-"""Characters per token of the context to which the texts around a gap are cut before they are
+"""Characters per token of the context to which texts that may be cut are cut before they are
 encoded. Tokens have fewer on average, in code about three.
 """
 
@@ -139,6 +139,11 @@ class PromptWriter:
         self.check_text(prompt)
         ids = list(self.tokenizer(prompt).input_ids)
         return self.check(ids or [self.start()])
+
+    def beginning(self, text: str) -> list[int]:
+        """Return the ids of as much of a text's beginning as the context holds."""
+        ids = list(self.tokenizer(text[: self.context * GAP_CHARACTERS]).input_ids)
+        return ids[: self.context - 1] or [self.start()]
 
     def infill(self, prompt: str | Sequence[int], suffix: str) -> list[int]:
         """Return the ids of a prompt whose continuation is to be followed by `suffix`.

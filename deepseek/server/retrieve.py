@@ -74,13 +74,15 @@ class Retrieval:
         Args:
             query: search text.
             service: the server's state.
-            budget: most tokens of all passages; capped at `MOST_TOKENS`.
+            budget: most tokens of all passages with their headers; those of the passages alone are
+                capped at `MOST_TOKENS`.
         """
 
         def length(text: str) -> int:
             return len(encode_plain(service.engine.tokenizer, [text])[0])
 
         left = min(MOST_TOKENS, budget)
+        free = budget  # also for the headers, of which each passage has one
         ranked = [
             index.retrieve(query, self.passages, max(0, left), length) for index in self.indexes
         ]
@@ -88,9 +90,11 @@ class Retrieval:
         turns = zip_longest(*ranked)
         for passage in (passage for turn in turns for passage in turn if passage is not None):
             size = length(passage.text)
-            if len(chosen) < self.passages and size <= left:
+            headed = length(before_text([passage]))
+            if len(chosen) < self.passages and size <= left and headed <= free:
                 chosen.append(passage)
                 left -= size
+                free -= headed
         return chosen
 
     def before(

@@ -86,9 +86,10 @@ class GenerationJob(Job):
         )
 
     def close(self) -> None:
-        """Cancel the unfinished generations and record the usage."""
+        """Cancel the unfinished generations and record the usage, unless all were still queued."""
         super().close()
-        self._metrics.count(self.usage())
+        if any(generation.begun for generation in self.generations):
+            self._metrics.count(self.usage())
 
     def _take(self, index: int, event: TokenEvent) -> None:
         self._queue.put_nowait((index, event))

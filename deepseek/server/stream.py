@@ -93,10 +93,15 @@ class Reply(StreamingResponse):
         yield await encoded_aside(partial(fold, sent))
 
     async def _lines(self, chunks: AsyncIterator[Fields], layout: Layout) -> AsyncIterator[bytes]:
+        begun = False
         try:
             async for chunk in chunks:
                 yield await _line(chunk, layout, chunk.get("type"))
-        except Exception as error:  # the status is already sent, so the error becomes an event
+                begun = True
+        except Exception as error:
+            if not begun:
+                raise
+            # The status is already sent, so the error becomes an event.
             yield await _line(body_for(as_api_error(error), self._path), layout, "error")
         if layout == "events":
             yield b"data: [DONE]\n\n"
@@ -153,11 +158,15 @@ class Chunks(ABC):
         """Yield the first chunks of the choices, before any token; default: none."""
         yield from ()
 
+    def usage(self) -> TokenUsage:
+        """Return the tokens used so far."""
+        return self.job.usage()
+
     def used(self) -> Fields:
         """Return the usage, the number of tokens per expert, and the sources of retrieved
         passages.
         """
-        usage = self.job.usage()
+        usage = self.usage()
         retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
         return {"usage": usage_fields(usage), "experts": spoken(usage.experts), **retrieved}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_expert import save_expert
 from tiny_model import KINDS, tiny_model
 
+from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.load import Loaded
 from deepseek.engine.prefix import PartKeys, PrefixCache, block_keys
 from deepseek.engine.request import ExpertChoice, Request
@@ -57,6 +58,22 @@ def test_the_budget_is_never_exceeded(
     assert scheduler.reserved == 0
     for (_, count, _), one in zip(asked, sequences, strict=True):
         assert one.finish_reason == "cancelled" or one.usage.completion_tokens == count
+
+
+def test_a_prompt_waits_for_one_text_of_an_embedding_at_most() -> None:
+    model, tokenizer = tiny_model()
+    runner = TorchRunner(model)
+    scheduler = Scheduler(runner, prefill_chunk=4)
+    embedding = ActiveEmbedding(model, runner, [range(3, 15)] * 50, 4)
+    request = Request((5, 6, 7), Sampling(max_new_tokens=1))
+    sequence = activate(request, model, Vocabulary(model, tokenizer), 4, runner.divides)
+    scheduler.waiting.extend([embedding, sequence])
+    for _ in range(4):
+        scheduler.step()
+    assert sequence.finish_reason == "length"
+    while not scheduler.idle:
+        scheduler.step()
+    assert len(embedding.result.result()) == 50
 
 
 @pytest.mark.parametrize("kind", KINDS)

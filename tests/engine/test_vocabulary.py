@@ -99,6 +99,21 @@ def test_characters_come_whole(text: str) -> None:
     assert "".join(pieces) == text
 
 
+def test_bytes_that_are_no_characters_do_not_end_a_text() -> None:
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    backend = Tokenizer(
+        models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True)
+    )
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=backend))
+    # "I", which belongs to what follows it once that is no character.
+    assert stream.push(pieces.index("<0x49>")) == "I"
+    for piece in ("<0xE8>", "<0xFF>", "<0x2B>"):
+        assert stream.push(pieces.index(piece)) == ""
+    assert stream.push(pieces.index("a")) == "\ufffd\ufffd\ufffda"
+    assert stream.push(pieces.index("a")) == "a"
+
+
 @settings(max_examples=20, deadline=None)
 @given(cut=st.integers(2, 14), seed=st.integers(0, 99))
 def test_a_healed_prompt_is_continued_as_a_grammar_would(

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import CONTEXT, Live, live
+from starlette.requests import Request as HttpRequest
+from starlette.types import Message
 
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.engine import Engine
@@ -376,6 +378,26 @@ def test_a_planned_result_whose_caller_left_is_given_back() -> None:
 
     asyncio.run(leave())
     assert given_back == ["result"]
+
+
+def test_a_reply_that_is_there_as_its_time_is_up_is_sent() -> None:
+    """Its job would never end."""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def ask() -> str:
+        async def work() -> str:
+            # Runs once this is done, and before `unless_gone` goes on.
+            asyncio.get_running_loop().call_soon(asking.cancel)
+            return "reply"
+
+        request = HttpRequest({"type": "http"}, receive)
+        asking = asyncio.create_task(admission.unless_gone(request, work()))
+        return await asking
+
+    assert asyncio.run(ask()) == "reply"
 
 
 def test_a_slow_plan_does_not_stop_other_routes(

@@ -125,15 +125,16 @@ def test_the_empty_schema_is_any_json() -> None:
     assert grammar is not None and json.loads(grammar.text) == {}
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_grammar_that_becomes_too_complex_is_the_request_s_mistake(
-    server: Live, monkeypatch: pytest.MonkeyPatch
+    server: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     def fail(_: Matcher) -> Any:
         raise ConfigError("The grammar has become too complex; simplify it.")
 
     monkeypatch.setattr(Matcher, "allowed", fail)
-    body = {"model": "tiny", "prompt": "the", "max_tokens": 40, "grammar": GBNF}
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 40, "grammar": GBNF, "stream": stream}
     with server.http() as http:
         reply = http.post("/v1/completions", json=body)
-    assert reply.status_code == 400
+    assert reply.status_code == 400  # nothing of the stream has been sent
     assert "too complex" in reply.json()["error"]["message"]

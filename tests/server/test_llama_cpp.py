@@ -41,6 +41,14 @@ def test_completion_streams_what_the_whole_reply_says(server: Live) -> None:
     assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
 
 
+def test_no_token_that_was_not_asked_for_is_counted(server: Live) -> None:
+    reply = post(server, "/completion", {"prompt": "the value", "n_predict": 0})
+    assert (reply["content"], reply["tokens_predicted"], reply["experts"]) == ("", 0, {})
+    assert reply["timings"]["predicted_n"] == 0
+    same = post(server, "/v1/completions", {"model": "tiny", "prompt": "the", "max_tokens": 0})
+    assert (same["usage"]["completion_tokens"], same["experts"]) == (0, {})
+
+
 def test_a_stop_text_is_reported(server: Live) -> None:
     body: dict[str, Any] = {"prompt": "the value", "n_predict": 30, "temperature": 0}
     text = post(server, "/completion", body)["content"]
@@ -66,6 +74,14 @@ def test_tokens_round_trip(server: Live, text: str) -> None:
 def test_pieces_of_tokens(server: Live) -> None:
     reply = post(server, "/tokenize", {"content": "the value", "with_pieces": True})
     assert "".join(token["piece"] for token in reply["tokens"]) == "the value"
+
+
+def test_pieces_of_characters_are_bytes(server: Live) -> None:
+    reply = post(server, "/tokenize", {"content": "a é\ufffd 模", "with_pieces": True})
+    pieces = [token["piece"] for token in reply["tokens"]]
+    assert [0xC3] in pieces
+    whole = b"".join(p.encode() if isinstance(p, str) else bytes(p) for p in pieces)
+    assert whole.decode() == "a é\ufffd 模"
 
 
 def test_control_tokens_are_read_as_text_on_request(server: Live) -> None:

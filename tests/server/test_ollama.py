@@ -8,7 +8,7 @@ from typing import Any
 
 import ollama
 import pytest
-from live_server import Live
+from live_server import CONTEXT, Live
 
 import deepseek
 from deepseek.server.encoding import encoded
@@ -208,6 +208,17 @@ def test_embeddings_are_those_of_the_other_route(server: Live, api: ollama.Clien
         other = openai.embeddings.create(model="tiny", input=["the value", "a model"])
     for vector, item in zip(reply.embeddings, other.data, strict=True):
         assert list(vector) == pytest.approx(item.embedding, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["a model " * 1000, "the value\n" * 20_000])
+def test_a_text_to_embed_is_cut_to_the_context_unless_that_is_refused(
+    server: Live, api: ollama.Client, text: str
+) -> None:
+    reply = api.embed(model="tiny", input=["the value", text])
+    ids = server.engine.tokenizer(text).input_ids[: CONTEXT - 1]
+    assert list(reply.embeddings[1]) == pytest.approx(server.engine.embed(ids), abs=1e-6)
+    with pytest.raises(ollama.ResponseError, match="too long"):
+        api.embed(model="tiny", input=text, truncate=False)
 
 
 def test_older_routes_and_names_work(server: Live, api: ollama.Client) -> None:

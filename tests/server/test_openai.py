@@ -265,6 +265,14 @@ def test_logprobs_add_up_to_the_text(client: OpenAI) -> None:
     assert sum(1 for _ in choice.logprobs.content) == 20
 
 
+def test_offsets_count_text_that_is_held_back(client: OpenAI) -> None:
+    letters = {"type": "regex", "pattern": "(ab){4}"}
+    reply = complete(client, logprobs=0, stop=["ab!"], extra_body={"response_format": letters})
+    logprobs = reply.choices[0].logprobs
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert reply.choices[0].text[offset:].startswith(token)
+
+
 @pytest.mark.parametrize("model", ["tiny+one", "tiny+two"])
 def test_the_reply_tells_which_experts_spoke(client: OpenAI, model: str) -> None:
     reply = chat(client, model=model, temperature=0)

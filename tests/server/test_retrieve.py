@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import Live, live
+from live_server import CONTEXT, Live, live
 from openai import OpenAI
 
 from deepseek.data import Document
@@ -79,6 +79,21 @@ def test_a_stream_says_at_its_end_what_was_retrieved(asking: OpenAI) -> None:
 def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
     reply = complete(asking, True, prompt=[99] * 720)
     assert reply.retrieved == [] and reply.usage.prompt_tokens == 720
+
+
+@pytest.mark.parametrize("words", [130, 170, 210])
+def test_headers_leave_room_for_prompt_and_answer(
+    asking: OpenAI, indexed: Live, words: int
+) -> None:
+    path = "a/" * 40
+    texts = [
+        Document(TEXT.text[:80].replace("router", f"router{n}"), f"{path}{n}.py", "code")
+        for n in range(4)
+    ]
+    Index.build(texts).save(index_folder("deep", indexed.folder))
+    asked: list[Any] = [{"role": "user", "content": "the model router0 router1" + " é" * words}]
+    reply = chat(asking, "deep", messages=asked, max_tokens=16)
+    assert reply.usage.prompt_tokens + 16 <= CONTEXT
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, DataError
 from deepseek.packs.library import prompts_file
 from deepseek.packs.manifest import LEAST_GAIN
@@ -507,6 +509,14 @@ def test_metrics_count_replies_tokens_and_experts(keyed: Live) -> None:
     assert tokens
     assert float(tokens[1]) >= 2
     assert "deepseek_experts_plugged 0.0" in text
+
+
+def test_metrics_count_no_prompt_that_was_never_computed(served_folder: Path) -> None:
+    with live(served_folder, Settings(request_seconds=0.2), max_running=1) as server:
+        server.engine.submit(Request((5,), Sampling(max_new_tokens=760), ignore_end=True))
+        with server.http() as http:
+            assert http.post("/v1/chat/completions", json=CHAT).status_code == 504
+            assert 'deepseek_tokens_total{kind="prompt"}' not in http.get("/metrics").text
 
 
 def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:

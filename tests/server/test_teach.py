@@ -2,16 +2,19 @@
 command.
 """
 
+import asyncio
+import errno
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
 
 from deepseek.server.app import create_app
-from deepseek.server.routes.teach import command
+from deepseek.server.routes.teach import Teacher, command, lesson_fields
 from deepseek.server.schema import TAUGHT, TeachRequest
-from deepseek.server.service import Settings
+from deepseek.server.service import Service, Settings
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 
@@ -79,3 +82,19 @@ def test_the_form_finds_the_arguments_in_the_description_of_the_api() -> None:
     schema = create_app().openapi()["components"]["schemas"]["TeachRequest"]["properties"]
     assert schema.keys() == {"name", "kind", "path", *TAUGHT}
     assert all(schema[name]["description"] for name in TAUGHT)
+
+
+def test_a_process_that_does_not_start_leaves_no_running_lesson(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    engine = SimpleNamespace(experts=tuple)
+    settings = Settings(experts_folder=tmp_path)
+    teacher = Teacher(cast(Service, SimpleNamespace(settings=settings, engine=engine)))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+    monkeypatch.setattr(Teacher, "text", lambda *_, **__: tmp_path)
+    with pytest.raises(BlockingIOError):
+        asyncio.run(teacher.start(TeachRequest.model_validate(TEXT)))
+    assert lesson_fields(teacher.lesson)["state"] == "none"

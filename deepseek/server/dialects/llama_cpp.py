@@ -165,7 +165,7 @@ class NativeChunks:
         return {**chunks[-1], "content": "".join(chunk["content"] for chunk in chunks)}
 
     def _head(self, stop: bool) -> Fields:
-        usage = self._chunks.job.usage()
+        usage = self._chunks.usage()
         return {
             "index": 0,
             "id_slot": 0,
@@ -182,7 +182,7 @@ class NativeChunks:
             last: the last choice.
             first: when the first token came.
         """
-        usage = self._chunks.job.usage()
+        usage = self._chunks.usage()
         reached = last["stop_reason"]
         kind = (
             "limit" if last["finish_reason"] == "length" else "eos" if reached is None else "word"

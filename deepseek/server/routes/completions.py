@@ -3,12 +3,13 @@ lm-eval does).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek.engine.request import Request, TokenEvent, TokenLogprob
+from deepseek.engine.request import Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.encoding import PART
@@ -128,6 +129,7 @@ class CompletionChunks(Chunks):
         # For max_tokens 0 the engine still generates one token, which is not sent.
         self.silent = body.max_tokens == 0
         self.lengths: dict[int, int] = {}  # choice -> characters so far
+        self.held: dict[int, int] = {}  # choice -> further characters, which are held back
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
         """Yield the token, and before the first one the echoed prompt if requested."""
@@ -141,7 +143,9 @@ class CompletionChunks(Chunks):
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
-            logprobs = self.logprobs(scored, self.lengths[index])
+            offset = self.lengths[index] + self.held.get(index, 0)
+            self.held[index] = event.held
+            logprobs = self.logprobs(scored, offset)
             choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
 
@@ -156,15 +160,10 @@ class CompletionChunks(Chunks):
             offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
             yield self.choice(index, "" if start else text, logprobs)
 
-    def used(self) -> Fields:
-        """Return the usage, without the unrequested token of `max_tokens` 0."""
-        fields = super().used()
-        if self.silent:
-            fields["usage"] |= {
-                "completion_tokens": 0,
-                "total_tokens": fields["usage"]["prompt_tokens"],
-            }
-        return fields
+    def usage(self) -> TokenUsage:
+        """Return the tokens used so far, without the unrequested one of `max_tokens` 0."""
+        usage = super().usage()
+        return replace(usage, completion_tokens=0, experts={}) if self.silent else usage
 
     def prompt(self, index: int) -> str:
         """Return the prompt of a choice as text."""

@@ -5,6 +5,8 @@ import base64
 import math
 from array import array
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -41,20 +43,24 @@ def texts(body: EmbeddingsRequest) -> Sequence[str | Sequence[int]]:
     return [body.input] if single else body.input  # type: ignore[list-item,return-value]
 
 
-async def embed(service: Service, texts: Sequence[str | Sequence[int]]) -> "EmbeddingJob":
+async def embed(
+    service: Service, texts: Sequence[str | Sequence[int]], cut: bool = False
+) -> "EmbeddingJob":
     """Start to embed texts, and return the job that follows.
 
     Args:
         service: the server's state.
         texts: each as text or as ids.
+        cut: whether texts that are too long lose their ends; default: they are refused.
 
     Raises:
         ApiError, UserError: a text is invalid.
         QueueFullError: the queue is full.
     """
     run = service.admission.run
+    encode: Any = service.writer.beginning if cut else service.writer.text
     # One at a time, so that other requests have their turn, and a client that leaves ends it.
-    ids = [await run(lambda text=text: service.writer.text(text)) for text in texts]  # type: ignore[misc]
+    ids = [await run(partial(encode, text)) for text in texts]
     return EmbeddingJob(service, service.engine.submit_texts(ids))
 
 

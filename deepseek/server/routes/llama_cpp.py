@@ -62,10 +62,10 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
     """Return the token ids of a text or a conversation."""
-    ids = await service.admission.run(partial(token_ids, service, body))
-    pieces = [{"id": identity, "piece": service.token_text(identity)} for identity in ids]
+    run = service.admission.run
+    ids = await run(partial(token_ids, service, body))
     return {
-        "tokens": pieces if body.with_pieces else ids,
+        "tokens": await run(partial(pieces, service, ids)) if body.with_pieces else ids,
         "count": len(ids),
         "max_model_len": service.writer.context,
     }
@@ -90,6 +90,23 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     if not body.parse_special:
         return encode_document(tokenizer, text) if special else encode_plain(tokenizer, [text])[0]
     return list(tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def pieces(service: Service, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return tokens with their pieces of text."""
+    return [{"id": identity, "piece": piece(service, identity)} for identity in ids]
+
+
+def piece(service: Service, identity: int) -> str | list[int]:
+    """Return the text of a token, or its bytes where these are no whole characters."""
+    text = service.token_text(identity)
+    if "\ufffd" not in text:
+        return text
+    content = service.engine.token_bytes(identity)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return list(content)
 
 
 @router.post("/detokenize")

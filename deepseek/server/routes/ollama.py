@@ -129,7 +129,7 @@ async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     check_dimensions(service, body.dimensions)
     started = time.perf_counter()
     texts = [body.input] if isinstance(body.input, str) else body.input
-    job = await embedding_job(service, body.model, texts)
+    job = await embedding_job(service, body.model, texts, cut=body.truncate is not False)
     return Reply(vectors(body, job, started), job=job, fold=lambda sent: sent[0])
 
 
@@ -140,20 +140,23 @@ async def older_embeddings(body: OlderEmbed, service: TheService) -> Response:
     return Reply(vector(job), job=job, fold=lambda sent: sent[0])
 
 
-async def embedding_job(service: Service, model: str, texts: list[str]) -> EmbeddingJob:
+async def embedding_job(
+    service: Service, model: str, texts: list[str], cut: bool = False
+) -> EmbeddingJob:
     """Start to embed texts, and return the job that follows.
 
     Args:
         service: the server's state.
         model: the model's name in the request, the base alone.
         texts: the texts.
+        cut: see `embed`.
 
     Raises:
         ApiError: the name has experts.
     """
     if service.named_experts(base_name(model)):
         raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
-    return await embed(service, texts)
+    return await embed(service, texts, cut)
 
 
 async def vectors(body: OllamaEmbed, job: EmbeddingJob, started: float) -> AsyncIterator[Fields]:

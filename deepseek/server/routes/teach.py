@@ -88,13 +88,13 @@ class Teacher:
                 f"There is an expert named {wanted.name} already; choose another name.",
                 param="name",
             )
-        self.lesson = Lesson(wanted.name)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command(self.service.settings, wanted, text, pack),
             stdout=DEVNULL,
             stderr=PIPE,
         )
+        self.lesson = Lesson(wanted.name)  # not before there is a process that ends it
         psutil.Process(self._process.pid).nice(NICENESS)  # serving has priority
         self._task = asyncio.create_task(self._attend(self.lesson, self._process, pack))
         return self.lesson
