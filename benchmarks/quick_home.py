@@ -28,6 +28,8 @@ CORPORA = (
     "public-code",
     "final-public-prose",
     "final-public-code",
+    "final-octave",
+    "final-spanish",
 )
 FILES, CHARACTERS = 4, 6000
 """Of a corpus; `position_length.py` needs a held-out file of more than 4,096 tokens in the first."""
