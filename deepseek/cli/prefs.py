@@ -144,6 +144,8 @@ def search(
         rows = [PreferenceRow.model_validate(pair, from_attributes=True) for pair in pairs]
         print_json(PreferenceList(pairs=rows))
         return
+    if not pairs:
+        echo("no pair has these words" if words else "there are no pairs", error=True)
     for pair in pairs:
         echo(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
         turns = [(message["role"], message["content"]) for message in pair.prompt]

@@ -233,8 +233,8 @@ class Against:
         """Return a caveat for each rival that took much less time than the expert."""
         whole = seconds[EXPERT.name]
         return [
-            f"{row.name} took {seconds[row.name]:.0f} s of the expert's {whole:.0f} s, as the machine "
-            f"was busy when its training was planned; remove {self.folder / row.model} and run the "
+            f"{row.name} took {seconds[row.name]:.0f} s of the expert's {whole:.0f} s, as the "
+            f"machine was busy when it was planned; remove {self.folder / row.model} and run the "
             "same command again."
             for row in rows
             if row.model != "base" and seconds[row.name] < LEAST_TIME * whole

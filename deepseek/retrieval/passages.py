@@ -97,10 +97,12 @@ def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
     first = 0
     repository = document.name.rsplit("@", 1)[0]
     for part in PATCH.split(document.text):
-        head = HEAD.match(part)
-        # A deletion shows the text of the file that it deletes.
-        file = "" if head is None else head[1] if head[2] == "/dev/null" else head[2]
-        yield from _windows(document, part, first, file and f"{repository}/{file}")
+        file = ""
+        if head := HEAD.match(part):
+            before, after = head.groups()
+            # A deletion shows the text of the file that it deletes.
+            file = f"{repository}/{before if after == '/dev/null' else after}"
+        yield from _windows(document, part, first, file)
         first += part.count("\n")
 
 

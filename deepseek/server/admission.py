@@ -191,7 +191,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            # The time was up just after the reply was there: only a reply that is sent ends its job.
+            # The time was up just after the reply was there; only sending it ends its job.
             if not working.done():
                 raise
         if working.done():

@@ -60,7 +60,7 @@ LLAMA3_LIMITS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Rotary parameters that all models from Llama 3.1 on share, and that a GGUF file does not state."""
+"""Rotary parameters that all models from Llama 3.1 on share; a GGUF file does not state them."""
 
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Name in a config -> name in GGUF metadata."""

@@ -183,7 +183,9 @@ class ExpertRun(TextRun):
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
         request = self.request
-        seconds_left = request.minutes and max(0.0, request.minutes * 60 - self.clock.here)
+        seconds_left = None
+        if request.minutes is not None:
+            seconds_left = max(0.0, request.minutes * 60 - self.clock.here)
         amount = Amount(
             request.tokens,
             request.epochs,

@@ -152,7 +152,9 @@ def generate_pairs(
     check_room(encoded, model.config.max_position_embeddings - new_tokens)
     for start in range(0, len(prompts), at_once):
         group = prompts[start : start + at_once]
-        rows = [ids for ids in encoded[start : start + at_once] for _ in range(answers)]
+        rows: list[list[int]] = []
+        for prompt_ids in encoded[start : start + at_once]:
+            rows += [prompt_ids] * answers
         ids = generate(model, rows, new_tokens, ends, generator, temperature=temperature).answers()
         texts = [
             str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
