@@ -122,9 +122,8 @@ def serve(
     )
     run(
         model,
-        experts=_locked(lock, experts_folder)
-        if lock
-        else expert_packs(experts, model, experts_folder),
+        experts=() if lock else expert_packs(experts, model, experts_folder),
+        lock=lock,
         settings=settings,
         cache_gib=cache_gib,
         expert_gib=expert_gib,
@@ -138,13 +137,6 @@ def serve(
         drain_seconds=drain_seconds,
         progress=Waiting(),
     )
-
-
-def _locked(lock: Path, folder: Path | None) -> list[Path]:
-    """Return the packs of a lock file."""
-    from deepseek.packs.lock import locked_packs, read_lock
-
-    return locked_packs(read_lock(lock), folder)
 
 
 def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:

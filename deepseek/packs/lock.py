@@ -3,7 +3,7 @@ reproducible.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,11 +150,29 @@ def locked_packs(lock: Lock, folder: Path | None = None) -> list[Path]:
             raise PackError(
                 f"The lock names expert {expert.name}, and {path} is missing; restore it."
             )
-        digest = read_pack(path).manifest.digest
-        if digest != expert.digest:
-            raise PackError(
-                f"{path} has the digest {digest[:16]}, and the lock states {expert.digest[:16]}; "
-                "restore that pack, or lock the set again."
-            )
+        _check_digest(expert, str(path), read_pack(path).manifest.digest)
         paths.append(path)
     return paths
+
+
+def check_digests(lock: Lock, digests: Mapping[str, str]) -> None:
+    """Check that plugged packs are those of a lock.
+
+    Args:
+        lock: the lock.
+        digests: name -> content digest of the plugged packs.
+
+    Raises:
+        PackError: one has other content.
+    """
+    for expert in lock.experts:
+        _check_digest(expert, f"Expert {expert.name}", digests[expert.name])
+
+
+def _check_digest(expert: LockedExpert, what: str, digest: str) -> None:
+    """Check the digest of a pack against its lock; `what` is its name in the message."""
+    if digest != expert.digest:
+        raise PackError(
+            f"{what} has the digest {digest[:16]}, and the lock states {expert.digest[:16]}; "
+            "restore that pack, or lock the set again."
+        )

@@ -21,6 +21,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs, arming_at_start
 from deepseek.errors import ConfigError
 from deepseek.packs.library import find_pack
+from deepseek.packs.lock import Lock, check_digests
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
@@ -44,6 +45,7 @@ def serve_replicas(
     cpus: float,
     *,
     experts: Packs,
+    lock: Lock | None,
     start: Callable[[], Engine],
     drain_seconds: float,
     announce: Callable[[], None],
@@ -56,6 +58,7 @@ def serve_replicas(
         replicas: number of replicas.
         cpus: processors of each replica.
         experts: see `serve`.
+        lock: the lock that the packs must agree with; None: any packs.
         start: creates a replica's engine; called in the replica's process.
         drain_seconds: time that running answers have to finish after a signal, in seconds.
         announce: called once, when all replicas are ready.
@@ -72,6 +75,8 @@ def serve_replicas(
         )
     base = BaseDescription.of(resolve(settings.base), settings.model)
     packs = [read_pack(find_pack(expert), base=base) for expert in experts]
+    if lock is not None:
+        check_digests(lock, {pack.manifest.name: pack.manifest.digest for pack in packs})
     arming = arming_at_start(experts, [pack.manifest for pack in packs])
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_SECONDS)
     ray = connect("Serving with many replicas", "ray.serve")

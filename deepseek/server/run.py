@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -21,7 +22,8 @@ from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs
 from deepseek.engine.start import start_engine
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, PackError
+from deepseek.packs.lock import Lock, check_digests, locked_packs, read_lock
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.request_log import configure
@@ -46,6 +48,7 @@ def serve(
     model: str | Path = "smollm2-135m",
     *,
     experts: Packs = (),
+    lock: str | Path | None = None,
     settings: Settings | None = None,
     cache_gib: float = 1.0,
     expert_gib: float | None = None,
@@ -69,6 +72,8 @@ def serve(
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
         experts: packs to plug at start, by file or by name, or their weights (see `load`);
             default: none.
+        lock: a lock file of `deepseek expert lock`: exactly its packs are plugged, in place of
+            `experts`. Default: none.
         settings: settings of the server other than its engine; default: `Settings()`. Its `model`,
             `base` and `device` are overwritten.
         cache_gib: budget of the KV cache, in GiB.
@@ -98,18 +103,19 @@ def serve(
         settings or Settings(), model=Path(model).name, base=str(model), device=device
     )
     configure(settings.log_level)
+    if locked := None if lock is None else read_lock(Path(lock)):
+        experts = locked_packs(locked, settings.experts_folder)
     if expert_gib is not None:
         allow_open_files()
     listener = listen(settings)
     url = address(listener, settings.host)
-    cache_bytes = int(cache_gib * (1 << 30))
     start = partial(
         start_engine,
         model,
         int8=int8,
         device=device,
         dtype=dtype,
-        cache_bytes=cache_bytes,
+        cache_bytes=int(cache_gib * (1 << 30)),
         expert_bytes=None if expert_gib is None else int(expert_gib * (1 << 30)),
         max_running=max_running,
         max_waiting=max_waiting,
@@ -125,6 +131,7 @@ def serve(
             replicas,
             cpus,
             experts=experts,
+            lock=locked,
             start=start,
             drain_seconds=drain_seconds,
             announce=partial(announce, url),
@@ -137,6 +144,8 @@ def serve(
         app.state.service,
         app.state.teacher,
         partial(
+            start_locked,
+            locked,
             start,
             experts=experts,
             report=partial(print, file=sys.stderr, flush=True),
@@ -148,6 +157,27 @@ def serve(
     announce(url)
     server.run(sockets=[listener])
     server.close()
+
+
+def start_locked(lock: Lock | None, start: Callable[..., Engine], **options: Any) -> Engine:
+    """Start an engine, and check that the packs it has plugged are those of a lock.
+
+    Args:
+        lock: the lock; None: nothing is checked.
+        start: starts the engine.
+        options: its arguments.
+
+    Raises:
+        PackError: a pack was changed after it had been checked; loading a base takes a while.
+    """
+    engine = start(**options)
+    try:
+        if lock is not None:
+            check_digests(lock, {info.name: info.digest for info in engine.experts()})
+    except PackError:
+        engine.close()
+        raise
+    return engine
 
 
 class DrainingServer(uvicorn.Server):

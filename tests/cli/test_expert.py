@@ -2,7 +2,9 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from deepseek.packs.library import experts_folder, index_folder, prompts_file
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.packs.tensors import DTYPES
+from deepseek.train.jobs import rename
 from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
@@ -301,6 +304,49 @@ def test_rename_takes_the_prompts_of_this_pack_along(pack: Path, capsys: Capture
     prompts_file("verses").write_text(json.dumps({"digest": "0" * 64, "prompts": prompts}))
     run(capsys, "rename", "verses", "poems")
     assert [path.name for path in experts_folder().iterdir()] == ["poems.safetensors"]
+
+
+class Killed(BaseException):
+    """The end of a process in the middle of a command."""
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_an_interrupted_rename_is_completed_by_the_same_command(
+    step: int, pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The process ends before one of its changes: seven files and folders are moved or written."""
+    stored = {"digest": read_pack(pack).manifest.digest, "prompts": []}
+    prompts_file("poems").write_text(json.dumps(stored))
+    index_folder("poems").mkdir()
+    runs = experts_folder().parent / "runs"
+    (runs / "poems").mkdir(parents=True)
+    (runs / "poems" / "request.json").write_text(json.dumps({"name": "poems"}))
+    left = [step]
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return function(*given, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.packs.pack.write_pack", dying(write_pack))
+        patch.setattr(rename, "write_json", dying(rename.write_json))
+        patch.setattr(Path, "rename", dying(Path.rename))
+        patch.setattr(Path, "unlink", dying(Path.unlink))
+        with pytest.raises(Killed):
+            rename.rename_expert("poems", "verses")
+    status, out, _ = run(capsys, "rename", "poems", "verses")
+    assert status == 0
+    kept = {path.name for path in experts_folder().iterdir()}
+    assert kept == {"verses.safetensors", prompts_file("verses").name, index_folder("verses").name}
+    digest = read_pack(out.strip()).manifest.digest
+    assert json.loads(prompts_file("verses").read_text())["digest"] == digest
+    assert json.loads((runs / "verses" / "request.json").read_text()) == {"name": "verses"}
+    assert not (runs / "poems").exists()
 
 
 @pytest.mark.parametrize(

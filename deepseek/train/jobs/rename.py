@@ -43,7 +43,8 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     """Give a trained expert another name and return the path of its pack.
 
     The name is part of what the digest and a signature cover, so that the pack is sealed again. Its
-    prompts, its index and its run folder get the new name too.
+    prompts, its index and its run folder get the new name too. A call that was interrupted is
+    completed by the same call.
 
     Args:
         old: name of a trained expert.
@@ -55,38 +56,51 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
         PackError: there is no such expert, or its pack is damaged.
         TrainError: its run is being written.
     """
-    from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+    from deepseek.packs.pack import read_pack, write_pack
     from deepseek.packs.signature import load_key
 
     before = _own_pack(old)
     pack = read_pack(before)
+    sealed = _renamed(pack, new)
+    after = experts_folder() / f"{new}{before.suffix}"
+    resumed = after.is_file() and read_pack(after).manifest.digest == sealed.manifest.digest
     runs = home() / "runs"
-    parts = (runs / new, index_folder(new), prompts_file(new))
-    for taken in (installed().get(new), *map(_existing, parts)):
-        if taken is not None:
-            raise ConfigError(f"{taken} exists already; choose another name.")
+    moves = {runs / old: runs / new, index_folder(old): index_folder(new)}
+    if not resumed:
+        _check_free(new, [*moves.values(), prompts_file(new)])
     if pack.manifest.signature is not None and key is None:
         raise ConfigError(
             f"{old} is signed, and the signature covers its name; give --key to sign it again."
         )
-    fields = pack.manifest.model_dump() | {"name": new, "digest": "", "signature": None}
-    try:
-        manifest = type(pack.manifest).model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"{new!r} is no name for an expert: {explain(error)}.") from None
     run = runs / old
     with run_lock(run) if run.is_dir() else nullcontext():
-        after = experts_folder() / f"{new}{before.suffix}"
-        sealed = ExpertPack.seal(manifest, pack.tensors)
-        write_pack(after, sealed, load_key(key) if key else None)
+        if not resumed:
+            write_pack(after, sealed, load_key(key) if key else None)
         if run.is_dir():
             _rename_in(run, old, new, after)
-            run.rename(runs / new)
-    if index_folder(old).is_dir():
-        index_folder(old).rename(index_folder(new))
+        for source, target in moves.items():
+            if source.is_dir():
+                source.rename(target)
     _move_prompts(prompts_file(old), prompts_file(new), pack, sealed)
     before.unlink()
     return after
+
+
+def _renamed(pack: "ExpertPack", name: str) -> "ExpertPack":
+    """Return a pack with another name, sealed and without a signature."""
+    fields = pack.manifest.model_dump() | {"name": name, "digest": "", "signature": None}
+    try:
+        manifest = type(pack.manifest).model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{name!r} is no name for an expert: {explain(error)}.") from None
+    return type(pack).seal(manifest, pack.tensors)
+
+
+def _check_free(name: str, parts: list[Path]) -> None:
+    """Raise `ConfigError` if there is a pack of a name, or one of the parts beside it."""
+    for taken in (installed().get(name), *map(_existing, parts)):
+        if taken is not None:
+            raise ConfigError(f"{taken} exists already; choose another name.")
 
 
 def run_of(name: str) -> Path | None:
