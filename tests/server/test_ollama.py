@@ -167,6 +167,11 @@ def test_a_schema_constrains_the_answer(api: ollama.Client) -> None:
 def test_an_empty_prompt_loads_the_model(api: ollama.Client) -> None:
     assert api.generate(model="tiny", prompt="").done_reason == "load"
     assert api.chat(model="tiny", messages=[]).done_reason == "load"
+    assert api.embed(model="tiny", input="").embeddings == []
+    assert api.embed(model="tiny", input=[]).embeddings == []
+    assert api.embeddings(model="tiny", prompt="").embedding == []
+    with pytest.raises(ollama.ResponseError, match="nope"):
+        api.embed(model="nope", input="")
     with pytest.raises(ollama.ResponseError, match="no model"):
         api.generate(model="other", prompt="")
 

@@ -94,9 +94,11 @@ JWT = r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
 """
 
 ADDRESS = re.compile(
-    r"://[^:/?#\[\]@!$&'()*+,;=\s]+:(?!\{+[^{}@]*\}+@|%s@)([^:/?#\[\]@!$&'()*+,;=\s]+)@"
+    r"""://[^:/?#\[\]@!$&'()*+,;=\s]+:(?!\{+[^{}@]*\}+@|%s@)([^/?#\[\]$'"`()<>*,;\s]+)@"""
 )
-"""The password in an address, which is no placeholder of a format string."""
+"""The password in an address, up to the last `@` before the host: people write one into a password
+as it is. It is no placeholder of a format string, a shell or a page of documentation.
+"""
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 

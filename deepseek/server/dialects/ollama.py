@@ -239,7 +239,7 @@ class OllamaEmbed(Body):
     """`POST /api/embed`."""
 
     model: ShortText
-    input: str | Annotated[Several[str], Field(min_length=1, max_length=2048)]
+    input: str | Annotated[Several[str], Field(max_length=2048)] = ""
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     options: Options = Options()
@@ -250,7 +250,7 @@ class OlderEmbed(Body):
     """`POST /api/embeddings`."""
 
     model: ShortText
-    prompt: str
+    prompt: str = ""
     options: Options = Options()
     keep_alive: float | str | None = None
 

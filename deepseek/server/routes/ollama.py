@@ -127,6 +127,8 @@ def loading_reply(service: Service, model: str, content: dict[str, Any]) -> Resp
 async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     """Return a unit vector for each text."""
     check_dimensions(service, body.dimensions)
+    if not body.input:
+        return loading_reply(service, body.model, {"embeddings": []})
     started = time.perf_counter()
     texts = [body.input] if isinstance(body.input, str) else body.input
     job = await embedding_job(service, body.model, texts, cut=body.truncate is not False)
@@ -136,6 +138,8 @@ async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
 @router.post("/embeddings")
 async def older_embeddings(body: OlderEmbed, service: TheService) -> Response:
     """Return a unit vector for one text."""
+    if not body.prompt:
+        return loading_reply(service, body.model, {"embedding": []})
     job = await embedding_job(service, body.model, [body.prompt])
     return Reply(vector(job), job=job, fold=lambda sent: sent[0])
 

@@ -97,6 +97,15 @@ def test_only_the_secret_part_of_an_assignment_goes() -> None:
     )
 
 
+@pytest.mark.parametrize("password", ["s3cr3t", "p@ss", "@b@", "a:b", "p&s=1!", "a+b%40", "ü{"])
+@pytest.mark.parametrize("after", ["@db/x", "@db:5432/x?ssl=1", "@10.0.0.1", "@[::1]/"])
+def test_nothing_is_left_of_the_password_in_an_address(password: str, after: str) -> None:
+    for before, end in [("", ""), ("'", "'"), ("see ", ", or ask a@b.c")]:
+        source = f"{before}postgres://app:{password}{after}{end}"
+        redacted = f"{before}postgres://app:<REDACTED:password>{after}{end}"
+        assert redact(source) == (redacted, {"password": 1})
+
+
 @pytest.mark.parametrize("name", ["aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"])
 @pytest.mark.parametrize("mark", [" = ", "=", ": "])
 def test_a_secret_key_of_aws_needs_no_quotes(name: str, mark: str) -> None:
@@ -104,7 +113,10 @@ def test_a_secret_key_of_aws_needs_no_quotes(name: str, mark: str) -> None:
     assert redact(text)[0] == f"{name}{mark}<REDACTED:aws-key>\nregion = x\n"
 
 
-@pytest.mark.parametrize("password", ["{password}", "{}", "{self.password}", "{{pw}}", "%s"])
+@pytest.mark.parametrize(
+    "password",
+    ["{password}", "{}", "{self.password}", "{{pw}}", "%s", "$PW", "${PW}", "<password>", "***"],
+)
 def test_placeholders_of_format_strings_are_no_passwords(password: str) -> None:
     source = f'url = f"postgres://{{user}}:{password}@{{host}}/x"\n'
     assert redact(source) == (source, {})
