@@ -1,10 +1,11 @@
 """What weights of 8 bits and fewer cost: bytes, perplexity, divergence from the fp32 model, and
 greedy agreement with it.
 
-    python benchmarks/int8_quality.py TEXT... [--bits 8 5 4] [--tokens 20000] [--prompts 200]
-        [--formats Q8_0 Q4_K_M Q4_0 --llama PYTHON] [--json FILE]
+    python benchmarks/int8_quality.py TEXT... [--base BASE...] [--bits 8 5 4] [--tokens 20000]
+        [--prompts 200] [--formats Q8_0 Q4_K_M Q4_0 --llama PYTHON] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the
+TEXT are folders, .jsonl or .parquet files. With several bases, such as one model trained from
+several seeds, each gets all figures. Three runners are compared with the fp32 model: the
 compiled one with weights that it quantises to 8 bits itself ("nearest"), the same with those that
 `deepseek quantize` writes ("quantised 8", "quantised 5", ...), and the model in bf16, which says
 how much a change of number format costs at all. Beside them, formats that llama.cpp quantises the
@@ -85,13 +86,13 @@ def perplexity(
 
 
 def llama_sides(
-    options: argparse.Namespace, texts: list[list[int]], scratch: Path
+    base: str, options: argparse.Namespace, texts: list[list[int]], scratch: Path
 ) -> tuple[dict[str, Predictions], dict[str, int]]:
     """Return what llama.cpp predicts with each of its formats, and the bytes of their files."""
     sides: dict[str, Predictions] = {}
     sizes: dict[str, int] = {}
     source = scratch / "float16.gguf"
-    export_gguf(options.base, source, "float16")
+    export_gguf(base, source, "float16")
     for name in options.formats:
         path = scratch / f"{name}.gguf"
         llama_quantise(options.llama, source, path, name)
@@ -137,7 +138,7 @@ def greedy(runner: Runner, prompts: list[list[int]], answer_PT: Tensor) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("texts", type=Path, nargs="*")
-    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--base", nargs="+", default=["smollm2-135m"])
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--bits", type=float, nargs="+", default=[8])
@@ -147,17 +148,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.formats and options.llama is None:
         parser.error("llama.cpp is not there; name a Python that has it with --llama")
-    model, tokenizer = deepseek.load(options.base, dtype="float32")
+    found = [measured(base, options) for base in options.base]
+    figures = found[0] if len(found) == 1 else {"bases": found}
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        write(options.json, figures)
+
+
+def measured(base: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one base."""
+    model, tokenizer = deepseek.load(base, dtype="float32")
     compiled = {"nearest": CompiledRunner(model)}
     with tempfile.TemporaryDirectory() as folder:
         for bits in options.bits:
             out = Path(folder) / f"int{bits:g}"
-            quantize_model(options.base, out, bits=bits)
+            quantize_model(base, out, bits=bits)
             written = deepseek.load(str(out), stored=True).model
             compiled[f"quantised {bits:g}"] = CompiledRunner(written)
     runners: dict[str, Runner] = {
         **compiled,
-        "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0]),
+        "bf16": TorchRunner(deepseek.load(base, dtype="bfloat16")[0]),
     }
     texts = rows(tokenizer, options.texts, max(options.tokens // ROW, options.prompts))
     scored = texts[:: max(1, len(texts) * ROW // options.tokens)]
@@ -169,7 +179,7 @@ def main() -> None:
     sizes = {name: runner.weight_bytes for name, runner in compiled.items()}
     with tempfile.TemporaryDirectory() as folder:
         if options.formats:
-            theirs, their_sizes = llama_sides(options, scored, Path(folder))
+            theirs, their_sizes = llama_sides(base, options, scored, Path(folder))
             sides |= theirs
             sizes |= their_sizes
         figures: dict[str, Any] = dict(perplexity(model, sides, scored))
@@ -177,13 +187,10 @@ def main() -> None:
     answer_PT = continued(model, prompts)
     for name, runner in runners.items():
         figures[name]["greedy agreement"] = greedy(runner, prompts, answer_PT)
-    figures |= {
+    return figures | {
         "bytes of fp32": {name: size / (4 * numbers) for name, size in sizes.items()},
         "prompts": len(prompts),
     }
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        write(options.json, figures)
 
 
 if __name__ == "__main__":
