@@ -4,7 +4,9 @@ code.
     python benchmarks/position_length.py CODE [CODE ...] [--rivals dpe yarn learned] [--seeds 0 1 2]
 
 Every rival is the same small model with the same data, order, seeds and number of steps; it is
-trained on rows of 1,024 tokens and scored on rows of 4,096 from files that were held out. "yarn" is
+trained on rows of 1,024 tokens and scored on rows of 4,096 from files that were held out: by the
+next token, and by lines, which are completed if the model would write the whole line after what
+precedes it, greedily and to the line's end. "yarn" is
 the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and "dpe+yarn" that
 of "dpe" likewise. Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as
 one unknown token, which is no target. A run that was stopped goes on where it was, and one that is
@@ -13,6 +15,7 @@ whatever is finished. `benchmarks/corpora.py code-a code-b` fetches code.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections import Counter
@@ -89,13 +92,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=home() / "bench" / "position_length")
     add_output(parser, "position_length")
     options = parser.parse_args()
-    stream, rows = corpus(options.code, options.test_rows)
+    stream, rows, ends_line = corpus(options.code, options.test_rows)
     folder = options.runs / run_name(options)
     for seed in options.seeds:
         for name in options.rivals:
             record = folder / f"{name}-{seed}.json"
             if not record.exists():
-                write_json(record, measure(options, RIVALS[name], seed, stream, rows, folder))
+                tested = train_rival(options, RIVALS[name], seed, stream, folder)
+                write_json(record, tested.figures | score(tested.model, rows, ends_line))
             show(name, seed, json.loads(record.read_text()))
     report(folder, options)
 
@@ -114,9 +118,9 @@ def run_name(options: argparse.Namespace) -> str:
     return sha256(repr(dials).encode()).hexdigest()[:12]
 
 
-def corpus(folders: list[Path], test_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the training files as one stream of ids, and rows `[N, 4097]` of held-out files that
-    are long enough.
+def corpus(folders: list[Path], test_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the training files as one stream of ids, rows `[N, 4097]` of held-out files that are
+    long enough, and for each id whether it ends a line, `[VOCAB]`.
     """
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     tokenizer = load_tokenizer(resolve("smollm2-135m"))
@@ -135,7 +139,10 @@ def corpus(folders: list[Path], test_rows: int) -> tuple[Tensor, Tensor]:
         ids[start : start + LONG + 1] for ids in long for start in range(0, len(ids) - LONG, SHORT)
     ]
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:test_rows]
-    return stream, torch.stack([rows[i] for i in chosen])
+    ends_line = torch.zeros(VOCAB, dtype=torch.bool)
+    for old, new in new_id.items():
+        ends_line[new] = "\n" in tokenizer.decode([old])
+    return stream, torch.stack([rows[i] for i in chosen]), ends_line
 
 
 class Windows:
@@ -195,10 +202,18 @@ def config_of(options: argparse.Namespace, fields: dict[str, Any]) -> ModelConfi
     )
 
 
-def measure(
-    options: argparse.Namespace, rival: Rival, seed: int, stream: Tensor, rows: Tensor, folder: Path
-) -> dict[str, Any]:
-    """Train a rival, or go on with its training, and score it."""
+@dataclass(frozen=True)
+class Trained:
+    """A rival after its training, as it is tested, and what the training took."""
+
+    model: DeepSeekModel
+    figures: dict[str, Any]
+
+
+def train_rival(
+    options: argparse.Namespace, rival: Rival, seed: int, stream: Tensor, folder: Path
+) -> Trained:
+    """Train a rival, or go on with its training."""
     torch.manual_seed(seed)
     model = DeepSeekModel(config_of(options, rival.fields)).train()
     optim = OptimConfig(options.learning_rate, warmup=0.1, weight_decay=0.1)
@@ -218,21 +233,49 @@ def measure(
     tested = DeepSeekModel(config_of(options, rival.fields | rival.test_fields)).eval()
     tested.load_state_dict(model.state_dict())
     size = sum(parameter.numel() for parameter in model.parameters())
-    return {"seconds": round(seconds, 1), "parameters": size} | score(tested, rows)
+    return Trained(tested, {"seconds": round(seconds, 1), "parameters": size})
 
 
 @torch.no_grad()
-def score(model: DeepSeekModel, rows: Tensor) -> dict[str, list[float]]:
-    """Return mean loss in nats and top-1 accuracy in percent of each bin of positions."""
-    losses, hits = torch.zeros(2, LONG // BIN)
-    known = torch.zeros(LONG // BIN)
+def score(model: DeepSeekModel, rows: Tensor, ends_line: Tensor) -> dict[str, list[float]]:
+    """Return mean loss in nats, top-1 accuracy in per cent, and lines and those of them that are
+    completed, of each bin of positions.
+    """
+    losses, hits, known, lines, completed = torch.zeros(5, LONG // BIN)
     for row in rows.split(1):
         logits, targets = model(row[:, :-1]).logits[0].float(), targets_of(row)[0]
         loss = cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-        losses += loss.unflatten(0, (-1, BIN)).sum(-1)
-        hits += (logits.argmax(-1) == targets).float().unflatten(0, (-1, BIN)).sum(-1)
-        known += (targets >= 0).float().unflatten(0, (-1, BIN)).sum(-1)
-    return {"loss": (losses / known).tolist(), "top1": (100 * hits / known).tolist()}
+        right = logits.argmax(-1) == targets
+        losses += binned(loss)
+        hits += binned(right)
+        known += binned(targets >= 0)
+        for start, end in lines_of(row[0], ends_line):
+            lines[start // BIN] += 1
+            completed[start // BIN] += right[start:end].all()
+    return {
+        "loss": (losses / known).tolist(),
+        "top1": (100 * hits / known).tolist(),
+        "lines": lines.tolist(),
+        "completed": completed.tolist(),
+    }
+
+
+def binned(values: Tensor) -> Tensor:
+    """Return the sum of each bin of positions."""
+    return values.float().unflatten(0, (-1, BIN)).sum(-1)
+
+
+def lines_of(row: Tensor, ends_line: Tensor) -> list[tuple[int, int]]:
+    """Return the predictions `[start, end)` of each line of a row with its end, of at least three
+    tokens, all of them known.
+    """
+    ends = ends_line[row].nonzero().flatten().tolist()
+    unknown = (row == UNKNOWN).tolist()
+    return [
+        (before, end)
+        for before, end in itertools.pairwise(ends)
+        if end - before >= 3 and not any(unknown[before + 1 : end + 1])
+    ]
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:
@@ -245,7 +288,15 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "top1_2048_4096": mean(top1[far:]),
         "loss_at_1024": loss[short - 1],
         "loss_at_4096": loss[-1],
+        "lines_to_1024": completed_share(record, 0, short),
+        "lines_2048_4096": completed_share(record, far, LONG // BIN),
     }
+
+
+def completed_share(record: dict[str, Any], first: int, last: int) -> float:
+    """Return the share of the lines in bins `[first, last)` that are completed, in per cent."""
+    lines = sum(record["lines"][first:last])
+    return 100 * sum(record["completed"][first:last]) / max(1, lines)
 
 
 def show(name: str, seed: int, record: dict[str, Any]) -> None:
