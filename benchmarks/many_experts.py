@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--train-tokens", type=int, default=12_000, help="of an expert's text")
+    parser.add_argument("--experts", type=int, help="real ones, of the first texts; default: all")
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 1024])
     parser.add_argument("--room", type=int, default=8)
     parser.add_argument("--width", type=int, default=256, help="of the copies' expert layers")
@@ -107,9 +108,11 @@ def main() -> None:
 
 def train_missing(options: argparse.Namespace) -> None:
     """Train the experts that are not there yet; an interrupted training goes on."""
-    for folder in sorted(path for path in options.texts.iterdir() if path.is_dir()):
+    folders = sorted(path for path in options.texts.iterdir() if path.is_dir())
+    taught = [folder for folder in folders if WITHOUT_EXPERT not in folder.name]
+    for folder in taught[: options.experts]:
         pack = options.packs / f"{folder.name}.safetensors"
-        if WITHOUT_EXPERT in folder.name or pack.exists():
+        if pack.exists():
             continue
         deepseek.train_expert(
             options.base,
