@@ -33,6 +33,7 @@ WITHOUT = {
     "int8_quality_dmoe": "needs the models that `params` has trained",
     "lsh_slot_in_28_probes_far_tuned": "its texts have 8,192 tokens",
     "many_experts": "trains sixty-four experts; tests/engine/test_many_experts.py runs it with few",
+    "many_experts_24": "trains twenty-four experts",
     "plan_peaks": "measures peaks, which tiny models do not have",
     "shared_prefix": "not there yet: it compiles the engine's kernels for the tiny shape",
     "rlpo": "a random model's answers give no pairs to learn from",
