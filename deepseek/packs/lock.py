@@ -163,9 +163,14 @@ def check_digests(lock: Lock, digests: Mapping[str, str]) -> None:
         digests: name -> content digest of the plugged packs.
 
     Raises:
-        PackError: one has other content.
+        PackError: one is missing, or has other content.
     """
     for expert in lock.experts:
+        if expert.name not in digests:
+            raise PackError(
+                f"The lock names expert {expert.name}, and its pack has become another's; restore "
+                "it, or lock the set again."
+            )
         _check_digest(expert, f"Expert {expert.name}", digests[expert.name])
 
 

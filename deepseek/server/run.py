@@ -103,7 +103,8 @@ def serve(
         settings or Settings(), model=Path(model).name, base=str(model), device=device
     )
     configure(settings.log_level)
-    if locked := None if lock is None else read_lock(Path(lock)):
+    locked = None if lock is None else read_lock(Path(lock))
+    if locked is not None:
         experts = locked_packs(locked, settings.experts_folder)
     if expert_gib is not None:
         allow_open_files()

@@ -351,7 +351,13 @@ def test_an_interrupted_rename_is_completed_by_the_same_command(
 
 @pytest.mark.parametrize(
     ("new", "reason"),
-    [("other", "exists already"), ("auto", "reserved word"), ("a/b", "no name"), ("..", "no name")],
+    [
+        ("other", "exists already"),
+        ("poems", "exists already"),
+        ("auto", "reserved word"),
+        ("a/b", "no name"),
+        ("..", "no name"),
+    ],
 )
 def test_a_bad_new_name_changes_nothing(new: str, reason: str, pack: Path, capsys: Capture) -> None:
     pack.with_name("other.safetensors").write_bytes(pack.read_bytes())

@@ -53,16 +53,19 @@ def test_exactly_the_locked_packs_are_plugged(
     assert plugged == ["one"]
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("one", r"Expert one has the digest .* the lock states"), ("two", "names expert one, and")],
+)
 def test_a_pack_that_changes_while_the_base_is_loaded_is_refused(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, reason: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = locked(base, tmp_path)
 
     def start(*given: Any, **options: Any) -> Engine:
-        path.unlink()
-        save_expert(load(base, dtype="float32"), "one", tmp_path, 7)
+        save_expert(load(base, dtype="float32"), name, tmp_path, 7).replace(path)
         return start_engine(*given, **options)
 
     monkeypatch.setattr(run, "start_engine", start)
-    with pytest.raises(PackError, match=r"Expert one has the digest .* the lock states"):
+    with pytest.raises(PackError, match=reason):
         serve_locked(base, tmp_path)

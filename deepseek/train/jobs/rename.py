@@ -63,7 +63,8 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     pack = read_pack(before)
     sealed = _renamed(pack, new)
     after = experts_folder() / f"{new}{before.suffix}"
-    resumed = after.is_file() and read_pack(after).manifest.digest == sealed.manifest.digest
+    digest = sealed.manifest.digest
+    resumed = new != old and after.is_file() and read_pack(after).manifest.digest == digest
     runs = home() / "runs"
     moves = {runs / old: runs / new, index_folder(old): index_folder(new)}
     if not resumed:
