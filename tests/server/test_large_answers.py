@@ -31,6 +31,7 @@ ECHO: dict[str, Any] = {
     "model": "tiny",
     "prompt": [5 + place % 200 for place in range(PROMPT_TOKENS)],
     "max_tokens": 4,
+    "logit_bias": {"0": -100, "2": -100},  # no end of the text before the fourth token
     "echo": True,
     "logprobs": 20,
 }
