@@ -19,6 +19,7 @@ WITHOUT = {
     "adapt_bodies": "not there yet: writing bodies compiles the engine's kernels",
     "against": "needs source folders of other packages",
     "against_documents": "trains an expert for each set of documents",
+    "against_japanese": "trains an expert",
     "attention_scaling_intel": "attention_scaling on another machine",
     "base_and_gain_final": "trains eight experts",
     "chat_neutrality": "needs conversations and eight experts",
