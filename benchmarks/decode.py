@@ -16,7 +16,7 @@ OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if i
 how its users come to a model: keys and values kept inside, weights at 8 bits, everything else as
 OpenVINO chooses for this processor; the time is that of `infer` alone. The model as it is exported
 computes the logits of the whole prompt. The others do not, so the input of its last product is cut
-to the last token, as OpenVINO's own pipelines for generation do.
+to the last token.
 
 Models in the rivals' formats are written to a temporary folder, or once and for all to that of
 `--keep`.

@@ -15,12 +15,12 @@ whatever is finished. `benchmarks/corpora.py code-a code-b` fetches code.
 """
 
 import argparse
-import itertools
 import json
 import time
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -108,6 +108,7 @@ def run_name(options: argparse.Namespace) -> str:
     """Return a name for the budget: figures of different budgets are never mixed."""
     text = " ".join(path.name for path in options.code)
     dials = (
+        "next tokens and lines",  # records of before had no lines
         text,
         options.steps,
         options.width,
@@ -273,7 +274,7 @@ def lines_of(row: Tensor, ends_line: Tensor) -> list[tuple[int, int]]:
     unknown = (row == UNKNOWN).tolist()
     return [
         (before, end)
-        for before, end in itertools.pairwise(ends)
+        for before, end in pairwise(ends)
         if end - before >= 3 and not any(unknown[before + 1 : end + 1])
     ]
 
