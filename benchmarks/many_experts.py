@@ -14,9 +14,10 @@ plugged:
 
     plug      milliseconds to plug the first and the last of the copies (medians of a quarter), and
               memory of the process for each expert
-    overhead  milliseconds a decoding step, and to the first token, of requests that choose their
-              experts themselves ("auto"), over those of the same requests that name the right
-              expert, or none; as conversations and as documents to continue
+    overhead  milliseconds a decoding step, of the clock and of the processor, and to the first
+              token, of requests that choose their experts themselves ("auto"), over those of the
+              same requests that name the right expert, or none; as conversations and as documents
+              to continue
     routing   share of held-out passages answered by the right expert, or by none where no expert of
               theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens
 
@@ -258,6 +259,7 @@ def overhead(
         ratios = times["auto"] / times["named"]
         figures[what] = {
             "step_over_named": round(float(np.median(ratios[:, 1])), 4),
+            "processor_over_named": round(float(np.median(ratios[:, 2])), 4),
             "step_ms": round(float(np.median(times["auto"][:, 1])), 3),
             "first_token_ms_more": round(
                 float(np.median(times["auto"][:, 0] - times["named"][:, 0])), 2
@@ -266,14 +268,17 @@ def overhead(
     return figures
 
 
-def decode(engine: Engine, request: Request) -> tuple[float, float]:
-    """Return milliseconds to the first token, and of each token after it."""
+def decode(engine: Engine, request: Request) -> tuple[float, float, float]:
+    """Return milliseconds to the first token, and of each token after it, then processor time of
+    each.
+    """
     started = time.perf_counter()
     events = iter(engine.submit(request))
     next(events)
-    first = time.perf_counter()
-    later = sum(1 for _ in events)
-    return (first - started) * 1e3, (time.perf_counter() - first) * 1e3 / max(1, later)
+    first, busy = time.perf_counter(), time.process_time()
+    later = max(1, sum(1 for _ in events))
+    seconds = first - started, (time.perf_counter() - first) / later
+    return seconds[0] * 1e3, seconds[1] * 1e3, (time.process_time() - busy) * 1e3 / later
 
 
 def routing(engine: Engine, asked: Sequence[Passage], kind: str) -> dict[str, float]:
