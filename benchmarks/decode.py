@@ -205,7 +205,7 @@ def write_gguf(
     import gguf
 
     config = model.config
-    out = gguf.GGUFWriter(path, "llama")
+    out = gguf.GGUFWriter(path, "llama", use_temp_file=True)
     out.add_context_length(config.max_position_embeddings)
     out.add_embedding_length(config.hidden_size)
     out.add_block_count(config.num_hidden_layers)
@@ -233,14 +233,18 @@ def write_gguf(
     }
     quant = getattr(gguf.GGMLQuantizationType, kind)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         part = name.removesuffix(".weight")
         if part.startswith("layers."):
             _, layer, kind_of = part.split(".", 2)
             own = f"blk.{layer}.{names[kind_of]}.weight"
         else:
-            own = {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[part]
+            own = {
+                "embed_tokens": "token_embd.weight",
+                "norm": "output_norm.weight",
+                "lm_head": "output.weight",
+            }[part]
         value = tensor.float()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             own.split(".")[-2]

@@ -1,15 +1,29 @@
 """Large models on a small machine: time and peak memory from the checkpoint to the answer.
 
-    python benchmarks/scale.py [1.2b|3b|8b|qwen3-8b|tiny] [--bits 8 4] [--folder DIR] [--json FILE]
+    python benchmarks/scale.py [1.2b|3b|8b|tiny] [--bits 8 4] [--formats Q8_0 Q4_0 Q4_K_M]
+        [--llama PYTHON] [--rounds 3] [--train-tokens 4096] [--work FOLDER] [--json FILE]
 
 A checkpoint of the given shape with random bf16 weights is written shard by shard. Every stage then
 runs in a process of its own, whose peak memory is reported beside what Python and the libraries
 take before anything is loaded: `quantise`; `serve`, which loads the quantised model and answers;
-and `plug`, an expert of the last three layers. The tokenizer is that of SmolLM2.
+`plug`, a random expert of the last three layers; and `train`, which is `deepseek expert train` on
+the documentation of this repository, beside the quantised model (`--train-tokens 0`: not run). The
+tokenizer is that of SmolLM2.
+
+`beside` compares the quantised models with llama.cpp on the same weights, in its own formats
+(`--formats`), where a Python with llama-cpp-python is named or installed. Each round gives every
+side a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one. `memory`
+is how fast two threads read 2 GiB, and `share of memory` the weight bytes that a side reads in a
+second of decoding, of that.
+
+Models and the figures of each stage stay in `--work`, so that an interrupted run goes on there.
 """
 
 import argparse
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write
+from decode import LLAMA, engine, rival, write_gguf
+from llama_logits import llama_quantise
+from results import ROOT, write
+from turns import Figures, Turn, add_llama, in_turn, medians
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.stream import TensorWriter
@@ -72,25 +89,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
-    "qwen3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-        "qk_norm": "head",
-    },
 }
 
 PROMPT, ANSWER = 512, 64
 CACHE = 1 << 28
 PACK_WIDTH = 256
+READ_BYTES = 1 << 31
 
 
-def make(shape: str, folder: Path) -> Path:
+def make(shape: str, folder: Path) -> None:
     """Write a random checkpoint, one tensor at a time."""
     config = ModelConfig(max_position_embeddings=4096, **SHAPES[shape])
     folder.mkdir()
@@ -107,7 +114,6 @@ def make(shape: str, folder: Path) -> Path:
     writer.close()
     config.save_pretrained(folder)
     load_tokenizer(resolve("smollm2-135m")).save_pretrained(folder)
-    return folder
 
 
 def quantise(source: Path, out: Path, bits: int) -> dict[str, float]:
@@ -153,15 +159,86 @@ def plug(folder: Path) -> dict[str, float]:
         return {"plug milliseconds": 1000 * (time.perf_counter() - start)}
 
 
-STAGES = {"quantise": quantise, "serve": serve, "plug": plug}
+def train(folder: Path, tokens: int) -> dict[str, float]:
+    """Train an expert of the last three layers, in a home of its own."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as home:
+        texts = Path(home) / "texts"
+        shutil.copytree(ROOT / "docs", texts, ignore=shutil.ignore_patterns("*.py", "images"))
+        options = f"--name docs --tokens {tokens} --epochs 1 --held-out-tokens 2048 --width 256"
+        command = [sys.executable, "-m", "deepseek", "expert", "train", "--base", str(folder)]
+        command += ["--from-folder", str(texts), *options.split()]
+        start = time.perf_counter()
+        environment = os.environ | {"DEEPSEEK_HOME": home, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+        seconds = time.perf_counter() - start
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"seconds": seconds, "tokens": tokens, "peak of training": 1024 * usage.ru_maxrss}
 
 
-def child(stage: str, *arguments: Any) -> dict[str, float]:
-    """Run a stage in a process of its own; return its figures with its peak memory."""
-    command = [sys.executable, __file__, "--stage", stage, *map(str, arguments)]
-    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    figures: dict[str, float] = json.loads(lines.splitlines()[-1])
-    return figures
+def in_bf16(source: Path, out: Path) -> dict[str, float]:
+    """Write the checkpoint as a GGUF file, from which llama.cpp makes its own formats."""
+    write_gguf(DeepSeekModel.from_pretrained(source, dtype="bfloat16"), out, "BF16")
+    return {"bytes": out.stat().st_size}
+
+
+def memory() -> Turn:
+    """Bytes a second that the threads read."""
+    values = torch.ones(READ_BYTES // 4)
+
+    def turn() -> Figures:
+        start = time.perf_counter()
+        values.sum()
+        return {"bytes/s": READ_BYTES / (time.perf_counter() - start)}
+
+    return turn
+
+
+def beside(llama: Path, threads: int, rounds: int, *models: Path) -> dict[str, Any]:
+    """Return what each model reaches, folders of ours and llama.cpp's files, side by side."""
+    torch.set_num_threads(threads)
+    turns: dict[str, Turn] = {"memory": memory()}
+    sizes = {}
+    for path in models:
+        if path.suffix == ".gguf":
+            turns[path.stem] = rival(llama, LLAMA, path, threads)
+            sizes[path.stem] = path.stat().st_size
+        else:
+            runner = start_engine(path, cache_bytes=CACHE).runner
+            turns[path.name] = engine(runner)
+            sizes[path.name] = getattr(runner, "weight_bytes", 0)
+    found = in_turn(turns, rounds)
+    rates = medians(found)
+    bandwidth = rates["memory"]["bytes/s"]
+    shares = {name: rates[name]["decode"] * size / bandwidth for name, size in sizes.items()}
+    return {"medians": rates, "bytes": sizes, "share of memory": shares, "rounds": found}
+
+
+STAGES = {
+    "quantise": quantise,
+    "serve": serve,
+    "plug": plug,
+    "train": train,
+    "in_bf16": in_bf16,
+    "beside": beside,
+}
+
+
+class Work:
+    """A folder in which every stage runs once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, stage: str, name: str, *arguments: Any) -> dict[str, Any]:
+        """Run a stage in a process of its own; return its figures with its peak memory."""
+        kept = self.folder / f"{stage}-{name}.json"
+        if not kept.exists():
+            print(stage, name, file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--stage", stage, *map(str, arguments)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            kept.write_text(done.stdout.splitlines()[-1])
+        figures: dict[str, Any] = json.loads(kept.read_text())
+        return figures
 
 
 def run_stage(stage: str, *arguments: str) -> None:
@@ -171,27 +248,59 @@ def run_stage(stage: str, *arguments: str) -> None:
     print(json.dumps(figures | {"peak before": before, "peak": peak_memory(CPU)}))
 
 
+def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
+    """Return the figures of all stages."""
+    source = work.folder / "plain"
+    if not source.exists():
+        unfinished = work.folder / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make(options.shape, unfinished)
+        unfinished.rename(source)
+    figures: dict[str, Any] = {"shape": options.shape}
+    models = []
+    for bits in options.bits:
+        name = f"{bits} bits"
+        out = work.folder / f"int{bits}"
+        stages = {"quantise": work.run("quantise", name, source, out, bits)}
+        stages |= {stage: work.run(stage, name, out) for stage in ("serve", "plug")}
+        served = stages["serve"]
+        served["peak over packed bytes"] = (
+            served["peak when ready"] - served["peak before"]
+        ) / served["packed bytes"]
+        if options.train_tokens:
+            stages["train"] = work.run("train", name, out, options.train_tokens)
+        figures[name] = stages
+        models.append(out)
+    if options.llama:
+        plain = work.folder / "BF16.gguf"
+        work.run("in_bf16", "plain", source, plain)
+        for form in options.formats:
+            models.append(work.folder / f"{form}.gguf")
+            if not models[-1].exists():
+                llama_quantise(options.llama, plain, models[-1], form)
+        arguments = (options.llama, options.threads, options.rounds, *models)
+        figures["beside"] = work.run("beside", "all", *arguments)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shape", nargs="?", default="1.2b", choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
-    parser.add_argument("--folder", type=Path, help="where to write the models; default: temporary")
+    parser.add_argument("--formats", nargs="*", default=["Q8_0", "Q4_0", "Q4_K_M"])
+    parser.add_argument("--train-tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="what is made stays here; default: temporary")
     parser.add_argument("--json", type=Path)
+    add_llama(parser)
     options = parser.parse_args()
-    figures: dict[str, Any] = {"shape": options.shape}
-    with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        source = make(options.shape, Path(place) / "plain")
-        for bits in options.bits:
-            out = Path(place) / f"int{bits}"
-            stages = {"quantise": child("quantise", source, out, bits)}
-            stages |= {stage: child(stage, out) for stage in ("serve", "plug")}
-            served = stages["serve"]
-            served["peak over packed bytes"] = (
-                served["peak when ready"] - served["peak before"]
-            ) / served["packed bytes"]
-            figures[f"{bits} bits"] = stages
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Work(options.work or Path(temporary))
+        work.folder.mkdir(parents=True, exist_ok=True)
+        figures = measure(options, work)
     print(json.dumps(figures, indent=1))
     if options.json:
         write(options.json, figures)
