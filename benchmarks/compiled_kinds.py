@@ -45,7 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "lsh": {"attention": "lsh"},
     "narrow": {"attention": "lsh", **NARROW},
     "far": {"attention": "lsh", "lsh_far_field": True, "lsh_rounds": 2, **NARROW},
-    "window": {"sliding_window": 128, "full_attention_layers": list(range(0, 30, 2))},
+    "window": {
+        "sliding_window": 128,
+        "num_hidden_layers": 30,
+        "full_attention_layers": list(range(0, 30, 2)),
+    },
 }
 
 
@@ -83,13 +87,18 @@ def main() -> None:
 def make_model(kind: str, name: str, dtype: str) -> Any:
     """Return the model, with random parameters where it would start with zeros."""
     model = load(name, config=ModelConfig(**KINDS[kind]), dtype=dtype).model
+    randomise_positions(model)
+    return model
+
+
+def randomise_positions(model: torch.nn.Module) -> None:
+    """Give dynamic positions random parameters; new ones compute nothing."""
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, DynamicBias):
             parts = (module.distance_HN, module.context_HMN, module.decay_H, module.length_scale_H)
             for parameter in parts:
                 torch.nn.init.normal_(parameter, std=0.005)
-    return model
 
 
 @torch.inference_mode()

@@ -3,10 +3,10 @@
     python benchmarks/moe_decode.py [--base smollm2-135m] [--experts 16] [--expert-dim 256]
         [--rounds 5] [--threads 2] [--json FILE]
 
-The base is upcycled with dynamic routing. Both models run in the compiled step with 8-bit weights,
-the mixture in the reference runner too; every round gives each side its turn, and medians over the
-rounds are compared. A turn is a prompt of 128 tokens, then tokens one by one, of one stream or of
-sixteen.
+The base is upcycled with dynamic routing; `article` has dynamic positions too, with random
+parameters. All run in the compiled step with 8-bit weights, the mixtures in the reference runner
+too; every round gives each side its turn, and medians over the rounds are compared. A turn is a
+prompt of 128 tokens, then tokens one by one, of one stream or of sixteen.
 
 A step that is bound by memory takes as long as its weights: `byte_bound` is the weight bytes of the
 dense model over those that the mixture reads for a token (measured mean number of experts), and
@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from compiled_kinds import randomise_positions
 from divergence import divergence, same_likeliest
 from results import write
 from turns import in_turn
@@ -122,17 +123,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dense, tokenizer = deepseek.load(options.base)
-    config = ModelConfig(
-        num_experts=options.experts, expert_dim=options.expert_dim, routing_strategy="dynamic"
-    )
-    mixture = deepseek.load(options.base, config=config).model
-    runners = {"dense": CompiledRunner(dense), "mixture": CompiledRunner(mixture)}
-    turns = {
-        "dense": decoding(runners["dense"], 1),
-        "mixture": decoding(runners["mixture"], 1),
-        f"dense, {STREAMS} streams": decoding(runners["dense"], STREAMS),
-        f"mixture, {STREAMS} streams": decoding(runners["mixture"], STREAMS),
-        "mixture, reference runner": decoding(TorchRunner(mixture), 1, 8),
+    fields = {
+        "num_experts": options.experts,
+        "expert_dim": options.expert_dim,
+        "routing_strategy": "dynamic",
+    }
+    mixture = deepseek.load(options.base, config=ModelConfig(**fields)).model
+    fields["positional_encoding"] = "dpe"
+    article = deepseek.load(options.base, config=ModelConfig(**fields)).model
+    randomise_positions(article)
+    models = {"dense": dense, "mixture": mixture, "article": article}
+    runners = {name: CompiledRunner(model) for name, model in models.items()}
+    turns = {name: decoding(runner, 1) for name, runner in runners.items()}
+    turns |= {
+        f"{name}, {STREAMS} streams": decoding(runner, STREAMS) for name, runner in runners.items()
+    }
+    turns |= {
+        f"{name}, reference runner": decoding(TorchRunner(models[name]), 1, 8)
+        for name in ("mixture", "article")
     }
     rates = in_turn(turns, options.rounds)
     rate = {name: median(values) for name, values in rates.items()}
@@ -153,7 +161,12 @@ def main() -> None:
         "weight_bytes": bytes_of | {"mixture, for a token": round(active)},
         "byte_bound": bound,
         "share_of_byte_bound": rate["mixture"] / rate["dense"] / bound,
-        "over_reference_runner": rate["mixture"] / rate["mixture, reference runner"],
+        "over_reference_runner": {
+            name: rate[name] / rate[f"{name}, reference runner"] for name in ("mixture", "article")
+        },
+        "article_over_mixture": median(
+            one / other for one, other in zip(rates["article"], rates["mixture"], strict=True)
+        ),
         "streams_over_one": {
             name: rate[f"{name}, {STREAMS} streams"] / rate[name] for name in runners
         },

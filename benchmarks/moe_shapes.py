@@ -4,26 +4,30 @@ llama.cpp at Q8_0 on the same weights.
     python benchmarks/moe_shapes.py --llama PYTHON [--shapes qwen3_moe] [--layers N] [--rounds 5]
         [--threads 2] [--json FILE]
 
-A model is made with `transformers`, saved, and loaded by `deepseek.load` and, as the GGUF file of
-`deepseek export`, by llama.cpp in a Python that has llama-cpp-python (`--llama`). Each round gives
+A model is made with `transformers`, saved, and loaded by `deepseek.load` and, as a GGUF file, by
+llama.cpp in a Python that has llama-cpp-python (`--llama`). Each round gives
 both a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one; medians
 over the rounds are compared. Routers have random weights too, so tokens spread over the experts.
 """
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from decode import LLAMA, engine, rival
 from results import write
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from turns import Turn, add_llama, in_turn, medians
 
 import deepseek
 from deepseek.checkpoint import hub
+from deepseek.checkpoint.convert import read_tensors
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.export.gguf import export_gguf
 from deepseek.text.tokenizer import load_tokenizer
@@ -44,7 +48,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
-    }
+    },
+    # The same, with one key for each query head and norms over the whole width.
+    "olmoe": {
+        "vocab_size": 49152,
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "intermediate_size": 256,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -57,6 +75,46 @@ def make(shape: str, layers: int | None, folder: Path) -> None:
     load_tokenizer(hub.pull(TOKENIZER)).save_pretrained(folder)
 
 
+def write_olmoe(folder: Path, path: Path) -> None:
+    """Write an OLMoE as GGUF, which `deepseek export` does not; the vocabulary is numbered only."""
+    config = AutoConfig.from_pretrained(folder)
+    out = gguf.GGUFWriter(path, "olmoe")
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_expert_count(config.num_experts)
+    out.add_expert_used_count(config.num_experts_per_tok)
+    out.add_vocab_size(config.vocab_size)
+    out.add_tokenizer_model("none")
+    tensors = dict(read_tensors(folder))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
+    stacks: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors, key=in_order):
+        stem = re.sub(r"experts\.\d+\.", "experts.", name.removesuffix(".weight"))
+        stacks.setdefault(f"{names.get_name(stem)}.weight", []).append(tensors[name].float())
+    for name, parts in stacks.items():
+        values = (torch.stack(parts) if len(parts) > 1 else parts[0]).numpy()
+        if values.ndim == 1 or "ffn_gate_inp" in name:
+            out.add_tensor(name, values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Sort the numbers in a name as numbers."""
+    return [(int(part or 0), "") if part.isdecimal() else (0, part) for part in name.split(".")]
+
+
 def measure(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return tokens per second of both sides, and ours over theirs."""
     folder = scratch / shape
@@ -65,7 +123,10 @@ def measure(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str,
     turns: dict[str, Turn] = {"ours int8": engine(runner)}
     if options.llama:
         file = scratch / f"{shape}.gguf"
-        export_gguf(folder, file, "q8_0")
+        if shape == "olmoe":
+            write_olmoe(folder, file)
+        else:
+            export_gguf(folder, file, "q8_0")
         turns["llama.cpp Q8_0"] = rival(options.llama, LLAMA, file, options.threads)
     print(shape, flush=True)
     rounds = in_turn(turns, options.rounds)
