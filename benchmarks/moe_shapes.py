@@ -61,7 +61,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "max_position_embeddings": 4096,
         "norm_topk_prob": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # llama.cpp wants a head
+        "eos_token_id": 0,
     },
 }
 
