@@ -7,14 +7,14 @@ A checkpoint of the given shape with random bf16 weights is written shard by sha
 runs in a process of its own, whose peak memory is reported beside what Python and the libraries
 take before anything is loaded: `quantise`; `serve`, which loads the quantised model and answers;
 `plug`, a random expert of the last three layers; and `train`, which is `deepseek expert train` on
-the documentation of this repository, beside the quantised model (`--train-tokens 0`: not run). The
-tokenizer is that of SmolLM2.
+the documentation of this repository, beside the first quantised model (`--train-tokens 0`: not
+run). The tokenizer is that of SmolLM2.
 
-`beside` compares the quantised models with llama.cpp on the same weights, in its own formats
-(`--formats`), where a Python with llama-cpp-python is named or installed. Each round gives every
-side a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one. `memory`
-is how fast two threads read 2 GiB, and `share of memory` the weight bytes that a side reads in a
-second of decoding, of that.
+`beside` compares each quantised model with llama.cpp on the same weights, in its own formats of as
+many bits (`--formats`), where a Python with llama-cpp-python is named or installed. Each round
+gives every side a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by
+one. `memory` is how fast two threads read 2 GiB, and `share of memory` the weight bytes that a side
+reads in a second of decoding, of that.
 
 Models and the figures of each stage stay in `--work`, so that an interrupted run goes on there.
 """
@@ -248,6 +248,16 @@ def run_stage(stage: str, *arguments: str) -> None:
     print(json.dumps(figures | {"peak before": before, "peak": peak_memory(CPU)}))
 
 
+def in_format(form: str, options: argparse.Namespace, work: Work) -> Path:
+    """Return the checkpoint in a format of llama.cpp."""
+    path = work.folder / f"{form}.gguf"
+    if not path.exists():
+        plain = work.folder / "BF16.gguf"
+        work.run("in_bf16", "plain", work.folder / "plain", plain)
+        llama_quantise(options.llama, plain, path, form)
+    return path
+
+
 def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
     """Return the figures of all stages."""
     source = work.folder / "plain"
@@ -257,7 +267,6 @@ def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
         make(options.shape, unfinished)
         unfinished.rename(source)
     figures: dict[str, Any] = {"shape": options.shape}
-    models = []
     for bits in options.bits:
         name = f"{bits} bits"
         out = work.folder / f"int{bits}"
@@ -267,19 +276,14 @@ def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
         served["peak over packed bytes"] = (
             served["peak when ready"] - served["peak before"]
         ) / served["packed bytes"]
-        if options.train_tokens:
+        if options.train_tokens and bits == options.bits[0]:
             stages["train"] = work.run("train", name, out, options.train_tokens)
+        if options.llama:
+            forms = [form for form in options.formats if form.startswith("Q8") == (bits > 6)]
+            models = [out, *(in_format(form, options, work) for form in forms)]
+            arguments = (options.llama, options.threads, options.rounds, *models)
+            stages["beside"] = work.run("beside", name, *arguments)
         figures[name] = stages
-        models.append(out)
-    if options.llama:
-        plain = work.folder / "BF16.gguf"
-        work.run("in_bf16", "plain", source, plain)
-        for form in options.formats:
-            models.append(work.folder / f"{form}.gguf")
-            if not models[-1].exists():
-                llama_quantise(options.llama, plain, models[-1], form)
-        arguments = (options.llama, options.threads, options.rounds, *models)
-        figures["beside"] = work.run("beside", "all", *arguments)
     return figures
 
 
