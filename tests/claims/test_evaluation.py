@@ -39,7 +39,7 @@ ARTICLE = [
     "hotplug",
     "compose",
 ]
-ADDED = ["scale", "against", "many", "fresh", "infilling", "settings", "human-prefs"]
+ADDED = ["mixtures", "scale", "against", "many", "fresh", "infilling", "settings", "human-prefs"]
 """The claims that the design asks for: those of the article, and those of this project."""
 
 
