@@ -12,6 +12,7 @@ from deepseek.compiled.products import multiply
 from deepseek.compiled.rows import round_group, row_bytes
 from deepseek.kernels.int8 import (
     LEVELS,
+    SEARCHED,
     Compensation,
     from_nibbles,
     pack,
@@ -101,6 +102,17 @@ def test_a_row_does_not_depend_on_those_beside_it(bits):
     matrix = quantize(weight, bits=bits)
     alone = torch.cat([product(x[i : i + 1], matrix) for i in range(15)])
     assert torch.equal(product(x, matrix), alone)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_rounded_row_does_not_depend_on_those_beside_it(bits):
+    _, weight = problem(1, 3 * GROUP, 1000)  # more groups than have their scales searched at once
+    assert weight.numel() > SEARCHED * GROUP
+    matrix = quantize(weight, bits=bits)
+    alone = [quantize(weight[i : i + 1], bits=bits) for i in (0, 341, 342, 999)]
+    for i, row in zip((0, 341, 342, 999), alone, strict=True):
+        assert torch.equal(matrix.values[i : i + 1], row.values)
+        assert torch.equal(matrix.scales[i : i + 1], row.scales)
 
 
 def test_rounding_a_rounded_matrix_again_keeps_its_values():

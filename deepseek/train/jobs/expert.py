@@ -71,7 +71,7 @@ class ExpertRun(TextRun):
     def __init__(
         self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar
     ) -> None:
-        super().__init__(request, folder, progress)
+        super().__init__(request, folder, progress, frozen=True)
         self.request = request
         self.out = out
         self.model.requires_grad_(False)

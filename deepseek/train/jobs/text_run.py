@@ -18,10 +18,14 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.memory import total_memory
+from deepseek.engine.memory import memory_need
 from deepseek.errors import CheckpointError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
-from deepseek.model.language_model import LanguageModel, load_language_model, output_head
+from deepseek.model.language_model import LanguageModel, is_own, load_language_model, output_head
 from deepseek.model.precision import compute_dtype
+from deepseek.model.pretrained import load_stored
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import TextArguments
@@ -39,6 +43,11 @@ from deepseek.train.text.trunk_cache import Stream, TrunkCache
 FREQUENT_TOKENS = 4096
 """Number of first ids that always join the candidates of the training loss. The first ids of a
 byte-pair vocabulary are its most frequent tokens.
+"""
+
+LOADED_SHARE = 1 / 4
+"""Largest share of the machine's memory for the weights of a frozen base; those of a larger one
+stay in its files.
 """
 
 SAMPLED_TOKENS = 1024
@@ -108,6 +117,25 @@ def stored_loss(path: Path) -> float:
     return loss
 
 
+def load_base(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, frozen: bool
+) -> LanguageModel:
+    """Load the base of a training.
+
+    Args:
+        folder: the base's folder.
+        dtype: dtype of the weights.
+        device: where to compute.
+        frozen: whether the weights are only read. On the CPU, those of a base that is large for the
+            machine then stay in the checkpoint's files (`model/stored.py`).
+    """
+    if frozen and device.type == "cpu" and is_own(read_object(folder / "config.json")):
+        need = memory_need(folder, dtype, cache_bytes=0, packed=False)
+        if need.weights > LOADED_SHARE * total_memory():
+            return load_stored(DeepSeekModel, folder, dtype, device)
+    return load_language_model(folder, dtype=dtype, device=device)
+
+
 class TextRun:
     """One training in its run folder, with its model.
 
@@ -122,17 +150,25 @@ class TextRun:
         folder: Path,
         progress: ProgressBar,
         weights: torch.dtype | None = None,
+        *,
+        frozen: bool = False,
     ) -> None:
-        """Load the base model; its weights have the dtype of the products, or `weights`."""
+        """Load the base model.
+
+        Args:
+            request: what to train.
+            folder: the run folder.
+            progress: told what is running.
+            weights: dtype of the base's weights; None: that of the products.
+            frozen: whether the weights are only read (see `load_base`).
+        """
         self.folder = folder
         self.progress = progress
         self.clock = Stopwatch(folder)
         self.device = choose_device(request.device)
         dtype = choose_dtype(request.dtype, self.device)
         self.base = resolve(request.base)
-        self.model: LanguageModel = load_language_model(
-            self.base, dtype=weights or dtype, device=self.device
-        )
+        self.model = load_base(self.base, weights or dtype, self.device, frozen=frozen)
         self.model.compute_dtype = dtype
         self.tokenizer = load_tokenizer(self.base)
         self.paces: dict[str, float] = {}

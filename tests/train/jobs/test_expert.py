@@ -18,8 +18,10 @@ from new_home import new_home
 from deepseek.checkpoint.store import read_json
 from deepseek.data import TokenShards
 from deepseek.errors import ConfigError, DataError, TrainError, UserError
+from deepseek.model import stored
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
+from deepseek.train.jobs import text_run
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.loop.layers import parse_layers
 
@@ -77,6 +79,19 @@ def test_reported_losses_are_those_of_base_and_plugged_model(
         assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(
             metric.after, abs=5e-3
         )
+
+
+@pytest.mark.slow
+def test_a_base_whose_weights_stay_in_its_files_gives_the_same_pack(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = run(tiny_base, text_folder, tmp_path / "loaded", epochs=1, tokens=1000)
+    monkeypatch.setattr(text_run, "LOADED_SHARE", 0.0)
+    monkeypatch.setattr(stored, "KEPT_SHARE", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(text_run, "load_language_model", lambda *_, **__: pytest.fail("loaded"))
+        again = run(tiny_base, text_folder, tmp_path / "stored", epochs=1, tokens=1000)
+    assert again.read_bytes() == pack.read_bytes()
 
 
 @pytest.mark.parametrize("layers", ["all", "0,2"])
