@@ -28,7 +28,6 @@ WITHOUT = {
     "compiled_kinds_gemma": "needs the weights of gemma3-270m",
     "compose": "trains eight experts",
     "decode": "not there yet: it compiles the engine's kernels for the tiny shape",
-    "decode_amd": "decode on another machine",
     "fresh": "trains for minutes, and starts a server",
     "healing": "not there yet: it compiles the engine's kernels for the tiny shape",
     "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
