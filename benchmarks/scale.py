@@ -1,11 +1,13 @@
 """Large models on a small machine: time and peak memory from the checkpoint to the answer.
 
-    python benchmarks/scale.py [1.2b|3b|8b|tiny] [--bits 8 4] [--formats Q8_0 Q4_0 Q4_K_M]
-        [--llama PYTHON] [--rounds 3] [--train-tokens 4096] [--work FOLDER] [--json FILE]
+    python benchmarks/scale.py [1.2b|3b|8b|tiny] [--bits 8 4] [--nearest 4]
+        [--formats Q8_0 Q4_0 Q4_K_M] [--llama PYTHON] [--rounds 3] [--train-tokens 4096]
+        [--work FOLDER] [--json FILE]
 
 A checkpoint of the given shape with random bf16 weights is written shard by shard. Every stage then
 runs in a process of its own, whose peak memory is reported beside what Python and the libraries
-take before anything is loaded: `quantise`; `serve`, which loads the quantised model and answers;
+take before anything is loaded: `quantise`, or `rounded` for the bits of `--nearest`, which takes
+minutes in place of an hour; `serve`, which loads the quantised model and answers;
 `plug`, a random expert of the last three layers; and `train`, which is `deepseek expert train` on
 the documentation of this repository, beside the first quantised model (`--train-tokens 0`: not
 run). The tokenizer is that of SmolLM2.
@@ -38,15 +40,20 @@ from results import ROOT, write
 from turns import Figures, Turn, add_llama, in_turn, medians
 
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import atomic_folder
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.device.choose import CPU
 from deepseek.device.memory import peak_memory
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
+from deepseek.export.calibrate import quantised
 from deepseek.export.quantize import quantize_model
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
+from deepseek.model.pretrained import load_stored
+from deepseek.model.quantised import stored_form
+from deepseek.model.stored import stored_matrices
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import write_pack
 from deepseek.text.tokenizer import load_tokenizer
@@ -125,6 +132,24 @@ def quantise(source: Path, out: Path, bits: int) -> dict[str, float]:
         "share of fp32": result.ratio,
         "divergence": result.divergence,
     }
+
+
+def rounded(source: Path, out: Path, bits: int) -> dict[str, float]:
+    """Round weights to the nearest, which is read and computed as calibrated ones are; head and
+    embedding have 8 bits here too.
+    """
+    start = time.perf_counter()
+    model = load_stored(DeepSeekModel, source, "float32")
+    with atomic_folder(out) as folder:
+        writer = TensorWriter(folder)
+        for matrix in stored_matrices(model).values():
+            own = bits if matrix.name.startswith("layers.") else 8
+            writer.add(stored_form(matrix.name, quantised(matrix, None, own)))
+        writer.add(model.own_tensors())
+        writer.close()
+        model.config.save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+    return {"seconds": time.perf_counter() - start, "bytes": writer.num_bytes}
 
 
 def serve(folder: Path) -> dict[str, float]:
@@ -215,6 +240,7 @@ def beside(llama: Path, threads: int, rounds: int, *models: Path) -> dict[str, A
 
 STAGES = {
     "quantise": quantise,
+    "rounded": rounded,
     "serve": serve,
     "plug": plug,
     "train": train,
@@ -270,7 +296,8 @@ def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
     for bits in options.bits:
         name = f"{bits} bits"
         out = work.folder / f"int{bits}"
-        stages = {"quantise": work.run("quantise", name, source, out, bits)}
+        first = "rounded" if bits in options.nearest else "quantise"
+        stages = {first: work.run(first, name, source, out, bits)}
         stages |= {stage: work.run(stage, name, out) for stage in ("serve", "plug")}
         served = stages["serve"]
         served["peak over packed bytes"] = (
@@ -293,6 +320,7 @@ def main() -> None:
     )
     parser.add_argument("shape", nargs="?", default="1.2b", choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--nearest", type=int, nargs="*", default=[], help="bits not calibrated")
     parser.add_argument("--formats", nargs="*", default=["Q8_0", "Q4_0", "Q4_K_M"])
     parser.add_argument("--train-tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
