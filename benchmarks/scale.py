@@ -15,8 +15,8 @@ run). The tokenizer is that of SmolLM2.
 `beside` compares each quantised model with llama.cpp on the same weights, in its own formats of as
 many bits (`--formats`), where a Python with llama-cpp-python is named or installed. Each round
 gives every side a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by
-one. `memory` is how fast two threads read 2 GiB, and `share of memory` the weight bytes that a side
-reads in a second of decoding, of that.
+one. `memory` is how fast two threads read 2 GiB, the best of eight times, and `share of memory` the
+weight bytes that a side reads in a second of decoding, of that.
 
 Models and the figures of each stage stay in `--work`, so that an interrupted run goes on there.
 """
@@ -30,9 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decode import LLAMA, engine, rival, write_gguf
 from llama_logits import llama_quantise
@@ -101,7 +103,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT, ANSWER = 512, 64
 CACHE = 1 << 28
 PACK_WIDTH = 256
-READ_BYTES = 1 << 31
+READ_BYTES, READS = 1 << 31, 8
 
 
 def make(shape: str, folder: Path) -> None:
@@ -207,13 +209,16 @@ def in_bf16(source: Path, out: Path) -> dict[str, float]:
 
 
 def memory() -> Turn:
-    """Bytes a second that the threads read."""
-    values = torch.ones(READ_BYTES // 4)
+    """Bytes a second that the threads read, from huge pages as packed weights are."""
+    values = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32))
 
     def turn() -> Figures:
-        start = time.perf_counter()
-        values.sum()
-        return {"bytes/s": READ_BYTES / (time.perf_counter() - start)}
+        seconds = []
+        for _ in range(READS):
+            start = time.perf_counter()
+            values.sum()
+            seconds.append(time.perf_counter() - start)
+        return {"bytes/s": READ_BYTES / min(seconds)}
 
     return turn
 
@@ -256,11 +261,15 @@ class Work:
         self.folder = folder
 
     def run(self, stage: str, name: str, *arguments: Any) -> dict[str, Any]:
-        """Run a stage in a process of its own; return its figures with its peak memory."""
+        """Run a stage in a process of its own; return its figures with its peak memory.
+
+        Arguments that are functions are called if the stage has not run yet.
+        """
         kept = self.folder / f"{stage}-{name}.json"
         if not kept.exists():
             print(stage, name, file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--stage", stage, *map(str, arguments)]
+            values = [value() if callable(value) else value for value in arguments]
+            command = [sys.executable, __file__, "--stage", stage, *map(str, values)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             kept.write_text(done.stdout.splitlines()[-1])
         figures: dict[str, Any] = json.loads(kept.read_text())
@@ -274,24 +283,30 @@ def run_stage(stage: str, *arguments: str) -> None:
     print(json.dumps(figures | {"peak before": before, "peak": peak_memory(CPU)}))
 
 
+def checkpoint(shape: str, work: Work) -> Path:
+    """Return the checkpoint, which is made once."""
+    folder = work.folder / "plain"
+    if not folder.exists():
+        unfinished = work.folder / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make(shape, unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
 def in_format(form: str, options: argparse.Namespace, work: Work) -> Path:
-    """Return the checkpoint in a format of llama.cpp."""
+    """Return the checkpoint in a format of llama.cpp, which is made once."""
     path = work.folder / f"{form}.gguf"
     if not path.exists():
         plain = work.folder / "BF16.gguf"
-        work.run("in_bf16", "plain", work.folder / "plain", plain)
+        work.run("in_bf16", "plain", partial(checkpoint, options.shape, work), plain)
         llama_quantise(options.llama, plain, path, form)
     return path
 
 
 def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
     """Return the figures of all stages."""
-    source = work.folder / "plain"
-    if not source.exists():
-        unfinished = work.folder / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make(options.shape, unfinished)
-        unfinished.rename(source)
+    source = partial(checkpoint, options.shape, work)
     figures: dict[str, Any] = {"shape": options.shape}
     for bits in options.bits:
         name = f"{bits} bits"
@@ -307,8 +322,8 @@ def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
             stages["train"] = work.run("train", name, out, options.train_tokens)
         if options.llama:
             forms = [form for form in options.formats if form.startswith("Q8") == (bits > 6)]
-            models = [out, *(in_format(form, options, work) for form in forms)]
-            arguments = (options.llama, options.threads, options.rounds, *models)
+            files = [partial(in_format, form, options, work) for form in forms]
+            arguments = (options.llama, options.threads, options.rounds, out, *files)
             stages["beside"] = work.run("beside", name, *arguments)
         figures[name] = stages
     return figures
