@@ -114,7 +114,12 @@ FEWER: dict[Any, dict[str, int]] = {
         "SAMPLED_ROWS": len(public_text.OPENINGS),
     },
     conversations: {"PAIR_STRIDE": 80, "INVENTED": 4},
-    background: {"SAMPLED_ROWS": len(public_text.OPENINGS), "FILES": 80, "PACKAGE_FILES": 4},
+    background: {
+        "SAMPLED_ROWS": len(public_text.OPENINGS),
+        "FILES": 80,
+        "PACKAGE_FILES": 4,
+        "PACKAGE_PASSAGES": 1,
+    },
 }
 """A tenth of the public text of a base."""
 
