@@ -196,6 +196,31 @@ def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") 
     return turn
 
 
+def gguf_writer(path: Path, architecture: str, config: Any) -> Any:
+    """Return a writer of a GGUF file that has the sizes of a model, and no vocabulary."""
+    import gguf
+
+    out = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_vocab_size(config.vocab_size)
+    return out
+
+
+def finish_gguf(out: Any) -> None:
+    """Write what a writer has been given, and close it."""
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
 def write_gguf(
     model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any], None] | None = None
 ) -> None:
@@ -205,17 +230,8 @@ def write_gguf(
     import gguf
 
     config = model.config
-    out = gguf.GGUFWriter(path, "llama", use_temp_file=True)
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
+    out = gguf_writer(path, "llama", config)
     out.add_rope_dimension_count(config.head_dim)
-    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_vocab_size(config.vocab_size)
     if add_vocabulary is None:
         out.add_tokenizer_model("none")
     else:
@@ -256,10 +272,7 @@ def write_gguf(
             out.add_tensor(own, array)
         else:
             out.add_tensor(own, gguf.quantize(array, quant), raw_dtype=quant)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
 
 
 def plot(rates: dict[str, dict[str, float]], path: Path) -> None:

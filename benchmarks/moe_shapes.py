@@ -19,7 +19,7 @@ from typing import Any
 
 import gguf
 import torch
-from decode import LLAMA, engine, rival
+from decode import LLAMA, engine, finish_gguf, gguf_writer, rival
 from results import write
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -79,18 +79,9 @@ def make(shape: str, layers: int | None, folder: Path) -> None:
 def write_olmoe(folder: Path, path: Path) -> None:
     """Write an OLMoE as GGUF, which `deepseek export` does not; the vocabulary is numbered only."""
     config = AutoConfig.from_pretrained(folder)
-    out = gguf.GGUFWriter(path, "olmoe")
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out = gguf_writer(path, "olmoe", config)
     out.add_expert_count(config.num_experts)
     out.add_expert_used_count(config.num_experts_per_tok)
-    out.add_vocab_size(config.vocab_size)
     out.add_tokenizer_model("none")
     tensors = dict(read_tensors(folder))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config.num_hidden_layers)
@@ -105,10 +96,7 @@ def write_olmoe(folder: Path, path: Path) -> None:
         else:
             kind = gguf.GGMLQuantizationType.Q8_0
             out.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish_gguf(out)
 
 
 def in_order(name: str) -> list[tuple[int, str]]:
