@@ -23,7 +23,8 @@ from results import add_output, write
 
 from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.train.jobs.arguments import ExpertArguments
-from deepseek.train.jobs.expert import ExpertRequest, ExpertRun, expert_request
+from deepseek.train.jobs.expert import ExpertRun
+from deepseek.train.jobs.expert_request import ExpertRequest, expert_request
 from deepseek.train.loop.progress import ProgressBar
 
 CHANGES = (

@@ -29,7 +29,8 @@ from deepseek.data import RowLoader, TokenShards
 from deepseek.engine.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
-from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
+from deepseek.train.jobs.expert import ExpertRun
+from deepseek.train.jobs.expert_request import ExpertRequest
 from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.metrics import read_metrics

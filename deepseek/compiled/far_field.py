@@ -66,9 +66,10 @@ def _mean(sums, before, follows, tokens, means):  # type: ignore[no-untyped-def]
 
 @subroutine(fastmath=True, error_model="numpy")
 def _dot(x, y):  # type: ignore[no-untyped-def]
+    """Return the product of bf16 numbers, as uint16, and fp32 numbers."""
     total = np.float32(0)
     for k in range(len(x)):
-        total += x[k] * y[k]
+        total += widen(x[k]) * y[k]
     return total
 
 

@@ -24,24 +24,12 @@ from deepseek.compiled.bits import prefetch
 from deepseek.compiled.candidates import choose, list_positions
 from deepseek.compiled.far_field import SUMMARIES, summarise
 from deepseek.compiled.pages import codes_address, token_row
-from deepseek.compiled.rows import floats, put_attended
+from deepseek.compiled.rows import put_attended
 from deepseek.compiled.score_bias import add_bias_at
+from deepseek.compiled.token_dot import TOKENS, mix_tokens, score_buckets, score_tokens
 from deepseek.compiled.vector import arrive
-from deepseek.kernels.numba.primitives import exp, pointer, widen
+from deepseek.kernels.numba.primitives import exp, pointer
 from deepseek.kernels.numba.subroutine import subroutine
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _score_buckets(x, matrix, scores):  # type: ignore[no-untyped-def]
-    """Set the scores of the buckets; the last row of the matrix is a bias."""
-    bias = matrix[len(x)]
-    for c in range(len(scores)):
-        scores[c] = bias[c]
-    for k in range(len(x)):
-        value = x[k]
-        row = matrix[k]
-        for c in range(len(scores)):
-            scores[c] += value * row[c]
 
 
 @subroutine
@@ -72,10 +60,10 @@ def _find_buckets(weights, layer, place, x, r, codes):  # type: ignore[no-untype
     """Set `codes` to the likeliest buckets of `x` in round `r`, by map `place` of the layer."""
     lsh = weights.lsh
     place += r * (lsh[QUERY_MAPS] + lsh[KEY_MAPS])
-    shape = (len(x) + 1, lsh[BUCKETS])
-    scores = np.empty(shape[1], np.float32)
-    at = weights.hashes[layer] + place * shape[0] * shape[1] * 4
-    _score_buckets(x, floats(at, shape[0], shape[1]), scores)
+    buckets = lsh[BUCKETS]
+    scores = np.empty(buckets, np.float32)
+    matrix = weights.hashes[layer] + place * (len(x) + 1) * buckets * 4
+    score_buckets(x.ctypes.data, matrix, len(x), buckets, scores.ctypes.data)
     _rank(scores, np.empty(len(codes), np.float32), codes)
 
 
@@ -101,25 +89,25 @@ def place_key_codes(weights, batch, chunk, position, layer, group, x):  # type: 
         codes[j, position % PAGE] = np.uint16(found[0])
 
 
+@subroutine
+def _whole_blocks(count):  # type: ignore[no-untyped-def]
+    """Return a number of tokens, rounded up to a multiple of `TOKENS`."""
+    return (count + TOKENS - 1) // TOKENS * TOKENS
+
+
 @subroutine(error_model="numpy")
-def _find_rows(weights, batch, chunk, layer, group, positions, rows):  # type: ignore[no-untyped-def]
-    """Set the addresses of the keys at these positions, and prefetch them with their values."""
+def _find_tokens(weights, batch, chunk, layer, group, positions, tokens):  # type: ignore[no-untyped-def]
+    """Set the addresses of the keys at these positions, and prefetch them with their values.
+
+    The last one is repeated up to a multiple of `TOKENS`.
+    """
     nbytes = weights.page_width * 4
-    for n in range(len(positions)):
-        rows[n] = token_row(weights, batch, chunk, positions[n], layer, group)
+    count = len(positions)
+    for n in range(count):
+        tokens[n] = token_row(weights, batch, chunk, positions[n], layer, group)
         for line in range(0, nbytes, 64):
-            prefetch(rows[n] + line)
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _score_rows(query, rows, scores):  # type: ignore[no-untyped-def]
-    """Set the scores of the keys at these addresses."""
-    for n in range(len(rows)):
-        key = carray(pointer(rows[n]), (len(query),), np.uint16)
-        total = np.float32(0)
-        for k in range(len(query)):
-            total += widen(key[k]) * query[k]
-        scores[n] = total
+            prefetch(tokens[n] + line)
+    tokens[count : _whole_blocks(count)] = tokens[count - 1]
 
 
 @subroutine(fastmath=True, error_model="numpy")
@@ -142,20 +130,10 @@ def _add(out, weight, value):  # type: ignore[no-untyped-def]
         out[k] += weight * value[k]
 
 
-@subroutine(fastmath=True, error_model="numpy")
-def _mix_rows(weights, rows, out):  # type: ignore[no-untyped-def]
-    """Add the values behind the keys at these addresses, weighted."""
-    for n in range(len(rows)):
-        value = carray(pointer(rows[n] + 2 * len(out)), (len(out),), np.uint16)
-        weight = weights[n]
-        for k in range(len(out)):
-            out[k] += weight * widen(value[k])
-
-
 @subroutine(error_model="numpy")
 def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[no-untyped-def]
     """Compute the attention of row `r` at one head."""
-    chosen, positions, rows, scores, values = space
+    chosen, positions, tokens, scores, values, query, out = space
     position = batch.position_ids[r]
     chunk = batch.chunk_of_row[r]
     group_heads = weights.heads // weights.groups
@@ -166,20 +144,19 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
     offset = codes_address(weights, batch, chunk, 0, layer, group) - pages[0]
     choose(chosen, pages, offset, work.query_codes[r, head], lsh[ROUNDS], position, sizes)
     count = list_positions(chosen, position // PAGE + 1, positions)
-    _find_rows(weights, batch, chunk, layer, group, positions[:count], rows)
-    query = np.zeros(weights.page_width, np.float32)
-    rotated = work.queries[group, r, head % group_heads]
-    for k in range(len(rotated)):
-        query[k] = widen(rotated[k])
-    _score_rows(query, rows[:count], scores)
+    _find_tokens(weights, batch, chunk, layer, group, positions[:count], tokens)
+    width = weights.page_width
+    query[: weights.width] = work.queries[group, r, head % group_heads]
+    addresses = tokens.ctypes.data
+    blocks = _whole_blocks(count)
+    score_tokens(query.ctypes.data, addresses, blocks, width, scores.ctypes.data)
     add_bias_at(weights, batch, work, layer, chunk, r, head, positions[:count], scores)
     far = 0
     if lsh[FAR_FIELD]:
-        blocks = max(0, position + 1 - sizes[0]) // PAGE
-        far = summarise(weights, batch, chunk, layer, group, blocks, query, scores[count:], values)
+        full = max(0, position + 1 - sizes[0]) // PAGE
+        far = summarise(weights, batch, chunk, layer, group, full, query, scores[count:], values)
     factor = _softmax(scores[: count + far])
-    out = np.zeros(weights.page_width, np.float32)
-    _mix_rows(scores, rows[:count], out)
+    mix_tokens(scores.ctypes.data, addresses, count, 2 * width, width, out.ctypes.data)
     for f in range(far):
         _add(out, scores[count + f], values[f])
     for k in range(len(out)):
@@ -196,9 +173,11 @@ def attend_hashed(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     space = (
         np.empty(span // PAGE, np.int64),
         np.empty(most, np.int64),
-        np.empty(most, np.int64),
-        np.empty(most + SUMMARIES, np.float32),
+        np.empty(_whole_blocks(most), np.int64),
+        np.empty(_whole_blocks(most) + SUMMARIES, np.float32),
         np.empty((SUMMARIES if lsh[FAR_FIELD] else 0, weights.page_width), np.float32),
+        np.zeros(weights.page_width, np.uint16),
+        np.empty(weights.page_width, np.float32),
     )
     counter = work.sync[SYNC_STRIDE * (1 + layer) :].ctypes.data
     total = len(batch.input_ids) * weights.heads

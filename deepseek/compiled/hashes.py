@@ -1,12 +1,15 @@
 """What the compiled step reads of LSH attention: hashes and windows of the layers that have it."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.compiled import abi
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.model.attention.hash import LinearHash
 from deepseek.model.attention.lsh import HashRounds, LshAttention, RandomHash
 from deepseek.model.transformer import DeepSeekModel
@@ -66,7 +69,7 @@ class PackedHashes:
             numbers[abi.FAR_FIELD] = int(windows.far_field)
             numbers[abi.ROUNDS] = windows.rounds
             numbers[abi.PROBES] = attention.probes
-            numbers[abi.BUCKETS] = windows.num_buckets
+            numbers[abi.BUCKETS] = -(-windows.num_buckets // GROUP) * GROUP
             numbers[abi.QUERY_MAPS], numbers[abi.KEY_MAPS] = maps
         self.layers = tuple(layers)
         self.far_field = bool(numbers[abi.FAR_FIELD])
@@ -89,8 +92,9 @@ def _rounds(attention: LshAttention) -> list[Any]:
 
 
 def _maps(layer_hash: Any, factor: float, counts: tuple[int, int]) -> np.ndarray:
-    """Return the maps from queries, then those from keys, to scores of buckets `[maps, K + 1, C]`;
-    the last row is a bias.
+    """Return the maps from queries, then those from keys, to scores of buckets `[maps, K + 1, C]`.
+
+    The last row is a bias. C is a multiple of 64; columns beyond the buckets score -inf.
 
     Args:
         layer_hash: the hash of one round.
@@ -107,5 +111,9 @@ def _maps(layer_hash: Any, factor: float, counts: tuple[int, int]) -> np.ndarray
             for count in counts
         )
     parts: list[Tensor] = [query[0] * factor, query[1][:, None], key[0], key[1][:, None]]
-    maps = torch.cat([torch.cat(parts[:2], 1), torch.cat(parts[2:], 1)])
-    return np.ascontiguousarray(maps.numpy(), np.float32)
+    maps = torch.cat([torch.cat(parts[:2], 1), torch.cat(parts[2:], 1)]).float()
+    missing = -maps.shape[2] % GROUP
+    maps = F.pad(maps, (0, missing))
+    if missing:
+        maps[:, -1, -missing:] = -math.inf
+    return maps.contiguous().numpy()

@@ -60,6 +60,7 @@ SOURCES = (
     "compiled/step.py",
     "compiled/tile_attention.py",
     "compiled/tile_dot.py",
+    "compiled/token_dot.py",
     "compiled/vector.py",
     "kernels/bias/distance.py",
     "kernels/int8_layout.py",

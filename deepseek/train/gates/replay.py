@@ -57,8 +57,14 @@ class Replay:
         stream_BTD = public_streams(model, tokenizer, first, progress)
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
         (rows,) = public_batches(ids[order], len(ids))
-        wanted = round(own_tokens * SHARE / (1.0 - SHARE) / ids.shape[1])
-        return Replay(rows, stream_BTD[order], min(max(1, wanted), len(ids)))
+        return Replay.of(rows, stream_BTD[order], own_tokens)
+
+    @staticmethod
+    def of(rows: Batch, stream_BTD: Tensor, own_tokens: int) -> "Replay":
+        """Return a replay of given rows, as many in each step as its share comes to."""
+        count, length = rows.labels.shape
+        wanted = round(own_tokens * SHARE / (1.0 - SHARE) / length)
+        return Replay(rows, stream_BTD, min(max(1, wanted), count))
 
     def at(self, step: int) -> tuple[Batch, Tensor]:
         """Return the rows of one step and their residual streams, which depend on `step` alone."""

@@ -7,7 +7,7 @@ The run folder stores the result of each finished stage, so that a run can be re
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from pydantic.dataclasses import dataclass as declaration
 from torch import Tensor
 
-from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.memory import peak_memory
 from deepseek.errors import CheckpointError, DataError, PackError
-from deepseek.model.language_model import expert_beside, expert_layers, layers_in
+from deepseek.model.language_model import expert_beside, expert_layers
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
@@ -35,11 +33,12 @@ from deepseek.train.gates.calibrate import FEWEST_TOKENS, GateCalibration, calib
 from deepseek.train.gates.public_text import public_statistics
 from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs.arguments import ExpertArguments
-from deepseek.train.jobs.declaration import DECLARED, job
+from deepseek.train.jobs.declaration import job
+from deepseek.train.jobs.expert_request import ExpertRequest, expert_request, recipe_from
 from deepseek.train.jobs.expert_task import ExpertTask, output_paces
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, check_tokens, make_plan, timed
-from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
+from deepseek.train.jobs.text_run import TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
@@ -56,13 +55,6 @@ UNSEEN_TOKENS = 16_384
 RELEVANCE_TOKENS = 1_000_000
 """Tokens of the expert's own text for its relevance table; larger, as this needs no forward pass.
 """
-
-
-@declaration(kw_only=True, frozen=True, config=DECLARED)
-class ExpertRequest(TextRequest, ExpertArguments):
-    """Resolved arguments of an expert, stored as `request.json`."""
-
-    width: int
 
 
 class ExpertRun(TextRun):
@@ -117,7 +109,7 @@ class ExpertRun(TextRun):
     def estimate(self) -> str:
         """Return the estimated tokens, time, memory and disk space, from a timed batch."""
         texts = self.texts(self.corpus())
-        plan = self.plan_for(texts, self.measure(texts))
+        plan = self.plan_for(texts, self.measure(texts, with_public_text=False))
         request = self.request
         row_bytes = request.row_length * self.model.config.hidden_size
         scored = (plan.held_out_rows + plan.validation_rows) * self.model.dtype.itemsize
@@ -167,7 +159,10 @@ class ExpertRun(TextRun):
                 f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; "
                 f"at least {FEWEST_TOKENS} of each are needed, so give more text."
             )
-        return super().texts(corpus)
+        texts = super().texts(corpus)
+        # The speed is measured later, beside a new base after its public text is made.
+        self.checked_plan(texts, None, Speed(trunk=0, step=0, evaluate=0))
+        return texts
 
     def plan(self, texts: Texts) -> TrainingPlan:
         """Return the plan of this run; the first call measures the speed and stores the plan."""
@@ -182,24 +177,31 @@ class ExpertRun(TextRun):
 
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
+        minutes = self.request.minutes
+        seconds_left = None if minutes is None else max(0.0, minutes * 60 - self.clock.here)
+        return self.checked_plan(texts, seconds_left, speed)
+
+    def checked_plan(self, texts: Texts, seconds: float | None, speed: Speed) -> TrainingPlan:
+        """Return a plan for a time budget, None for no limit, if the gates can be fitted after it."""
         request = self.request
-        seconds_left = None
-        if request.minutes is not None:
-            seconds_left = max(0.0, request.minutes * 60 - self.clock.here)
         amount = Amount(
             request.tokens,
             request.epochs,
-            _recipe(self.first).shortest,
+            recipe_from(self.first).shortest,
             request.row_length,
             request.batch_rows,
             request.held_out_tokens,
         )
-        plan = make_plan(amount, seconds_left, speed, texts.counts)
+        plan = make_plan(amount, seconds, speed, texts.counts)
         check_tokens(plan, request.row_length, FEWEST_TOKENS)
         return plan
 
-    def measure(self, texts: Texts) -> Speed:
-        """Time one batch through trunk, training step and evaluation, and discard its gradients."""
+    def measure(self, texts: Texts, *, with_public_text: bool = True) -> Speed:
+        """Time one batch through trunk, training step and evaluation, and discard its gradients.
+
+        Without public text, which takes long to make beside a new base, some of the expert's own
+        takes its place.
+        """
         text = texts.train.first(self.request.batch_rows)
         warm_up = text.rows(text.row_ids[:1])
         batch = text.rows(text.row_ids)
@@ -208,7 +210,8 @@ class ExpertRun(TextRun):
         if self.cached_below:
             seconds, cached_BTD = timed(stream, warm_up, batch, self.device)
             stream = lambda rows: cached_BTD[: len(rows.row_ids)]  # noqa: E731
-        task = self.task(text, [], (stream, stream))
+        replay = None if with_public_text else Replay.of(batch, stream(batch), self.step_tokens)
+        task = self.task(text, [], (stream, stream), replay)
         learn = lambda rows: task.loss(rows, 0).loss.backward()  # noqa: E731
         step, _ = timed(learn, warm_up, batch, self.device)
         self.module.zero_grad()
@@ -300,18 +303,30 @@ class ExpertRun(TextRun):
         return self.cached(name, text, self.first, compute, str(self.model.dtype), dtype)
 
     def task(
-        self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]
+        self,
+        text: RowLoader,
+        held_out: list[Batch],
+        streams: tuple[Stream, Stream],
+        replay: Replay | None = None,
     ) -> ExpertTask:
-        """Return the training task; its output head covers only the labels of the training rows."""
+        """Return the training task, by default with the base's public text; its output head covers
+        only the labels of the training rows.
+        """
+        replay = replay or self.replay
         return ExpertTask(
             self.model,
             self.module,
-            self.head(text, self.replay.rows.labels.flatten()),
+            self.head(text, replay.rows.labels.flatten()),
             stream=streams[0],
             held_out=held_out,
             held_out_stream=streams[1],
-            replay=self.replay,
+            replay=replay,
         )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the expert's own text in a step."""
+        return self.request.batch_rows * self.request.row_length
 
     @cached_property
     def replay(self) -> Replay:
@@ -320,39 +335,11 @@ class ExpertRun(TextRun):
         Building it is done once per base, and does not count against the minutes.
         """
         before = time.monotonic()
-        tokens = self.request.batch_rows * self.request.row_length
-        replay = Replay.beside(self.model, self.tokenizer, self.first, tokens, self.progress)
+        replay = Replay.beside(
+            self.model, self.tokenizer, self.first, self.step_tokens, self.progress
+        )
         self.clock.leave_out(time.monotonic() - before)
         return replay
-
-
-DEFAULT_MINUTES = 5.0
-"""Time budget if neither `minutes` nor `tokens` is given."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Hyperparameters with measured defaults; see docs/log/experts.md.
-
-    Attributes:
-        width: width of the expert's feed-forward networks.
-        shortest: passes to make at least, over less text, if the minutes don't suffice for all of
-            it.
-        batch_rows: rows per step; small, since the number of steps is the bottleneck.
-        learning_rate: peak learning rate.
-    """
-
-    width: int
-    shortest: float
-    batch_rows: int
-    learning_rate: float
-
-
-CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3)
-"""For experts on a trunk cache, where further passes are cheap."""
-
-WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
-"""For experts that begin at layer 0. Every pass costs the same, so each one takes new text."""
 
 
 @job(ExpertArguments)
@@ -373,27 +360,3 @@ def train_expert(arguments: ExpertArguments) -> Path:
     pack = experts_folder() / f"{request.name}{SUFFIX}"
     run = Run.of(request, pack, partial(text_inputs, request))
     return run_once(ExpertRun, request, run)
-
-
-def expert_request(arguments: ExpertArguments) -> ExpertRequest:
-    """Return the arguments with the defaults that depend on the layers, and a time budget, filled
-    in.
-    """
-    possible = layers_in(resolve(arguments.base))
-    recipe = _recipe(parse_layers(arguments.layers, possible)[0])
-    minutes = arguments.minutes
-    if minutes is None and arguments.tokens is None:
-        minutes = DEFAULT_MINUTES
-    resolved = {
-        "name": arguments.named(),
-        "width": arguments.width or recipe.width,
-        "minutes": minutes,
-        "batch_rows": arguments.batch_rows or recipe.batch_rows,
-        "learning_rate": arguments.learning_rate or recipe.learning_rate,
-    }
-    return ExpertRequest(**{**vars(arguments), **resolved})
-
-
-def _recipe(first: int) -> Recipe:
-    """Return the recipe for an expert whose lowest layer is `first`."""
-    return CACHED if first > 0 else WHOLE

@@ -29,7 +29,8 @@ from deepseek.packs.manifest import Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.train.gates.calibrate import GateCalibration
 from deepseek.train.jobs.arguments import ExpertArguments
-from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
+from deepseek.train.jobs.expert import ExpertRun
+from deepseek.train.jobs.expert_request import ExpertRequest
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.jobs.text_run import Texts, text_inputs

@@ -21,6 +21,7 @@ from deepseek.errors import ConfigError, DataError, TrainError, UserError
 from deepseek.model import stored
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
+from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs import text_run
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.loop.layers import parse_layers
@@ -185,10 +186,22 @@ def test_a_finished_run_is_not_done_again(
     assert run(tiny_base, text_folder, tmp_path, epochs=1).stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def no_public_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a new base it takes long to make."""
+    monkeypatch.setattr(Replay, "beside", lambda *_: pytest.fail("public text was asked for"))
+
+
+@pytest.mark.usefixtures("no_public_text")
+@pytest.mark.parametrize("layers", ["all", "last:2"])
 def test_dry_run_measures_and_changes_nothing(
-    tiny_base: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    layers: str,
 ) -> None:
-    run(tiny_base, text_folder, tmp_path, dry_run=True, quiet=False)
+    run(tiny_base, text_folder, tmp_path, layers=layers, dry_run=True, quiet=False)
     assert "steps, about" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -200,10 +213,10 @@ def test_dry_run_measures_and_changes_nothing(
         ({"layers": "top"}, ConfigError, "write all, last:3"),
         ({"name": "no/slash"}, UserError, "name"),
         ({"licence": "my own"}, UserError, "licence"),
-        ({"tokens": None, "minutes": 1e-5}, TrainError, "^0 seconds .* give more minutes"),
         ({"tokens": 64}, TrainError, "plan has 64 tokens .* give more tokens"),
     ],
 )
+@pytest.mark.usefixtures("no_public_text")
 def test_bad_dials_are_one_sentence(
     tiny_base: Path,
     text_folder: Path,
@@ -214,6 +227,13 @@ def test_bad_dials_are_one_sentence(
 ) -> None:
     with pytest.raises(error, match=words):
         run(tiny_base, text_folder, tmp_path, **dials)
+
+
+def test_too_little_time_is_refused_in_one_sentence(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match=r"^0 seconds .* give more minutes"):
+        run(tiny_base, text_folder, tmp_path, tokens=None, minutes=1e-5)
 
 
 def test_a_refused_call_leaves_the_name_free(
