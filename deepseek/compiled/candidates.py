@@ -10,7 +10,7 @@ reference is `kernels/lsh/reference.py`.
 import numpy as np
 
 from deepseek.compiled.abi import PAGE
-from deepseek.compiled.bits import count_bits, lowest_bit, matches
+from deepseek.compiled.bits import count_bits, lowest_bit, matches, prefetch
 from deepseek.kernels.numba.subroutine import subroutine
 
 
@@ -80,13 +80,28 @@ def choose(chosen, pages, offset, probed, rounds, position, sizes):  # type: ign
 
 
 @subroutine(error_model="numpy")
-def list_positions(chosen, pages, positions):  # type: ignore[no-untyped-def]
-    """List the positions in the sets of the first `pages` pages, in order; return their number."""
+def list_tokens(chosen, pages, offset, nbytes, positions, tokens):  # type: ignore[no-untyped-def]
+    """List the tokens in the sets of a sequence's pages in order, and prefetch their memory; return
+    their number.
+
+    Args:
+        chosen: the set of each page.
+        pages: addresses of at least as many pages.
+        offset: where the first token lies in a page.
+        nbytes: bytes of a token.
+        positions: positions of the tokens, which are set.
+        tokens: addresses of the tokens, which are set.
+    """
     count = 0
-    for page in range(pages):
+    for page in range(len(chosen)):
         rest = chosen[page]
+        start = pages[page] + offset
         while rest != 0:
-            positions[count] = page * PAGE + lowest_bit(rest)
+            slot = lowest_bit(rest)
             rest &= rest - np.int64(1)
+            positions[count] = page * PAGE + slot
+            tokens[count] = start + slot * nbytes
+            for line in range(0, nbytes, 64):
+                prefetch(tokens[count] + line)
             count += 1
     return count

@@ -20,8 +20,7 @@ from deepseek.compiled.abi import (
     SYNC_STRIDE,
     WINDOW,
 )
-from deepseek.compiled.bits import prefetch
-from deepseek.compiled.candidates import choose, list_positions
+from deepseek.compiled.candidates import choose, list_tokens
 from deepseek.compiled.far_field import SUMMARIES, summarise
 from deepseek.compiled.pages import codes_address, token_row
 from deepseek.compiled.rows import put_attended
@@ -95,21 +94,6 @@ def _whole_blocks(count):  # type: ignore[no-untyped-def]
     return (count + TOKENS - 1) // TOKENS * TOKENS
 
 
-@subroutine(error_model="numpy")
-def _find_tokens(weights, batch, chunk, layer, group, positions, tokens):  # type: ignore[no-untyped-def]
-    """Set the addresses of the keys at these positions, and prefetch them with their values.
-
-    The last one is repeated up to a multiple of `TOKENS`.
-    """
-    nbytes = weights.page_width * 4
-    count = len(positions)
-    for n in range(count):
-        tokens[n] = token_row(weights, batch, chunk, positions[n], layer, group)
-        for line in range(0, nbytes, 64):
-            prefetch(tokens[n] + line)
-    tokens[count : _whole_blocks(count)] = tokens[count - 1]
-
-
 @subroutine(fastmath=True, error_model="numpy")
 def _softmax(scores):  # type: ignore[no-untyped-def]
     """Replace scores by weights; return the reciprocal of their sum."""
@@ -141,14 +125,17 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
     lsh = weights.lsh
     sizes = (lsh[LOCAL], lsh[SINKS], lsh[WINDOW])
     pages = batch.pages[batch.part_of_layer[layer], chunk]
-    offset = codes_address(weights, batch, chunk, 0, layer, group) - pages[0]
-    choose(chosen, pages, offset, work.query_codes[r, head], lsh[ROUNDS], position, sizes)
-    count = list_positions(chosen, position // PAGE + 1, positions)
-    _find_tokens(weights, batch, chunk, layer, group, positions[:count], tokens)
+    codes = codes_address(weights, batch, chunk, 0, layer, group) - pages[0]
+    choose(chosen, pages, codes, work.query_codes[r, head], lsh[ROUNDS], position, sizes)
     width = weights.page_width
+    first = token_row(weights, batch, chunk, 0, layer, group) - pages[0]
+    listed = chosen[: position // PAGE + 1]
+    count = list_tokens(listed, pages, first, 4 * width, positions, tokens)
     query[: weights.width] = work.queries[group, r, head % group_heads]
     addresses = tokens.ctypes.data
+    # Tokens are scored in whole blocks; the last one fills its own.
     blocks = _whole_blocks(count)
+    tokens[count:blocks] = tokens[count - 1]
     score_tokens(query.ctypes.data, addresses, blocks, width, scores.ctypes.data)
     add_bias_at(weights, batch, work, layer, chunk, r, head, positions[:count], scores)
     far = 0

@@ -11,7 +11,7 @@ from quantised_twin import quantised_twin
 from torch import Tensor
 
 from deepseek.compiled.abi import PAGE
-from deepseek.compiled.candidates import choose, list_positions
+from deepseek.compiled.candidates import choose, list_tokens
 from deepseek.compiled.runner import CompiledRunner, supports
 from deepseek.compiled.state import CompiledState
 from deepseek.errors import ConfigError
@@ -171,8 +171,11 @@ def test_candidates_are_those_of_the_reference(
     addresses = np.array([memory.ctypes.data for memory in pages])
     chosen = np.full(len(pages), -1)
     choose(chosen, addresses, 16, probed.ravel(), rounds, position, (local, sinks, window))
-    positions = np.empty(total, np.int64)
-    found = positions[: list_positions(chosen, position // PAGE + 1, positions)]
+    positions, tokens = np.empty((2, total), np.int64)
+    listed = chosen[: position // PAGE + 1]
+    count = list_tokens(listed, addresses, 4, 2, positions, tokens)
+    found = positions[:count]
+    assert (tokens[:count] == addresses[found // PAGE] + 4 + 2 * (found % PAGE)).all()
     mask = candidate_mask(
         torch.from_numpy(probed.reshape(1, 1, 1, -1)),
         torch.from_numpy(codes[None, :, : position + 1]),
