@@ -1,6 +1,5 @@
 """`deepseek serve`: an OpenAI-compatible server with a web page."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +10,6 @@ from deepseek.errors import ConfigError
 from deepseek.server.request_log import LogLevel
 
 app = typer.Typer(add_completion=False)
-
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(help="File with one key per line; lines that begin with # are comments."),
-]
 
 
 @app.command()
@@ -43,8 +37,21 @@ def serve(
     served_model_name: Annotated[
         str, typer.Option(help="Further names of the model for clients, comma-separated.")
     ] = "",
-    api_key_file: KeyFile = None,
-    admin_key_file: KeyFile = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with one key per line, and after a key the experts that it may use, "
+            "separated by spaces (- for none); a key alone may use all. Lines that begin with # "
+            "are comments."
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the keys that may change the server, one per line; lines that begin "
+            "with # are comments."
+        ),
+    ] = None,
     experts_folder: Annotated[
         Path | None, typer.Option(help="Folder from which packs are plugged by name.")
     ] = None,
@@ -95,11 +102,12 @@ def serve(
         ),
     ] = 20.0,
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY and
-    DEEPSEEK_ADMIN_KEY.
+    """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY, which may use
+    all experts, and DEEPSEEK_ADMIN_KEY.
     """
     from deepseek.cli.waiting import Waiting
     from deepseek.packs.library import experts_folder as usual_folder
+    from deepseek.server.keys import read_admin_keys, read_keys
     from deepseek.server.run import serve as run
     from deepseek.server.service import Settings
 
@@ -108,14 +116,16 @@ def serve(
             raise ConfigError(
                 f"{option} {folder} is not a folder; make it, or name one that exists."
             )
+    user_keys = read_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file")
     settings = Settings(
         host=host,
         port=port,
         hosts=frozenset(names(allow_host)),
         origins=frozenset(origin.rstrip("/") for origin in names(allow_origin)),
         aliases=frozenset(names(served_model_name)),
-        api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file"),
-        admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
+        api_keys=frozenset(user_keys),
+        key_experts={key: few for key, few in user_keys.items() if few is not None},
+        admin_keys=read_admin_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,
         log_level=log_level,
         experts_folder=experts_folder or usual_folder(),
@@ -137,28 +147,3 @@ def serve(
         drain_seconds=drain_seconds,
         progress=Waiting(),
     )
-
-
-def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
-    """Return the keys in a file (one per line, without comments) and an environment variable.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key. Continuing without keys would open
-            the server to everyone.
-    """
-    keys = {os.environ.get(variable, "").strip()} - {""}
-    if file is None:
-        return frozenset(keys)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{option} {file} cannot be read ({error}); give a text file with one key per line."
-        ) from None
-    file_keys = {line for line in lines if line and not line.startswith("#")}
-    if not file_keys:
-        raise ConfigError(
-            f"{option} {file} holds no key; write one key per line into it, or leave the option "
-            "out."
-        )
-    return frozenset(keys | file_keys)

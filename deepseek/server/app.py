@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from deepseek.engine.engine import Engine
 from deepseek.server.admission import ComputingRoute
-from deepseek.server.errors import ErrorBody, documented, install
+from deepseek.server.errors import ApiError, ErrorBody, documented, install
 from deepseek.server.guard import Guard
 from deepseek.server.routes import (
     chat_completions,
@@ -132,8 +132,14 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
         return {"status": "ready", "model": service.settings.model}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Return the metrics in Prometheus' text format."""
+    async def metrics(request: HttpRequest) -> Response:
+        """Return the metrics in Prometheus' text format; they count the tokens of every expert."""
+        if request.state.permissions.experts is not None:
+            raise ApiError(
+                403,
+                "The metrics are those of all experts; use a key that may use all of them.",
+                code="expert_not_allowed",
+            )
         fleet = service.fleet
         text = service.metrics.text() if fleet is None else await asyncio.to_thread(fleet.metrics)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -149,7 +155,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
         """Tell the page which actions to offer."""
         settings = service.settings
         permissions = {
-            "admin": request.state.role == "admin",
+            "admin": request.state.permissions.role == "admin",
             "teach": settings.teach_root is not None,
         }
         return JSONResponse(

@@ -1,11 +1,9 @@
 """Middleware before every route: checks host, origin, key, body size and readiness."""
 
 import asyncio
-import hmac
 import ipaddress
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -19,13 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepseek.errors import UserError
 from deepseek.server import request_log
 from deepseek.server.errors import ApiError, as_api_error
+from deepseek.server.keys import Permissions, permissions_of, sessions
 from deepseek.server.service import Service
 
 COOKIE = "deepseek_session"
 OPEN_PATHS = {"/health"}
 UPLOAD_PATH = "/v1/experts/upload"
 LOGIN_PATH = "/login"
-ROLES = ("admin", "user")
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 BODY_SECONDS = 30.0
 """Time limit for receiving a body, plus one second for each `BODY_RATE` bytes."""
@@ -67,13 +65,13 @@ class Guard:
         self.computing = computing
         settings = service.settings
         self.keys = [
-            *((key, "admin") for key in settings.admin_keys),
-            *((key, "user") for key in settings.api_keys),
+            *((key, Permissions("admin")) for key in settings.admin_keys),
+            *(
+                (key, Permissions("user", settings.key_experts.get(key)))
+                for key in settings.api_keys
+            ),
         ]
-        self.sessions = [
-            (hmac.digest(settings.secret.encode(), role.encode(), "sha256").hex(), role)
-            for role in ROLES
-        ]
+        self.sessions = sessions(settings.secret, [permissions for _, permissions in self.keys])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -135,9 +133,9 @@ class Guard:
         check_length(headers, body.limit)
         if path == LOGIN_PATH and method == "POST":
             return self._login(await body.whole())
-        role = self._role(headers)
-        scope.setdefault("state", {})["role"] = role
-        if role is None and path not in OPEN_PATHS:
+        permissions = self._permissions(headers)
+        scope.setdefault("state", {})["permissions"] = permissions
+        if permissions is None and path not in OPEN_PATHS:
             if path == "/" and method in ("GET", "HEAD"):
                 return login_page()
             raise ApiError(
@@ -154,26 +152,25 @@ class Guard:
             self.service.engine.check_open()
         return None
 
-    def _role(self, headers: Headers) -> str | None:
-        """Return the role ("admin" or "user") of a request, None without a valid key."""
+    def _permissions(self, headers: Headers) -> Permissions | None:
+        """Return what the sender of a request may do, None without a valid key."""
         if not self.keys:
-            return "admin"
+            return Permissions("admin")
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            return role_of(key.strip(), self.keys)
+            return permissions_of(key.strip(), self.keys)
         if "x-api-key" in headers:  # Anthropic's client
-            return role_of(headers["x-api-key"].strip(), self.keys)
+            return permissions_of(headers["x-api-key"].strip(), self.keys)
         session = re.search(rf"(?:^|; *){COOKIE}=([^;]*)", headers.get("cookie", ""))
-        return role_of(session[1], self.sessions) if session else None
+        return permissions_of(session[1], self.sessions) if session else None
 
     def _login(self, form: bytes) -> Response:
         """Exchange the key in the login form for a session cookie, which scripts cannot read."""
-        role = role_of(
-            parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip(), self.keys
-        )
-        if role is None:
+        key = parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip()
+        permissions = permissions_of(key, self.keys)
+        if permissions is None:
             return login_page()
-        session = next(token for token, owner in self.sessions if owner == role)
+        session = next(token for token, owner in self.sessions if owner == permissions)
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
         return response
@@ -281,20 +278,6 @@ def check_no_body(headers: Headers, method: str) -> None:
         raise ApiError(400, f"A {method} request has no body here; leave it out.")
 
 
-def role_of(candidate: str, known: Sequence[tuple[str, str]]) -> str | None:
-    """Return the role of a secret, None for a wrong one.
-
-    The comparison takes constant time, so that the time reveals nothing about the secrets.
-
-    Args:
-        candidate: the key or session token that the client sent.
-        known: pairs of secret and role.
-    """
-    sent = candidate.encode()
-    roles = [role for secret, role in known if hmac.compare_digest(sent, secret.encode())]
-    return roles[0] if roles else None
-
-
 def login_page() -> Response:
     """Return the login page with status 401."""
     policy = {
@@ -305,7 +288,7 @@ def login_page() -> Response:
 
 def require_admin(request: HttpRequest) -> None:
     """Raise `ApiError` (403) unless the request has the admin role."""
-    if request.state.role != "admin":
+    if request.state.permissions.role != "admin":
         raise ApiError(
             403,
             "This changes the server and needs the admin key (--admin-key-file).",

@@ -42,12 +42,13 @@ class Retrieval:
         """Return the settings in the field `retrieve`, None if it is absent or false.
 
         Raises:
-            ApiError: there is no index to take passages from.
+            ApiError: there is no index to take passages from, or the key may not use it.
         """
         wanted = body.retrieve
         if wanted is None or wanted is False:
             return None
         if isinstance(wanted, str):
+            service.check_use(wanted, "retrieve")
             index = _find(service, wanted)
             if index is None:
                 message = (
@@ -158,7 +159,7 @@ def _find(service: Service, name: str) -> Index | None:
 def _allowed_experts(service: Service, body: GenerationFields) -> list[str]:
     """Return the names of the experts that a request may use, sorted."""
     choice = service.experts(body.model, body.experts)
-    plugged = service.engine.experts()
+    plugged = service.visible_experts()
     requested = Arming.parse(choice.arm)
     by_default = {info.name for info in plugged if info.armed}
     armed = requested.named.keys() | (by_default if requested.auto is not None else set())

@@ -1,10 +1,8 @@
 """State shared by all routes: engine, settings and running jobs."""
 
-import asyncio
 import gc
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -21,87 +19,22 @@ from deepseek.checkpoint.licence import read_licence
 from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
-from deepseek.engine.request import ExpertChoice, Request, TokenEvent, TokenUsage
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
+from deepseek.model.experts.arming import Arming
 from deepseek.model.language_model import context_length
 from deepseek.packs.library import experts_folder
-from deepseek.server.admission import Admission, Job
+from deepseek.server.admission import Admission
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
 from deepseek.server.indexes import Indexes
+from deepseek.server.job import GenerationJob, cancel, submit, submit_within
+from deepseek.server.keys import Experts
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.request_log import LogLevel
 from deepseek.server.schema import ExpertsField
-
-
-class GenerationJob(Job):
-    """The running generations of one HTTP request; `close` must be called and cancels the rest.
-
-    Args:
-        generations: the generations, in the order of the choices in the reply.
-        choices: number of consecutive generations that share a prompt (`n` in the request).
-        service: the server's state.
-    """
-
-    def __init__(self, generations: Sequence[Generation], choices: int, service: "Service") -> None:
-        super().__init__(service.admission, generations, service.settings.request_seconds)
-        self.generations = generations
-        self._choices = choices
-        self._metrics = service.metrics
-        self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
-        for index, generation in enumerate(generations):
-            generation.subscribe(partial(self._take, index))
-        self._started = time.perf_counter()
-
-    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """Yield the events of all generations as they arrive, each with the index of its choice.
-
-        Raises:
-            ApiError: a generation failed, was cancelled or exceeded the time limit.
-        """
-        left = len(self.generations)
-        first = True
-        while left:
-            index, event = await self._queue.get()
-            if first:
-                self._metrics.first_token.observe(time.perf_counter() - self._started)
-            first = False
-            self._check(event)
-            left -= event.finish_reason is not None
-            yield index, event
-
-    def usage(self) -> TokenUsage:
-        """Return the total usage; a prompt shared by several generations counts once."""
-        each = [generation.usage for generation in self.generations]
-        experts: Counter[str | None] = Counter()
-        for usage in each:
-            experts.update(usage.experts)
-        prompts = each[:: self._choices]
-        return TokenUsage(
-            sum(usage.prompt_tokens for usage in prompts),
-            sum(usage.cached_tokens for usage in prompts),
-            sum(usage.completion_tokens for usage in each),
-            experts,
-        )
-
-    def close(self) -> None:
-        """Cancel the unfinished generations and record the usage, unless all were still queued."""
-        super().close()
-        if any(generation.begun for generation in self.generations):
-            self._metrics.count(self.usage())
-
-    def _take(self, index: int, event: TokenEvent) -> None:
-        self._queue.put_nowait((index, event))
-
-    def _check(self, event: TokenEvent) -> None:
-        if event.refused:
-            raise ApiError(400, str(event.error), code="invalid_value")
-        if event.finish_reason == "error":
-            raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
-        if event.finish_reason == "cancelled":
-            raise self.cancelled()
-
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
@@ -124,6 +57,8 @@ class Settings:
         aliases: further names of the base model, for clients that insist on one.
         api_keys: keys that may send requests; empty: everyone who can reach the server, or if
             there are `admin_keys`, those who have one.
+        key_experts: those of the `api_keys` that may use only some experts, each with their names;
+            the others may use all.
         admin_keys: keys that may change the server, and send requests; empty: no one may change it
             if `api_keys` are set, else everyone.
         experts_folder: folder from which packs are plugged by name.
@@ -135,6 +70,9 @@ class Settings:
         log_level: least severe messages to log, on standard error; "info" logs each request. None
             leaves logging as the program has set it up.
         secret: secret from which session cookies are derived; replicas of one server share it.
+
+    Raises:
+        ConfigError: a key in `key_experts` is not among the `api_keys`, or an admin key too.
     """
 
     model: str = "smollm2-135m"
@@ -146,6 +84,7 @@ class Settings:
     origins: frozenset[str] = frozenset()
     aliases: frozenset[str] = frozenset()
     api_keys: frozenset[str] = frozenset()
+    key_experts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     admin_keys: frozenset[str] = frozenset()
     experts_folder: Path = field(default_factory=experts_folder)
     teach_root: Path | None = None
@@ -157,11 +96,22 @@ class Settings:
     log_level: LogLevel | None = None
     secret: str = field(default_factory=token_urlsafe, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.key_experts and not self.key_experts.keys() <= self.api_keys - self.admin_keys:
+            raise ConfigError(
+                "A key with a list of experts is not among the user keys, or an admin key too; "
+                "give each key once, for users or for administrators."
+            )
+
 
 class Service:
     """The state of one server, of version `version`, which started at `started`.
 
     The engine is attached later, so that the server can answer with 503 while the model loads.
+
+    Attributes:
+        allowed: names of the experts that requests may use; None: all. Set only in the views that
+            `within` returns.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -170,6 +120,7 @@ class Service:
         self.started = datetime.now(UTC).replace(microsecond=0)
         self.metrics = Metrics()
         self.indexes = Indexes(settings.experts_folder)
+        self.allowed: Experts = None
         self.draining = False
         self.active = 0  # running HTTP requests
         self.admission = Admission()
@@ -192,10 +143,25 @@ class Service:
         gc.freeze()  # else a full collection scans all loaded objects and stalls every stream
         self._engine = engine
 
+    def within(self, allowed: Experts) -> "Service":
+        """Return the service as a key sees it: for its requests there are no other experts.
+
+        The view is for one request: it shares all parts, but does not see later changes of flags
+        such as `draining`.
+
+        Args:
+            allowed: names of the experts that the key may use; None: all.
+        """
+        if allowed is None:
+            return self
+        view = copy(self)
+        view.allowed = allowed
+        return view
+
     @property
     def digest(self) -> str:
         """SHA-256 of what answers: the same text can be expected only while it stays the same."""
-        digests = [info.digest for info in self.engine.experts()]
+        digests = [info.digest for info in self.visible_experts()]
         parts = [self.version, self.settings.base, str(self.engine.model.dtype), *digests]
         return sha256(chr(0).join(parts).encode()).hexdigest()
 
@@ -261,8 +227,21 @@ class Service:
             ApiError, UserError: a request is invalid.
             QueueFullError: the queue has no room for all requests.
         """
-        generations = await self.admission.run(partial(submit, self.engine, plan), cancel)
-        return GenerationJob(generations, choices, self)
+        generations = await self.admission.run(partial(self._submit, plan), cancel)
+        return GenerationJob(
+            generations,
+            choices,
+            self.admission,
+            self.metrics,
+            seconds=self.settings.request_seconds,
+            tells_cached=self.allowed is None,
+        )
+
+    def _submit(self, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
+        requests = plan()
+        if self.allowed is None:
+            return submit(self.engine, requests)
+        return submit_within(self.engine, requests, self.allowed)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
         """Return the experts that a request may use.
@@ -273,7 +252,8 @@ class Service:
             wanted: field `experts` of the request.
 
         Raises:
-            ApiError: there is no such model, or name and field both select experts.
+            ApiError: there is no such model, name and field both select experts, or the key may
+                not use one of them.
         """
         named = self.named_experts(model)
         if named is not None and "arm" in wanted.model_fields_set:
@@ -283,18 +263,56 @@ class Service:
                 param="experts.arm",
             )
         arm = wanted.choice if named is None else named
+        if self.allowed is not None:
+            for name in Arming.parse(arm).named:
+                self.plugged(name, "experts.arm")
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
-    def plugged(self, name: str) -> ExpertInfo:
-        """Return a plugged expert. Raises `ApiError` (404) if none has this name."""
+    def visible_experts(self) -> tuple[ExpertInfo, ...]:
+        """Return the plugged experts that requests may use, sorted by name."""
+        return tuple(info for info in self.engine.experts() if self.may_use(info.name))
+
+    def plugged(self, name: str, param: str = "name") -> ExpertInfo:
+        """Return a plugged expert.
+
+        Args:
+            name: its name.
+            param: field that names it, for the error; default: "name".
+
+        Raises:
+            ApiError: the key may not use it (403), or no expert of this name is plugged (404).
+        """
+        self.check_use(name, param)
         for info in self.engine.experts():
             if info.name == name:
                 return info
-        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
+        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param=param)
+
+    def may_use(self, name: str) -> bool:
+        """Return whether requests may use an expert of this name, if there is one."""
+        return self.allowed is None or name in self.allowed
+
+    def check_use(self, name: str, param: str) -> None:
+        """Raise `ApiError` (403) unless requests may use an expert of this name.
+
+        The error is the same whether or not there is such an expert.
+
+        Args:
+            name: name of the expert.
+            param: field that names it, for the error.
+        """
+        if not self.may_use(name):
+            raise ApiError(
+                403,
+                f"This key may not use an expert named {name!r:.80}; it may use "
+                f"{', '.join(sorted(self.allowed or ())) or 'none'}.",
+                param=param,
+                code="expert_not_allowed",
+            )
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`
-        if one is not plugged.
+        if one is not plugged, or the key may not use it.
         """
         bases = [
             name
@@ -302,7 +320,7 @@ class Service:
             if model == name or model.startswith(name + SEPARATOR)
         ]
         base = max(bases, key=len, default=self.settings.model)
-        plugged = {info.name for info in self.engine.experts()}
+        plugged = {info.name for info in self.visible_experts()}
         if model == base:
             return None
         names = (
@@ -312,6 +330,8 @@ class Service:
         )
         if names == [BASE_ALONE]:
             return ()
+        for name in names:
+            self.check_use(name, "model")
         if not names or not plugged.issuperset(names):
             known = ", ".join(self.models())
             raise ApiError(
@@ -325,7 +345,7 @@ class Service:
     def models(self) -> list[str]:
         """Return the model names: the base as armed, alone, with each expert, and with all."""
         base = self.settings.model
-        plugged = [info.name for info in self.engine.experts()]
+        plugged = [info.name for info in self.visible_experts()]
         with_all = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
         return [
             base,
@@ -339,26 +359,9 @@ class Service:
         return str(self.engine.tokenizer.decode([identity]))
 
 
-def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
-    """Submit the requests that `plan` returns; if one is refused, cancel the others."""
-    generations: list[Generation] = []
-    try:
-        generations.extend(engine.submit(request) for request in plan())
-    except BaseException:
-        cancel(generations)
-        raise
-    return generations
-
-
-def cancel(generations: Sequence[Generation]) -> None:
-    """Cancel generations whose client has left."""
-    for generation in generations:
-        generation.cancel()
-
-
 async def _service_of(request: HttpRequest) -> Any:
-    return request.app.state.service
+    return request.app.state.service.within(request.state.permissions.experts)
 
 
 TheService = Annotated[Service, Depends(_service_of)]
-"""Type of a route parameter that receives the app's `Service`."""
+"""Type of a route parameter that receives the app's `Service` as the request's key sees it."""

@@ -18,9 +18,10 @@ from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
 from deepseek.server.admission import Job
 from deepseek.server.encoding import encoded, encoded_aside, is_large
 from deepseek.server.errors import as_api_error, body_for
+from deepseek.server.job import GenerationJob
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
-from deepseek.server.service import GenerationJob, Service
+from deepseek.server.service import Service
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot represent."""

@@ -3,12 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from deepseek.cli.main import main
-from deepseek.cli.serve import _keys
-from deepseek.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -48,30 +44,32 @@ def test_a_folder_that_does_not_exist_stops_the_start(
     assert option in refused(capsys, option, str(tmp_path / "file"))
 
 
-@given(
-    st.lists(
-        st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), max_size=8
-    )
+@pytest.mark.parametrize(
+    ("option", "content", "reason"),
+    [
+        ("--api-key-file", "secret shop\nsecret german\n", "line 2: this key has other experts"),
+        ("--api-key-file", "secret ../shop\n", "line 1: '../shop' is no name of an expert"),
+        ("--admin-key-file", "secret shop\n", "administrators may use all"),
+    ],
 )
-def test_a_file_gives_its_lines_as_keys_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str]
+def test_an_unclear_key_file_is_refused_in_one_sentence(
+    option: str, content: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path_factory.mktemp("keys") / "file"
-    file.write_text("\n".join(lines), encoding="utf-8")
-    wanted = {line for line in lines if not line.startswith("#")}
-    if wanted:
-        assert _keys(file, "UNSET", "--api-key-file") == wanted
-    else:
-        with pytest.raises(ConfigError):
-            _keys(file, "UNSET", "--api-key-file")
+    file = tmp_path / "keys"
+    file.write_text(content)
+    said = refused(capsys, option, str(file))
+    assert reason in said
+    assert said.count("\n") == 1
+    assert "secret" not in said
 
 
-def test_keys_of_the_environment_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("one\n# two\nthree\n")
-    monkeypatch.setenv("DEEPSEEK_API_KEY", " four ")
-    assert _keys(tmp_path / "file", "DEEPSEEK_API_KEY", "--api-key-file") == {
-        "one",
-        "three",
-        "four",
-    }
-    assert _keys(None, "DEEPSEEK_API_KEY", "--api-key-file") == {"four"}
+def test_a_key_with_experts_cannot_be_an_administrators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = tmp_path / "users"
+    users.write_text("secret shop\n")
+    admins = tmp_path / "admins"
+    admins.write_text("secret\n")
+    said = refused(capsys, "--api-key-file", str(users), "--admin-key-file", str(admins))
+    assert "give each key once" in said
+    assert "secret" not in said

@@ -20,7 +20,7 @@ from tiny_expert import save_expert
 from deepseek.cli.main import main
 from deepseek.engine.load import load
 
-USER, ADMIN = "user-key", "admin-key"
+USER, ADMIN, LIMITED = "user-key", "admin-key", "limited-key"
 CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "a"}],
@@ -77,6 +77,7 @@ def fleet(folder: Path) -> Iterator[Fleet]:
     """Two replicas with keys, one expert plugged from the start; all named relative to the folder
     it is started in.
     """
+    (folder / "keys").write_text(f"{LIMITED} two\n")
     command = [
         sys.executable,
         "-m",
@@ -94,6 +95,8 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         "experts/one.safetensors",
         "--experts-folder",
         "experts",
+        "--api-key-file",
+        "keys",
         "--no-int8",
     ]
     paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
@@ -161,6 +164,29 @@ def test_keys_names_and_limits_hold_at_every_replica(fleet: Fleet) -> None:
     with fleet.http() as http:  # one replica's session is every replica's
         assert http.post("/login", data={"key": USER}).status_code == 303
         assert {http.get("/v1/me").status_code for _ in range(16)} == {200}
+
+
+@pytest.mark.slow
+def test_a_limited_key_has_its_experts_at_every_replica(fleet: Fleet) -> None:
+    """The expert one is plugged, and the key may use two alone."""
+    asked = {**CHAT, "model": "tiny+one"}
+
+    def models(http: httpx.Client) -> tuple[str, ...]:
+        return tuple(model["id"] for model in http.get("/v1/models").json()["data"])
+
+    def named(http: httpx.Client) -> int:
+        return http.post("/v1/chat/completions", json=asked).status_code
+
+    def armed(http: httpx.Client) -> tuple[str, ...]:
+        return tuple(http.post("/v1/chat/completions", json=CHAT).json()["experts"])
+
+    assert set(repeated(fleet, models, LIMITED)) == {("tiny", "tiny+none")}
+    assert set(repeated(fleet, named, LIMITED)) == {403}
+    assert set(repeated(fleet, armed, LIMITED)) == {()}
+    assert set(repeated(fleet, armed, USER)) == {("one",)}
+    with fleet.http() as http:  # the session, too, at all of them
+        assert http.post("/login", data={"key": LIMITED}).status_code == 303
+        assert {models(http) for _ in range(16)} == {("tiny", "tiny+none")}
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.constraints import json_grammar
 from deepseek.server.errors import ApiError
+from deepseek.server.job import GenerationJob
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
-from deepseek.server.service import GenerationJob, Service, TheService
+from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
 from deepseek.server.translate import ask

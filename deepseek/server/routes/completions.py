@@ -14,10 +14,11 @@ from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.encoding import PART
 from deepseek.server.errors import ApiError
+from deepseek.server.job import GenerationJob
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
-from deepseek.server.service import GenerationJob, Service, TheService
+from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
 from deepseek.server.translate import ask
 

@@ -77,8 +77,10 @@ async def tokenizer_info(service: TheService) -> dict[str, Any]:
 
 @router.get("/v1/experts")
 async def experts(service: TheService) -> dict[str, Any]:
-    """List the plugged experts, and the other packs in the experts folder."""
-    plugged = [plugged_expert(info) for info in service.engine.experts()]
+    """List the plugged experts, and the other packs in the experts folder; of both, those that the
+    key may use.
+    """
+    plugged = [plugged_expert(info) for info in service.visible_experts()]
     names = {info["name"] for info in plugged}
     return {"object": "list", "data": plugged, "available": sorted(packs(service).keys() - names)}
 
@@ -86,6 +88,7 @@ async def experts(service: TheService) -> dict[str, Any]:
 @router.get("/v1/experts/{name}")
 async def inspect(name: str, service: TheService) -> dict[str, Any]:
     """Show the manifest of an expert that is plugged or in the experts folder."""
+    service.check_use(name, "name")
     plugged = {info.name: info for info in service.engine.experts()}
     if name in plugged:
         return {
@@ -159,12 +162,13 @@ def plugged_expert(info: ExpertInfo) -> dict[str, Any]:
 
 
 def packs(service: Service) -> dict[str, Path]:
-    """Return the packs in the experts folder, name to file.
+    """Return the packs in the experts folder that the key may use, name to file.
 
     Files whose names no expert can have, such as bytes that are no UTF-8, are left out.
     """
     files = service.settings.experts_folder.glob(f"*{SUFFIX}")
-    return {path.stem: path for path in files if is_name(path.stem)}
+    named = {path.stem: path for path in files if is_name(path.stem)}
+    return {name: path for name, path in named.items() if service.may_use(name)}
 
 
 def is_name(text: str) -> bool:

@@ -1,0 +1,170 @@
+"""The running generations of one HTTP request, and how they are submitted to the engine."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import Request, TokenEvent, TokenUsage
+from deepseek.errors import PackError
+from deepseek.server.admission import Admission, Job
+from deepseek.server.errors import ApiError
+from deepseek.server.metrics import Metrics
+
+TRIES = 8
+"""Most submissions of a request of a key that may use only some experts, while others are plugged.
+"""
+
+
+class GenerationJob(Job):
+    """The running generations of one HTTP request; `close` must be called and cancels the rest.
+
+    Args:
+        generations: the generations, in the order of the choices in the reply.
+        choices: number of consecutive generations that share a prompt (`n` in the request).
+        admission: where the job is registered until it is closed.
+        metrics: where its usage is counted.
+        seconds: time limit in seconds.
+        tells_cached: whether `usage` tells how much of the prompts came from the prefix cache,
+            which all keys share.
+    """
+
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        choices: int,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        seconds: float,
+        tells_cached: bool,
+    ) -> None:
+        super().__init__(admission, generations, seconds)
+        self.generations = generations
+        self._choices = choices
+        self._metrics = metrics
+        self._tells_cached = tells_cached
+        self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        for index, generation in enumerate(generations):
+            generation.subscribe(partial(self._take, index))
+        self._started = time.perf_counter()
+
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Yield the events of all generations as they arrive, each with the index of its choice.
+
+        Raises:
+            ApiError: a generation failed, was cancelled or exceeded the time limit.
+        """
+        left = len(self.generations)
+        first = True
+        while left:
+            index, event = await self._queue.get()
+            if first:
+                self._metrics.first_token.observe(time.perf_counter() - self._started)
+            first = False
+            self._check(event)
+            left -= event.finish_reason is not None
+            yield index, event
+
+    def usage(self) -> TokenUsage:
+        """Return the total usage for the reply; a prompt shared by several generations counts
+        once.
+        """
+        usage = self._usage()
+        return usage if self._tells_cached else replace(usage, cached_tokens=0)
+
+    def close(self) -> None:
+        """Cancel the unfinished generations and record the usage, unless all were still queued."""
+        super().close()
+        if any(generation.begun for generation in self.generations):
+            self._metrics.count(self._usage())
+
+    def _usage(self) -> TokenUsage:
+        each = [generation.usage for generation in self.generations]
+        experts: Counter[str | None] = Counter()
+        for usage in each:
+            experts.update(usage.experts)
+        prompts = each[:: self._choices]
+        return TokenUsage(
+            sum(usage.prompt_tokens for usage in prompts),
+            sum(usage.cached_tokens for usage in prompts),
+            sum(usage.completion_tokens for usage in each),
+            experts,
+        )
+
+    def _take(self, index: int, event: TokenEvent) -> None:
+        self._queue.put_nowait((index, event))
+
+    def _check(self, event: TokenEvent) -> None:
+        if event.refused:
+            raise ApiError(400, str(event.error), code="invalid_value")
+        if event.finish_reason == "error":
+            raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
+        if event.finish_reason == "cancelled":
+            raise self.cancelled()
+
+
+def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+    """Submit requests; if one is refused, cancel the others."""
+    generations: list[Generation] = []
+    try:
+        generations.extend(engine.submit(request) for request in requests)
+    except BaseException:
+        cancel(generations)
+        raise
+    return generations
+
+
+def submit_within(
+    engine: Engine, requests: Sequence[Request], allowed: frozenset[str]
+) -> list[Generation]:
+    """Submit requests that use no other experts than the allowed ones, whatever they choose.
+
+    All other plugged experts are denied to them. One that is plugged at the same moment would not
+    be among these, so the requests are submitted again when the set has changed meanwhile.
+
+    Args:
+        engine: the engine.
+        requests: the requests.
+        allowed: names of the allowed experts.
+
+    Raises:
+        ApiError: the experts keep changing (503), or one was unplugged just now (404).
+
+    Other errors are raised as by `Engine.submit`.
+    """
+    for _ in range(TRIES):
+        plugged = engine.experts()
+        others = [info.name for info in plugged if info.name not in allowed]
+        try:
+            generations = submit(engine, [denying(request, others) for request in requests])
+        except PackError:
+            # The engine's message suggests names of plugged experts.
+            raise ApiError(
+                404, "An expert of this request is not plugged any more; leave it out."
+            ) from None
+        if engine.experts() is plugged:  # every change makes a new tuple
+            return generations
+        cancel(generations)
+    raise ApiError(503, "The experts are being changed; try again in a moment.", code="changing")
+
+
+def denying(request: Request, names: Sequence[str]) -> Request:
+    """Return a request with further experts that must not fire.
+
+    Args:
+        request: the request.
+        names: names of the experts.
+    """
+    choice = request.experts
+    return replace(request, experts=replace(choice, deny=(*choice.deny, *names)))
+
+
+def cancel(generations: Sequence[Generation]) -> None:
+    """Cancel generations whose client has left."""
+    for generation in generations:
+        generation.cancel()

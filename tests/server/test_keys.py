@@ -1,0 +1,123 @@
+"""Files of keys: each line is a key and the experts that it may use, and anything unclear stops the
+start.
+"""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.errors import ConfigError
+from deepseek.server.keys import (
+    Experts,
+    Permissions,
+    permissions_of,
+    read_admin_keys,
+    read_keys,
+    sessions,
+)
+from deepseek.server.service import Settings
+
+VARIABLE = "KEY_OF_THE_ENVIRONMENT"
+KEYS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1)
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True).filter(
+    lambda name: name not in {"all", "auto", "none"}
+)
+LISTS = st.none() | st.frozensets(NAMES, max_size=4)
+
+
+def read(file: Path) -> dict[str, Experts]:
+    return read_keys(file, VARIABLE, "--api-key-file")
+
+
+def words(experts: Experts) -> list[str]:
+    """Return what stands after a key that may use these experts."""
+    if experts is None:
+        return []
+    return sorted(experts) or ["-"]
+
+
+@given(st.dictionaries(KEYS, LISTS, max_size=8), st.sampled_from([" ", "\t", "  "]))
+def test_a_file_gives_its_keys_with_their_experts_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, keys: dict[str, Experts], space: str
+) -> None:
+    file = tmp_path_factory.mktemp("keys") / "file"
+    lines = [space.join([key, *words(experts)]) for key, experts in keys.items()]
+    file.write_text("\n".join(["# key shop", "", *lines]), encoding="utf-8")
+    wanted = {key: experts for key, experts in keys.items() if not key.startswith("#")}
+    if wanted:
+        assert read(file) == wanted
+    else:
+        with pytest.raises(ConfigError):
+            read(file)
+
+
+def test_the_key_of_the_environment_is_added_and_may_use_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("one shop\n# two\nthree\n")
+    monkeypatch.setenv(VARIABLE, " four ")
+    assert read(tmp_path / "file") == {"one": frozenset({"shop"}), "three": None, "four": None}
+    assert read_keys(None, VARIABLE, "--api-key-file") == {"four": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("secret shop\nsecret german\n", "line 2: this key has other experts"),
+        ("secret shop\nsecret\n", "line 2: this key has other experts"),
+        ("secret\nsecret -\n", "line 2: this key has other experts"),
+        ("# first\n\nsecret ../shop\n", "line 3: '../shop' is no name of an expert"),
+        ("secret shop,german\n", "'shop,german' is no name of an expert"),
+        ("secret all\n", "'all' is no name of an expert"),
+        ("secret - shop\n", "'-' is no name of an expert"),
+        ("secret shop # of the shop\n", "'#' is no name of an expert"),
+        ("of-the-environment shop\n", "line 1: this key has other experts"),
+    ],
+)
+def test_an_unclear_line_is_refused_without_showing_its_key(
+    content: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "of-the-environment")
+    file = tmp_path / "file"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as refusal:
+        read(file)
+    assert complaint in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+    assert "of-the-environment" not in str(refusal.value)
+
+
+def test_the_same_line_twice_is_one_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one shop german\none german shop\n")
+    assert read(tmp_path / "file") == {"one": frozenset({"shop", "german"})}
+
+
+def test_administrators_may_use_all(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("one\ntwo\n")
+    assert read_admin_keys(file, VARIABLE, "--admin-key-file") == {"one", "two"}
+    file.write_text("one\ntwo shop\n")
+    with pytest.raises(ConfigError, match=r"--admin-key-file .* administrators may use all"):
+        read_admin_keys(file, VARIABLE, "--admin-key-file")
+
+
+@pytest.mark.parametrize("admin_keys", [frozenset(), frozenset({"user", "limited"})])
+def test_a_limited_key_is_a_users_and_no_administrators(admin_keys: frozenset[str]) -> None:
+    api_keys = frozenset({"user"}) | admin_keys
+    with pytest.raises(ConfigError, match="once, for users or for administrators"):
+        Settings(
+            api_keys=api_keys, admin_keys=admin_keys, key_experts={"limited": frozenset({"shop"})}
+        )
+
+
+@given(st.lists(st.builds(Permissions, st.sampled_from(["admin", "user"]), LISTS), max_size=8))
+def test_a_session_stands_for_one_set_of_permissions(several: list[Permissions]) -> None:
+    known = sessions("secret", several)
+    assert len({cookie for cookie, _ in known}) == len(known) == len(set(several))
+    for cookie, permissions in known:
+        assert permissions_of(cookie, known) == permissions
+        # Another replica has them too, and only one with the same secret.
+        assert (cookie, permissions) in sessions("secret", reversed(several))
+        assert permissions_of(cookie, sessions("other", several)) is None
