@@ -1,12 +1,14 @@
-"""Decoding in the compiled runner behind many cached tokens: LSH attention beside full attention.
+"""Decoding and reading in the compiled runner behind many cached tokens: LSH attention beside full
+attention.
 
-    python benchmarks/cached_decode.py [--model smollm2-135m] [--lengths 2048 16384 65536]
+    python benchmarks/cached_decode.py [--model smollm2-135m] [--lengths 0 2048 16384 65536]
         [--texts docs] [--rounds 7] [--threads 2] [--json FILE]
 
 Each side reads 2,048 tokens of TEXTS; their pages, repeated, are the cache, so that it costs no
 prefill of that length. LSH attention is as it is by itself, two layers of it exact. The sides take
-turns of eight tokens each. `wall` is the time of a token in milliseconds, `processor` that of all
-threads; `ratio` is full attention's over LSH attention's in the same round. On a busy machine,
+turns of eight tokens one by one, and of 512 tokens at once. `wall` is the time of a token in
+milliseconds, `processor` that of all threads, and `read` and `read processor` those of the 512
+tokens; `ratio` is full attention's over LSH attention's in the same round. On a busy machine,
 measure processor time with one thread.
 """
 
@@ -40,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 16384, 65536])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[0, 2048, 16384, 65536])
     parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -59,26 +61,34 @@ def main() -> None:
         runners[kind] = CompiledRunner(model)
     figures = {}
     for length in options.lengths:
-        turns = {kind: decoding(runner, ids, length) for kind, runner in runners.items()}
+        turns = {kind: behind(runner, ids, length) for kind, runner in runners.items()}
         figures[length] = summary(in_turn(turns, options.rounds))
         print(length, json.dumps(figures[length]), flush=True)
     if options.json:
         write(options.json, {"model": options.model, "lengths": figures})
 
 
-def decoding(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[], dict[str, float]]:
-    """Return the turn of a side: the times of a token behind `length` cached ones."""
+def behind(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[], dict[str, float]]:
+    """Return the turn of a side: the times of a token, and of many, behind `length` cached ones."""
     state = cached(runner, ids, length)
 
-    def turn() -> dict[str, float]:
+    def timed(pieces: list[list[int]]) -> tuple[float, float]:
         wall = time.perf_counter()
         processor = time.process_time()
-        for token in ids[:STEPS]:
-            runner.forward([Chunk(state, [token])])
+        for piece in pieces:
+            runner.forward([Chunk(state, piece)])
             state.rewind(length)
+        ended = (time.perf_counter(), time.process_time())
+        return 1000 * (ended[0] - wall), 1000 * (ended[1] - processor)
+
+    def turn() -> dict[str, float]:
+        wall, processor = timed([[token] for token in ids[:STEPS]])
+        read, read_processor = timed([ids[:PIECE]])
         return {
-            "wall": 1000 * (time.perf_counter() - wall) / STEPS,
-            "processor": 1000 * (time.process_time() - processor) / STEPS,
+            "wall": wall / STEPS,
+            "processor": processor / STEPS,
+            "read": read,
+            "read processor": read_processor,
         }
 
     return turn
@@ -86,10 +96,11 @@ def decoding(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[]
 
 def cached(runner: CompiledRunner, ids: list[int], length: int) -> CompiledState:
     """Return a state with `length` tokens: the first 2,048 of a text, over and over."""
-    state = runner.start(None, length + PAGE)
+    total = max(length, READ) + PIECE
+    state = runner.start(None, total)
     for start in range(0, READ, PIECE):
         runner.forward([Chunk(state, ids[start : start + PIECE])])
-    state.reserve(length + PAGE - READ)
+    state.reserve(total - READ)
     pages = state.parts[0].pages
     for place in range(READ // PAGE, len(pages)):
         pages[place][:] = pages[place % (READ // PAGE)]
@@ -100,7 +111,7 @@ def cached(runner: CompiledRunner, ids: list[int], length: int) -> CompiledState
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     """Return the medians of both sides and of their ratios."""
     rows = {}
-    for clock in ("wall", "processor"):
+    for clock in ("wall", "processor", "read", "read processor"):
         for kind, rounds in found.items():
             rows[f"{kind} {clock}"] = round(median(one[clock] for one in rounds), 2)
         ratios = [

@@ -10,9 +10,10 @@ is by itself, `narrow` the same with windows that a row of 256 tokens exceeds se
 that with a far field and two rounds; `stock` is the model as it is. The sides take turns: a prefill
 of 512 tokens, then 64 tokens one by one. The reference runner, in the dtype that it takes by
 itself, decodes eight tokens a turn. `ratio` is the kind's decoding speed over that of the first
-kind in the same round, `divergence` the mean KL divergence of the logits in nats from the fp32
-model's, on rows of `--row` tokens of TEXTS, and `equal` the share of tokens at which both find the same
-one likeliest.
+kind in the same round. `divergence` is the mean KL divergence of the logits in nats from the fp32
+model's, on rows of `--row` tokens of TEXTS, `reference divergence` that of the reference runner, which
+rounds in bf16 where that is its dtype, and `equal` the share of tokens at which the compiled runner
+and the fp32 model find the same one likeliest.
 """
 
 import argparse
@@ -74,10 +75,12 @@ def main() -> None:
     for kind in options.kinds:
         exact = make_model(kind, options.model, "float32")
         compiled = CompiledRunner(exact)
+        reference = reference_runner(make_model(kind, options.model, "auto"))
         quality[kind] = distance(exact, compiled, rows)
+        quality[kind]["reference divergence"] = distance(exact, reference, rows)["divergence"]
         print(kind, json.dumps(quality[kind]), flush=True)
         sides[kind, "compiled"] = compiled
-        sides[kind, "reference"] = reference_runner(make_model(kind, options.model, "auto"))
+        sides[kind, "reference"] = reference
     speed = measure(sides, options.rounds)
     print(json.dumps(speed, indent=1))
     if options.json:

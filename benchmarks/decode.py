@@ -2,7 +2,7 @@
 rivals, in turn.
 
     python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
-        [--openvino PYTHON] [--keep FOLDER] [--plot FILE]
+        [--openvino PYTHON] [--keep FOLDER] [--plot FILE] [--dtype auto]
 
 Every round gives each side its turn, in this process or in one that waits on a pipe, so that all
 meet the same machine; medians over the rounds are compared. A turn is a prefill of 512 tokens, then
@@ -20,6 +20,12 @@ to the last token.
 
 Models in the rivals' formats are written to a temporary folder, or once and for all to that of
 `--keep`.
+
+A machine with AVX2 alone is imitated on another one by NUMBA_CPU_NAME=znver3 with
+NUMBA_CPU_FEATURES=+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt for our engine, by
+ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and `--dtype float32` for torch, and by a
+llama-cpp-python that is built with GGML_NATIVE=OFF and GGML_AVX2, GGML_FMA, GGML_F16C and
+GGML_BMI2=ON; OpenVINO is left out.
 """
 
 import argparse
@@ -301,10 +307,11 @@ def main() -> None:
         help="Python that has optimum-intel; default: this one",
     )
     parser.add_argument("--plot", type=Path, default=Path("decode.png"), help="picture to draw")
+    parser.add_argument("--dtype", default="auto", help="dtype of our eager engine")
     parser.add_argument("--keep", type=Path, help="folder for models in the rivals' formats")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, _ = deepseek.load(options.base)
+    model, _ = deepseek.load(options.base, dtype=options.dtype)
     compiled = CompiledRunner(model)
     turns = {
         "ours int8": engine(compiled),
