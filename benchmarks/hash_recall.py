@@ -3,24 +3,28 @@ that no hash saw.
 
     python benchmarks/corpora.py code-a prose science code-b public-prose public-code
     python benchmarks/hash_recall.py                  # 4,096 and 8,192 tokens; hashes are fitted first, once
+    python benchmarks/hash_recall.py --layers 2 --lengths 4096 --json FILE    # a part, to try something
 
 Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain
-queries and keys, the calibrated hash, and the exact best keys of the same budget, which no choice
-of keys can beat.
+queries and keys, the calibrated hash, the learned indexer of DeepSeek Sparse Attention, which
+scores every key and is trained on the same texts (`lightning_indexer.py`), and the exact best keys
+of the same budget, which no choice of keys can beat.
 """
 
 import argparse
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import FOLDER, save
+from lightning_indexer import Indexer, IndexerSettings, fit_indexer, indexed_keys, rotation
+from results import add_output, write
 
 import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home
+from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data.text.encode import long_texts
 from deepseek.data.text.public import documents_at
 from deepseek.evaluate.attention_recall import (
@@ -34,11 +38,14 @@ from deepseek.evaluate.attention_recall import (
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import LinearHash, load_hashes, save_hashes
 from deepseek.model.attention.lsh import RandomHash
+from deepseek.train.hash.attention_inputs import stream_layers
 from deepseek.train.hash.distill import HashSettings, distill_hashes
 from deepseek.train.loop.progress import ProgressBar
 
 BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
+FITTED = ("calibrated", "distilled")
+INDEXERS = {"indexer": IndexerSettings(), "indexer per group": IndexerSettings(per_group=True)}
 FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
@@ -57,55 +64,133 @@ def main() -> None:
     parser.add_argument(
         "--queries", type=int, default=48, help="queries of each text, in its second half"
     )
+    parser.add_argument("--layers", type=int, help="measure only so many layers; default: all")
+    parser.add_argument(
+        "--indexer-steps", type=int, default=IndexerSettings().steps, help="training steps a layer"
+    )
+    add_output(parser, "hash_recall")
     options = parser.parse_args()
     model, tokenizer = deepseek.load(BASE, dtype="float32")
-    hashes: dict[str, Any] = {
-        kind: fitted(model, tokenizer, kind) for kind in ("calibrated", "distilled")
-    }
+    count = options.layers
+    hashes: dict[str, Any] = {kind: fitted(model, tokenizer, kind, count) for kind in FITTED}
     hashes["random"] = random_hashes(model)
+    seconds = {kind: read_json(path) for kind in FITTED if (path := timed(kind, count)).exists()}
+    indexers, more_seconds = fit_indexers(model, tokenizer, options.indexer_steps, count)
     figures = {}
     for length in options.lengths:
         ids_RT = torch.cat([long_texts(corpus(name), tokenizer, 1, length) for name in TEST])
-        figures[length] = measure(model, ids_RT, hashes, options.queries)
+        figures[length] = measure(model, ids_RT, hashes, indexers, options.queries)
         print_table(length, figures[length])
         looks = {
             length: asdict(one) | {"probes": PROBES[length]} for length, one in WINDOWS.items()
         }
-        save(
-            "hash_recall",
+        write(
+            options.json,
             {
                 "fit": FIT,
                 "test": TEST,
                 "settings": asdict(HashSettings()),
                 "windows": looks,
                 "queries": options.queries,
+                "indexer": asdict(INDEXERS["indexer"]) | {"steps": options.indexer_steps},
+                "seconds": seconds | more_seconds,
+                "multiply_adds": multiply_adds(model, indexers, list(figures)),
                 "figures": figures,
             },
         )
-        draw(figures, FOLDER / "hash_recall.png")
+        draw(figures, options.json.with_suffix(".png"))
 
 
 def corpus(name: str) -> list[Any]:
     return documents_at([home() / "corpora" / name])
 
 
-def fitted(model: Any, tokenizer: Any, kind: str) -> dict[int, LinearHash]:
-    """Return the hashes of a kind, fitted at the first call and then read."""
-    base, path = fingerprint(resolve(BASE)).weights, home() / "hash-recall" / f"{kind}.safetensors"
+def fit_texts(tokenizer: Any) -> torch.Tensor:
+    documents = [document for name in FIT for document in corpus(name)]
+    return long_texts(documents, tokenizer, 6, 4096)
+
+
+def measured_layers(model: Any, count: int | None) -> range:
+    """Return so many layers after the first two, or all of these."""
+    return range(FIRST, len(model.layers) if count is None else FIRST + count)
+
+
+def fitted(
+    model: Any, tokenizer: Any, kind: str, count: int | None = None
+) -> dict[int, LinearHash]:
+    """Return the hashes of a kind, of all layers but the first two or of the first `count` of them,
+    fitted at the first call and then read.
+    """
+    base, path = fingerprint(resolve(BASE)).weights, hash_file(kind, count)
     if not path.exists():
-        documents = [document for name in FIT for document in corpus(name)]
+        started = time.perf_counter()
         settings = HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
         with ProgressBar() as progress:
             found = distill_hashes(
                 model,
-                long_texts(documents, tokenizer, 6, 4096),
+                fit_texts(tokenizer),
                 settings,
-                range(FIRST, len(model.layers)),
+                measured_layers(model, count),
                 path.with_suffix(".layers"),
                 progress=lambda done, total, _: progress(done, total, kind),
             )
+        write_json(timed(kind, count), round(time.perf_counter() - started, 1))
         save_hashes(path, found, base)
     return load_hashes(path, base)
+
+
+def hash_file(kind: str, count: int | None) -> Path:
+    """Return the file of the hashes of a kind."""
+    part = "" if count is None else f"-{count}"
+    return home() / "hash-recall" / f"{kind}{part}.safetensors"
+
+
+def timed(kind: str, count: int | None) -> Path:
+    """Return the file with the seconds that fitting took, a pass of the model included."""
+    return hash_file(kind, count).with_suffix(".json")
+
+
+def fit_indexers(
+    model: Any, tokenizer: Any, steps: int, count: int | None
+) -> tuple[dict[str, dict[int, Indexer]], dict[str, float]]:
+    """Return indexers of each kind for the layers that have a hash, trained on the same texts, and
+    the seconds that training took. "pass" is the time of the model on the texts, which the seconds
+    of the hashes include.
+    """
+    layers = measured_layers(model, count)
+    windows, rotate = HashSettings().windows, rotation(model)
+    found: dict[str, dict[int, Indexer]] = {name: {} for name in INDEXERS}
+    seconds = dict.fromkeys([*INDEXERS, "pass"], 0.0)
+    started = time.perf_counter()
+    with ProgressBar() as progress:
+        for layer, texts in stream_layers(model, fit_texts(tokenizer)):
+            seconds["pass"] += time.perf_counter() - started
+            for name, settings in INDEXERS.items() if layer in layers else ():
+                started = time.perf_counter()
+                dials = replace(settings, steps=steps)
+                found[name][layer] = fit_indexer(texts, dials, windows, rotate)
+                seconds[name] += time.perf_counter() - started
+            progress(layer + 1, layers.stop, "indexers")
+            if layer + 1 == layers.stop:
+                break
+            started = time.perf_counter()
+    return found, {name: round(value, 1) for name, value in seconds.items()}
+
+
+def multiply_adds(
+    model: Any, indexers: dict[str, dict[int, Indexer]], lengths: list[int]
+) -> dict[int, dict[str, int]]:
+    """Return the multiply-adds by which a layer chooses the keys of a query, by number of keys. The
+    scores of all keys, which the choice saves, are beside them.
+    """
+    config = model.config
+    heads = config.num_attention_heads
+    hashed = (heads + config.num_key_value_heads) * config.head_dim * HashSettings().num_buckets
+    return {
+        length: {"hash": hashed, "scores of all keys": heads * config.head_dim * length}
+        | {name: by_layer[FIRST].multiply_adds(length) for name, by_layer in indexers.items()}
+        for length in lengths
+    }
 
 
 def random_hashes(model: Any) -> dict[int, RandomHash]:
@@ -114,7 +199,11 @@ def random_hashes(model: Any) -> dict[int, RandomHash]:
 
 
 def measure(
-    model: Any, ids_RT: torch.Tensor, hashes: dict[str, Any], queries: int
+    model: Any,
+    ids_RT: torch.Tensor,
+    hashes: dict[str, Any],
+    indexers: dict[str, dict[int, Indexer]],
+    queries: int,
 ) -> dict[str, Any]:
     """Return recall, relative error and keys of every way, by layer and as means over layers and
     heads.
@@ -127,8 +216,11 @@ def measure(
         "random": hashed_keys(windows, probes, hashes["random"]),
         "calibrated": hashed_keys(windows, probes, hashes["calibrated"]),
         "distilled": hashed_keys(windows, probes, hashes["distilled"]),
-        "best": best_keys(windows, length // 8),
     }
+    for name, by_layer in indexers.items():
+        ways[name] = indexed_keys(windows, length // 8, by_layer)
+    ways["best"] = best_keys(windows, length // 8)
+    last = max(hashes["distilled"])
     layers: dict[str, dict[int, dict[str, list[float]]]] = {name: {} for name in ways}
     with ProgressBar() as progress:
         for layer, kept in attention_kept(model, ids_RT, ways, queries, FIRST):
@@ -137,7 +229,9 @@ def measure(
                     what: [round(value, 5) for value in getattr(one, what).tolist()]
                     for what in ("recall", "error", "keys")
                 }
-            progress(layer + 1, len(model.layers), f"{length} tokens")
+            progress(layer + 1, last + 1, f"{length} tokens")
+            if layer == last:
+                break
     return {name: means(by_layer) | {"layers": by_layer} for name, by_layer in layers.items()}
 
 
@@ -181,7 +275,7 @@ def draw(figures: dict[int, Any], path: Path) -> None:
     by_layer = ways["distilled"]["layers"]
     recall_LH = torch.tensor([row["recall"] for row in by_layer.values()])
     title = f"{length} tokens: attention kept by the distilled hash"
-    draw_recall(path.with_name("hash_recall_heads.png"), recall_LH, list(by_layer), title)
+    draw_recall(path.with_stem(f"{path.stem}_heads"), recall_LH, list(by_layer), title)
 
 
 if __name__ == "__main__":

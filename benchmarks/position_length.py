@@ -1,79 +1,112 @@
 """Which positional encoding trained on short rows still works on long ones: small models on real
 code.
 
-    python benchmarks/position_length.py CODE [CODE ...] [--rivals dpe yarn learned] [--seeds 0 1 2]
+    python benchmarks/position_length.py CODE [CODE ...] [--rivals dpe yarn drope] [--seeds 0 1 2]
+    python benchmarks/position_length.py CODE [CODE ...] --test-length 4096 8192
 
 Every rival is the same small model with the same data, order, seeds and number of steps; it is
-trained on rows of 1,024 tokens and scored on rows of 4,096 from files that were held out: by the
-next token, and by lines, which are completed if the model would write the whole line after what
-precedes it, greedily and to the line's end. "yarn" is
-the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and "dpe+yarn" that
-of "dpe" likewise. Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as
-one unknown token, which is no target. A run that was stopped goes on where it was, and one that is
-finished is not repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover
-whatever is finished. `benchmarks/corpora.py code-a code-b` fetches code.
+trained on rows of 1,024 tokens and scored on rows of 4,096 (`--test-length`) from files that were
+held out: by the next token, by whole lines and by needles (`long_rows.py`). Learned positions end
+at 4,096.
+
+"yarn" is the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and
+"dpe+yarn" that of "dpe" likewise. "drope" (arXiv:2512.12167) is trained with rotary positions for
+seven eighths of the steps, and without positions for the last eighth, with a warm-up and decay of
+the learning rate of its own. "drope+" costs little beside "rope", from whose finished model it
+starts, but has an eighth more steps than the others. Both are tested with the scores multiplied by
+the factor that suits the length best on training text.
+
+Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as one unknown token,
+which is no target. A run that was stopped goes on where it was, and one that is finished is not
+repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover whatever is
+finished, the picture for the first of the lengths. `benchmarks/corpora.py code-a code-b` fetches
+code.
 """
 
 import argparse
 import json
 import time
-from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from code_rows import BATCH, SHORT, VOCAB, Corpus, Windows, read_corpus
+from long_rows import BIN, needles, score, summary, targets_of
 from results import add_output, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deepseek import DeepSeekModel, ModelConfig
-from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, write_json
-from deepseek.text.tokenizer import encode_plain, load_tokenizer
 from deepseek.train.loop.loop import LoopConfig, LossOutput, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 
-SHORT, LONG = 1024, 4096
-BIN = 256  # neighbouring positions that are averaged
-BATCH = 1
-VOCAB = 2048
-UNKNOWN, END = 0, 1
-HELD_OUT = 0.1  # of the files
+LONG = 4096  # positions in training, and tokens of a test row unless `--test-length` says otherwise
+HEAD_WIDTH = 32
+RECALIBRATION = 1 / 8  # share of the steps that DroPE trains without positions
+FACTORS = (1.0, 1.1, 1.2, 1.3, 1.4)  # on the scores of DroPE in the test
+TUNING_ROWS = 4  # of training text, on which the factor is chosen
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": LONG / SHORT,
-    "original_max_position_embeddings": SHORT,
+ROPE = {"positional_encoding": "rope"}
+NONE = {"positional_encoding": "none"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        fields: its config.
+        share: its steps, as a share of `--steps`.
+        start: the training whose weights it starts from; "": random weights.
+    """
+
+    fields: dict[str, Any]
+    share: float = 1.0
+    start: str = ""
+
+
+TRAININGS = {
+    "learned": Training({"positional_encoding": "learned"}),
+    "rope": Training(ROPE),
+    "alibi": Training({"positional_encoding": "alibi"}),
+    "none": Training(NONE),
+    "dpe": Training({"positional_encoding": "dpe", "train_len": SHORT}),
+    "scaffold": Training(ROPE, 1 - RECALIBRATION),
+    "drope": Training(NONE, RECALIBRATION, start="scaffold"),
+    "drope+": Training(NONE, RECALIBRATION, start="rope"),
 }
 
 
 @dataclass(frozen=True)
 class Rival:
-    """An encoding: its config in training, what changes in the test, and whose training it
-    shares.
+    """A trained model as it is tested.
+
+    Attributes:
+        training: its training, which rivals share that differ in the test only.
+        yarn: whether its frequencies are scaled for the length of the test.
+        scaled: whether its scores are multiplied by a factor that suits the length of the test.
     """
 
-    fields: dict[str, Any]
-    test_fields: dict[str, Any]
-    trained_as: str
+    training: str
+    yarn: bool = False
+    scaled: bool = False
 
 
 RIVALS = {
-    "learned": Rival({"positional_encoding": "learned"}, {}, "learned"),
-    "rope": Rival({"positional_encoding": "rope"}, {}, "rope"),
-    "yarn": Rival({"positional_encoding": "rope"}, {"rope_parameters": YARN}, "rope"),
-    "alibi": Rival({"positional_encoding": "alibi"}, {}, "alibi"),
-    "none": Rival({"positional_encoding": "none"}, {}, "none"),
-    "dpe": Rival({"positional_encoding": "dpe", "train_len": SHORT}, {}, "dpe"),
-    "dpe+yarn": Rival(
-        {"positional_encoding": "dpe", "train_len": SHORT}, {"rope_parameters": YARN}, "dpe"
-    ),
+    "learned": Rival("learned"),
+    "rope": Rival("rope"),
+    "yarn": Rival("rope", yarn=True),
+    "alibi": Rival("alibi"),
+    "none": Rival("none"),
+    "dpe": Rival("dpe"),
+    "dpe+yarn": Rival("dpe", yarn=True),
+    "drope": Rival("drope", scaled=True),
+    "drope+": Rival("drope+", scaled=True),
 }
 
 
@@ -89,18 +122,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--test-rows", type=int, default=40)
+    parser.add_argument(
+        "--test-length", type=int, nargs="+", default=[LONG], choices=[2048, 4096, 8192]
+    )
     parser.add_argument("--runs", type=Path, default=home() / "bench" / "position_length")
     add_output(parser, "position_length")
     options = parser.parse_args()
-    stream, rows, ends_line = corpus(options.code, options.test_rows)
     folder = options.runs / run_name(options)
-    for seed in options.seeds:
-        for name in options.rivals:
-            record = folder / f"{name}-{seed}.json"
-            if not record.exists():
-                tested = train_rival(options, RIVALS[name], seed, stream, folder)
-                write_json(record, tested.figures | score(tested.model, rows, ends_line))
-            show(name, seed, json.loads(record.read_text()))
+    for length in options.test_length:
+        corpus = read_corpus(options.code, options.test_rows, length)
+        for seed in options.seeds:
+            for name in options.rivals:
+                if name != "learned" or length <= LONG:
+                    figures = tested(options, name, seed, corpus, folder)
+                    show(name, seed, figures)
     report(folder, options)
 
 
@@ -117,52 +152,6 @@ def run_name(options: argparse.Namespace) -> str:
         options.test_rows,
     )
     return sha256(repr(dials).encode()).hexdigest()[:12]
-
-
-def corpus(folders: list[Path], test_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the training files as one stream of ids, rows `[N, 4097]` of held-out files that are
-    long enough, and for each id whether it ends a line, `[VOCAB]`.
-    """
-    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
-    tokenizer = load_tokenizer(resolve("smollm2-135m"))
-    texts = encode_plain(tokenizer, [path.read_text(errors="replace") for path in files])
-    held = [
-        int(sha256(path.name.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT for path in files
-    ]
-    known = Counter(
-        i for ids, out in zip(texts, held, strict=True) if not out for i in ids
-    ).most_common(VOCAB - 2)
-    new_id = {old: new for new, (old, _) in enumerate(known, start=2)}
-    mapped = [torch.tensor([new_id.get(i, UNKNOWN) for i in ids] + [END]) for ids in texts]
-    stream = torch.cat([ids for ids, out in zip(mapped, held, strict=True) if not out])
-    long = [ids for ids, out in zip(mapped, held, strict=True) if out and len(ids) > LONG]
-    rows = [
-        ids[start : start + LONG + 1] for ids in long for start in range(0, len(ids) - LONG, SHORT)
-    ]
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:test_rows]
-    ends_line = torch.zeros(VOCAB, dtype=torch.bool)
-    for old, new in new_id.items():
-        ends_line[new] = "\n" in tokenizer.decode([old])
-    return stream, torch.stack([rows[i] for i in chosen]), ends_line
-
-
-class Windows:
-    """Random rows `[B, 1025]` of the stream, the same for every rival of a seed."""
-
-    def __init__(self, stream: Tensor, seed: int) -> None:
-        self.stream, self.seed, self.count = stream, seed, 0
-
-    def next(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)
-        self.count += 1
-        starts = torch.randint(len(self.stream) - SHORT, (BATCH, 1), generator=generator)
-        return self.stream[starts + torch.arange(SHORT + 1)]
-
-    def state(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
 
 
 class NextToken:
@@ -185,119 +174,120 @@ class NextToken:
         return {}
 
 
-def targets_of(rows: Tensor) -> Tensor:
-    """Return the next token of each, -100 where it is unknown."""
-    return torch.where(rows[:, 1:] == UNKNOWN, -100, rows[:, 1:])
-
-
 def config_of(options: argparse.Namespace, fields: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=options.width,
-        intermediate_size=8 * options.width // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 32,
-        max_position_embeddings=LONG,
-        use_cache=False,
-        **fields,
-    )
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": options.width,
+        "intermediate_size": 8 * options.width // 3 // 16 * 16,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.width // HEAD_WIDTH,
+        "max_position_embeddings": LONG,
+        "use_cache": False,
+    }
+    return ModelConfig(**(shape | fields))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A rival after its training, as it is tested, and what the training took."""
-
-    model: DeepSeekModel
-    figures: dict[str, Any]
-
-
-def train_rival(
-    options: argparse.Namespace, rival: Rival, seed: int, stream: Tensor, folder: Path
-) -> Trained:
-    """Train a rival, or go on with its training."""
+def trained(
+    options: argparse.Namespace, name: str, seed: int, stream: Tensor, folder: Path
+) -> DeepSeekModel:
+    """Return the model of a training, which goes on where it was stopped."""
+    training = TRAININGS[name]
     torch.manual_seed(seed)
-    model = DeepSeekModel(config_of(options, rival.fields)).train()
+    model = DeepSeekModel(config_of(options, training.fields)).train()
+    windows = Windows(stream, seed)
+    if training.start:
+        start = trained(options, training.start, seed, stream, folder)
+        model.load_state_dict(start.state_dict())
+        windows.count = steps_of(training.start, options.steps)
+    steps = steps_of(name, options.steps)
     optim = OptimConfig(options.learning_rate, warmup=0.1, weight_decay=0.1)
-    loop = LoopConfig(
-        optim, options.steps, evaluate_every=options.steps, checkpoint_every=200, keep=1, seed=seed
-    )
-    started = time.perf_counter()
+    loop = LoopConfig(optim, steps, evaluate_every=steps, checkpoint_every=200, keep=1, seed=seed)
     with ProgressBar() as progress:
-        train(
-            NextToken(model),
-            Windows(stream, seed),
-            loop,
-            folder / f"{rival.trained_as}-{seed}",
-            progress=progress,
-        )
-    seconds = time.perf_counter() - started
-    tested = DeepSeekModel(config_of(options, rival.fields | rival.test_fields)).eval()
-    tested.load_state_dict(model.state_dict())
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return Trained(tested, {"seconds": round(seconds, 1), "parameters": size})
+        train(NextToken(model), windows, loop, folder / f"{name}-{seed}", progress=progress)
+    return model
+
+
+def steps_of(name: str, steps: int) -> int:
+    """Return the steps of a training where rivals have `steps`."""
+    return max(1, round(TRAININGS[name].share * steps))
+
+
+def record_folder(folder: Path, length: int) -> Path:
+    """Return the folder with the figures of rows of a length."""
+    return folder if length == LONG else folder / f"tokens-{length}"
+
+
+def tested(
+    options: argparse.Namespace, name: str, seed: int, corpus: Corpus, folder: Path
+) -> dict[str, Any]:
+    """Return the figures of a rival, which is trained and tested unless they are there."""
+    length = corpus.rows.shape[1] - 1
+    record = record_folder(folder, length) / f"{name}-{seed}.json"
+    before = json.loads(record.read_text()) if record.exists() else {}
+    if "needles" in before:  # older records have none
+        return before
+    started = time.perf_counter()
+    model = trained(options, RIVALS[name].training, seed, corpus.stream, folder)
+    figures: dict[str, Any] = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    fields = test_fields(RIVALS[name], length)
+    weights = model.state_dict()
+    if RIVALS[name].scaled:
+        figures["score_factor"] = best_factor(options, fields, weights, corpus)
+        fields |= scores_times(figures["score_factor"])
+    model = with_weights(options, fields, weights)
+    figures |= score(model, corpus.rows, corpus.ends_line)
+    figures |= before
+    figures["needles"] = needles(model, corpus.rows, corpus.stream)
+    write_json(record, figures)
+    return figures
+
+
+def test_fields(rival: Rival, length: int) -> dict[str, Any]:
+    """Return the config of a rival for rows of a length."""
+    fields = TRAININGS[rival.training].fields | {"max_position_embeddings": max(LONG, length)}
+    if rival.yarn:
+        fields["rope_parameters"] = {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": length / SHORT,
+            "original_max_position_embeddings": SHORT,
+        }
+    return fields
+
+
+def with_weights(
+    options: argparse.Namespace, fields: dict[str, Any], weights: dict[str, Tensor]
+) -> DeepSeekModel:
+    """Return a model for the test."""
+    model = DeepSeekModel(config_of(options, fields)).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def scores_times(factor: float) -> dict[str, Any]:
+    """Return the config field by which attention scores are multiplied by a factor."""
+    return {"query_pre_attn_scalar": HEAD_WIDTH / factor**2}
 
 
 @torch.no_grad()
-def score(model: DeepSeekModel, rows: Tensor, ends_line: Tensor) -> dict[str, list[float]]:
-    """Return mean loss in nats, top-1 accuracy in per cent, and lines and those of them that are
-    completed, of each bin of positions.
+def best_factor(
+    options: argparse.Namespace, fields: dict[str, Any], weights: dict[str, Tensor], corpus: Corpus
+) -> float:
+    """Return the factor on scores with the lowest loss on rows of training text as long as those of
+    the test.
     """
-    losses, hits, known, lines, completed = torch.zeros(5, LONG // BIN)
-    for row in rows.split(1):
-        logits, targets = model(row[:, :-1]).logits[0].float(), targets_of(row)[0]
-        loss = cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-        right = logits.argmax(-1) == targets
-        losses += binned(loss)
-        hits += binned(right)
-        known += binned(targets >= 0)
-        for start, end in lines_of(row[0], ends_line):
-            lines[start // BIN] += 1
-            completed[start // BIN] += right[start:end].all()
-    return {
-        "loss": (losses / known).tolist(),
-        "top1": (100 * hits / known).tolist(),
-        "lines": lines.tolist(),
-        "completed": completed.tolist(),
-    }
-
-
-def binned(values: Tensor) -> Tensor:
-    """Return the sum of each bin of positions."""
-    return values.float().unflatten(0, (-1, BIN)).sum(-1)
-
-
-def lines_of(row: Tensor, ends_line: Tensor) -> list[tuple[int, int]]:
-    """Return the predictions `[start, end)` of each line of a row with its end, of at least three
-    tokens, all of them known.
-    """
-    ends = ends_line[row].nonzero().flatten().tolist()
-    unknown = (row == UNKNOWN).tolist()
-    return [
-        (before, end)
-        for before, end in pairwise(ends)
-        if end - before >= 3 and not any(unknown[before + 1 : end + 1])
-    ]
-
-
-def summary(record: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of the table."""
-    loss, top1 = record["loss"], record["top1"]
-    short, far = SHORT // BIN, 2 * SHORT // BIN
-    return {
-        "top1_to_1024": mean(top1[:short]),
-        "top1_1024_2048": mean(top1[short:far]),
-        "top1_2048_4096": mean(top1[far:]),
-        "loss_at_1024": loss[short - 1],
-        "loss_at_4096": loss[-1],
-        "lines_to_1024": completed_share(record, 0, short),
-        "lines_2048_4096": completed_share(record, far, LONG // BIN),
-    }
-
-
-def completed_share(record: dict[str, Any], first: int, last: int) -> float:
-    """Return the share of the lines in bins `[first, last)` that are completed, in per cent."""
-    lines = sum(record["lines"][first:last])
-    return 100 * sum(record["completed"][first:last]) / max(1, lines)
+    length = corpus.rows.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(corpus.stream) - length, (TUNING_ROWS, 1), generator=generator)
+    rows = corpus.stream[starts + torch.arange(length)]
+    losses = {}
+    for factor in FACTORS:
+        task = NextToken(with_weights(options, fields | scores_times(factor), weights))
+        losses[factor] = mean(float(task.loss(row, 0).loss) for row in rows.split(1))
+    return min(losses, key=losses.__getitem__)
 
 
 def show(name: str, seed: int, record: dict[str, Any]) -> None:
@@ -306,34 +296,49 @@ def show(name: str, seed: int, record: dict[str, Any]) -> None:
 
 
 def report(folder: Path, options: argparse.Namespace) -> None:
-    """Print the table over all finished runs of this budget and write JSON and picture."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RIVALS}
-    for path in sorted(folder.glob("*-*.json")):
-        found[path.stem.rsplit("-", 1)[0]].append(json.loads(path.read_text()))
-    finished = {name: records for name, records in found.items() if records}
-    table = {name: averages(records) for name, records in finished.items()}
-    for name, row in table.items():
-        means = {key: value for key, value in row.items() if key != "by_seed"}
-        print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+    """Print the tables over all finished runs of this budget and write JSON and picture."""
+    found = {length: outcome(record_folder(folder, length)) for length in options.test_length}
+    for length, tables in found.items():
+        print(f"rows of {length} tokens")
+        for name, row in tables["table"].items():
+            means = {key: value for key, value in row.items() if key != "by_seed"}
+            print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
     budget = {
         name: getattr(options, name)
         for name in ("steps", "width", "layers", "learning_rate", "test_rows")
     }
-    curves = {
-        name: {kind: curve(records, kind) for kind in ("loss", "top1")}
-        for name, records in finished.items()
-    }
+    first, *others = options.test_length
     write(
         options.json,
-        {"budget": budget | {"batch_tokens": BATCH * SHORT}, "table": table, "curves": curves},
+        {
+            "budget": budget | {"batch_tokens": BATCH * SHORT, "test_length": first},
+            **found[first],
+            "other_lengths": {length: found[length] for length in others},
+        },
     )
-    plot(curves, options.json.with_suffix(".png"))
+    plot(found[first]["curves"], options.json.with_suffix(".png"))
+
+
+def outcome(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return table and curves over the records in a folder."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RIVALS}
+    for path in sorted(folder.glob("*-*.json")):
+        found[path.stem.rsplit("-", 1)[0]].append(json.loads(path.read_text()))
+    finished = {name: records for name, records in found.items() if records}
+    return {
+        "table": {name: averages(records) for name, records in finished.items()},
+        "curves": {
+            name: {kind: curve(records, kind) for kind in ("loss", "top1")}
+            for name, records in finished.items()
+        },
+    }
 
 
 def averages(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the means over seeds, and the figures of each."""
     rows = [summary(record) for record in records]
-    means = {key: mean(row[key] for row in rows) for key in rows[0]}
+    keys = [key for key in rows[0] if all(key in row for row in rows)]
+    means = {key: mean(row[key] for row in rows) for key in keys}
     return {"seeds": len(rows), **means, "by_seed": rows}
 
 

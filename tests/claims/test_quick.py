@@ -28,6 +28,7 @@ WITHOUT = {
     "compiled_kinds_gemma": "needs the weights of gemma3-270m",
     "compose": "trains eight experts",
     "decode": "not there yet: it compiles the engine's kernels for the tiny shape",
+    "decode_avx2": "decode on a processor that is imitated",
     "fresh": "trains for minutes, and starts a server",
     "healing": "not there yet: it compiles the engine's kernels for the tiny shape",
     "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
@@ -82,3 +83,17 @@ def test_the_quick_command_writes_its_result(name: str, quick_home: Path) -> Non
     record = json.loads((places.results / f"{name}.json").read_text())
     assert {"machine", "threads", "commit", "command", "date"} <= record.keys()
     assert record["command"].startswith("python benchmarks/")
+
+
+@pytest.mark.slow
+def test_a_part_of_hash_recall_writes_all_rivals(quick_home: Path) -> None:
+    """No claim uses its result, so `claims.yaml` has no quick command for it."""
+    result = quick_home / "hash_recall.json"
+    part = ["--layers", "1", "--lengths", "4096", "--queries", "4", "--indexer-steps", "4"]
+    run(["benchmarks/hash_recall.py", *part, "--json", str(result)], quick_home)
+    record = json.loads(result.read_text())
+    ways = record["figures"]["4096"]
+    assert {"local", "distilled", "indexer", "indexer per group", "best"} <= ways.keys()
+    assert ways["indexer"]["keys"] == ways["best"]["keys"] == 512
+    cost = record["multiply_adds"]["4096"]
+    assert cost["hash"] < cost["indexer"]

@@ -11,6 +11,11 @@ from deepseek.data.text.document import Document, Kind
 MAX_FILE_BYTES = 1 << 20
 """Largest file to read; larger source files are nearly always data or generated."""
 
+PDF_SUFFIX = ".pdf"
+
+MAX_PDF_BYTES = 64 << 20
+"""Largest PDF file to read, figures and fonts included; preprint servers accept up to 50 MB."""
+
 MAX_LINE = 2_000
 """Longest line of code, in characters; longer ones come from minifiers and data dumps."""
 
@@ -34,7 +39,7 @@ LOCK_FILES = words("""
 """)
 DATA_SUFFIXES = words("""
     .csv .tsv .svg .map .lock .snap .ipynb .po .pot .mo .geojson .ics .patch .dump .sum .pem .key .crt .asc .sig
-    .pdf .png .jpg .jpeg .gif .webp .ico .bmp .tif .tiff .mp3 .mp4 .wav .ogg .webm .avi .mov .zip .gz .bz2 .xz .zst
+    .png .jpg .jpeg .gif .webp .ico .bmp .tif .tiff .mp3 .mp4 .wav .ogg .webm .avi .mov .zip .gz .bz2 .xz .zst
     .tar .7z .rar .jar .war .whl .egg .deb .rpm .so .dll .dylib .a .o .obj .lib .exe .bin .dat .db .sqlite .npy .npz
     .parquet .feather .arrow .h5 .hdf5 .pkl .pickle .pt .pth .safetensors .gguf .onnx .pyc .pyo .class .wasm .ttf
     .otf .woff .woff2 .eot .min.js .min.css
@@ -58,6 +63,19 @@ def reason_by_path(path: str) -> str | None:
     if pure.suffix in DATA_SUFFIXES or "".join(pure.suffixes[-2:]) in DATA_SUFFIXES:
         return "binary or data"
     return None
+
+
+def reason_in_git(path: str) -> str | None:
+    """Return why a file of a git repository is skipped unread, or None.
+
+    PDF files are skipped too: in a repository they are mostly built from other files.
+    """
+    return "binary or data" if path.lower().endswith(PDF_SUFFIX) else reason_by_path(path)
+
+
+def largest_size(path: str) -> int:
+    """Return the size in bytes up to which a file with this path is read."""
+    return MAX_PDF_BYTES if path.lower().endswith(PDF_SUFFIX) else MAX_FILE_BYTES
 
 
 def reason_by_content(text: str, kind: Kind) -> str | None:

@@ -19,7 +19,7 @@ from deepseek.data.text.filters import (
     Skipped,
     describe,
     file_document,
-    reason_by_path,
+    reason_in_git,
 )
 from deepseek.errors import DataError, shown
 from deepseek.terminal import unicode_only
@@ -312,7 +312,7 @@ def tree_documents(
         skipped: counter by reason.
     """
     for path, blob in tree_files(repository, commit.tree):
-        reason = reason_by_path(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
+        reason = reason_in_git(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
         if reason:
             skipped[reason] += 1
             continue
@@ -384,7 +384,7 @@ def patch_text(patch: pygit2.Patch | None) -> str:
     delta = patch.delta
     old = unicode_only(delta.old_file.path)
     new = unicode_only(delta.new_file.path)
-    if delta.is_binary or reason_by_path(new) or not patch.hunks:
+    if delta.is_binary or reason_in_git(new) or not patch.hunks:
         return ""
     status = delta.status_char()
     lines = [

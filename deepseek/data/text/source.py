@@ -1,4 +1,6 @@
-"""Read folders, JSONL and Parquet files as documents; HTML pages are reduced to readable text."""
+"""Read folders, JSONL and Parquet files as documents; HTML pages and PDF files are reduced to
+readable text.
+"""
 
 import json
 import math
@@ -15,13 +17,16 @@ from typing import Any
 from deepseek.checkpoint.files import existing_path, readable_file
 from deepseek.data.text.document import Document, conversation, not_empty
 from deepseek.data.text.filters import (
-    MAX_FILE_BYTES,
+    PDF_SUFFIX,
     Skipped,
     describe,
     file_document,
+    largest_size,
     reason_by_path,
     words,
 )
+from deepseek.data.text.pdf import pdf_to_text
+from deepseek.data.text.pdf_pages import UnreadablePdfError
 from deepseek.errors import DataError, shown
 from deepseek.terminal import is_unicode, unicode_only, visible
 
@@ -125,7 +130,7 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
     """Yield every text file under a folder (or one file), sorted by path, named `folder/path`.
 
-    Links to folders are not followed. HTML pages are reduced to their readable text.
+    Links to folders are not followed. HTML pages and PDF files are reduced to their readable text.
 
     Args:
         path: folder or file.
@@ -176,7 +181,7 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
     """
     try:
         status = file.stat()
-        if not file.is_file() or status.st_size > MAX_FILE_BYTES:
+        if not file.is_file() or status.st_size > largest_size(relative):
             skipped["too large" if file.is_file() else "not a file"] += 1
             return None
         data = file.read_bytes()
@@ -184,10 +189,29 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
         skipped["unreadable"] += 1
         return None
     name = unicode_only(f"{folder}/{relative}")
-    document = file_document(data, relative, name, int(status.st_mtime), skipped)
+    time = int(status.st_mtime)
+    if file.suffix.lower() == PDF_SUFFIX:
+        return pdf_document(data, name, time, skipped)
+    document = file_document(data, relative, name, time, skipped)
     if document and file.suffix.lower() in HTML_SUFFIXES:
         return replace(document, text=html_to_text(document.text))
     return document
+
+
+def pdf_document(data: bytes, name: str, time: int, skipped: Skipped) -> Document | None:
+    """Return the document of a PDF file, or None after counting in `skipped` why it is skipped.
+
+    Args:
+        data: content of the file.
+        name: name of the document.
+        time: creation time in seconds since 1970.
+        skipped: counter by reason.
+    """
+    try:
+        return Document(pdf_to_text(data), name, "text", time)
+    except UnreadablePdfError as error:
+        skipped[str(error)] += 1
+        return None
 
 
 def read_records(path: str | Path) -> Iterator[Document]:

@@ -11,7 +11,7 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import file_digest
 from deepseek.data.preferences.database import PreferenceDatabase
-from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped
+from deepseek.data.text.filters import Skipped, largest_size
 from deepseek.data.text.git import find_commit, open_repository, repository_name
 from deepseek.data.text.source import walk
 from deepseek.errors import DataError
@@ -80,7 +80,7 @@ def _add_folder(digest: Any, root: Path, without: Sequence[Path]) -> None:
         if any(_belongs(file, made) for made in without):
             continue
         try:
-            regular = file.is_file() and file.stat().st_size <= MAX_FILE_BYTES
+            regular = file.is_file() and file.stat().st_size <= largest_size(file.name)
             content = file_digest(file) if regular else ""
         except OSError:
             content = ""

@@ -1,0 +1,125 @@
+"""A code assistant: an expert of a repository completes lines where the cursor stands.
+
+    python examples/applications/code_assistant.py [REPOSITORY] [--minutes 5] [--cases 100]
+
+An expert is trained on the repository's files, half of them with gaps. A server then gets what
+llama.cpp's editor plug-ins send while somebody types, `POST /infill`, at lines of files that the
+training held out: with the base alone, and with the expert armed. A line is exact if it is the true
+one but for white space at its ends.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from serving import Client, served
+
+import deepseek
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home
+from deepseek.data import TokenShards
+from deepseek.data.text.decode import decode_documents
+from deepseek.evaluate.cases import Case, next_line_cases
+from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference
+from deepseek.text.tokenizer import load_tokenizer
+
+SEEN_LINES = 40
+"""Lines before the cursor that the editor sends."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("repository", nargs="?", type=Path, default=Path())
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--tokens", type=int, help="train on so many tokens; default: by --minutes")
+    parser.add_argument("--cases", type=int, default=100, help="lines to complete")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    repository = options.repository.resolve()
+    name = f"{repository.name.lower()}-editor"
+    pack = deepseek.train_expert(
+        options.base,
+        name=name,
+        from_folder=repository,
+        infill=0.5,
+        minutes=None if options.tokens else options.minutes,
+        tokens=options.tokens,
+    )
+    cases = held_out_lines(options.base, name, options.cases)
+    with served(options.base, [pack]) as client:
+        found = {
+            "base": [complete(client, case, []) for case in cases],
+            "expert": [complete(client, case, [name]) for case in cases],
+        }
+    scores = {side: score(replies, cases) for side, replies in found.items()}
+    show(scores, found, cases)
+    if options.json:
+        figures = {
+            side: {key: mean(values) for key, values in one.items()} for side, one in scores.items()
+        }
+        options.json.write_text(json.dumps({"cases": len(cases), **figures}, indent=1))
+
+
+def held_out_lines(base: str, name: str, count: int) -> list[Case]:
+    """Return lines of code files that the expert's training held out."""
+    shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
+    documents = decode_documents(shards, load_tokenizer(resolve(base)))
+    return next_line_cases((one for one in documents if one.kind == "code"), count)
+
+
+def complete(client: Client, case: Case, experts: list[str]) -> dict[str, Any]:
+    """Return what an editor's plug-in gets for the cursor at a line, and the milliseconds."""
+    *lines, cursor = case.before.split("\n")
+    start = time.perf_counter()
+    reply = client.post(
+        "/infill",
+        {
+            "input_prefix": "\n".join(lines[-SEEN_LINES:]) + "\n",
+            "prompt": cursor,
+            "input_suffix": f"\n{case.after}",
+            "n_predict": 48,
+            "stop": ["\n"],
+            "temperature": 0,
+            "experts": {"arm": experts},
+        },
+    )
+    return {"line": reply["content"], "ms": 1000 * (time.perf_counter() - start)}
+
+
+def score(replies: list[dict[str, Any]], cases: list[Case]) -> dict[str, list[float]]:
+    """Return the figures of each completion."""
+    pairs = [(reply["line"], case.target) for reply, case in zip(replies, cases, strict=True)]
+    return {
+        "exact": [float(is_exact(*pair)) for pair in pairs],
+        "similarity": [edit_similarity(*pair) for pair in pairs],
+        "milliseconds": [reply["ms"] for reply in replies],
+    }
+
+
+def show(
+    scores: dict[str, dict[str, list[float]]], found: dict[str, Any], cases: list[Case]
+) -> None:
+    """Print the figures of both sides, and the line whose completion gained most."""
+    print(f"\n{len(cases)} lines of held-out files")
+    for side, one in scores.items():
+        print(
+            f"{side:8} exact {mean(one['exact']):6.1%}  similarity {mean(one['similarity']):6.1%}  "
+            f"{median(one['milliseconds']):5.0f} ms a completion"
+        )
+    base, expert = (scores[side]["similarity"] for side in ("base", "expert"))
+    print(f"similarity by the expert: {paired_difference(expert, base)}")
+    gains = [mine - other for mine, other in zip(expert, base, strict=True)]
+    place = gains.index(max(gains))
+    print(f"\nlargest gain, {cases[place].name}:\n  true    {cases[place].target}")
+    for side in scores:
+        print(f"  {side:7} {found[side][place]['line'].strip()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A server for the applications: on a free port, in a thread of this process."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from deepseek.engine.start import start_engine
+from deepseek.server.app import create_app
+from deepseek.server.connection import http_config
+from deepseek.server.run import address, listen
+from deepseek.server.service import Settings
+
+MODEL = "base"
+"""Name of the base in requests."""
+
+
+class Client:
+    """Sends requests as any client of the server's HTTP API does.
+
+    Args:
+        url: address of the server.
+        key: API key; empty: none.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
+        self.url = url
+        self.headers = {"Content-Type": "application/json"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+
+    def get(self, path: str) -> str:
+        """Return the reply to a GET request."""
+        return self._send("GET", path)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON reply to a POST request."""
+        return dict(json.loads(self._send("POST", path, json.dumps(body).encode())))
+
+    def delete(self, path: str) -> None:
+        """Send a DELETE request."""
+        self._send("DELETE", path)
+
+    def _send(self, method: str, path: str, body: bytes | None = None) -> str:
+        request = urllib.request.Request(self.url + path, body, self.headers, method=method)
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return str(reply.read().decode())
+        except urllib.error.HTTPError as error:
+            error.add_note(error.read().decode())  # says what is wrong
+            raise
+
+
+@contextmanager
+def served(
+    base: str, experts: Sequence[Path] = (), settings: Settings | None = None
+) -> Iterator[Client]:
+    """Serve a base with experts plugged in, until the block ends.
+
+    Args:
+        base: name or folder of the base model.
+        experts: packs to plug in.
+        settings: further settings of the server; default: none.
+
+    Yields:
+        A client without a key.
+    """
+    settings = replace(settings or Settings(), port=0, model=MODEL)
+    with closing(listen(settings)) as listener, start_engine(base, experts=experts) as engine:
+        app = create_app(engine, settings)
+        server = uvicorn.Server(http_config(app))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield Client(address(listener, settings.host))
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,173 @@
+"""A team's server: experts of several sources, keys with the experts that they may use, and an
+update that is plugged in while it serves.
+
+    python examples/applications/team_server.py shop=FOLDER manual=FOLDER ... [--minutes 2]
+
+An expert is trained on each folder. Each gets a key that may use no other expert. Its team asks for
+continuations of passages that the training held out, without naming an expert; asks once for
+an expert of another team, which is refused; and goes on asking while one expert is replaced by its
+update: the newest file of its source is kept from the first training. Prints what the metrics
+count.
+"""
+
+import argparse
+import json
+import re
+import secrets
+import shutil
+import threading
+import time
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+from serving import MODEL, Client, served
+
+import deepseek
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home
+from deepseek.data import TokenShards
+from deepseek.data.text.decode import decode_documents
+from deepseek.evaluate.cases import next_line_cases
+from deepseek.server.service import Settings
+from deepseek.text.tokenizer import load_tokenizer
+
+CHARACTERS = 600
+"""Characters of a passage that is sent as a prompt."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--minutes", type=float, default=2.0, help="for each expert")
+    parser.add_argument("--tokens", type=int, help="of each expert; default: by --minutes")
+    parser.add_argument("--asked", type=int, default=16, help="passages of each team")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    sources = dict(source.split("=", 1) for source in options.sources)
+    updated = next(iter(sources))
+    kept, copied = without_newest(Path(sources[updated]), updated)
+    sources[updated] = str(copied)
+    amount = {"tokens": options.tokens} if options.tokens else {"minutes": options.minutes}
+    packs = [
+        deepseek.train_expert(options.base, name=name, from_folder=folder, **amount)
+        for name, folder in sources.items()
+    ]
+    keys = {name: secrets.token_urlsafe(32) for name in sources}
+    admin = secrets.token_urlsafe(32)
+    settings = Settings(
+        api_keys=frozenset(keys.values()),
+        key_experts={key: frozenset({name}) for name, key in keys.items()},
+        admin_keys=frozenset({admin}),
+    )
+    figures: dict[str, Any] = {"experts": len(packs), "teams": {}}
+    with served(options.base, packs, settings) as client:
+        teams = {name: Client(client.url, key) for name, key in keys.items()}
+        for name, team in teams.items():
+            figures["teams"][name] = asked(team, passages(options.base, name, options.asked))
+        figures["refused"] = refused(teams)
+        ask = Asking(teams[updated], passages(options.base, updated, options.asked))
+        start = time.perf_counter()
+        shutil.copy(kept, copied / kept.name)
+        deepseek.train_expert(update=updated, **amount)
+        replace(Client(client.url, admin), updated)
+        figures["update"] = {"seconds": time.perf_counter() - start, **ask.stop()}
+        metrics = Client(client.url, admin).get("/metrics")
+        figures["tokens"] = {
+            name: int(float(count))
+            for name, count in re.findall(r'expert_tokens_total{expert="(.*?)"} (\S+)', metrics)
+        }
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+def without_newest(source: Path, name: str) -> tuple[Path, Path]:
+    """Return the newest file of a folder, and a copy of the folder without it."""
+    newest = max(
+        (path for path in source.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_mtime,
+    )
+    copied = home() / "applications" / name
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(source, copied, ignore=lambda _, names: {newest.name} & set(names))
+    return newest, copied
+
+
+def passages(base: str, name: str, count: int) -> list[str]:
+    """Return beginnings of passages that the training of an expert held out."""
+    shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
+    documents = decode_documents(shards, load_tokenizer(resolve(base)))
+    return [case.before[-CHARACTERS:] for case in next_line_cases(documents, count)]
+
+
+def continued(team: Client, passage: str) -> dict[str, Any]:
+    """Return the reply to a passage."""
+    body = {"model": MODEL, "prompt": passage, "max_tokens": 24, "temperature": 0}
+    return team.post("/v1/completions", body)
+
+
+def asked(team: Client, prompts: list[str]) -> dict[str, Any]:
+    """Return how many tokens of the replies were written, and by which experts."""
+    experts: dict[str, int] = {}
+    tokens = 0
+    for prompt in prompts:
+        reply = continued(team, prompt)
+        tokens += reply["usage"]["completion_tokens"]
+        for name, count in reply.get("experts", {}).items():
+            experts[name] = experts.get(name, 0) + count
+    return {"replies": len(prompts), "tokens": tokens, "experts": experts}
+
+
+def refused(teams: dict[str, Client]) -> int:
+    """Return how many teams are refused when they ask for the expert of the next one."""
+    count = 0
+    names = list(teams)
+    for place, name in enumerate(names):
+        other = names[(place + 1) % len(names)]
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 1, "experts": {"arm": [other]}}
+        try:
+            teams[name].post("/v1/completions", body)
+        except urllib.error.HTTPError as error:
+            count += error.code == 403
+    return count
+
+
+def replace(admin: Client, name: str) -> None:
+    """Replace a plugged expert by its pack in the experts folder."""
+    admin.delete(f"/v1/experts/{name}")
+    admin.post("/v1/experts", {"name": name})
+
+
+class Asking:
+    """A team that asks one passage after another until it is stopped."""
+
+    def __init__(self, team: Client, prompts: list[str]) -> None:
+        self.team = team
+        self.prompts = prompts
+        self.replies = 0
+        self.failures = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            try:
+                continued(self.team, self.prompts[self.replies % len(self.prompts)])
+                self.replies += 1
+            except urllib.error.URLError:
+                self.failures += 1
+
+    def stop(self) -> dict[str, int]:
+        """Stop, and return how many replies came and how many requests failed."""
+        self.done.set()
+        self.thread.join()
+        return {"replies": self.replies, "failures": self.failures}
+
+
+if __name__ == "__main__":
+    main()
