@@ -35,6 +35,7 @@ WITHOUT = {
     "human_prefs": "needs pairs of people, and a random model's answers give nothing to learn from",
     "infilling": "not there yet: it compiles the engine's kernels for the tiny shape",
     "int8_quality": "not there yet: it compiles the engine's kernels for the tiny shape",
+    "int8_quality_gemma": "needs the weights of gemma3-270m",
     "int8_quality_dmoe": "needs the models that `params` has trained",
     "lsh_slot_in_28_probes_far_tuned": "its texts have 8,192 tokens",
     "many_experts": "trains sixty-four experts; tests/engine/test_many_experts.py runs it with few",
