@@ -20,7 +20,15 @@ from deepseek.cli.job_reference import JOBS, PublicJob, page
 from deepseek.cli.main import main
 from deepseek.errors import ConfigError
 from deepseek.evaluate import stage as evaluation
-from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, pretrain
+from deepseek.train.jobs import (
+    adapt,
+    align,
+    arguments,
+    distill_hash,
+    expert,
+    expert_request,
+    pretrain,
+)
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
@@ -81,8 +89,8 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
     monkeypatch.setattr(evaluation, "_inputs", lambda _: "")  # it reads texts and packs
     for module in (adapt, align, expert, pretrain):
         monkeypatch.setattr(module, "run_once", run_once)
-    monkeypatch.setattr(expert, "resolve", Path)
-    monkeypatch.setattr(expert, "layers_in", lambda _: tuple(range(30)))
+    monkeypatch.setattr(expert_request, "resolve", Path)
+    monkeypatch.setattr(expert_request, "layers_in", lambda _: tuple(range(30)))
     monkeypatch.setattr(job_command, "fetch", lambda _: None)
     for name, result in {
         "load": (None, None),
