@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from serving import Client, served
+from serving import Client, run, served
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
@@ -113,7 +113,11 @@ def show(
             f"{median(one['milliseconds']):5.0f} ms a completion"
         )
     base, expert = (scores[side]["similarity"] for side in ("base", "expert"))
-    print(f"similarity by the expert: {paired_difference(expert, base)}")
+    change = paired_difference(expert, base)
+    print(
+        f"the expert's similarity over the base's: {change.mean:+.1%} "
+        f"({change.low:+.1%} to {change.high:+.1%})"
+    )
     gains = [mine - other for mine, other in zip(expert, base, strict=True)]
     place = gains.index(max(gains))
     print(f"\nlargest gain, {cases[place].name}:\n  true    {cases[place].target}")
@@ -122,4 +126,4 @@ def show(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

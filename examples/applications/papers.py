@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serving import run
+
 import deepseek
 from deepseek.data.builders.facts import is_right
 from deepseek.data.builders.questions import Question
@@ -123,4 +125,4 @@ def show(name: str, one: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,11 +1,13 @@
-"""A server for the applications: on a free port, in a thread of this process."""
+"""What the applications share: a server in a thread of this process, and messages for bad input."""
 
+import argparse
 import json
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from deepseek.engine.start import start_engine
+from deepseek.errors import UserError
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.run import address, listen
@@ -57,6 +60,23 @@ class Client:
         except urllib.error.HTTPError as error:
             error.add_note(error.read().decode())  # says what is wrong
             raise
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """Return name and folder of an argument `NAME=FOLDER`."""
+    name, equals, folder = text.partition("=")
+    if not equals or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder that exists")
+    return name, Path(folder)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program; an error that its user can mend is one sentence, with exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager

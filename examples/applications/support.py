@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from serving import MODEL, Client, served
+from serving import MODEL, Client, named_folder, run, served
 
 import deepseek
 from deepseek.checkpoint.store import home
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("texts", nargs="*", metavar="LANGUAGE=FOLDER")
+    parser.add_argument("texts", nargs="*", type=named_folder, metavar="LANGUAGE=FOLDER")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each language")
     parser.add_argument("--tokens", type=int, help="of each language; default: by --minutes")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--layers", default="all", help="of the shop's expert")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    folders = dict(text.split("=", 1) for text in options.texts)
+    folders = dict(options.texts)
     questions, conversations = divided(CONVERSATIONS.read_text().splitlines())
     taught = home() / "applications" / "shop.jsonl"
     taught.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def divided(lines: list[str]) -> tuple[list[Question], list[str]]:
 
 
 def answered(
-    client: Client, questions: list[Question], language: str, folders: dict[str, str]
+    client: Client, questions: list[Question], language: str, folders: dict[str, Path]
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each composition of experts on the questions of a language."""
     compositions: dict[str, Any] = {"none": [], "shop": ["shop"]}
@@ -131,4 +131,4 @@ def ask(client: Client, question: str, experts: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,7 +21,7 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
-from serving import MODEL, Client, served
+from serving import MODEL, Client, named_folder, run, served
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
@@ -40,17 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("sources", nargs="+", type=named_folder, metavar="NAME=FOLDER")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=2.0, help="for each expert")
     parser.add_argument("--tokens", type=int, help="of each expert; default: by --minutes")
     parser.add_argument("--asked", type=int, default=16, help="passages of each team")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    sources = dict(source.split("=", 1) for source in options.sources)
+    sources = dict(options.sources)
+    if len(sources) < 2:
+        parser.error("name at least two sources, for two teams")
     updated = next(iter(sources))
-    kept, copied = without_newest(Path(sources[updated]), updated)
-    sources[updated] = str(copied)
+    kept, sources[updated] = without_newest(sources[updated], updated)
     amount = {"tokens": options.tokens} if options.tokens else {"minutes": options.minutes}
     packs = [
         deepseek.train_expert(options.base, name=name, from_folder=folder, **amount)
@@ -71,7 +72,7 @@ def main() -> None:
         figures["refused"] = refused(teams)
         ask = Asking(teams[updated], passages(options.base, updated, options.asked))
         start = time.perf_counter()
-        shutil.copy(kept, copied / kept.name)
+        shutil.copy(kept, sources[updated] / kept.name)
         deepseek.train_expert(update=updated, **amount)
         replace(Client(client.url, admin), updated)
         figures["update"] = {"seconds": time.perf_counter() - start, **ask.stop()}
@@ -170,4 +171,4 @@ class Asking:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
