@@ -102,8 +102,8 @@ def serve(
         ),
     ] = 20.0,
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY, which may use
-    all experts, and DEEPSEEK_ADMIN_KEY.
+    """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY, which may
+    use all experts, and DEEPSEEK_ADMIN_KEY.
     """
     from deepseek.cli.waiting import Waiting
     from deepseek.packs.library import experts_folder as usual_folder

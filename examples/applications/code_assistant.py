@@ -8,14 +8,13 @@ training held out: with the base alone, and with the expert armed. A line is exa
 one but for white space at its ends.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from serving import Client, run, served
+from serving import Client, add_tokens, amount_of, parser_of, run, served
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
@@ -31,25 +30,15 @@ SEEN_LINES = 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, minutes=5.0)
+    add_tokens(parser)
     parser.add_argument("repository", nargs="?", type=Path, default=Path())
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--tokens", type=int, help="train on so many tokens; default: by --minutes")
     parser.add_argument("--cases", type=int, default=100, help="lines to complete")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     repository = options.repository.resolve()
     name = f"{repository.name.lower()}-editor"
     pack = deepseek.train_expert(
-        options.base,
-        name=name,
-        from_folder=repository,
-        infill=0.5,
-        minutes=None if options.tokens else options.minutes,
-        tokens=options.tokens,
+        options.base, name=name, from_folder=repository, infill=0.5, **amount_of(options)
     )
     cases = held_out_lines(options.base, name, options.cases)
     with served(options.base, [pack]) as client:

@@ -8,13 +8,12 @@ words, and right if the answer states what the paper does. The base, retrieval, 
 together answer them, and write lines of the papers that were held out.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from serving import run
+from serving import parser_of, run
 
 import deepseek
 from deepseek.data.builders.facts import is_right
@@ -37,17 +36,12 @@ RIVALS = ("rag",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, minutes=10.0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", default="papers-asked", help="name of the expert")
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time to train")
     parser.add_argument("--questions", type=int, default=100, help="questions about either part")
     parser.add_argument("--cases", type=int, default=200, help="held-out lines to write")
     parser.add_argument("--quick", action="store_true", help="train on little, to see it run")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     effort = QUICK if options.quick else {"layers": "all", "minutes": options.minutes}
     pack = deepseek.train_expert(

@@ -62,6 +62,34 @@ class Client:
             raise
 
 
+def parser_of(document: str, minutes: float) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that all applications have.
+
+    Args:
+        document: docstring of the program.
+        minutes: default time to train an expert.
+    """
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--minutes", type=float, default=minutes, help="to train each expert")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of programs that can train by the amount of text instead."""
+    parser.add_argument("--tokens", type=int, help="of each expert; default: by --minutes")
+
+
+def amount_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how much to train, for `deepseek.train_expert`."""
+    if options.tokens:
+        return {"tokens": options.tokens}
+    return {"minutes": options.minutes}
+
+
 def named_folder(text: str) -> tuple[str, Path]:
     """Return name and folder of an argument `NAME=FOLDER`."""
     name, equals, folder = text.partition("=")

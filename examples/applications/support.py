@@ -10,14 +10,13 @@ its language, that of the shop, or both, with weights. An answer is right if it 
 for word.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from serving import MODEL, Client, named_folder, run, served
+from serving import MODEL, Client, add_tokens, amount_of, named_folder, parser_of, run, served
 
 import deepseek
 from deepseek.checkpoint.store import home
@@ -38,16 +37,11 @@ class Question:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, minutes=5.0)
+    add_tokens(parser)
     parser.add_argument("texts", nargs="*", type=named_folder, metavar="LANGUAGE=FOLDER")
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for each language")
-    parser.add_argument("--tokens", type=int, help="of each language; default: by --minutes")
     parser.add_argument("--epochs", type=int, default=8, help="over the shop's conversations")
     parser.add_argument("--layers", default="all", help="of the shop's expert")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     folders = dict(options.texts)
     questions, conversations = divided(CONVERSATIONS.read_text().splitlines())
@@ -65,13 +59,7 @@ def main() -> None:
         )
     ]
     packs += [
-        deepseek.train_expert(
-            options.base,
-            name=language,
-            from_folder=folder,
-            minutes=None if options.tokens else options.minutes,
-            tokens=options.tokens,
-        )
+        deepseek.train_expert(options.base, name=language, from_folder=folder, **amount_of(options))
         for language, folder in folders.items()
     ]
     with served(options.base, packs) as client:

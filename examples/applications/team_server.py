@@ -10,7 +10,6 @@ update: the newest file of its source is kept from the first training. Prints wh
 count.
 """
 
-import argparse
 import json
 import re
 import secrets
@@ -21,7 +20,7 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
-from serving import MODEL, Client, named_folder, run, served
+from serving import MODEL, Client, add_tokens, amount_of, named_folder, parser_of, run, served
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
@@ -37,22 +36,17 @@ CHARACTERS = 600
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, minutes=2.0)
+    add_tokens(parser)
     parser.add_argument("sources", nargs="+", type=named_folder, metavar="NAME=FOLDER")
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--minutes", type=float, default=2.0, help="for each expert")
-    parser.add_argument("--tokens", type=int, help="of each expert; default: by --minutes")
     parser.add_argument("--asked", type=int, default=16, help="passages of each team")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     sources = dict(options.sources)
     if len(sources) < 2:
         parser.error("name at least two sources, for two teams")
     updated = next(iter(sources))
     kept, sources[updated] = without_newest(sources[updated], updated)
-    amount = {"tokens": options.tokens} if options.tokens else {"minutes": options.minutes}
+    amount = amount_of(options)
     packs = [
         deepseek.train_expert(options.base, name=name, from_folder=folder, **amount)
         for name, folder in sources.items()
@@ -72,7 +66,7 @@ def main() -> None:
         figures["refused"] = refused(teams)
         ask = Asking(teams[updated], passages(options.base, updated, options.asked))
         start = time.perf_counter()
-        shutil.copy(kept, sources[updated] / kept.name)
+        shutil.copy(options.sources[0][1] / kept, sources[updated] / kept)
         deepseek.train_expert(update=updated, **amount)
         replace(Client(client.url, admin), updated)
         figures["update"] = {"seconds": time.perf_counter() - start, **ask.stop()}
@@ -87,15 +81,17 @@ def main() -> None:
 
 
 def without_newest(source: Path, name: str) -> tuple[Path, Path]:
-    """Return the newest file of a folder, and a copy of the folder without it."""
+    """Return the path of a folder's newest file in it, and a copy of the folder without it."""
     newest = max(
         (path for path in source.rglob("*") if path.is_file()),
         key=lambda path: path.stat().st_mtime,
     )
     copied = home() / "applications" / name
     shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(source, copied, ignore=lambda _, names: {newest.name} & set(names))
-    return newest, copied
+    shutil.copytree(source, copied)
+    place = newest.relative_to(source)
+    (copied / place).unlink()
+    return place, copied
 
 
 def passages(base: str, name: str, count: int) -> list[str]:

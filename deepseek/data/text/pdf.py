@@ -6,6 +6,7 @@ pages (`pdf_pages`) -> without running heads -> words joined at line ends -> par
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from unicodedata import normalize
 
 from deepseek.data.text.pdf_pages import UnreadablePdfError, pdf_pages
@@ -55,7 +56,7 @@ def pdf_to_text(data: bytes) -> str:
     pages = [page_lines(page) for page in pdf_pages(data)]
     for _ in range(EDGES):
         pages = without_running_heads(pages)
-    text = "\n".join(line for page in pages for line in page)
+    text = "\n".join(chain.from_iterable(pages))
     if not text:
         raise UnreadablePdfError(WITHOUT_TEXT)
     return with_paragraphs(joined_words(text).splitlines())

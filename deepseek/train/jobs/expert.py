@@ -182,7 +182,16 @@ class ExpertRun(TextRun):
         return self.checked_plan(texts, seconds_left, speed)
 
     def checked_plan(self, texts: Texts, seconds: float | None, speed: Speed) -> TrainingPlan:
-        """Return a plan for a time budget, None for no limit, if the gates can be fitted after it."""
+        """Return a plan with enough tokens for the gates.
+
+        Args:
+            texts: packed rows.
+            seconds: time budget; None: unlimited.
+            speed: measured seconds per row.
+
+        Raises:
+            TrainError: the plan has too few tokens, or not one step fits.
+        """
         request = self.request
         amount = Amount(
             request.tokens,
