@@ -5,6 +5,7 @@ from pathlib import Path
 import pygit2
 import pytest
 
+from deepseek.data.text.filters import MAX_FILE_BYTES
 from deepseek.errors import DataError
 from deepseek.train.text.corpus import Source
 from deepseek.train.text.inputs import text_digest
@@ -39,6 +40,14 @@ def test_a_folder_that_changes_is_another_input(tmp_path: Path) -> None:
     changed = text_digest(Source(folder=tmp_path))
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     assert len({before, changed, text_digest(Source(folder=tmp_path))}) == 3
+
+
+@pytest.mark.parametrize(("name", "counts"), [("a.pdf", True), ("a.txt", False)])
+def test_a_file_counts_up_to_the_size_that_is_read(tmp_path: Path, name: str, counts: bool) -> None:
+    (tmp_path / name).write_bytes(b"a" * 2 * MAX_FILE_BYTES)
+    before = text_digest(Source(folder=tmp_path))
+    (tmp_path / name).write_bytes(b"b" * 2 * MAX_FILE_BYTES)
+    assert (text_digest(Source(folder=tmp_path)) != before) == counts
 
 
 def test_what_the_run_writes_does_not_count(tmp_path: Path) -> None:
