@@ -284,6 +284,18 @@ def test_chats_are_kept_found_exported_and_deleted(page: "Page") -> None:
     expect(page.locator("#log .empty")).to_be_visible()
 
 
+def test_a_slow_start_does_not_take_the_focus_from_the_search(page: "Page") -> None:
+    held: list[Any] = []
+    page.route("**/v1/teach", lambda route: held.append(route))
+    with page.expect_request("**/v1/teach"):
+        page.reload()
+    page.locator("#search").focus()
+    held[0].continue_()
+    page.evaluate("import('/static/app.js').then(() => null)")  # until the page is set up
+    page.keyboard.insert_text("values")
+    expect(page.locator("#search")).to_have_value("values")
+
+
 def test_settings_and_switches_outlast_a_reload_and_reach_the_request(page: "Page") -> None:
     page.locator("#gear").press("Enter")
     for name, value in {

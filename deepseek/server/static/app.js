@@ -60,4 +60,5 @@ chat.setUp();
 files.setUp();
 review.setUp();
 await teach.setUp(me).catch((error) => notice(error.message));
-byId("words").focus();
+// A reader who already types elsewhere keeps the focus.
+if (document.activeElement === document.body) byId("words").focus();
