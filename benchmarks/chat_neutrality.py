@@ -1,14 +1,13 @@
 """Neutral in conversation: how many everyday replies change because experts are plugged, nothing
 armed by hand.
 
-    python benchmarks/chat_neutrality.py QUESTIONS.jsonl EXPERT [EXPERT ...] [--save]
+    python benchmarks/chat_neutrality.py QUESTIONS.jsonl EXPERT [EXPERT ...] [--json FILE]
 
 QUESTIONS holds a conversation a line,
-`{"lang": "en", "turns": ["first message", "second message"]}`, such as public instruction sets give
-(Alpaca, MT-Bench, OpenAssistant ...). Replies are greedy, 32 tokens, by the engine as it serves.
-The second message of a conversation is asked after the base's own first reply, so that both sides
-answer the same text. Every reply is asked of the base, of all experts plugged together, and of each
-expert plugged alone.
+`{"lang": "en", "turns": ["first message", "second message"]}`, as `chat_questions.py` writes them.
+Replies are greedy, 32 tokens, by the engine as it serves. The second message of a conversation is
+asked after the base's own first reply, so that both sides answer the same text. Every reply is
+asked of the base, of all experts plugged together, and of each expert plugged alone.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results import save
+from results import add_output, write
 
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
@@ -53,9 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--show", action="store_true", help="print the replies that changed (never for a final set)"
     )
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/chat_neutrality.json"
-    )
+    add_output(parser, "chat_neutrality")
     options = parser.parse_args()
     started = time.monotonic()
     with start_engine(options.base, max_waiting=2 * AT_ONCE) as engine:
@@ -77,11 +74,8 @@ def main() -> None:
                 show(asked, base, found)
             for pack in plugged:
                 engine.unplug(pack)
-    if options.save:
-        save(
-            "chat_neutrality",
-            {"replies": len(asked), "seconds": round(time.monotonic() - started), "rows": rows},
-        )
+    seconds = round(time.monotonic() - started)
+    write(options.json, {"replies": len(asked), "seconds": seconds, "rows": rows})
 
 
 def conversations(engine: Engine, path: Path, limit: int | None) -> list[dict[str, Any]]:

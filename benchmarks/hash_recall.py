@@ -4,6 +4,7 @@ that no hash saw.
     python benchmarks/corpora.py code-a prose science code-b public-prose public-code
     python benchmarks/hash_recall.py                  # 4,096 and 8,192 tokens; hashes are fitted first, once
     python benchmarks/hash_recall.py --layers 2 --lengths 4096 --json FILE    # a part, to try something
+    python benchmarks/hash_recall.py --test code-c spanish office-en --indexer-rate 4e-3    # to choose on
 
 Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain
 queries and keys, the calibrated hash, the learned indexer of DeepSeek Sparse Attention, which
@@ -45,7 +46,9 @@ from deepseek.train.loop.progress import ProgressBar
 BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
 FITTED = ("calibrated", "distilled")
-INDEXERS = {"indexer": IndexerSettings(), "indexer per group": IndexerSettings(per_group=True)}
+INDEXERS = {"indexer": False, "indexer per group": True}
+"""Whether each key/value head has an indexer of its own."""
+
 FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
@@ -66,19 +69,31 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, help="measure only so many layers; default: all")
     parser.add_argument(
+        "--test", nargs="+", default=TEST, metavar="CORPUS", help="texts that are measured"
+    )
+    parser.add_argument(
         "--indexer-steps", type=int, default=IndexerSettings().steps, help="training steps a layer"
+    )
+    parser.add_argument(
+        "--indexer-rate",
+        type=float,
+        default=IndexerSettings().learning_rate,
+        help="peak learning rate",
     )
     add_output(parser, "hash_recall")
     options = parser.parse_args()
+    dials = IndexerSettings(steps=options.indexer_steps, learning_rate=options.indexer_rate)
     model, tokenizer = deepseek.load(BASE, dtype="float32")
     count = options.layers
     hashes: dict[str, Any] = {kind: fitted(model, tokenizer, kind, count) for kind in FITTED}
     hashes["random"] = random_hashes(model)
     seconds = {kind: read_json(path) for kind in FITTED if (path := timed(kind, count)).exists()}
-    indexers, more_seconds = fit_indexers(model, tokenizer, options.indexer_steps, count)
+    indexers, more_seconds = fit_indexers(model, tokenizer, dials, count)
     figures = {}
     for length in options.lengths:
-        ids_RT = torch.cat([long_texts(corpus(name), tokenizer, 1, length) for name in TEST])
+        ids_RT = torch.cat(
+            [long_texts(corpus(name), tokenizer, 1, length) for name in options.test]
+        )
         figures[length] = measure(model, ids_RT, hashes, indexers, options.queries)
         print_table(length, figures[length])
         looks = {
@@ -88,11 +103,11 @@ def main() -> None:
             options.json,
             {
                 "fit": FIT,
-                "test": TEST,
+                "test": options.test,
                 "settings": asdict(HashSettings()),
                 "windows": looks,
                 "queries": options.queries,
-                "indexer": asdict(INDEXERS["indexer"]) | {"steps": options.indexer_steps},
+                "indexer": asdict(dials),
                 "seconds": seconds | more_seconds,
                 "multiply_adds": multiply_adds(model, indexers, list(figures)),
                 "figures": figures,
@@ -151,7 +166,7 @@ def timed(kind: str, count: int | None) -> Path:
 
 
 def fit_indexers(
-    model: Any, tokenizer: Any, steps: int, count: int | None
+    model: Any, tokenizer: Any, dials: IndexerSettings, count: int | None
 ) -> tuple[dict[str, dict[int, Indexer]], dict[str, float]]:
     """Return indexers of each kind for the layers that have a hash, trained on the same texts, and
     the seconds that training took. "pass" is the time of the model on the texts, which the seconds
@@ -165,10 +180,10 @@ def fit_indexers(
     with ProgressBar() as progress:
         for layer, texts in stream_layers(model, fit_texts(tokenizer)):
             seconds["pass"] += time.perf_counter() - started
-            for name, settings in INDEXERS.items() if layer in layers else ():
+            for name, per_group in INDEXERS.items() if layer in layers else ():
                 started = time.perf_counter()
-                dials = replace(settings, steps=steps)
-                found[name][layer] = fit_indexer(texts, dials, windows, rotate)
+                settings = replace(dials, per_group=per_group)
+                found[name][layer] = fit_indexer(texts, settings, windows, rotate)
                 seconds[name] += time.perf_counter() - started
             progress(layer + 1, layers.stop, "indexers")
             if layer + 1 == layers.stop:
