@@ -12,6 +12,9 @@ from deepseek.data.text.document import Document
 MARKED = re.compile(r"^(?:#{1,6}|={1,6})\s+(.+?)\s*[#=]*$")
 UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
 ITEM = re.compile(r"^\s{0,3}(?:[-*+•]|\d{1,2}[.)])\s+(\S.*)$")
+NUMBER = re.compile(r"^(?:\d{1,2}[.)]|\d{1,2}(?:\.\d{1,2})+\.?)\s+")
+"""Number of a section before its heading."""
+
 CODE_LINE = re.compile(r"^(?:```|~~~|\s{4}|\t|\.\. |\||>>>|[<{\[])")
 
 LONGEST_HEADING = 70
@@ -88,12 +91,17 @@ def definition_facts(block: str, language: str) -> Iterator[Fact]:
 
 def sections(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short
-    separate line.
+    separate line. A separate line "1. ..." is a heading unless another one is next to it, as the
+    items of a list are.
     """
     heading = ""
     blocks: list[str] = []
-    for block in re.split(r"\n[ \t]*\n", text):
-        new_heading, rest = heading_of(block.strip("\n"))
+    texts = [block.strip("\n") for block in re.split(r"\n[ \t]*\n", text)]
+    numbered = ["\n" not in one and bool(ITEM.match(one)) for one in texts]
+    for place, block in enumerate(texts):
+        neighbours = numbered[max(place - 1, 0) : place] + numbered[place + 1 : place + 2]
+        is_heading = numbered[place] and not any(neighbours)
+        new_heading, rest = heading_of(NUMBER.sub("", block) if is_heading else block)
         if new_heading:
             if blocks:
                 yield heading, blocks
@@ -128,9 +136,9 @@ def heading_of(block: str) -> tuple[str, str]:
 
 
 def plain(text: str) -> str:
-    """Return a line without link targets and emphasis."""
+    """Return a heading without its number, link targets and emphasis."""
     return (
-        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", NUMBER.sub("", text))
         .replace("`", "")
         .replace("**", "")
         .rstrip("#¶ ")

@@ -19,6 +19,7 @@ from deepseek.data.builders.facts import (
     tokens_of,
 )
 from deepseek.data.builders.phrasings import CODE, PROSE, RESERVED, language_of
+from deepseek.data.builders.prose_facts import sections
 from deepseek.data.builders.questions import (
     MOST_PER_DOCUMENT,
     TURNS,
@@ -189,6 +190,14 @@ def test_lists_are_asked_for_whole() -> None:
     found = by_kind(text, "folder/a.md", "text")
     assert [q.check for q in found["items"]] == [("dark red", "pale blue")]
     assert "section" not in found
+
+
+def test_a_numbered_line_is_a_heading_unless_another_one_is_next_to_it() -> None:
+    paragraph = "Every token is sent to the experts that score it highest, two at the most."
+    text = f"1. Routing\n\n{paragraph}\n\n2.1 Pools\n\n{paragraph}\n\n1. Open\n\n2. Close\n\n{paragraph}\n"
+    assert [heading for heading, _ in sections(text)] == ["Routing", "Pools"]
+    blocks = [len(blocks) for _, blocks in sections(text)]
+    assert blocks == [1, 4]  # the list and what follows it belong to the section
 
 
 @quick
