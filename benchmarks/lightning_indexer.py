@@ -42,7 +42,7 @@ class IndexerSettings:
 
     heads: int = 4
     per_group: bool = False
-    steps: int = 100
+    steps: int = 300
     queries: int = 64
     learning_rate: float = 2e-3
     seed: int = 0

@@ -89,6 +89,10 @@ class FakeTensor(Tensor):
     def tolist(self) -> Any:
         return self.data_on_host.tolist()
 
+    def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Do what torch's does, whose copy to the device does not reach a backend in Python."""
+        return tensor(data, dtype=dtype or self.dtype, device=NAME)
+
     def untyped_storage(self) -> torch.UntypedStorage:
         """Return the storage, by which two views of one memory are known."""
         return self.data_on_host.untyped_storage()
@@ -115,6 +119,9 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     hosts = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and tensor.dim()]
+    # A number of the host may be read by the device, and not be written by it.
+    if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+        hosts += [args[0]] if not isinstance(args[0], FakeTensor) else []
     if fakes and hosts and not str(func).startswith(CROSS):
         raise RuntimeError(f"{func}: expected all tensors on one device, found {NAME} and cpu")
     target = kwargs.get("device")
@@ -167,6 +174,14 @@ def generator() -> torch.Generator:
 
 HOST_GENERATOR = torch.Generator
 HOST_TENSOR = torch.tensor
+HOST_ARANGE = torch.arange
+
+
+def arange(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    """Do what `torch.arange` does, which resizes an empty tensor; wrapper tensors keep their
+    size.
+    """
+    return HOST_ARANGE(*args, **kwargs).to(device)
 
 
 def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -186,6 +201,7 @@ def register() -> FakeModule:
     creating = torch.library.Library("_", "IMPL", "PrivateUse1")
     creating.fallback(lambda operation, *args, **kwargs: _compute(operation, args, kwargs))
     torch.tensor = tensor  # type: ignore[assignment]
+    torch.arange = arange  # type: ignore[assignment]
     # Wrapper tensors cannot be created in inference mode.
     torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]
     for name in CAST:

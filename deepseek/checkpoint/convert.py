@@ -5,7 +5,7 @@ row to `FAMILIES`. Config defaults come from the family's config class in `trans
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def convert_tensors(
 
 
 def restore_names(
-    tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor]
+    tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor], tied: Collection[str] = ()
 ) -> dict[str, Tensor] | None:
     """Return a checkpoint with changed values, under its original names and in its dtypes.
 
@@ -261,6 +261,8 @@ def restore_names(
     Args:
         tensors: name and tensor of every weight of the checkpoint.
         changed: changed tensors under our names.
+        tied: our names of tensors that are others under a second name; the checkpoint's copies of
+            them are left out, as readers would take an old copy for a tensor of its own.
 
     Returns:
         The tensors, or None if a changed tensor corresponds to several in the checkpoint (stacked
@@ -271,6 +273,8 @@ def restore_names(
     four = any(".attention_post_norm." in name for name in changed)
     for name, tensor in tensors:
         ours = our_name(name, post_norms=four)
+        if ours in tied:
+            continue
         unmatched.discard(ours)
         value = changed.get(ours, tensor).detach().cpu()
         same = torch.equal(tensor.to(value.dtype), value)

@@ -36,7 +36,11 @@ HUB_FILES = [
 ]
 """Files to download from the hub: weights, config, tokenizer and terms, but no code, no pickles."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/(?=.{1,96}$)\w(?:[\w.-]*\w)?(?<!\.git)", re.ASCII
+)
+"""The ids that the hub's client accepts; `./folder` and `../folder` are paths."""
+
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
 

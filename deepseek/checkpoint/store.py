@@ -238,6 +238,13 @@ def prune_before(root: str | Path, step: int) -> None:
         shutil.rmtree(folder)
 
 
+def prune_after(root: str | Path, step: int) -> None:
+    """Delete the state folders under `root` that are newer than `step`."""
+    for folder in _states(Path(root)):
+        if _step(folder) > step:
+            shutil.rmtree(folder)
+
+
 def oldest_step(root: str | Path) -> int:
     """Return the step of the oldest state folder under `root`, 0 if there is none."""
     folders = _states(Path(root))

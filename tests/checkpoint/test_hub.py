@@ -8,7 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tiny_gguf
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from deepseek.checkpoint import hub, wheels
@@ -170,6 +173,29 @@ def test_presets_have_no_weights_and_the_message_says_what_can_be_done() -> None
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(HubError, match="'smollm2-135m' is meant"):
         hub.resolve("smollm-135m")
+
+
+@pytest.mark.parametrize(
+    "name", ["./nope", "../nope", "a--b/c", "a/b.git", "-a/b", "a/" + 99 * "b"]
+)
+def test_what_is_no_hub_id_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)
+    with pytest.raises(HubError, match="neither a folder nor"):
+        hub.resolve(name)
+
+
+PARTS = st.text("aB1.-_", min_size=1, max_size=5) | st.sampled_from(["x.git", "a" * 95])
+
+
+@given(PARTS, PARTS)
+def test_hub_ids_are_those_that_the_client_takes(owner: str, model: str) -> None:
+    name = f"{owner}/{model}"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not hub.HUB_ID.fullmatch(name)
+    else:
+        assert hub.HUB_ID.fullmatch(name)
 
 
 def test_a_local_folder_is_itself_if_it_is_a_model(converted: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tiny_expert import save_base, save_expert
 from torch import Tensor
 from train.conftest import sentence
 
+from deepseek import sparse_attention
 from deepseek.data import Batch, Document, RowLoader, TokenShards
 from deepseek.device.choose import choose_device
 from deepseek.device.memory import free_memory, peak_memory
@@ -140,6 +141,20 @@ def test_bf16_stays_near(folder: Path, device: str) -> None:
     assert float((rounded - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
 
 
+@pytest.mark.parametrize("num_rounds", [1, 2])
+@pytest.mark.parametrize("exact_tokens", [0, 40])
+def test_sparse_attention_hashes_on_the_device(
+    device: str, num_rounds: int, exact_tokens: int
+) -> None:
+    query, key, value = (torch.randn(1, heads, 64, 16) for heads in (4, 2, 2))
+    place = choose_device(device)
+    options: dict[str, int] = {"num_rounds": num_rounds, "exact_tokens": exact_tokens}
+    options |= {"num_buckets": 4, "probes": 2, "bucket_window": 3, "local_window": 5}
+    found = sparse_attention(query.to(place), key.to(place), value.to(place), **options)
+    assert found.device == place
+    assert_near(found, sparse_attention(query, key, value, **options))
+
+
 def test_an_expert_is_plugged_and_leaves_no_trace(folder: Path, loaded: Loaded) -> None:
     before = logits_of(loaded)
     loaded.model.experts.plug(folder.parent / "one.safetensors")
@@ -233,6 +248,15 @@ def test_gate_inputs_are_those_of_the_processor(
         torch.testing.assert_close(
             blend(found[layer]).second, blend(expected[layer]).second, atol=1e-2, rtol=1e-3
         )
+
+
+def test_a_mixture_is_scored(tmp_path: Path, device: str, rows: RowLoader) -> None:
+    model = load(save_base(tmp_path / "base", **MOE), dtype="float32", device=device).model
+    batch = rows.rows([0, 1])
+    task = LanguageTask(model.train(), {"text": [batch]})
+    figures = task.evaluate()
+    assert 0 < figures["held_out_loss"] < 20 and figures["held_out_max_violation"] >= 0
+    assert task.loss_on([batch]) == pytest.approx(figures["held_out_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["last-n", "full"])

@@ -530,8 +530,11 @@ def test_rlpo_update() -> None:
         rlpo_update(model, reward, data_batch, state=state)
 
     def scored(scores: Any) -> None:
-        other = RLPOState(model, lambda responses: scores, config)
-        rlpo_update(model, reward, {"prompts": [[1], [2]]}, state=other)
+        def given(responses: Any) -> Any:
+            return scores
+
+        other = RLPOState(model, given, config)
+        rlpo_update(model, given, {"prompts": [[1], [2]]}, state=other)
 
     def start(**options: Any) -> None:
         RLPOState(model, reward, config, **options)

@@ -126,7 +126,7 @@ class PreferenceDatabase:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            if self._is_new():
                 self._create()
             elif self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise sqlite3.DatabaseError("it belongs to another program")
@@ -300,10 +300,14 @@ class PreferenceDatabase:
                 raise sqlite3.DatabaseError(result)
             self._db.execute("INSERT INTO words (words) VALUES ('integrity-check')")
 
+    def _is_new(self) -> bool:
+        return self._one("SELECT count(*) FROM sqlite_master") == 0
+
     def _create(self) -> None:
         with self._transaction():
-            for statement in SCHEMA:
-                self._db.execute(statement)
+            if self._is_new():  # another process may have been first
+                for statement in SCHEMA:
+                    self._db.execute(statement)
 
     def _rows(self, query: str, *values: Any) -> Iterator[Any]:
         with self._explained():

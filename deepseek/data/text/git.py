@@ -121,12 +121,13 @@ def commit_name(name: str, commit: pygit2.Commit) -> str:
 
 
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
-    """Return the commit of a revision (branch, tag, `HEAD~3`, id); raise `DataError` if there is
-    none.
-    """
+    """Return the commit of a revision (branch, tag, `HEAD~3`, id) or raise `DataError`."""
     with damage_explained(repository.path):
-        if repository.is_empty or repository.head_is_unborn:
+        branches = ", ".join(sorted(repository.branches))
+        if repository.is_empty or (repository.head_is_unborn and not branches):
             raise DataError(f"{repository.path} has no commits; commit something first.")
+        if repository.head_is_unborn and revision.startswith("HEAD"):
+            raise DataError(f"{repository.path} has no commits at HEAD; check out {branches}.")
     try:
         return repository.revparse_single(revision).peel(pygit2.Commit)
     except (KeyError, ValueError, pygit2.GitError) as error:

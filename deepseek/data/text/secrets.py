@@ -75,15 +75,24 @@ def own(kind: str, hints: str, pattern: str, group: int = 0) -> Rule:
 
 PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:[\s\S]{0,16000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|[A-Za-z0-9+/=\s\\]*)"
+    r"(?:[\s\S]{0,16000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+    # Cut off: headers of an encrypted key, then what is left of it.
+    r"|(?:\s*(?:Proc-Type|DEK-Info|Version|Comment): [^\n]*\n)*[A-Za-z0-9+/=\s\\]*)"
 )
 ASSIGNED = re.compile(
-    r"""(?ix) (?:password|passwd|secret|api_?key|auth_?token|access_?token|private_?key) ["']? \s* (?:=|:|=>) \s*
+    r"""(?ix) (?:secret|secret_?(?:access_?)?key|api_?key|access_?key|auth_?token|access_?token|private_?key)
+    ["']? \s* (?:=|:|=>) \s*
     ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{16,200}) ["']"""
 )
-"""A quoted value with letters and digits, assigned to a name such as `password`. Plain words and
+"""A quoted value with letters and digits, assigned to a name such as `api_key`. Plain words and
 format strings do not match.
 """
+
+PASSWORD = re.compile(
+    r"""(?ix) passw(?:or)?d ["']? \s* (?:=|:|=>) \s*
+    ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{8,200}) ["']"""
+)
+"""The same for passwords, which people choose and which are shorter."""
 
 AWS_UNQUOTED = r"(?i)aws_secret_access_key[\"']?\s*[=:]\s*([a-z0-9/+]{40})(?![a-z0-9/+=])"
 """Without quotes, as in `~/.aws/credentials`; with quotes it is a published pattern."""
@@ -94,7 +103,7 @@ JWT = r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
 """
 
 ADDRESS = re.compile(
-    r"""://[^:/?#\[\]@!$&'()*+,;=\s]+:(?!\{+[^{}@]*\}+@|%s@)([^/?#\[\]$'"`()<>*,;\s]+)@"""
+    r"""://[^:/?#\[\]@!$&'()*+,;=\s]*:(?!\{+[^{}@]*\}+@|%s@)([^/?#\[\]$'"`()<>*,;\s]+)@"""
 )
 """The password in an address, up to the last `@` before the host: people write one into a password
 as it is. It is no placeholder of a format string, a shell or a page of documentation.
@@ -128,6 +137,7 @@ RULES = (
     own("jwt", "eyJ", JWT),
     Rule("password", ("://",), ADDRESS, 1),
     Rule("password", ('"', "'"), ASSIGNED, 1),
+    Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1),
 )
 
 

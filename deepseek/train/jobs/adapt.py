@@ -191,7 +191,8 @@ class AdaptRun(TextRun):
         """
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
-        named = restore_names(read_tensors(self.base), self.model.own_tensors())
+        tied = self.model.all_tied_weights_keys
+        named = restore_names(read_tensors(self.base), self.model.own_tensors(), tied)
         with atomic_folder(self.out) as temporary:
             if named is None:
                 self.model.save_pretrained(temporary)

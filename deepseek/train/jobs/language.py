@@ -50,7 +50,7 @@ class NextToken(nn.Module):
                 hidden_ND, head.weight_VD, labels_N, cap=head.cap, dtype=dtype
             )
         for layer, stats in enumerate(step.ctx.router_stats):
-            load_LE[layer] += stats.dispatch.load_E()
+            load_LE[layer] += stats.dispatch.load_E().cpu()
         return token_losses(hidden_BTD.flatten(0, 1), head.weight_VD, labels_N, head.cap)
 
 

@@ -385,4 +385,6 @@ class _Run:
         self.batches.load(meta["batches"])
         self.position = Position(**meta["position"])
         self.saved_step = self.position.step
+        if self.backend.main:  # the steps that are made again may have other best states
+            store.prune_after(self.best, self.position.step)
         self.progress.say(f"resuming after step {self.position.step} of {self.config.steps}")

@@ -243,5 +243,5 @@ def _restore_random(states: dict[str, Tensor]) -> None:
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
-        else:
+        elif torch.device(device).index < torch.cuda.device_count():  # the run may have moved
             torch.cuda.set_rng_state(state, device)

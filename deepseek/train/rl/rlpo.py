@@ -270,7 +270,7 @@ class Learner:
     def standardised(self, scores_B: Tensor) -> Tensor:
         """Return scores standardised by running mean and deviation, clipped to [-5, 5]."""
         count, mean, squares = (self.scalars[name] for name in ("count", "mean", "squares"))
-        for score in scores_B.double():
+        for score in scores_B.double().cpu():
             count += 1
             step = score - mean
             mean += step / count

@@ -84,7 +84,8 @@ def rlpo_update(
             tensor of ids.
         tokenizer: encodes prompts that are texts; default: none.
         state: state of the previous call, initially `RLPOState(model, reward_model, ...)`, which
-            takes all options; None: a new state with default options.
+            takes all options; None: a new state with default options, for a single call, so that
+            the policy learns with an untrained value head.
 
     Returns:
         `score` (before the update), `kl` to the reference in nats per response, `entropy`, `beta`,
@@ -93,7 +94,8 @@ def rlpo_update(
 
     Raises:
         ConfigError: there are no prompts, a prompt is empty, too long or has ids outside the
-            vocabulary, or the reward does not return one finite number for each response.
+            vocabulary, the state is of another model or reward, or the reward does not return one
+            finite number for each response.
         TrainError: the prompts are texts without a tokenizer, the policy has collapsed, or ten
             steps in a row had non-finite values.
     """
@@ -103,8 +105,10 @@ def rlpo_update(
     if "prompts" not in given:
         raise ConfigError(f"data_batch has no `prompts` but {', '.join(given) or 'nothing'}.")
     prompts = prompt_ids(given["prompts"], tokenizer, model.config.vocab_size)
-    state = state or RLPOState(model, reward_model)
+    state = state or RLPOState(model, reward_model, RLPOConfig(value_rollouts=0))
     learner = state.learner
+    if learner.policy.model is not model or learner.reward is not reward_model:
+        raise ConfigError("state was made for another model or reward; give those, or a new state.")
     config = state.learner.config
     learn = state.rollouts >= config.value_only_rollouts
     rollout, metrics = learner.collect(prompts, state.generator, learn)

@@ -264,6 +264,20 @@ def test_what_is_no_pair_is_named_with_its_line(
         list(read_preferences(file))
 
 
+def test_two_may_create_the_same_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one saw no tables yet, and finds those of the first when it may write."""
+    path = tmp_path / "prefs.sqlite"
+    PreferenceDatabase(path).add(pair(1))
+    looks = PreferenceDatabase._is_new
+    answers = [True]
+    monkeypatch.setattr(
+        PreferenceDatabase, "_is_new", lambda self: answers.pop() if answers else looks(self)
+    )
+    second = PreferenceDatabase(path)
+    assert not answers
+    assert second.add(pair(1)) is None and second.add(pair(2))
+
+
 def test_other_files_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:
     other, text = tmp_path / "other.db", tmp_path / "text.db"
     sqlite3.connect(other).execute("CREATE TABLE mine (x)").connection.close()

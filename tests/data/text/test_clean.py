@@ -106,6 +106,24 @@ def test_nothing_is_left_of_the_password_in_an_address(password: str, after: str
         assert redact(source) == (redacted, {"password": 1})
 
 
+@pytest.mark.parametrize(
+    ("before", "secret", "after"),
+    [
+        ("redis://:", "s3cr3tpassword", "@host:6379/0"),
+        ("SECRET_KEY = '", "abc123def456ghi789jkl012", "'"),
+        ('"SecretAccessKey": "', "wJalrXUtnFEMI7K7MDENGbPxRfiCYEXAMPLEKEYa", '"'),
+        ('password = "', "hunter2-prod-9", '"'),
+    ],
+)
+def test_short_passwords_and_keys_of_frameworks_go(before: str, secret: str, after: str) -> None:
+    assert redact(before + secret + after)[0] == f"{before}<REDACTED:password>{after}"
+
+
+def test_an_encrypted_key_that_is_cut_off_goes() -> None:
+    header = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0AF1\n"
+    assert redact(f"{header}\nMIIEpQ0123\nAbCd+/09==\n")[0] == "<REDACTED:private-key>"
+
+
 @pytest.mark.parametrize("name", ["aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"])
 @pytest.mark.parametrize("mark", [" = ", "=", ": "])
 def test_a_secret_key_of_aws_needs_no_quotes(name: str, mark: str) -> None:

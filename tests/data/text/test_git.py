@@ -243,6 +243,16 @@ def test_a_branch_that_is_merged_late_is_no_cut(repository: Path, commit: Commit
     assert {d.name for d in future} == {"engine/s.py", f"engine@{side[:12]}"}
 
 
+def test_a_head_without_commits_leaves_the_other_branches(repository: Path, commit: Commit) -> None:
+    commit({"router.py": "ROUTES = ['a', 'b', 'c', 'd']\n" * 9}, "first", 100)
+    opened = pygit2.Repository(repository)
+    branch = opened.head.shorthand
+    opened.set_head("refs/heads/other")
+    assert [document.name for document in read_git(repository, branch, commits=False)]
+    with pytest.raises(DataError, match=f"no commits at HEAD; check out {branch}"):
+        read_git(repository)
+
+
 def test_each_mistake_is_named(tmp_path: Path, repository: Path, commit: Commit) -> None:
     outside = tmp_path / "plain"
     outside.mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deepseek
@@ -71,6 +71,22 @@ def test_a_mode_learns_and_stock_transformers_read_the_result(
     ours = deepseek.load(out, dtype="float32").model
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, stock(ids).logits, atol=1e-5)
+
+
+def test_a_tied_head_that_is_stored_twice_is_written_once(
+    llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    out, _ = adapted(base, text_folder, tmp_path, mode="full", epochs=1)
+    ids = torch.tensor([[3, 4, 5]])
+    ours = deepseek.load(out, dtype="float32").model
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+        assert torch.allclose(ours(ids).logits, stock, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["last-n", "full"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from train.loop.tiny_run import Numbers, Overfitting, Regression, config
 
-from deepseek.train.loop.loop import Hooks, TrainResult, train
+from deepseek.train.loop.loop import Hooks, LossOutput, TrainResult, train
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.progress import ProgressBar
 
@@ -105,6 +105,38 @@ def test_killed_and_started_again_gives_the_same_best_bits(
     assert run(tmp_path / "killed", again, patience=patience) == expected
     assert all(torch.equal(p, whole.parameters[name]) for name, p in again.parameters.items())
     assert held_out(tmp_path / "killed") == held_out(tmp_path / "whole")
+
+
+class BestAt(Regression):
+    """Regression whose held-out loss is lowest after so many batches, two a step."""
+
+    def __init__(self, best: int) -> None:
+        super().__init__()
+        self.best, self.made = best, 0
+
+    def loss(self, batch: torch.Tensor, step: int) -> LossOutput:
+        self.made = step + 1  # also of a run that goes on
+        return super().loss(batch, step)
+
+    def evaluate(self) -> dict[str, float]:
+        return {"held_out_loss": 1.0 + abs(self.made - self.best)}
+
+
+def test_steps_that_are_made_again_may_have_another_best_state(tmp_path: Path) -> None:
+    """As on another device: a best state from after the last checkpoint is then of no run."""
+
+    def killed(_: float) -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        if steps == 9:
+            raise KilledError
+        return {}
+
+    steps = 0
+    with pytest.raises(KilledError):
+        run(tmp_path, BestAt(16), Hooks(stepped=killed))
+    assert max(path.name for path in (tmp_path / "best").iterdir()) == "step-00000008"
+    assert run(tmp_path, BestAt(8)).position.best_step < 8
 
 
 def test_a_finished_run_gives_its_best_state_again(tmp_path: Path) -> None:

@@ -127,6 +127,23 @@ def test_prompts_are_ids_of_the_vocabulary(batch: Any) -> None:
         rlpo_update(tiny(), lambda responses: torch.zeros(1), batch)
 
 
+def test_without_a_state_the_policy_learns_too() -> None:
+    model = tiny()
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    metrics = rlpo_update(model, share_of_sevens, {"prompts": [[3, 4]] * 8})
+    changed = {name for name, one in model.named_parameters() if not one.equal(before[name])}
+    assert metrics["skipped"] == 0 and changed
+
+
+@pytest.mark.parametrize("other", ["model", "reward_model"])
+def test_a_state_is_of_one_model_and_one_reward(other: str) -> None:
+    given = {"model": tiny(), "reward_model": share_of_sevens}
+    state = RLPOState(**given)
+    given[other] = tiny() if other == "model" else lambda responses: share_of_sevens(responses)
+    with pytest.raises(ConfigError, match="another model or reward"):
+        rlpo_update(**given, data_batch={"prompts": [[3, 4]] * 8}, state=state)
+
+
 def test_copying_is_learnt_from_reward_alone() -> None:
     """The answer to two tokens is these two tokens."""
 
