@@ -32,9 +32,8 @@ from typing import Any
 from results import write
 
 from deepseek.checkpoint.store import home
-from deepseek.data import Document, RowLoader, TokenShards, clean
-from deepseek.data.text.document import split
-from deepseek.data.text.git import read_git
+from deepseek.data import Document, RowLoader, TokenShards
+from deepseek.data.text.document import silent
 from deepseek.engine.load import Loaded, load
 from deepseek.errors import DataError
 from deepseek.model.experts import ExpertModule
@@ -42,6 +41,7 @@ from deepseek.packs.library import installed
 from deepseek.packs.pack import read_pack
 from deepseek.train.jobs.expert_server import ExpertServer
 from deepseek.train.loop.losses import held_out_loss
+from deepseek.train.text.corpus import NONE_KNOWN, Source, read_sides
 
 DEEPSEEK = [sys.executable, "-m", "deepseek"]
 ROW_LENGTH = 512
@@ -158,8 +158,8 @@ def train(name: str, options: argparse.Namespace, clone: Path) -> None:
 
 def documents(clone: Path) -> tuple[list[Document], list[Document]]:
     """Return the documents of the clone to train on, and those held out, as a training has them."""
-    kept, _ = clean(read_git(clone))
-    return split(kept)
+    sides = read_sides(Source(git=clone), silent, NONE_KNOWN)
+    return sides.train, sides.held_out
 
 
 def compared(

@@ -30,18 +30,16 @@ from typing import Any
 import torch
 from results import save, write
 
-from deepseek.data import clean, split
 from deepseek.data.builders.facts import is_right
 from deepseek.data.builders.questions import Question
-from deepseek.data.text.document import uniform
-from deepseek.data.text.filters import Skipped
+from deepseek.data.text.document import silent, uniform
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.text.chat_template import encode_prompt
-from deepseek.train.text.corpus import Source, read_source
+from deepseek.train.text.corpus import NONE_KNOWN, Source, read_sides
 
 SETS = ("asked", "unasked", "held out")
 ARMS = ("base", "expert", "always", "retrieval", "both")
@@ -216,9 +214,7 @@ def training_retriever(run: Path) -> Retriever | None:
     stored = json.loads((run / "request.json").read_text())["source"]
     paths = [stored[name] for name in ("git", "folder", "jsonl", "parquet")]
     source = Source.at(*paths, held_out=stored["held_out"], by=stored["by"], seed=stored["seed"])
-    skipped = Skipped()
-    documents, _ = clean(read_source(source, skipped), skipped)
-    index = Index.build(split(documents, source.held_out, by=source.by, seed=source.seed)[0])
+    index = Index.build(read_sides(source, silent, NONE_KNOWN).train)
 
     def prompt(question: str) -> str:
         found = index.retrieve(question, PASSAGES, PASSAGE_TOKENS, lambda text: len(text) // 3)

@@ -32,9 +32,10 @@ from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.equal_time import adapt_for_equal_time
 from deepseek.train.jobs.expert_index import expert_index, index_source
-from deepseek.train.loop.past_runs import find_run, latest_run
+from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.text.corpus import commits_follow_files
 
 FORMAT = 2
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
@@ -211,8 +212,8 @@ class Against:
     def _eligible(self, documents: Sequence[Document]) -> list[Document]:
         """Return the documents that cases may come from.
 
-        Commits are excluded unless the run was split by time: they add lines to files whose present
-        content was trained on.
+        Commits are excluded unless the run was split by time: they show lines of other held-out
+        files again, and in runs of earlier versions lines that were trained on.
         """
         by_time = self.request["source"]["by"] == "time"
         return [document for document in documents if by_time or document.kind != "commit"]
@@ -220,10 +221,12 @@ class Against:
     def _notes(self) -> list[str]:
         notes = []
         source = self.request["source"]
-        if source["git"] and source["by"] != "time":
+        runs = finished_runs(self.run)
+        follows = all(commits_follow_files(run / "corpus") for run in runs)
+        if source["git"] and source["by"] != "time" and not follows:
             notes.append(
                 "The expert was also trained on commits that changed held-out files, retrieval was "
-                "not; for a clean comparison train with --split time."
+                "not; for a clean comparison train it anew, or with --split time."
             )
         if not infill_layout(self.tokenizer).has_tokens:
             notes.append("The base has no tokens for fill-in-the-middle.")

@@ -16,7 +16,7 @@ from deepseek.errors import CheckpointError, DataError
 from deepseek.retrieval.passages import Passage, passages
 from deepseek.retrieval.words import search_words
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_PASSAGES = 4
 """Passages to retrieve by default."""
 CANDIDATES = 8

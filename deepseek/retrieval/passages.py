@@ -1,11 +1,11 @@
 """Passages: the pieces of documents that retrieval finds and shows."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from deepseek.data.text.document import Document, Kind
+from deepseek.data.text.patches import message_and_patches
 
 MATCHED_LINES = 12
 """Lines of a code passage that queries are matched with."""
@@ -24,9 +24,6 @@ PARAGRAPH_CHARACTERS = 900
 LONGEST = 2400
 """Most characters per passage, as minified code and tables have very long lines."""
 
-PATCH = re.compile(r"^(?=--- .*\n\+\+\+ )", re.MULTILINE)
-HEAD = re.compile(r"--- (.*)\n\+\+\+ (.*)")
-
 
 @dataclass(frozen=True)
 class Passage:
@@ -40,6 +37,7 @@ class Passage:
         text: text to show.
         path: file that it belongs to, if that is not the document's name, as in a commit; else
             empty.
+        piece: place among the pieces of the same lines, where these are too long for one passage.
     """
 
     name: str
@@ -48,14 +46,18 @@ class Passage:
     stop: int
     text: str
     path: str = ""
+    piece: int = 0
 
     def overlaps(self, other: "Passage") -> bool:
-        """Return whether both share a line of the same document."""
-        return self.name == other.name and self.start < other.stop and other.start < self.stop
+        """Return whether both share text of the same document."""
+        if self.name != other.name or self.start >= other.stop or other.start >= self.stop:
+            return False
+        are_pieces = (self.start, self.stop) == (other.start, other.stop)
+        return not are_pieces or self.piece == other.piece
 
     def as_json(self) -> list[Any]:
         """Return the fields in their order."""
-        return [self.name, self.kind, self.start, self.stop, self.text, self.path]
+        return [self.name, self.kind, self.start, self.stop, self.text, self.path, self.piece]
 
 
 def passages(document: Document) -> Iterator[tuple[Passage, str]]:
@@ -94,16 +96,14 @@ def _windows(
 
 def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
     """Yield windows of a commit's message and of each file's changes."""
-    first = 0
     repository = document.name.rsplit("@", 1)[0]
-    for part in PATCH.split(document.text):
-        file = ""
-        if head := HEAD.match(part):
-            before, after = head.groups()
-            # A deletion shows the text of the file that it deletes.
-            file = f"{repository}/{before if after == '/dev/null' else after}"
-        yield from _windows(document, part, first, file)
-        first += part.count("\n")
+    message, patches = message_and_patches(document.text)
+    yield from _windows(document, message, 0)
+    first = message.count("\n")
+    for patch in patches:
+        # A deletion shows the text of the file that it deletes.
+        yield from _windows(document, patch.text, first, f"{repository}/{patch.path}")
+        first += patch.text.count("\n")
 
 
 def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
@@ -123,7 +123,8 @@ def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
 def _cut(document: Document, start: int, lines: list[str]) -> Iterator[tuple[Passage, str]]:
     """Yield the lines as passages of at most `LONGEST` characters."""
     text = "".join(lines)
-    for begin in range(0, len(text), LONGEST):
+    stop = start + len(lines)
+    for place, begin in enumerate(range(0, len(text), LONGEST)):
         piece = text[begin : begin + LONGEST]
         if piece.strip():
-            yield Passage(document.name, document.kind, start, start + len(lines), piece), piece
+            yield Passage(document.name, document.kind, start, stop, piece, piece=place), piece

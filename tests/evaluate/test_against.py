@@ -93,6 +93,22 @@ def test_every_row_answers_the_same_cases_and_stays(
     assert "full fine-tuning" not in capsys.readouterr().out
 
 
+def test_commits_of_held_out_files_are_noted_for_runs_of_earlier_versions(trained: Path) -> None:
+    against = Against("own")
+    notes = trained / "runs" / "own" / "corpus" / "corpus.json"
+    written = notes.read_text()
+    counts = []
+    try:
+        for stored in (json.loads(written), {"report": "of an earlier version"}):
+            notes.write_text(json.dumps(stored))
+            for git in (None, "repository"):
+                against.request["source"]["git"] = git
+                counts.append(sum("changed held-out files" in note for note in against._notes()))
+    finally:
+        notes.write_text(written)
+    assert counts == [0, 0, 0, 1]
+
+
 def test_a_rival_that_was_cut_short_is_named(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,15 @@ DOCUMENTS = [
 ]
 
 
+def test_pieces_of_one_long_line_are_found_beside_each_other() -> None:
+    text = " ".join(f"pear number {place}" for place in range(900))
+    index = Index.build([Document(text, "long", "text")])
+    found = index.retrieve("pear number", 4)
+    assert len(index) > 4 and len(found) == 4
+    assert len({passage.piece for passage in found}) == 4
+    assert all(passage.text in text for passage in found)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

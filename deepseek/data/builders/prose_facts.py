@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from deepseek.data.builders.facts import Fact, first_sentence, sentences, shortened, tokens_of
 from deepseek.data.builders.phrasings import language_of
 from deepseek.data.text.document import Document
+from deepseek.data.text.patches import message_and_patches
 
 MARKED = re.compile(r"^(?:#{1,6}|={1,6})\s+(.+?)\s*[#=]*$")
 UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
@@ -191,29 +192,20 @@ def commit_facts(document: Document) -> Iterator[Fact]:
     """Yield the facts of a commit: its message, the files that it changed, and the functions that
     it added.
     """
-    message, _, changes = document.text.partition("\n\n--- ")
+    message, patches = message_and_patches(document.text)
     subject, _, body = message.partition("\n")
-    changes = f"--- {changes}"
     if not subject.strip() or len(subject) > LONGEST_SUBJECT:
         return
     what = f'"{subject.strip()}"'
     paragraph = body.strip().split("\n\n")[0]
     if is_statement(paragraph):
         yield Fact("commit", what, shortened(paragraph), (first_sentence(paragraph),))
-    files = touched_files(changes)
+    files = list(dict.fromkeys(patch.path for patch in patches))
     if 0 < len(files) <= MOST_FILES:
         answer = "\n".join(f"- `{file}`" for file in files)
         yield Fact("commit files", what, answer, tuple(file.rsplit("/", 1)[-1] for file in files))
-    functions = list(
-        dict.fromkeys(name for name in ADDED.findall(changes) if not name.startswith(("_", "test")))
-    )
+    added = (name for patch in patches for name in ADDED.findall(patch.text))
+    functions = list(dict.fromkeys(name for name in added if not name.startswith(("_", "test"))))
     if 0 < len(functions) <= MOST_FILES:
         answer = "\n".join(f"- `{name}`" for name in functions)
         yield Fact("commit functions", what, answer, tuple(functions))
-
-
-def touched_files(changes: str) -> list[str]:
-    """Return the new paths of the files in a diff, and the old paths of deleted files."""
-    pairs = re.findall(r"^--- (\S.*)\n\+\+\+ (\S.*)$", changes, re.MULTILINE)
-    paths = [old if new == "/dev/null" else new for old, new in pairs]
-    return list(dict.fromkeys(path for path in paths if path != "/dev/null"))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Literal
@@ -103,6 +103,8 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
     """Return (training documents, held-out documents), both in their original order.
 
+    Commits draw a lot as other documents do, but show text of files: see `follow_files`.
+
     Args:
         documents: the documents.
         held_out: share of the documents to hold out, in (0, 1); default: 0.1. The result is
@@ -120,9 +122,11 @@ def split(
     """
     if not 0 < held_out < 1:
         raise DataError(f"The held-out share must lie between 0 and 1; it is {held_out}.")
-    is_held_out = (
-        by_time(documents, held_out) if by == "time" else by_hash(documents, held_out, by, seed)
-    )
+    if by == "time":
+        is_held_out = by_time(documents, held_out)
+    else:
+        lots = draw_lots(documents, held_out, by, seed)
+        is_held_out = [lots.is_held_out(document.name) for document in documents]
     train = [document for document, held in zip(documents, is_held_out, strict=True) if not held]
     test = [document for document, held in zip(documents, is_held_out, strict=True) if held]
     if not train or not test:
@@ -139,14 +143,49 @@ def split(
     return train, test
 
 
-def by_hash(documents: Iterable[Document], held_out: float, by: Rule, seed: int) -> list[bool]:
-    """Return whether each document is held out, from a hash of its name or folder."""
-    keys = (str(PurePosixPath(d.name).parent) if by == "directory" else d.name for d in documents)
-    draws = [uniform(f"{seed}:{key}") for key in keys]
-    # Clamp the limit, so that even of two documents one is held out and one is not.
-    cut = sorted(set(draws))[:-1]
-    limit = min(max(held_out, cut[0]), cut[-1]) if cut else 0.0
-    return [draw <= limit for draw in draws]
+@dataclass(frozen=True)
+class Lots:
+    """The lot of each name, a hash of the name or of its folder; the lowest are held out.
+
+    Attributes:
+        by: rule of the split, `file` or `directory`.
+        seed: seed of the hash.
+        limit: highest lot that is held out.
+    """
+
+    by: Rule
+    seed: int
+    limit: float = 0.0
+
+    def draw(self, name: str) -> float:
+        """Return the lot of a name, in [0, 1)."""
+        key = str(PurePosixPath(name).parent) if self.by == "directory" else name
+        return uniform(f"{self.seed}:{key}")
+
+    def is_held_out(self, name: str) -> bool:
+        """Return whether a document of this name is held out."""
+        return self.draw(name) <= self.limit
+
+
+def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: int) -> Lots:
+    """Return the lots of documents, of which about the share `held_out` is held out.
+
+    Even of two files one is held out and one is not. Commits don't count here, since they follow
+    their files (`follow_files`), unless there are no two files.
+
+    Args:
+        documents: the documents.
+        held_out: share of the documents to hold out, in (0, 1).
+        by: rule of the split, `file` or `directory`.
+        seed: seed of the hash.
+    """
+    lots = Lots(by, seed)
+    files = [document for document in documents if document.kind != "commit"]
+    for counted in (files, documents):
+        cut = sorted({lots.draw(document.name) for document in counted})[:-1]
+        if cut:
+            return replace(lots, limit=min(max(held_out, cut[0]), cut[-1]))
+    return lots
 
 
 def by_time(documents: Sequence[Document], held_out: float) -> list[bool]:

@@ -20,7 +20,8 @@ from deepseek.data import (
     read_records,
     split,
 )
-from deepseek.data.text.document import Rule, silent
+from deepseek.data.text.commits import FileSides, follow_files, renamed_files
+from deepseek.data.text.document import Rule, draw_lots, silent
 from deepseek.data.text.filters import Skipped
 from deepseek.data.text.gaps import with_gaps
 from deepseek.data.text.git import find_commit, open_repository, read_git_by_time
@@ -28,6 +29,9 @@ from deepseek.data.text.halves import halve
 from deepseek.errors import DataError
 from deepseek.train.text.question_mix import mix_questions
 from deepseek.train.text.sides import keep_sides, keep_validation
+
+FOLLOWS = "commits_follow_files"
+"""Key of `Sides.follows` in `corpus.json`."""
 
 WHOLE = "whole"
 """Folder of the training text without gaps, if that on which a run trains has some."""
@@ -138,6 +142,25 @@ class KnownDocuments:
         return KnownDocuments(*(mine | theirs for mine, theirs in both))
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The documents of a source on the two sides of the split.
+
+    Attributes:
+        train: training documents.
+        held_out: held-out documents.
+        report: summary of the cleaning.
+        commit: commit of the git repository; None for other sources.
+        follows: whether what commits changed is on the side of the files that they changed.
+    """
+
+    train: list[Document]
+    held_out: list[Document]
+    report: str
+    commit: str | None
+    follows: bool
+
+
 NONE_KNOWN = KnownDocuments(frozenset(), frozenset())
 
 
@@ -177,18 +200,9 @@ def build_corpus(
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
-        skipped = Skipped()
-        # Commits that are made while the text is read are neither learnt nor noted.
-        commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
-        if source.git and source.by == "time":
-            train, held_out, report = past_and_future(source, skipped, progress, commit)
-        else:
-            read = read_source(source, skipped, commit)
-            documents, report = clean(read, skipped, progress)
-            train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-        # By time, an update learns what was held out.
-        tested = frozenset[str]() if source.by == "time" else known.tested
-        train, held_out = keep_sides(train, held_out, known.learnt, tested)
+        sides = read_sides(source, progress, known)
+        train = sides.train
+        held_out = sides.held_out
         halves = halve(held_out, source.by, source.seed) if validation else ([], held_out)
         halves = keep_validation(*halves, known.validated)
         chosen, to_validate = choose(train, halves[0])
@@ -211,7 +225,8 @@ def build_corpus(
             "tested": text_digests([*held_out, *halves[0]]),
             "validated": text_digests(each for each in held_out if each.name in firsts),
         }
-        write_json(notes, {"report": str(report), "commit": commit, **noted})
+        about = {"report": sides.report, "commit": sides.commit, FOLLOWS: sides.follows}
+        write_json(notes, {**about, **noted})
     stored = read_object(notes)
     return Corpus(
         TokenShards(folder / "train"),
@@ -255,6 +270,51 @@ def known_documents(folder: Path) -> KnownDocuments:
     # Earlier versions did not note texts.
     texts = (notes.get(name, []) for name in ("learnt", "tested", "validated"))
     return KnownDocuments(*(frozenset(map(str, part)) for part in (train, held_out, *texts)))
+
+
+def commits_follow_files(folder: Path) -> bool:
+    """Return whether what commits changed is on the side of the files that they changed.
+
+    In corpora of earlier versions it may be on either side.
+    """
+    return read_object(folder / "corpus.json").get(FOLLOWS) is True
+
+
+def read_sides(source: Source, progress: Progress, known: KnownDocuments) -> Sides:
+    """Read a source, and return its documents on the sides of the split.
+
+    Args:
+        source: text sources and split.
+        progress: shows the progress.
+        known: documents of earlier runs, which stay on their side.
+    """
+    skipped = Skipped()
+    repository = open_repository(source.git) if source.git else None
+    # Commits that are made while the text is read are neither learnt nor noted.
+    head = find_commit(repository, "HEAD") if repository else None
+    commit = str(head.id) if head else None
+    if source.git and source.by == "time":
+        train, held_out, report = past_and_future(source, skipped, progress, commit)
+        documents = [*train, *held_out]
+    else:
+        documents, report = clean(read_source(source, skipped, commit), skipped, progress)
+        train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+    # By time, an update learns what was held out.
+    tested = frozenset[str]() if source.by == "time" else known.tested
+    train, held_out = keep_sides(train, held_out, known.learnt, tested)
+    # If all files are on one side, there is none to follow on the other.
+    follows = source.by != "time" and has_files(train) and has_files(held_out)
+    if repository and head and follows:
+        lots = draw_lots(documents, source.held_out, source.by, source.seed)
+        files = FileSides(train, held_out, lots, renamed_files(repository, head))
+        settled = known.learnt | known.tested
+        train, held_out = follow_files(documents, frozenset(held_out), files, settled)
+    return Sides(train, held_out, str(report), commit, follows)
+
+
+def has_files(documents: Iterable[Document]) -> bool:
+    """Return whether there are other documents than commits."""
+    return any(document.kind != "commit" for document in documents)
 
 
 def past_and_future(

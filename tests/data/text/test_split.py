@@ -24,6 +24,15 @@ def test_both_sides_have_something_and_together_everything(
     assert sorted([*train, *held_out], key=lambda d: d.time) == whole
 
 
+@given(names, names, st.floats(0.01, 0.99), st.integers(0, 5))
+def test_files_are_on_both_sides_whatever_commits_draw(
+    names: list[str], commits: list[str], share: float, seed: int
+) -> None:
+    changes = [Document("x", f"repo@{name}", "commit") for name in commits]
+    for side in split([*documents(names), *changes], share, "file", seed):
+        assert any(document.kind != "commit" for document in side)
+
+
 def test_adding_files_moves_no_other() -> None:
     whole = documents([f"repo/file{number}.py" for number in range(1000)])
     _, few = split(whole[:500], 0.1)

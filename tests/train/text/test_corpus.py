@@ -1,26 +1,39 @@
-"""What a run learns from a repository split by time knows nothing that came later."""
+"""What a run learns from a repository knows nothing that came later, if it is split by time, and
+nothing of held-out files otherwise.
+"""
 
 import json
+import re
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pygit2
 import pytest
+from git_history import Files, History
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.data import Document, TokenShards, read_folder
+from deepseek.data import Document, TokenShards, read_folder, read_git, split
 from deepseek.data.text.decode import decode_documents
+from deepseek.data.text.document import silent
 from deepseek.errors import DataError
 from deepseek.train.text import corpus as corpus_module
 from deepseek.train.text.corpus import (
     NONE_KNOWN,
+    Corpus,
     KnownDocuments,
     Source,
     build_corpus,
+    commits_follow_files,
+    digests,
     known_documents,
+    read_sides,
+    text_digests,
     whole_text,
 )
+from deepseek.train.text.fresh import fresh
 from deepseek.train.text.question_mix import asked_about, mix_questions, with_questions
 
 
@@ -81,6 +94,89 @@ def test_a_commit_during_the_reading_is_neither_read_nor_noted(
     corpus = build_corpus(source, tiny_tokenizer(), tmp_path / "corpus")
     assert corpus.commit == head
     assert "TOO_LATE" not in text_of(corpus.train) + text_of(corpus.held_out)
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    """Twelve files that are added one by one, then changed in pairs; five are renamed."""
+    history = History(tmp_path / "checkout")
+    files: Files = {}
+    for number in range(12):
+        files[f"{number}.py"] = history.new_lines(9)
+        history.commit(files)
+    for first, second in pairwise(list(files)):
+        files |= {path: files[path] + history.new_lines(2) for path in (first, second)}
+        history.commit(files)
+    history.commit({f"moved/{path}" if path < "3" else path: files[path] for path in files})
+    return history
+
+
+def sides_of(corpus: Corpus) -> list[list[Document]]:
+    """Return the training, the validation and the held-out documents."""
+    shards = (corpus.train, corpus.validation, corpus.held_out)
+    return [list(decode_documents(part, tiny_tokenizer())) for part in shards if part]
+
+
+def lines_of(*sides: list[Document]) -> set[str]:
+    """Return the lines of files in documents, also as commits show them."""
+    return {line for side in sides for d in side for line in re.findall(r"line_\d+", d.text)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_line_of_held_out_files_is_trained_on(
+    history: History, tmp_path: Path, seed: int
+) -> None:
+    source = Source(git=history.path, held_out=0.3, seed=seed)
+    corpus = build_corpus(source, tiny_tokenizer(), tmp_path / "corpus", validation=True)
+    train, *tests = sides_of(corpus)
+    assert {document.kind for document in train} == {"code", "commit"}
+    assert lines_of(train) and lines_of(*tests) and not lines_of(train) & lines_of(*tests)
+    assert commits_follow_files(tmp_path / "corpus")
+
+
+def test_an_update_of_a_history_finds_new_what_is_new_alone(
+    history: History, tmp_path: Path
+) -> None:
+    source = Source(git=history.path, held_out=0.3, seed=1)
+    first = sides_of(build_corpus(source, tiny_tokenizer(), tmp_path / "first", validation=True))
+    known = known_documents(tmp_path / "first")
+    choose = partial(fresh, known=known, seed=0, name="words")
+    with pytest.raises(DataError, match="no new text"):
+        build_corpus(source, tiny_tokenizer(), tmp_path / "again", silent, choose, True, known)
+
+    held_out = next(document.name for document in first[2] if document.kind == "code")
+    files = {d.name: d.text for d in read_git(history.path, commits=False) if d.name != held_out}
+    files |= {"engine/new.py": history.new_lines(9)}
+    history.commit({name.removeprefix("engine/"): text for name, text in files.items()})
+    sides = read_sides(source, silent, known)
+    unknown = [document for document in sides.train if not known.has_learnt(document)]
+    unknown += [document for document in sides.held_out if not known.has_held_out(document)]
+    assert [document.kind for document in unknown] == ["code", "commit"]
+    assert not lines_of(unknown) & lines_of(*first), "what was held out is gone, not new"
+
+
+def test_an_update_does_not_learn_again_the_commits_that_an_earlier_version_left_whole(
+    history: History,
+) -> None:
+    train, held_out = split(list(read_git(history.path)), 0.3)
+    known = KnownDocuments(
+        *(frozenset(digests(side)) for side in (train, held_out)),
+        *(frozenset(text_digests(side)) for side in (train, held_out)),
+    )
+    sides = read_sides(Source(git=history.path, held_out=0.3), silent, known)
+    assert (sides.train, sides.held_out) == (train, held_out)
+
+
+def test_commits_without_files_are_split_by_themselves(tmp_path: Path) -> None:
+    history = History(tmp_path / "checkout")
+    for _ in range(20):
+        history.commit({"notes.md": history.new_lines(9)})
+    history.commit({"empty.md": ""})
+    source = Source(git=history.path, held_out=0.3)
+    corpus = build_corpus(source, tiny_tokenizer(), tmp_path / "corpus")
+    train, held_out = sides_of(corpus)
+    assert train and held_out and len(train) + len(held_out) == 21
+    assert not commits_follow_files(tmp_path / "corpus")
 
 
 def test_time_needs_git_alone(repository: Path, tmp_path: Path) -> None:

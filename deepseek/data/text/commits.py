@@ -1,0 +1,121 @@
+"""Split the commits of a repository as its files are split.
+
+A diff shows the text of the files that a commit changed. What it changed therefore goes to the side
+of these files, so that no held-out text is trained on.
+"""
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+import pygit2
+from pygit2.enums import DiffFind, SortMode
+
+from deepseek.data.text.document import Document, Lots
+from deepseek.data.text.git import damage_explained, diff_to_parent, file_name, repository_name
+from deepseek.data.text.patches import NOWHERE, Patch, message_and_patches
+
+MOST_MOVED = 100_000
+"""Most files of one commit that are looked for under other names with the same content."""
+
+
+def renamed_files(
+    repository: pygit2.Repository, commit: pygit2.Commit
+) -> Iterator[tuple[str, str]]:
+    """Yield the former and the later name of each file that was renamed up to a commit, the newest
+    renaming first.
+
+    A file is renamed if a commit deletes it and adds one with at least half of its content.
+
+    Args:
+        repository: the repository.
+        commit: the newest commit.
+    """
+    exact = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
+    with damage_explained(repository.path):
+        name = repository_name(repository)
+        for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
+            if len(each.parents) != 1:  # the changes of a merge are in the merged commits
+                continue
+            diff = diff_to_parent(each)
+            # Git compares the content of a thousand files at most, so those that are the same are
+            # found before. The flags are given, lest the user's settings count.
+            diff.find_similar(flags=exact, rename_limit=MOST_MOVED)
+            diff.find_similar(flags=DiffFind.FIND_RENAMES)
+            for delta in diff.deltas:
+                if delta.status_char() == "R":
+                    former, later = delta.old_file.path, delta.new_file.path
+                    yield file_name(name, former), file_name(name, later)
+
+
+class FileSides:
+    """The side of the split of each file that a repository has or had.
+
+    Args:
+        train: training documents.
+        held_out: held-out documents.
+        lots: lots of the split, by which files that are gone have a side too.
+        renamed: former and later names of files, newest first (`renamed_files`). By its former name
+            a file is on the same side.
+    """
+
+    def __init__(
+        self,
+        train: Iterable[Document],
+        held_out: Iterable[Document],
+        lots: Lots,
+        renamed: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        self._train = {document.name for document in train}
+        self._held_out = {document.name for document in held_out}
+        self._lots = lots
+        for former, later in renamed:
+            side = self._held_out if self.is_held_out(later) else self._train
+            side.add(former)
+
+    def is_held_out(self, name: str) -> bool:
+        """Return whether a file is held out, or one of those that had this name."""
+        if name in self._held_out or name in self._train:
+            return name in self._held_out
+        return self._lots.is_held_out(name)
+
+
+def follow_files(
+    documents: Iterable[Document],
+    held_out: AbstractSet[Document],
+    files: FileSides,
+    known: AbstractSet[str] = frozenset(),
+) -> tuple[list[Document], list[Document]]:
+    """Return training and held-out documents, each commit on the side of the files it changed.
+
+    A commit that changed files of both sides is trained on without the changes of held-out files.
+    One without changes stays where it is.
+
+    Args:
+        documents: all documents; their order is retained.
+        held_out: those that the split holds out.
+        files: sides of the files.
+        known: digests of texts (`Document.text_digest`) that stay where they are, as a whole.
+    """
+    train: list[Document] = []
+    test: list[Document] = []
+    for document in documents:
+        side = test if document in held_out else train
+        if document.kind != "commit" or document.text_digest in known:
+            side.append(document)
+            continue
+        message, patches = message_and_patches(document.text)
+        learnt = [patch for patch in patches if not shows_held_out(patch, document, files)]
+        if patches:
+            side = train if learnt else test
+        is_cut = 0 < len(learnt) < len(patches)
+        text = "".join([message, *(patch.text for patch in learnt)]) if is_cut else document.text
+        side.append(replace(document, text=text))
+    return train, test
+
+
+def shows_held_out(patch: Patch, commit: Document, files: FileSides) -> bool:
+    """Return whether the changes of a file in a commit show text of a held-out file."""
+    repository = commit.name.rsplit("@", 1)[0]
+    paths = (path for path in (patch.before, patch.after) if path != NOWHERE)
+    return any(files.is_held_out(f"{repository}/{path}") for path in paths)
