@@ -45,6 +45,7 @@ class Row:
         form: format of the figure with its unit.
         page: page under `docs/` that explains it.
         over: path of a figure that it is divided by.
+        take: "max" or "min", if the path leads to several figures by name.
         scale: factor before it is formatted; 1e3 turns seconds into milliseconds.
     """
 
@@ -54,6 +55,7 @@ class Row:
     form: str
     page: str
     over: str | None = None
+    take: str | None = None
     scale: float = 1.0
 
     @property
@@ -101,6 +103,8 @@ def lookup(name: str, path: str) -> Any:
 def figure(row: Row, name: str) -> str:
     """Return a row's figure on the machine of a result file, formatted."""
     value = lookup(name, row.path)
+    if row.take is not None:
+        value = {"max": max, "min": min}[row.take](value.values())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if row.over is not None:

@@ -22,8 +22,23 @@ def test_rows_name_pages_that_are_there() -> None:
 
 
 def test_a_row_occurs_once() -> None:
-    figures = Counter((row.path, *row.files) for row in ROWS)
+    figures = Counter((row.path, row.take, *row.files) for row in ROWS)
     assert [figure for figure, count in figures.items() if count > 1] == []
+
+
+def test_extremes_are_found_whoever_has_them() -> None:
+    name = "base_and_gain_final"
+    rows = {row.take: row for row in ROWS if row.take and row.files == [name]}
+    kept = REPORT["lookup"](name, "summary/gain_kept_percent")
+    assert REPORT["figure"](rows["max"], name) == f"{max(kept.values()):.1f} %"
+    assert REPORT["figure"](rows["min"], name) == f"{min(kept.values()):.1f} %"
+
+
+def test_the_table_of_clients_has_the_measured_counts() -> None:
+    page = (ROOT / "docs" / "how-to" / "clients.md").read_text()
+    told = Counter(re.findall(r"^\| .*? \| (\d+) \| (\d+) \| .*\|$", page, re.MULTILINE))
+    suites = REPORT["result"]("clients")["suites"].values()
+    assert told == Counter((str(suite["cases"]), str(suite["passed"])) for suite in suites)
 
 
 def test_commands_name_no_folder_of_a_machine() -> None:

@@ -232,7 +232,7 @@ class ExpertArguments(TextArguments):
     """Share of the code files to train on as texts with gaps, for completion in an editor"""
 
     licence: SpdxLicence = Field(default=UNKNOWN_LICENCE, max_length=200, examples=["MIT"])
-    """SpdxLicence of the pack, an SPDX expression"""
+    """Licence of the pack, an SPDX expression"""
 
     domain: str = Field(default="", pattern=PRINTABLE, max_length=200)
     """What the expert knows, in a few words; default: empty"""

@@ -105,7 +105,7 @@ class PretrainArguments(RunArguments):
     """Prompts that the model continues after every evaluation"""
 
     licence: SpdxLicence = Field(default=UNKNOWN_LICENCE, max_length=200, examples=["MIT"])
-    """SpdxLicence of the model, an SPDX expression"""
+    """Licence of the model, an SPDX expression"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
