@@ -118,18 +118,27 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
             "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
         }
     if hf_config.model_type in GEMMA:
-        ours |= _gemma_fields(values)
+        ours |= _gemma_fields(hf_config.model_type, values)
     return ours
 
 
-def _gemma_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the `ModelConfig` fields that only Gemmas have, with the defaults of their classes."""
+def _gemma_fields(family: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the `ModelConfig` fields that only Gemmas have.
+
+    Args:
+        family: one of `GEMMA`.
+        values: fields of the Hugging Face config, with the defaults of its class.
+
+    Raises:
+        CheckpointError: a feature is not supported.
+    """
     if values.get("use_bidirectional_attention"):
         raise CheckpointError("Models with use_bidirectional_attention=true are not supported.")
     ours = {
         "hidden_act": values["hidden_activation"],
         "query_pre_attn_scalar": values["query_pre_attn_scalar"],
-        "attn_logit_softcapping": values["attn_logit_softcapping"],
+        # Gemma 3's attention ignores the field: its queries and keys are normed instead.
+        "attn_logit_softcapping": values["attn_logit_softcapping"] if family == "gemma2" else None,
         "final_logit_softcapping": values["final_logit_softcapping"],
     }
     rotary = values["rope_parameters"]

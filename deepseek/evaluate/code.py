@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from textwrap import dedent
 
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
 from deepseek.errors import DataError
+from deepseek.evaluate.answers import answer_text
 from deepseek.evaluate.sandbox import run_program
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.registry import package
@@ -101,6 +103,9 @@ def complete(
         max_tokens: most tokens per completion.
         progress: shows the progress.
         experts: experts that may fire; default: all that are armed.
+
+    Raises:
+        ConfigError: a generation failed or was cancelled.
     """
     context = context_length(engine.model)
     most = min(max_tokens, context // 2)
@@ -111,8 +116,8 @@ def complete(
         engine.submit(Request((*before, *ids[-prompt_tokens:]), greedy, experts))
         for ids in encode_plain(engine.tokenizer, prompts)
     ]
-    for done, events in enumerate(running):
-        yield "".join(event.text for event in events)
+    for done, generation in enumerate(running):
+        yield answer_text(generation)
         progress(done + 1, len(prompts), "writing")
 
 
@@ -172,10 +177,17 @@ def pass_at_1(
 
 
 def passes(problem: Mapping[str, str], answer: str) -> bool:
-    """Return whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`).
+    """Return whether an answer passes the tests of a problem.
 
-    The tests run in the sandbox.
+    The tests run in the sandbox. A program whose tests have passed ends with a random word: one
+    that exits before them has the exit code of success too.
+
+    Args:
+        problem: its `prompt`, `test` and `entry_point`.
+        answer: completion of the prompt.
     """
     body = cut_body(problem["prompt"].rstrip().splitlines()[-1].lstrip(), answer)
-    source = f"{problem['prompt']}{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
-    return run_program(source).passed
+    end = token_hex()
+    tests = f"{problem['test']}\n\ncheck({problem['entry_point']})\nprint('{end}')\n"
+    result = run_program(f"{problem['prompt']}{body}\n\n{tests}")
+    return result.passed and result.output.endswith(f"{end}\n")

@@ -10,7 +10,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
-from deepseek.errors import ConfigError
+from deepseek.evaluate.answers import answer_text
 from deepseek.evaluate.cases import Case, CaseEncoder, Prompt
 from deepseek.evaluate.scores import edit_similarity, is_exact
 from deepseek.model.language_model import context_length
@@ -24,6 +24,13 @@ scored.
 
 TARGET_TOKENS = 128
 """Most tokens of a true line to score; longer lines are truncated."""
+
+
+def target_tokens(context: int) -> int:
+    """Return the most tokens of a true line to score in a context of `context` tokens, of which at
+    least half are left to the prompt and the completion.
+    """
+    return min(TARGET_TOKENS, context // 2)
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class Dials:
     reply_tokens: int = 64
 
     def fitted(self, context: int) -> "Dials":
-        """Return the settings scaled down to a context of `context` tokens, if necessary."""
-        whole = self.text_tokens + self.retrieved_tokens + self.reply_tokens + TARGET_TOKENS
-        if whole <= context:
+        """Return the settings scaled down to a context of `context` tokens, if necessary, so that
+        text, passages, completion and true line fit into it. Each keeps at least one token.
+        """
+        sizes = (self.text_tokens, self.retrieved_tokens, self.reply_tokens)
+        spare = max(0, context - target_tokens(context) - len(sizes))
+        wanted = sum(sizes) - len(sizes)
+        if wanted <= spare:
             return self
-        text, retrieved, reply = (
-            max(1, size * context // whole)
-            for size in (self.text_tokens, self.retrieved_tokens, self.reply_tokens)
-        )
+        text, retrieved, reply = (1 + (size - 1) * spare // wanted for size in sizes)
         return Dials(text, retrieved, self.passages, reply)
 
 
@@ -98,9 +106,11 @@ class Writer:
         self.engine = engine
         self.experts = experts
         self.index = index
-        self.dials = dials.fitted(context_length(engine.model))
+        context = context_length(engine.model)
+        self.dials = dials.fitted(context)
         self.encoder = CaseEncoder(engine.tokenizer, self.dials.text_tokens)
-        self._room = max(1, context_length(engine.model) - self.dials.reply_tokens - TARGET_TOKENS)
+        self._target = target_tokens(context)
+        self._room = max(1, context - self.dials.reply_tokens - self._target)
 
     def answers(
         self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing"
@@ -167,7 +177,7 @@ class Writer:
     def _score(self, prompt: Prompt) -> Generation:
         """Submit the true line for scoring; its prompt is still in the prefix cache."""
         prompt_ids = prompt.ids[-self._room :]
-        ids = (*prompt_ids, *prompt.target_ids[: TARGET_TOKENS - 1])
+        ids = (*prompt_ids, *prompt.target_ids[: self._target - 1])
         sampling = Sampling(1, temperature=0.0)
         return self.engine.submit(
             Request(
@@ -182,18 +192,13 @@ class Writer:
 
 
 def first_line(generation: Generation) -> str:
-    """Return the first line of a generation; raise `ConfigError` if it failed."""
-    text = ""
-    for event in generation:
-        text += event.text
-        if event.finish_reason == "error":
-            raise ConfigError(f"A line could not be written: {event.error}")
-    return text.split("\n", 1)[0]
+    """Return the first line of a generation; raise `ConfigError` if it failed or was cancelled."""
+    return answer_text(generation).split("\n", 1)[0]
 
 
 def _all_scored(generation: Generation) -> tuple[Any, ...]:
     """Return the log-probabilities of a scored prompt, waiting for its generation."""
-    first_line(generation)
+    answer_text(generation)
     return generation.prompt_logprobs
 
 

@@ -13,10 +13,9 @@ from deepseek.data.text.decode import decode_documents
 from deepseek.data.text.document import Document
 from deepseek.data.text.encode import CONTEXT_BIT, header
 from deepseek.engine.engine import Engine
-from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
-from deepseek.errors import ConfigError
+from deepseek.evaluate.answers import answer_text
 from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import edit_similarity
@@ -177,7 +176,7 @@ def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) 
             for candidate in tried[start : start + BATCH]
         ]
         running = [engine.submit(request) for request in requests]
-        answers += [_text(generation) for generation in running]
+        answers += [answer_text(generation) for generation in running]
     return answers
 
 
@@ -194,12 +193,3 @@ def _request(
         experts,
         user_ids=user_ids(tokenizer, messages),
     )
-
-
-def _text(generation: Generation) -> str:
-    text = ""
-    for event in generation:
-        text += event.text
-        if event.finish_reason in ("error", "cancelled"):
-            raise ConfigError(f"A prompt could not be tried: {event.error or event.finish_reason}.")
-    return text

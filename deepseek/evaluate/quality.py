@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import home, read_object
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
 from deepseek.data.text.document import silent
@@ -176,8 +177,16 @@ def collected(
 ) -> Iterator[list[HeldOutText]]:
     """Yield the experts' texts, public ones and those at `paths`, tokenised in a temporary
     folder.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        paths: texts to add, in which `~` is the home folder. Each is called by its path as given,
+            since results that are published must not name folders of this machine.
+        experts: texts that are tokenised already.
     """
-    sources = {str(path): list(read_documents(path)) for path in paths} | public_documents()
+    sources = {
+        str(path): list(read_documents(located(path))) for path in paths
+    } | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:
         built = [
             HeldOutText(name, TokenShards.build(documents, tokenizer, Path(folder) / str(number)))

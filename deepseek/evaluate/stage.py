@@ -127,7 +127,7 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
                 figures |= {f"loss.{row.text}": row.before}
                 figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
         if arguments.functions:
-            chosen = documented_functions(read_folder(arguments.functions))[
+            chosen = documented_functions(read_folder(located(arguments.functions)))[
                 : arguments.most_functions
             ]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)

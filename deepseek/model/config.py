@@ -89,8 +89,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         candidate_experts: number of experts that the softmax of dynamic routing runs over.
         expert_sharing: number of adjacent layers that share one pool of routed experts (1: every
             layer owns its pool).
-        target_experts: mean number of experts per token that temperature control aims at (None: no
-            control).
+        target_experts: mean number of experts per token that temperature control aims at with
+            dynamic routing; the others do not read it (None: no control).
         router_temperature: initial value of that temperature.
         router_score: "softmax" over all experts or "sigmoid" of each ("topk").
         router_renormalize, router_scale: whether the weights of a token are normalised to sum to 1,

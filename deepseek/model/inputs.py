@@ -1,4 +1,8 @@
-"""Checks of what a forward pass reads: ids, embeddings, positions, padding mask and labels."""
+"""Checks of what a forward pass reads: ids, embeddings, positions and labels.
+
+Integers of any dtype are accepted and returned as int64: other dtypes are no indices for torch, or
+overflow where positions and ids are multiplied.
+"""
 
 import torch
 from torch import Tensor
@@ -12,8 +16,8 @@ IGNORED = -100
 MAX_POSITION = 2**31 - 1
 
 
-def check_ids(input_ids: Tensor | None, vocab_size: int, weight: Tensor) -> None:
-    """Raise `ConfigError` unless these are ids `[B, T]` of a vocabulary.
+def check_ids(input_ids: Tensor | None, vocab_size: int, weight: Tensor) -> Tensor:
+    """Return ids `[B, T]` as int64; raise `ConfigError` unless they are of a vocabulary.
 
     Args:
         input_ids: what the caller passed.
@@ -23,6 +27,7 @@ def check_ids(input_ids: Tensor | None, vocab_size: int, weight: Tensor) -> None
     ids_BT = checks.tensor("input_ids", input_ids, "whole", dims=(2,))
     checks.same_device(input_ids=ids_BT, weights=weight)
     checks.within("input_ids", ids_BT, 0, vocab_size - 1, "token ids")
+    return ids_BT.long()
 
 
 def check_embeds(inputs_embeds: Tensor, weight_D: Tensor) -> None:
@@ -37,8 +42,10 @@ def check_embeds(inputs_embeds: Tensor, weight_D: Tensor) -> None:
         checks.alike(inputs_embeds=inputs_embeds, weights=weight_D)
 
 
-def check_positions(position_ids: Tensor, batch: int, length: int, device: torch.device) -> None:
-    """Raise `ConfigError` unless these are positions `[B, T]`, `[1, T]` or `[T]`, from 0 on."""
+def check_positions(position_ids: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return positions as int64; raise `ConfigError` unless they are `[B, T]`, `[1, T]` or `[T]`,
+    from 0 on.
+    """
     checks.tensor("position_ids", position_ids, "whole", dims=(1, 2))
     if tuple(position_ids.shape) not in {(batch, length), (1, length), (length,)}:
         checks.shape("position_ids", position_ids, (batch, length), "[batch, seq]")
@@ -48,18 +55,21 @@ def check_positions(position_ids: Tensor, batch: int, length: int, device: torch
             "one device."
         )
     checks.within("position_ids", position_ids, 0, MAX_POSITION, "positions")
+    return position_ids.long()
 
 
 def check_labels(
     labels: Tensor, hidden_BTD: Tensor, vocab_size: int, logits_to_keep: int | Tensor
-) -> None:
-    """Raise `ConfigError` unless these are target ids `[B, T]`, or -100 where there is none, and
-    all logits are computed.
+) -> Tensor:
+    """Return target ids `[B, T]`, or -100 where there is none, as int64; raise `ConfigError` unless
+    they are such ids and all logits are computed.
     """
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ConfigError("labels need the logits of all tokens; leave logits_to_keep out.")
     checks.tensor("labels", labels, "whole", dims=(2,))
     checks.shape("labels", labels, hidden_BTD.shape[:2], "[batch, seq]")
     checks.same_device(labels=labels, hidden_states=hidden_BTD)
+    labels = labels.long()
     targets = labels.masked_fill(labels == IGNORED, 0)
     checks.within("labels", targets, 0, vocab_size - 1, "target ids (or -100, to ignore a token)")
+    return labels

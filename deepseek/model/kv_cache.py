@@ -117,6 +117,10 @@ class ReservedLayer(DynamicLayer):
             part[..., start : start + states.shape[-2], :] = states
         return self.written(key_states.shape[-2])
 
+    def reset(self) -> None:
+        super().reset()
+        self._memory = None
+
     def memory(self, count: int) -> tuple[Tensor, Tensor] | None:
         """Return the memory `[B, G, capacity, K]` of keys and of values, if it holds the cached
         ones and has space for `count` more; else None.
@@ -156,6 +160,18 @@ class KVCache(DynamicCache):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._clear_state()
+
+    def reset(self) -> None:
+        """Forget all tokens, so that the cache serves another sequence as a new one would.
+
+        Memory that `reserve` asked for is allocated again at the next token.
+        """
+        super().reset()
+        self._clear_state()
+
+    def _clear_state(self) -> None:
+        """Set everything beside keys and values to its value in an empty cache."""
         self.states: dict[Key, LayerState] = {}
         self.gate_state: dict[int, Tensor] = {}
         self.relevance_state: RelevanceState | None = None

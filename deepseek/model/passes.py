@@ -246,7 +246,7 @@ def begin(
     if isinstance(model, AttachedModel):
         return begin_attached(model, input_ids_BT, inputs_embeds, attention_mask, position_ids)
     if inputs_embeds is None:
-        check_ids(input_ids_BT, model.config.vocab_size, model.norm.weight)
+        input_ids_BT = check_ids(input_ids_BT, model.config.vocab_size, model.norm.weight)
         hidden_BTD: Tensor = model.embed_tokens(input_ids_BT)
     else:
         check_embeds(inputs_embeds, model.norm.weight)
@@ -347,7 +347,7 @@ def _context(
     past = ctx_of.past_length(cache)
     device = hidden_BTD.device
     if position_ids is not None:
-        check_positions(position_ids, batch, length, device)
+        position_ids = check_positions(position_ids, batch, length, device)
     real_BS = ctx_of.real_tokens(attention_mask, batch, past + length)
     positions_BT = ctx_of.resolve_positions(
         batch, length, past, attention_mask, position_ids, device
@@ -370,7 +370,7 @@ def _context(
         real_BS=real_BS,
         document_ids_BT=documents_BT,
         cache=cache,
-        input_ids_BT=input_ids,
+        input_ids_BT=None if input_ids is None else input_ids.long(),
         armed=experts_of(model.experts, cache),
     )
 

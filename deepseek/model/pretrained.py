@@ -17,12 +17,22 @@ from deepseek.device.choose import CPU, choose_device, choose_dtype
 from deepseek.errors import CheckpointError, ConfigError, shown
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe.layer import MoELayer, init_upcycled
-from deepseek.model.quantised import SCALES, SUFFIXES, keep_matrices, restored
+from deepseek.model.quantised import (
+    SCALES,
+    SUFFIXES,
+    LoadedTensors,
+    Tensors,
+    keep_matrices,
+    restored,
+)
 from deepseek.model.stored import store_weights
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
     from deepseek.model.transformer import DeepSeekModel
+
+BLOCK_ROWS = 4096
+"""Rows of a matrix that are read at once to compare it with another."""
 
 Model = TypeVar("Model", bound="DeepSeekModel")
 
@@ -89,6 +99,7 @@ def load_pretrained(
     if upcycled:
         merged = _shared_from_dense(merged)
     plain, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
+    _check_head(merged, LoadedTensors(plain))
     tensors = _placed(plain, device, target)
     converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
     model = (
@@ -124,11 +135,12 @@ def load_stored(
     config = ModelConfig(**read_config(folder))
     target = choose_dtype(dtype, device)
     files = TensorFiles(folder, post_norms=config.post_norms)
+    _check_head(config, files)
     with torch.device("meta"):
         model = cls(config)
     stored = store_weights(model, files, target, device)
     suffixes = ("", SCALES, *SUFFIXES.values())
-    # A tied head in the files is that of the embeddings, and is read no more than these.
+    # A tied head in the files is that of the embeddings, and is not kept beside these.
     names = (*stored, *model.all_tied_weights_keys)
     read_later = {name + suffix for name in names for suffix in suffixes}
     rest = ((name, files.read(name)) for name in files if name not in read_later)
@@ -136,6 +148,28 @@ def load_stored(
     _load(model, _placed(plain, device, target))
     keep_matrices(model, matrices)
     return _finish(model, folder, str(name_or_path), device, target)
+
+
+def _check_head(config: ModelConfig, tensors: Tensors) -> None:
+    """Raise `CheckpointError` if a checkpoint has an output head of its own, and a config that
+    makes the head the embeddings.
+
+    Quantised matrices in files are not compared: they have no head beside the embeddings.
+    """
+    names = ("embed_tokens.weight", "lm_head.weight")
+    if not config.tie_word_embeddings or not all(name in tensors for name in names):
+        return
+    table, head = (tensors.shape(name) for name in names)
+    blocks = range(0, sum(table[:1]), BLOCK_ROWS)  # none of a scalar, which has no rows
+    if table != head or not all(
+        torch.equal(*(tensors.read(name, first, first + BLOCK_ROWS) for name in names))
+        for first in blocks
+    ):
+        raise CheckpointError(
+            "The checkpoint's lm_head.weight differs from its embed_tokens.weight, and "
+            "tie_word_embeddings=true would discard it; set tie_word_embeddings to false in "
+            "config.json."
+        )
 
 
 def _placed(

@@ -159,7 +159,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             cache=cache,
         )
         if labels is not None:
-            check_labels(labels, step.hidden_BTD, self.config.vocab_size, logits_to_keep)
+            labels = check_labels(labels, step.hidden_BTD, self.config.vocab_size, logits_to_keep)
         hidden_states = [
             step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)
         ]
@@ -194,7 +194,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             ConfigError: these are no ids of the vocabulary.
         """
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
-        targets = input_ids[:, 1:, None]
+        targets = input_ids[:, 1:, None].long()
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
 
     @property
@@ -244,7 +244,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         # of what the user asked about.
         cache = kwargs.get("cache")
         if isinstance(cache, KVCache) and not cache.started and kwargs.get("inputs_embeds") is None:
-            cache.armed = self.experts.decided(input_ids, kwargs.get("attention_mask"))
+            cache.armed = self.experts.decided(input_ids.long(), kwargs.get("attention_mask"))
             cache.started = True
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return prepared
@@ -285,7 +285,7 @@ def _keep(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
         checks.tensor("logits_to_keep", logits_to_keep, "whole", dims=(1,), empty=True)
         checks.within("logits_to_keep", logits_to_keep, -length, length - 1, "indices of tokens")
-        return hidden_BTD[:, logits_to_keep]
+        return hidden_BTD[:, logits_to_keep.long()]
     checks.whole("logits_to_keep", logits_to_keep, least=0)
     return hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
 

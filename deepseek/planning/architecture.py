@@ -42,6 +42,7 @@ class Architecture:
     expert_dim: int = 0
     num_shared_experts: int = 0
     shared_expert_dim: int | None = None
+    routing_strategy: str = "dynamic"
     max_experts: int = 5
     expert_sharing: int = 1
     target_experts: float | None = None
@@ -99,7 +100,13 @@ class Architecture:
 
     @property
     def chosen(self) -> float:
-        """Routed experts per token: the mean that is aimed at, else the most."""
+        """Routed experts per token: all, top-k, or with dynamic routing the mean that is aimed at;
+        without an aim the most.
+        """
+        if self.routing_strategy == "dense":
+            return self.num_experts
+        if self.routing_strategy == "topk":
+            return self.max_experts
         return self.target_experts or self.max_experts
 
     @property

@@ -92,12 +92,12 @@ compares.
 """
 
 
-def quantised_bytes(bits: int) -> float:
-    """Return the bytes per weight of 8 or 4 bits.
+def quantised_bits(bits: int) -> int:
+    """Return the bits of quantised weights, 8 or 4.
 
     Raises:
         ConfigError: the bits are others.
     """
     bits = checks.whole("bits", bits)
     checks.choice("bits", str(bits), map(str, QUANTISED_BYTES))
-    return QUANTISED_BYTES[bits]
+    return bits

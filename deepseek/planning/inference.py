@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek import checks
 from deepseek.planning.architecture import Architecture
-from deepseek.planning.hardware import MAX_GPUS, WEIGHT_BYTES, Device, device_of, quantised_bytes
-from deepseek.planning.sizes import Parameters, attention_flops, parameters, score_bytes
+from deepseek.planning.hardware import MAX_GPUS, WEIGHT_BYTES, Device, device_of, quantised_bits
+from deepseek.planning.sizes import (
+    Parameters,
+    WeightBytes,
+    attention_flops,
+    parameters,
+    score_bytes,
+    weight_bytes,
+)
 from deepseek.registry import pick
 
 if TYPE_CHECKING:
@@ -58,8 +65,8 @@ class InferencePlan:
         gpus: devices that share the model.
         length: tokens of each sequence at its end.
         batch: sequences at a time.
-        weight_bytes: bytes per weight.
-        compute_bytes: bytes per number elsewhere.
+        bits: 8 or 4 for quantised weights; None: none are.
+        compute_bytes: bytes per number elsewhere, weights that are not quantised included.
         attention: "exact", "flash" or "lsh".
     """
 
@@ -68,7 +75,7 @@ class InferencePlan:
     gpus: int
     length: int
     batch: int
-    weight_bytes: float
+    bits: int | None
     compute_bytes: float
     attention: str
 
@@ -76,6 +83,11 @@ class InferencePlan:
     def parameters(self) -> Parameters:
         """Numbers of parameters."""
         return parameters(self.architecture)
+
+    @cached_property
+    def weights(self) -> WeightBytes:
+        """Bytes of the weights."""
+        return weight_bytes(self.architecture, self.compute_bytes, self.bits)
 
     @cached_property
     def memory(self) -> InferenceMemory:
@@ -95,7 +107,7 @@ class InferencePlan:
         one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)
         share = chunk / self.length if self.attention != "flash" else 1.0
         return InferenceMemory(
-            weights=self.parameters.total * self.weight_bytes / self.gpus,
+            weights=self.weights.total / self.gpus,
             keys_values=self.key_value_bytes * self.length * self.batch / self._key_shares,
             activations=hidden + logits,
             attention=one_layer * share / model.num_hidden_layers / self.gpus,
@@ -124,19 +136,16 @@ class InferencePlan:
     def token_seconds(self) -> float:
         """Seconds per decoding step, which gives each sequence a token."""
         model = self.architecture
-        parts = self.parameters
-        expert = 3 * model.hidden_size * model.expert_dim
-        resident = parts.active - int(model.sparse_layers * model.chosen * expert)
         # The expected number of distinct experts that a batch chooses, if all are equally likely.
         share = 1 - (1 - min(1.0, model.chosen / max(1, model.num_experts))) ** self.batch
-        experts = model.sparse_layers * model.num_experts * expert * share
+        experts = model.sparse_layers * model.num_experts * share
         exact = model.num_hidden_layers - self._attending.lsh_layers
         keys = exact * self.length + self._attending.lsh_layers * model.candidates(self.length)
         read_keys = self.key_value_bytes * keys / model.num_hidden_layers * self.batch
-        weights = (resident + experts) * self.weight_bytes
+        weights = self.weights.resident + experts * self.weights.expert
         # Each device reads its share of both at the same time.
         moved = weights / self.gpus + read_keys / self._key_shares
-        flops = 2.0 * parts.active * self.batch
+        flops = 2.0 * self.parameters.active * self.batch
         moving = moved / (self.device.bandwidth * self.device.bandwidth_share)
         computing = flops / (self.device.flops * self.device.utilisation * self.gpus)
         return max(moving, computing) + self._hops(self.batch)
@@ -179,8 +188,9 @@ def plan_inference(
         device: accelerator, one of `DEVICES`, or its figures.
         length: tokens per sequence; None: the longest context.
         batch: sequences at a time.
-        dtype: "bfloat16", "float16" or "float32".
-        bits: 8 or 4 for quantised weights; None: none are.
+        dtype: "bfloat16", "float16" or "float32", of activations and of the weights that are not
+            quantised.
+        bits: 8 or 4 for weights that are quantised as `deepseek quantize` does it; None: none are.
         attention: "exact" (scores are materialised), "flash" or "lsh"; None: as the config says,
             "flash" for full attention.
 
@@ -195,7 +205,7 @@ def plan_inference(
         gpus=checks.whole("gpus", gpus, least=1, most=MAX_GPUS),
         length=architecture.row_length(length),
         batch=checks.whole("batch", batch, least=1, most=checks.MAX_SIZE),
-        weight_bytes=compute if bits is None else quantised_bytes(bits),
+        bits=None if bits is None else quantised_bits(bits),
         compute_bytes=compute,
         attention=architecture.attention_kind(attention),
     )

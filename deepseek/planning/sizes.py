@@ -1,19 +1,16 @@
 """Parameters, activations and FLOP of an architecture."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from deepseek.planning.architecture import Architecture
+from deepseek.planning.matrices import DISTANCE_CONTEXTS, attention_matrices, matrices
 
 if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
 DISTANCE_BUCKETS = 32
 """Distances of dynamic positions (`kernels/bias/distance.py`); a test compares."""
-
-DISTANCE_CONTEXTS = 8
-"""Learned curves of dynamic positions (`model/positions/dynamic.py`); a test compares."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Parameters:
         routed: routed experts, shared pools counted once.
         router: routers.
         norms: norms of the residual stream.
-        active: parameters that a token uses.
+        active: parameters that a token is computed with, layer by layer. What several layers share
+            counts in each of them, so that they may exceed the total.
     """
 
     embedding: int
@@ -54,8 +52,8 @@ class Shape:
 
     Attributes:
         parameters: total parameters.
-        active: parameters used per token, with `target_experts` routed experts per layer, or
-            `max_experts` if there is no target.
+        active: parameters that a token is computed with, as in `Parameters`, with
+            `Architecture.chosen` routed experts per layer.
         largest_unit: largest number of parameters gathered at once: a block, a shared pool, or
             everything outside of both.
         activations: bytes of bf16 activations that one token saves for the backward pass.
@@ -85,61 +83,109 @@ class Shape:
 
 def parameters(architecture: Architecture) -> Parameters:
     """Return the numbers of parameters, as `DeepSeekModel` has them."""
-    width = architecture.hidden_size
     layers = architecture.num_hidden_layers
-    sparse = architecture.sparse_layers
-    table = architecture.vocab_size * width
-    expert = 3 * width * architecture.expert_dim
-    pools = sparse
-    if architecture.num_experts and architecture.expert_sharing > 1:
-        pools = math.ceil(layers / architecture.expert_sharing)
-    routed = pools * architecture.num_experts * expert
-    positions = 0
-    if architecture.positional_encoding == "learned":
-        positions = architecture.max_position_embeddings * width
     counts = {
-        "embedding": table + positions,
-        "head": 0 if architecture.tie_word_embeddings else table,
-        "attention": layers * attention_parameters(architecture),
-        "dense": (layers - sparse) * 3 * width * architecture.intermediate_size,
-        "shared": sparse * 3 * width * architecture.shared_width,
-        "routed": routed,
-        "router": sparse * architecture.num_experts * width,
-        "norms": (architecture.norms_per_layer * layers + 1) * width,
+        "embedding": 0,
+        "head": 0,
+        "attention": layers * attention_vectors(architecture),
+        "dense": 0,
+        "shared": 0,
+        "routed": 0,
+        "router": 0,
+        "norms": (architecture.norms_per_layer * layers + 1) * architecture.hidden_size,
     }
-    # Untied embeddings are only looked up; tied ones also compute the logits. Of the positions, a
-    # token uses its own.
-    looked_up = 0 if architecture.tie_word_embeddings else table
-    looked_up += max(0, positions - width)
-    chosen = int(sparse * architecture.chosen * expert)
-    active = sum(counts.values()) - looked_up - routed + chosen
+    for matrix in matrices(architecture):
+        counts[matrix.part] += matrix.count * matrix.size
+    chosen = int(architecture.sparse_layers * architecture.chosen * expert_size(architecture))
+    active = sum(counts.values()) - looked_up(architecture) - counts["routed"] + chosen
     return Parameters(**counts, active=active)
+
+
+def looked_up(architecture: Architecture) -> int:
+    """Return the parameters of embeddings that a token is not computed with: untied ones are only
+    looked up; tied ones also compute the logits. Of learned positions, a token reads its own.
+    """
+    width = architecture.hidden_size
+    table = 0 if architecture.tie_word_embeddings else architecture.vocab_size * width
+    if architecture.positional_encoding != "learned":
+        return table
+    return table + (architecture.max_position_embeddings - 1) * width
+
+
+def expert_size(architecture: Architecture) -> int:
+    """Return the parameters of one routed expert."""
+    return 3 * architecture.hidden_size * architecture.expert_dim
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights of a model.
+
+    Attributes:
+        total: all weights.
+        resident: the weights that every token is computed with: all but the routed experts and the
+            embeddings that are only looked up.
+        expert: one routed expert.
+    """
+
+    total: float
+    resident: float
+    expert: float
+
+
+def weight_bytes(architecture: Architecture, plain: float, bits: int | None) -> WeightBytes:
+    """Return the bytes of the weights, as `deepseek quantize` writes them if there are bits.
+
+    Args:
+        architecture: the model.
+        plain: bytes per weight that is not quantised, such as those of routers and norms.
+        bits: 8 or 4 bits for the matrices of the layers; embeddings, head and routed experts have 8
+            then. None: no weight is quantised.
+    """
+    count = parameters(architecture)
+    numbers = 0
+    found = dict.fromkeys(asdict(count), 0.0)
+    for matrix in matrices(architecture):
+        weights = matrix.count * matrix.size
+        numbers += weights
+        found[matrix.part] += weights * matrix.number_bytes(plain, bits)
+    total = sum(found.values()) + plain * (count.total - numbers)
+    unread = found["embedding"] * looked_up(architecture) / count.embedding
+    return WeightBytes(
+        total=total,
+        resident=total - found["routed"] - unread,
+        expert=found["routed"] / max(1, count.routed) * expert_size(architecture),
+    )
 
 
 def attention_parameters(architecture: Architecture) -> int:
     """Return the parameters of one layer's attention."""
-    width = architecture.hidden_size
+    projections = sum(each.count * each.size for each in attention_matrices(architecture, 1))
+    return projections + attention_vectors(architecture)
+
+
+def attention_vectors(architecture: Architecture) -> int:
+    """Return the parameters of one layer's attention that are no matrices: biases, norms on heads,
+    and the curves of dynamic positions.
+    """
     heads = architecture.num_attention_heads
     query = heads * architecture.head_width
     key = architecture.groups * architecture.head_width
-    total = 2 * width * query + 2 * width * key
-    total += (query + 2 * key) * architecture.attention_bias
-    total += width * architecture.attention_output_bias
+    total = (query + 2 * key) * architecture.attention_bias
+    total += architecture.hidden_size * architecture.attention_output_bias
     total += {"none": 0, "head": 2 * architecture.head_width, "width": query + key}[
         architecture.qk_norm
     ]
     if architecture.positional_encoding == "dpe":
-        curves = heads * DISTANCE_BUCKETS * (1 + DISTANCE_CONTEXTS)
-        gates = (width + 1) * (DISTANCE_CONTEXTS + heads)
-        total += curves + gates + 2 * heads
+        total += heads * DISTANCE_BUCKETS * (1 + DISTANCE_CONTEXTS)
+        total += DISTANCE_CONTEXTS + 3 * heads
     return total
 
 
 def largest_unit(architecture: Architecture, parts: Parameters) -> int:
     """Return the most parameters that are gathered at once."""
     width = architecture.hidden_size
-    expert = 3 * width * architecture.expert_dim
-    pool = architecture.num_experts * expert
+    pool = architecture.num_experts * expert_size(architecture)
     block = attention_parameters(architecture) + architecture.norms_per_layer * width
     units = [block + 3 * width * architecture.intermediate_size]
     if architecture.sparse_layers:
@@ -153,15 +199,7 @@ def largest_unit(architecture: Architecture, parts: Parameters) -> int:
 
 def largest_tensor(architecture: Architecture) -> int:
     """Return the parameters of the largest weight."""
-    width = architecture.hidden_size
-    rows = [architecture.vocab_size, architecture.num_attention_heads * architecture.head_width]
-    if architecture.sparse_layers < architecture.num_hidden_layers:
-        rows.append(architecture.intermediate_size)
-    if architecture.sparse_layers:
-        # Gate and up projections of all experts of a pool are one tensor.
-        rows.append(2 * architecture.num_experts * architecture.expert_dim)
-        rows.append(architecture.shared_width)
-    return max(rows) * width
+    return max(matrix.size for matrix in matrices(architecture) if matrix.count)
 
 
 def activations(

@@ -21,7 +21,7 @@ from deepseek.planning.hardware import (
     Device,
     NumberFormats,
     device_of,
-    quantised_bytes,
+    quantised_bits,
 )
 from deepseek.planning.sizes import (
     Parameters,
@@ -31,6 +31,7 @@ from deepseek.planning.sizes import (
     largest_tensor,
     parameters,
     score_bytes,
+    weight_bytes,
 )
 from deepseek.registry import pick
 
@@ -129,7 +130,7 @@ class Plan:
         zero: stage of ZeRO, 0 to 3.
         attention: "exact" (scores are materialised), "flash" or "lsh".
         trained: share of the parameters that is trained.
-        frozen_bytes: bytes per frozen weight.
+        bits: 8 or 4 for quantised frozen weights; None: they are in bf16.
     """
 
     config: Architecture
@@ -143,7 +144,7 @@ class Plan:
     zero: int = 3
     attention: str = "flash"
     trained: float = 1.0
-    frozen_bytes: float = 2.0
+    bits: int | None = None
 
     @cached_property
     def shape(self) -> Shape:
@@ -159,8 +160,8 @@ class Plan:
         """Return the bytes per device by part, for a number of devices."""
         formats = self.formats
         trained = self.shape.parameters * self.trained
-        frozen = self.shape.parameters - trained
-        weights = trained * formats.weights + frozen * self.frozen_bytes
+        frozen = weight_bytes(self.config, WEIGHT_BYTES["bfloat16"], self.bits).total
+        weights = trained * formats.weights + (1 - self.trained) * frozen
         unit = self.shape.largest_unit
         return TrainingMemory(
             weights=weights / (gpus if self.zero >= 3 else 1),
@@ -293,7 +294,8 @@ def plan(
         attention: "exact" (scores are materialised), "flash" or "lsh"; None: as the config says,
             "flash" for full attention.
         trained: share of the parameters that is trained, in (0, 1].
-        bits: 8 or 4 for quantised frozen weights; None: they are in bf16.
+        bits: 8 or 4 for frozen weights that are quantised as `deepseek quantize` does it, whichever
+            they are; None: they are in bf16.
 
     Raises:
         ConfigError: a name is unknown, or a number is out of range.
@@ -314,7 +316,7 @@ def plan(
         zero=checks.whole("zero", zero, least=0, most=3),
         attention=architecture.attention_kind(attention),
         trained=checks.number("trained", trained, above=0, most=1),
-        frozen_bytes=WEIGHT_BYTES["bfloat16"] if bits is None else quantised_bytes(bits),
+        bits=None if bits is None else quantised_bits(bits),
     )
 
 

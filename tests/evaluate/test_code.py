@@ -6,7 +6,8 @@ from tiny_model import tiny_model
 
 from deepseek.data.builders.functions import DocumentedFunction
 from deepseek.engine.engine import Engine
-from deepseek.errors import DataError
+from deepseek.engine.generation import Generation
+from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate import code
 from deepseek.evaluate.code import (
     complete,
@@ -30,6 +31,11 @@ PROBLEM = {
         ("    return 2 * x\n\ndef next():\n    syntax error (", True),
         ("    return x ** 2\n", False),
         ("    while True:\n        pass\n", False),
+        ("    print('no newline at the end', end='')\n    return 2 * x\n", True),
+        ("    print('x' * 5000)\n    return 2 * x\n", True),
+        ("    exit()\n", False),
+        ("    raise SystemExit\n", False),
+        ("    import os\n    os._exit(0)\n", False),
     ],
 )
 def test_answers_pass_by_running_their_tests(answer: str, passed: bool) -> None:
@@ -74,6 +80,29 @@ def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyP
 def test_pass_at_1_is_the_share_of_answers_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     parrot(monkeypatch, "    return 2 * x\n", "    return x\n")
     assert pass_at_1(*tiny_model(), [PROBLEM, PROBLEM]) == 0.5
+
+
+def test_an_answer_that_failed_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model()
+    with Engine(model, tokenizer) as engine:
+        cancelled = complete(engine, ["def f(x):\n"], 30)
+        submit = engine.submit
+        monkeypatch.setattr(engine, "submit", lambda request: cancel(submit(request)))
+        with pytest.raises(ConfigError, match="cancelled; evaluate again"):
+            list(cancelled)
+        monkeypatch.setattr(engine, "submit", submit)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("no power")
+
+        monkeypatch.setattr(engine.runner, "forward", fail)
+        with pytest.raises(ConfigError, match=r"An answer could not be scored: .*no power"):
+            list(complete(engine, ["def f(x):\n"], 30))
+
+
+def cancel(generation: Generation) -> Generation:
+    generation.cancel()
+    return generation
 
 
 def test_many_prompts_are_answered_as_transformers_generation_answers_each() -> None:

@@ -16,7 +16,14 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.evaluate import completion
 from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, next_line_cases
-from deepseek.evaluate.completion import Completion, Dials, Writer, score_answers
+from deepseek.evaluate.completion import (
+    TARGET_TOKENS,
+    Completion,
+    Dials,
+    Writer,
+    score_answers,
+    target_tokens,
+)
 from deepseek.retrieval.index import Index
 
 FUNCTION = "".join(f"def model_{n}(value):\n    return value + router_{n}\n\n" for n in range(12))
@@ -127,6 +134,43 @@ def test_retrieved_text_is_part_of_the_prompt_and_costs_tokens() -> None:
         assert "the model returns" in writer.context(case[0])
         (answer,) = writer.answers(case)
         assert answer.prompt_tokens <= 64
+
+
+@given(
+    st.integers(6, 1200),
+    st.builds(
+        Dials,
+        text_tokens=st.integers(1, 600),
+        retrieved_tokens=st.integers(1, 600),
+        reply_tokens=st.integers(1, 600),
+    ),
+)
+def test_fitted_prompts_and_lines_fit_into_any_context(context: int, dials: Dials) -> None:
+    fitted = dials.fitted(context)
+    room = context - fitted.reply_tokens - target_tokens(context)
+    assert fitted.text_tokens + fitted.retrieved_tokens <= room
+    for name in ("text_tokens", "retrieved_tokens", "reply_tokens"):
+        assert 1 <= getattr(fitted, name) <= getattr(dials, name)
+    larger = dials.fitted(context + 1)
+    assert larger.text_tokens >= fitted.text_tokens
+    if context >= 256:
+        assert target_tokens(context) == TARGET_TOKENS
+        # No more is given up than the context lacks, but for fractions of tokens.
+        whole = dials.text_tokens + dials.retrieved_tokens + dials.reply_tokens
+        used = fitted.text_tokens + fitted.retrieved_tokens + fitted.reply_tokens
+        assert used >= min(whole, context - TARGET_TOKENS - 2)
+
+
+def test_a_prompt_is_not_cut_where_its_parts_fit() -> None:
+    """The text before the line, its budget scaled down, is what the model sees."""
+    model, tokenizer = tiny_model(max_position_embeddings=200)
+    document = Document("def model(router):\n" * 40, "text 1")
+    (case,) = next_line_cases([document], 1)
+    with Engine(model, tokenizer, max_waiting=64) as engine:
+        writer = Writer(engine, ExpertChoice(()), None, Dials())
+        prompt = writer.encoder.next_line(case)
+        (answer,) = writer.answers([case])
+    assert answer.prompt_tokens == len(prompt.ids) > 20
 
 
 def test_scores_of_answers() -> None:

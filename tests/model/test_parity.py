@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers import (
 from deepseek import DeepSeekModel
 from deepseek.checkpoint import convert
 from deepseek.checkpoint.convert import convert_config
+from deepseek.errors import CheckpointError
+from deepseek.model import pretrained
 from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import load_stored
 
@@ -76,6 +79,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
+    ),
+    # Its attention ignores the cap, in whatever implementation.
+    "gemma3-capped": lambda: Gemma3TextConfig(
+        **SMALL,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=2.0,
+        attn_implementation="eager",
     ),
     "llama": lambda: LlamaConfig(**SMALL, attention_bias=True, rope_parameters=LLAMA3),
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=YARN),
@@ -215,7 +227,7 @@ def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_tensors_that_transformers_ignores_are_ignored(name: str, tmp_path: Path) -> None:
+def test_tensors_that_add_nothing_are_ignored(name: str, tmp_path: Path) -> None:
     reference = random_checkpoint(name, tmp_path)
     ids = torch.randint(0, 211, (1, 30))
     path = tmp_path / "model.safetensors"
@@ -223,7 +235,7 @@ def test_tensors_that_transformers_ignores_are_ignored(name: str, tmp_path: Path
     for prefix in ("model.", "model.layers.0.self_attn.", "model.layers.2.self_attn."):
         tensors[f"{prefix}rotary_emb.inv_freq"] = torch.full((16,), 1e4)
     if reference.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = torch.zeros(211, 64)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     expected = reference(ids).logits
     for model in (
@@ -231,6 +243,33 @@ def test_tensors_that_transformers_ignores_are_ignored(name: str, tmp_path: Path
         load_stored(DeepSeekModel, tmp_path, torch.float32),
     ):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changed_row", [0, 210])
+@torch.no_grad()
+def test_a_tied_head_that_differs_is_refused_and_the_mend_is_right(
+    changed_row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "BLOCK_ROWS", 100)
+    random_checkpoint("llama-tied", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[changed_row, 5] += 1.0
+    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+    loaders = (DeepSeekModel.from_pretrained, partial(load_stored, DeepSeekModel))
+    for load in loaders:
+        with pytest.raises(CheckpointError, match="set tie_word_embeddings to false in config"):
+            load(tmp_path, dtype=torch.float32)
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(reference.lm_head.weight, head)
+    ids = torch.randint(0, 211, (1, 30))
+    for load in loaders:
+        logits = load(tmp_path, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(logits, reference(ids).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

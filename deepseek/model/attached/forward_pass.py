@@ -199,7 +199,7 @@ def begin_attached(
         tokens = inputs_embeds if input_ids_BT is None else input_ids_BT
         assert tokens is not None
         batch, length = tokens.shape[:2]
-        check_positions(position_ids, batch, length, tokens.device)
+        position_ids = check_positions(position_ids, batch, length, tokens.device)
         position_ids = position_ids.expand(batch, length)
     inputs = {
         "input_ids": input_ids_BT,

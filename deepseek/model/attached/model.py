@@ -42,7 +42,7 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
         if isinstance(cache, Cache) and kwargs.get("inputs_embeds") is None:
             memory = remembering(cache)
             if not memory.started:
-                memory.start(self.experts.decided(input_ids, kwargs.get("attention_mask")))
+                memory.start(self.experts.decided(input_ids.long(), kwargs.get("attention_mask")))
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return prepared
 
@@ -52,6 +52,7 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
 
         The first token has no prefix and therefore no entry.
         """
+        input_ids = input_ids.long()
         logits = self(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None]
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)

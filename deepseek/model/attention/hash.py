@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from deepseek.checkpoint.store import atomic_write
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.lsh.attention import likeliest_buckets
+from deepseek.model.exact_buffers import ExactBuffers
 
 FORMAT = "deepseek-hash-1"
 PARTS = ("key_weight", "key_bias", "query_weight", "query_bias")
 
 
-class LinearHash(nn.Module):
+class LinearHash(ExactBuffers):
     """A learned hash that scores buckets by affine maps.
 
     A key goes into the bucket with its highest score; a query probes the buckets with its highest
     scores. Each key/value head has one map for its keys, and each query head has its own map for
     queries. A code depends on one token only, so the hash is causal and gives the same codes in
-    prefill and decode.
+    prefill and decode. The maps stay fp32, as they were fitted, in a model of any dtype.
     """
 
     key_weight: Tensor

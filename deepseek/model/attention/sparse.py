@@ -116,8 +116,10 @@ def sparse_attention(
         early = 0  # two parts with gradients of their own take half as much memory again
     if early == total:
         return _exact(q, k, v, scale).reshape(query.shape)
-    hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
-    hashed = partial(_codes, hasher, min(probes, num_buckets), num_buckets)
+    if hash is None:
+        made: Any = random_hash(num_buckets, q.shape[-1], num_rounds, seed)
+        hash = made.to(q.device)  # noqa: A001
+    hashed = partial(_codes, hash, min(probes, num_buckets), num_buckets)
     if not causal:
         return _both_ways(q, k, v, hashed(q, k), limits, rows, scale).reshape(query.shape)
     late = q[:, :, early:]

@@ -1,12 +1,12 @@
 """Load balancing of experts and control of their mean number, without an auxiliary loss."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepseek.model.exact_buffers import ExactBuffers
 from deepseek.model.moe.stats import Dispatch
 
 # Gains of the temperature controller. Its error is that of the mean number of experts, clamped to
@@ -17,12 +17,12 @@ INTEGRAL_GAIN = 0.15
 LOG_TEMPERATURE_RANGE = 7.0
 
 
-class Balance(nn.Module):
+class Balance(ExactBuffers):
     """The control state of a router: a bias on the choice of experts, and a softmax temperature.
 
     Forward passes only count expert calls. `update` applies the counts once per optimiser step, so
     that a layer recomputed in the backward pass (activation checkpointing) routes exactly as it did
-    the first time.
+    the first time. The buffers stay fp32 in a bf16 model, where steps of 1e-3 would be lost.
 
     Args:
         num_experts: number E of experts.
@@ -118,13 +118,6 @@ class Balance(nn.Module):
             "integral": torch.tensor(0.0, dtype=torch.float32),
             "counts": torch.zeros(self.num_experts + 1, dtype=torch.int64),
         }
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        # Keep these buffers fp32 when the model moves to bf16, where steps of 1e-3 would be lost.
-        super()._apply(fn, recurse)
-        for name in ("bias", "temperature", "integral"):
-            setattr(self, name, getattr(self, name).float())
-        return self
 
 
 def update_routers(

@@ -7,7 +7,13 @@ import torch
 
 from deepseek import DeepSeekModel, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.model.attention.hash import LinearHash, load_hashes, plug_hashes, save_hashes
+from deepseek.model.attention.hash import (
+    LinearHash,
+    load_hashes,
+    named_tensors,
+    plug_hashes,
+    save_hashes,
+)
 from deepseek.model.attention.lsh import RandomHash
 
 HEADS, GROUPS, WIDTH, BUCKETS = 4, 2, 16, 6
@@ -107,6 +113,21 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
     model(ids)
     first, last = read[0][0, :, 0], read[0][0, :, -1]
     torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_of_the_model_leaves_its_hashes_alone(dtype: torch.dtype) -> None:
+    model, hashes = small_model(), {1: some_hash(), 2: some_hash(1)}
+    before = {name: tensor.clone() for name, tensor in named_tensors(hashes).items()}
+    plug_hashes(model, hashes)
+    model.to(dtype)
+    after = named_tensors({layer: model.layers[layer].attention.hash for layer in hashes})
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    ids = torch.arange(40)[None]
+    logits = model(ids).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert model(ids[:, :1]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

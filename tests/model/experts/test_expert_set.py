@@ -165,6 +165,19 @@ def test_a_sequence_in_flight_keeps_its_experts(model, make_pack, ids):
     assert not torch.equal(expected, logits_of(model, ids)[:, 20:])
 
 
+def test_a_reset_cache_arms_anew(model, make_pack, ids):
+    """Its new sequence has the experts of its own start, and no gates' sums of the old one."""
+    cache = KVCache()
+    model.experts.plug(make_pack("a", bias=0.5))
+    logits_of(model, ids[:, :20], cache=cache)
+    model.experts.plug(make_pack("b", seed=1, bias=0.5))
+    cache.reset()
+    expected_cache = KVCache()
+    for part in ids.split((20, 19, 1), dim=1):
+        expected = logits_of(model, part, cache=expected_cache)
+        assert torch.equal(logits_of(model, part, cache=cache), expected)
+
+
 def test_plugging_while_other_threads_run_gives_only_whole_states(model, make_pack, ids):
     packs = [make_pack("a", bias=0.5), make_pack("b", seed=3, bias=0.5)]
     allowed = [logits_of(model, ids)]

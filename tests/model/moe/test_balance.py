@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from deepseek.model.config import ModelConfig
 from deepseek.model.moe.balance import update_routers
 from deepseek.model.moe.router import DynamicRouter, TopKRouter
+from deepseek.model.transformer import DeepSeekModel
 
 
 def routed(router, x):
@@ -119,11 +121,72 @@ def test_update_without_a_pass_changes_nothing():
     )
 
 
-def test_steering_state_stays_fp32_and_is_saved_without_the_counts():
-    router = DynamicRouter(8, 4).to(torch.bfloat16)
-    assert router.weight.dtype == torch.bfloat16
-    assert {router.balance.bias.dtype, router.balance.temperature.dtype} == {torch.float32}
-    assert set(router.state_dict()) == {
+def used_router() -> DynamicRouter:
+    """Return a router whose steering state has more bits than bf16 holds."""
+    torch.manual_seed(0)
+    router = DynamicRouter(8, 4, target_experts=2.0)
+    for _ in range(3):
+        routed(router, torch.randn(40, 4))
+        update_routers(router)
+    routed(router, torch.randn(40, 4))
+    return router
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda router: router.to(torch.bfloat16),
+        lambda router: router.half(),
+        lambda router: router.double(),
+        lambda router: router.to("cpu", torch.bfloat16).float(),
+        lambda router: router.share_memory(),
+    ],
+    ids=["bfloat16", "half", "double", "there and back", "shared"],
+)
+def test_steering_state_keeps_every_bit(cast):
+    router = used_router()
+    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    assert any(not torch.equal(value, value.bfloat16().to(value)) for value in before.values())
+    cast(router)
+    after = dict(router.named_buffers())
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
+
+
+def test_steering_state_moves_to_the_meta_device_and_back():
+    router = used_router().to("meta", torch.bfloat16)
+    assert all(buffer.is_meta for buffer in router.buffers())
+    router.to_empty(device="cpu")
+    assert {buffer.dtype for buffer in router.buffers()} == {torch.float32, torch.int64}
+    assert not any(buffer.is_meta for buffer in router.buffers())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_keeps_the_steering_state(stored, tmp_path):
+    model = DeepSeekModel(
+        ModelConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_experts=8,
+            expert_dim=8,
+        )
+    ).to(stored)
+    balance = model.layers[0].feed_forward.router.balance
+    for buffer in (balance.bias, balance.temperature, balance.integral):
+        buffer.copy_(torch.rand_like(buffer))
+    model.save_pretrained(tmp_path)
+    for dtype in ("bfloat16", "float32"):
+        loaded = DeepSeekModel.from_pretrained(tmp_path, dtype=dtype)
+        again = loaded.layers[0].feed_forward.router.balance.state_dict()
+        for name, value in balance.state_dict().items():
+            assert again[name].dtype == torch.float32 and torch.equal(again[name], value), name
+
+
+def test_steering_state_is_saved_without_the_counts():
+    assert set(DynamicRouter(8, 4).state_dict()) == {
         "weight",
         "balance.bias",
         "balance.temperature",
