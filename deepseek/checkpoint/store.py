@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
+        _open_to_readers(temporary)
         _sync(temporary)
         temporary.replace(path)
     finally:
@@ -71,7 +73,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def install(temporary: Path, path: Path) -> None:
     """Flush a folder of files to disk and rename it to `path`, replacing an existing folder."""
-    for file in temporary.iterdir():
+    for file in list(temporary.iterdir()):
+        _open_to_readers(file)
         _sync(file)
     _sync(temporary)
     while temporary.exists():
@@ -275,6 +278,23 @@ def temporary_path(path: Path) -> Path:
     It is on the same file system, so that renaming it to `path` is atomic.
     """
     return path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+
+
+def _open_to_readers(file: Path) -> None:
+    """Give a file at least the permissions of a new one, 0666 less the umask.
+
+    safetensors writes with mode 0600, which would shut out the user of a service. A file is made to
+    see the umask, as reading it would change it for other threads.
+    """
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if file.is_symlink() or mode & 0o077:  # what `open` makes has them already
+        return
+    new = temporary_path(file.with_name("new"))
+    new.touch()
+    usual = new.stat().st_mode & 0o666
+    new.unlink()
+    if mode | usual != mode:
+        file.chmod(mode | usual)
 
 
 def _sync(path: Path) -> None:

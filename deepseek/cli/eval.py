@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Base, Device, Json, Precision, expert_packs
+from deepseek.cli.options import Device, Json, Precision, expert_packs, refuse_ignored
 from deepseek.cli.output import echo
 from deepseek.errors import ConfigError
+
+BASE = "smollm2-135m"
+CASES = 200
 
 TOKENS = 8192
 """Tokens of a text whose rows no training has chosen."""
@@ -22,7 +25,13 @@ def evaluate(
             help="Experts to plug: names or pack files, comma-separated; 'all': every trained one."
         ),
     ] = "all",
-    base: Base = "smollm2-135m",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: a known name, a folder, a GGUF file or a hub id; default: "
+            f"{BASE}, with --against that of the expert."
+        ),
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Additional text: a folder, .jsonl or .parquet file; repeatable."),
@@ -36,15 +45,21 @@ def evaluate(
         ),
     ] = None,
     human_eval: Annotated[
-        int, typer.Option(min=0, max=164, help="Number of HumanEval problems to solve and run.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, max=164, help="Number of HumanEval problems to solve and run; default: 0."
+        ),
+    ] = None,
     against: Annotated[
         str,
         typer.Option(help="Compare one expert with: rag (retrieval), lora, full; comma-separated."),
     ] = "",
     cases: Annotated[
-        int, typer.Option(min=1, help="With --against: number of held-out lines to write.")
-    ] = 200,
+        int | None,
+        typer.Option(
+            min=1, help=f"With --against: number of held-out lines to write; default: {CASES}."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     as_json: Json = False,
@@ -60,10 +75,19 @@ def evaluate(
     if against:
         if as_json:
             raise ConfigError("--against writes result.json itself; leave --json out.")
+        refuse_ignored(
+            "goes with an evaluation without --against",
+            base=base,
+            data=data or None,
+            tokens=tokens,
+            human_eval=human_eval,
+        )
         from deepseek.cli.against import print_against
 
-        print_against(experts, against, cases, device, dtype)
+        print_against(experts, against, cases or CASES, device, dtype)
         return
+    refuse_ignored("goes with --against", cases=cases)
+    base = base or BASE
     from rich.console import Console
 
     from deepseek.cli.shapes import print_json

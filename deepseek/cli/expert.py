@@ -5,14 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from deepseek.cli.expert_live import plug, unplug
 from deepseek.cli.expert_sets import diff, lock, merge
 from deepseek.cli.job_command import job_command
-from deepseek.cli.options import Json, Yes
+from deepseek.cli.options import DryRun, Json, Yes
 from deepseek.cli.output import echo
 from deepseek.train.jobs.arguments import ExpertArguments
 
 app = typer.Typer(
-    add_completion=False, help="Train, import, list, rename, remove, check and sign packs."
+    add_completion=False, help="Train, import, list, rename, remove, check, sign and plug packs."
 )
 
 Pack = Annotated[
@@ -34,12 +35,17 @@ def train_all(
     experts: Annotated[
         Path, typer.Argument(help="YAML or TOML file with `base` and a mapping `experts` by name.")
     ],
+    dry_run: DryRun = False,
 ) -> None:
     """Train many experts in parallel as Ray tasks, and print each pack when it is finished."""
     from deepseek.errors import TrainError
     from deepseek.packs.pack import read_pack
+    from deepseek.train.jobs.many import estimate_all
     from deepseek.train.jobs.many import train_all as run
 
+    if dry_run:
+        estimate_all(experts)
+        return
     failed = []
     for expert, result in run(experts):
         verdict = (
@@ -163,6 +169,8 @@ def rename(
 app.command()(diff)
 app.command()(lock)
 app.command()(merge)
+app.command()(plug)
+app.command()(unplug)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Base, names
+from deepseek.cli.options import Device, Precision, names
 from deepseek.cli.output import echo
 
 Pack = Annotated[str, typer.Argument(help="A pack file, or the name of a trained expert.")]
@@ -37,7 +37,13 @@ def lock(
     experts: Annotated[
         str, typer.Option(help="Experts to lock: names, comma-separated; 'all': every one.")
     ] = "all",
-    base: Base = "smollm2-135m",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model of the experts; default: that of the named ones, with 'all' "
+            "smollm2-135m."
+        ),
+    ] = None,
     experts_folder: Annotated[
         Path | None, typer.Option(help="Folder of the packs; default: that of trained experts.")
     ] = None,
@@ -52,7 +58,7 @@ def lock(
     from deepseek.packs.signature import load_key
 
     if experts.strip() == "all":
-        packs, problems = packs_for(base, experts_folder)
+        packs, problems = packs_for(base or "smollm2-135m", experts_folder)
         for problem in problems:
             echo(f"warning: {problem}", error=True)
         paths = [*packs.values()]
@@ -61,7 +67,7 @@ def lock(
         paths = [
             find_pack(folder / f"{name}.safetensors" if folder else name) for name in names(experts)
         ]
-    locked = write_lock(out, lock_packs(paths), load_key(key) if key else None)
+    locked = write_lock(out, lock_packs(paths, base), load_key(key) if key else None)
     echo(f"{out}: {len(locked.experts)} experts, digest {locked.digest[:16]}")
 
 
@@ -73,6 +79,8 @@ def merge(
         int | None,
         typer.Option(min=1, help="Width of its expert layers; default: that of both together."),
     ] = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Make one expert that does what two do, and say what it does for both held-out texts.
 
@@ -80,7 +88,7 @@ def merge(
     """
     from deepseek.train.jobs.merge import merge_experts
 
-    merged = merge_experts(first, second, out, width, quiet=False)
+    merged = merge_experts(first, second, out, width, quiet=False, device=device, dtype=dtype)
     echo(str(merged.pack))
     for line in merged.report():
         echo(line)

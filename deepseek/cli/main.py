@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 a bug in this package, 2 a user error (the message says
 interrupted, 141 nobody reads the output any more.
 """
 
+import logging
 import os
 import shlex
 import sys
@@ -71,6 +72,9 @@ QUIET = {
 }
 """Variables by which other libraries, and the processes that they start, say less."""
 
+TALKATIVE = "torch.onnx._internal.exporter._registration"
+"""Logger that warns of operators of torchvision, which no export has."""
+
 INTERRUPTED = 130
 
 NOBODY_READS = 141
@@ -111,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _hide_foreign_warnings() -> None:
     """Keep notes of other libraries to their own users off the terminal; `--debug` shows them."""
     warnings.simplefilter("ignore")
+    logging.getLogger(TALKATIVE).setLevel(logging.ERROR)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 

@@ -45,10 +45,28 @@ Precision = Annotated[Dtype, typer.Option("--dtype", help=f"{ABOUT_DTYPE}.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; the reference has its schema.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and print the estimates only.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Seed = Annotated[
     int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")
 ]
+
+
+def refuse_ignored(rule: str, **options: object) -> None:
+    """Refuse options that a command would ignore, so that nobody takes them for heeded.
+
+    Args:
+        rule: when they count, such as "goes with --ray".
+        options: values by the name of the option with underscores; None: not given.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {rule}; leave it out.")
 
 
 def names(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """`deepseek plan`: estimate what training or inference needs on a number of devices."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,6 +96,7 @@ def plan(
         starting_options,
     )
 
+    check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
     if is_inference and deepspeed:
         raise ConfigError("--deepspeed configures training; leave --inference and --profile out.")
@@ -112,5 +114,21 @@ def plan(
     if is_inference:
         print_inference(model, options, hardware, dtype, as_json)
         return
-    training = TrainingOptions(tokens or model.tokens, recompute, precision, zero, trained)
+    training = TrainingOptions(
+        model.tokens if tokens is None else tokens, recompute, precision, zero, trained
+    )
     print_training(model, options, hardware, training, deepspeed, as_json)
+
+
+def check_possible(**amounts: float | None) -> None:
+    """Refuse amounts that no hardware and no training has.
+
+    Args:
+        amounts: values by the name of the option; None: not given.
+
+    Raises:
+        ConfigError: one of them is not finite, or not more than 0.
+    """
+    for name, amount in amounts.items():
+        if amount is not None and not 0 < amount < math.inf:
+            raise ConfigError(f"--{name} {amount:g} is impossible; give a number of more than 0.")

@@ -65,9 +65,9 @@ class PlanOptions:
         device = pick(DEVICES, self.device, "device")
         return replace(
             device,
-            memory=memory * 1e9 if memory else device.memory,
-            flops=teraflops * 1e12 if teraflops else device.flops,
-            bandwidth=bandwidth * 1e9 if bandwidth else device.bandwidth,
+            memory=device.memory if memory is None else memory * 1e9,
+            flops=device.flops if teraflops is None else teraflops * 1e12,
+            bandwidth=device.bandwidth if bandwidth is None else bandwidth * 1e9,
         )
 
 

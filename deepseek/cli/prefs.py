@@ -9,6 +9,7 @@ import typer
 from deepseek.checks import MAX_SEED
 from deepseek.cli.options import Base, Device, Json, Precision
 from deepseek.cli.output import echo
+from deepseek.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from deepseek.data.preferences.database import PreferenceDatabase
@@ -138,7 +139,7 @@ def search(
     """Show pairs, newest first."""
     from deepseek.cli.shapes import PreferenceList, PreferenceRow, print_json
 
-    with opened(database) as store:
+    with existing(database) as store:
         pairs = store.search(words, limit)
     if as_json:
         rows = [PreferenceRow.model_validate(pair, from_attributes=True) for pair in pairs]
@@ -158,7 +159,7 @@ def stats(database: Database = None, as_json: Json = False) -> None:
     """Count pairs by split, source and label, and how often each judge agrees."""
     from deepseek.cli.shapes import PreferenceCounts, print_json
 
-    with opened(database) as store:
+    with existing(database) as store:
         store.check()
         totals = store.statistics()
     if as_json:
@@ -179,14 +180,17 @@ def stats(database: Database = None, as_json: Json = False) -> None:
 @app.command()
 def split(
     share: Annotated[
-        float, typer.Argument(help="Share of the prompts to hold out for evaluation, 0 to 1.")
+        float,
+        typer.Argument(
+            help="Share of the prompts to hold out for evaluation, at least 0 and less than 1."
+        ),
     ],
     database: Database = None,
 ) -> None:
     """Set the share of held-out prompts. All pairs of a prompt are in the same split, and the
     assignment is deterministic.
     """
-    with opened(database) as store:
+    with existing(database) as store:
         store.set_eval_share(share)
         splits = store.statistics().splits
     echo(f"train {splits['train']:,}, eval {splits['eval']:,}")
@@ -198,11 +202,37 @@ def export(
     split: Annotated[Literal["train", "eval"] | None, typer.Option(help="Only this split.")] = None,
     database: Database = None,
 ) -> None:
-    """Write pairs in TRL's conversational format."""
+    """Write pairs in TRL's conversational format. If there is no pair, nothing is written."""
+    from deepseek.checkpoint.files import writable_file
     from deepseek.data.preferences.files import write_preferences
 
-    with opened(database) as store:
+    if file.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"{file} ends neither with .jsonl nor with .parquet; name one that does.")
+    writable_file(file)
+    with existing(database) as store:
+        if next(store.pairs(split), None) is None:
+            which = f"pairs in the split {split}" if split else "pairs"
+            raise DataError(
+                f"{store.path} holds no {which}, so {file} is left as it is; give another "
+                "--database, or add pairs with `deepseek prefs import FILE`."
+            )
         echo(f"{write_preferences(store, file, split):,} pairs in {file}")
+
+
+def existing(path: Path | None) -> "closing[PreferenceDatabase]":
+    """Return what `opened` does, for commands that a mistyped file must not make a database of.
+
+    Args:
+        path: database file; None: `preferences.db` in the library's home folder, made if need be.
+
+    Raises:
+        DataError: the file does not exist.
+    """
+    if path is not None and not path.is_file():
+        raise DataError(
+            f"{path} is no file; check --database, or make one with `deepseek prefs import FILE`."
+        )
+    return opened(path)
 
 
 def opened(path: Path | None) -> "closing[PreferenceDatabase]":

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Device, Experts, Int8, Precision, expert_packs, names
+from deepseek.cli.options import (
+    Device,
+    Experts,
+    Int8,
+    Precision,
+    expert_packs,
+    names,
+    refuse_ignored,
+)
 from deepseek.errors import ConfigError
 from deepseek.server.request_log import LogLevel
 
@@ -86,10 +94,13 @@ def serve(
     ray: Annotated[
         bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")
     ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="With --ray: number of replicas.")] = 2,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: number of replicas; default: 2.")
+    ] = None,
     cpus: Annotated[
-        float, typer.Option(min=0.01, max=1e4, help="With --ray: processors of each replica.")
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0.01, max=1e4, help="With --ray: processors of each replica; default: 1."),
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="Least severe messages to log; info logs each request.")
     ] = "info",
@@ -111,6 +122,8 @@ def serve(
     from deepseek.server.run import serve as run
     from deepseek.server.service import Settings
 
+    if not ray:
+        refuse_ignored("goes with --ray", replicas=replicas, cpus=cpus)
     for option, folder in (("--experts-folder", experts_folder), ("--teach-root", teach_root)):
         if folder is not None and not folder.is_dir():
             raise ConfigError(
@@ -142,8 +155,8 @@ def serve(
         int8=int8,
         device=device,
         dtype=dtype,
-        replicas=replicas if ray else None,
-        cpus=cpus,
+        replicas=(replicas or 2) if ray else None,
+        cpus=cpus or 1.0,
         drain_seconds=drain_seconds,
         progress=Waiting(),
     )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deepseek.cli.options import DryRun
 from deepseek.cli.output import echo
 
 
@@ -12,9 +13,12 @@ def train(
     recipe: Annotated[
         Path, typer.Argument(help="YAML or TOML file; see docs/how-to/pretraining.md.")
     ],
+    dry_run: DryRun = False,
 ) -> None:
     """Run the stages of a recipe in order. If interrupted, the same command resumes it."""
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe
 
-    echo(train_recipe(recipe, {"eval": STAGE}))
+    folder = train_recipe(recipe, {"eval": STAGE}, dry_run=dry_run)
+    if not dry_run:
+        echo(folder)

@@ -1,10 +1,11 @@
 """`deepseek watch`: keep an expert current with its source."""
 
-import os
 from typing import Annotated
 
 import typer
 
+from deepseek.cli.expert_live import running
+from deepseek.cli.options import Device, Precision
 from deepseek.cli.output import echo
 
 
@@ -19,13 +20,21 @@ def watch(
     every: Annotated[
         float, typer.Option(min=0.1, max=86_400, help="Seconds between two looks at the source.")
     ] = 30.0,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Update an expert whenever its repository, folder or file has changed, until Ctrl-C.
 
     The server's admin key is read from DEEPSEEK_ADMIN_KEY.
     """
-    from deepseek.train.jobs.expert_server import ExpertServer
     from deepseek.train.jobs.watch import watch_expert
 
-    live = ExpertServer(server, os.environ.get("DEEPSEEK_ADMIN_KEY", "")) if server else None
-    watch_expert(name, live, minutes=minutes, every=every, say=lambda text: echo(text, error=True))
+    watch_expert(
+        name,
+        running(server) if server else None,
+        minutes=minutes,
+        every=every,
+        say=lambda text: echo(text, error=True),
+        device=device,
+        dtype=dtype,
+    )

@@ -57,12 +57,17 @@ class Lock(Strict):
         return hashlib.sha256(b"deepseek lock 1\0" + content).hexdigest()
 
 
-def lock_packs(paths: Sequence[Path]) -> Lock:
+def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
     """Return the lock of some packs.
+
+    Args:
+        paths: the pack files.
+        base: name or folder of the base model that they must be for, which packs name by the last
+            part; None: any one.
 
     Raises:
         PackError: there is none, one cannot be read, two have one name, or they were made for
-            different bases.
+            different bases or another one than `base`.
     """
     manifests = sorted((read_pack(path).manifest for path in paths), key=lambda each: each.name)
     names = [manifest.name for manifest in manifests]
@@ -74,6 +79,12 @@ def lock_packs(paths: Sequence[Path]) -> Lock:
             "There is no expert to lock; train one."
             if not bases
             else "These packs were made for different bases; lock those of one base."
+        )
+    made_for = manifests[0].base.name
+    if base is not None and made_for != Path(base).name:
+        raise PackError(
+            f"{manifests[0].name} was made for {made_for}, not for {base}; give --base {made_for}, "
+            "or lock experts of that base."
         )
     experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
     return Lock(base=bases.pop(), experts=tuple(experts))

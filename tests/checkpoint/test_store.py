@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from deepseek.checkpoint import store
 from deepseek.errors import CheckpointError
+from deepseek.packs.signature import keygen
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -50,6 +53,39 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
             (temporary / name).touch()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["second"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The umask of the process during a test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], indirect=True)
+def test_whoever_may_read_a_new_file_may_read_weights(umask: int, tmp_path: Path) -> None:
+    with store.atomic_folder(tmp_path / "model") as temporary:
+        save_file(TENSORS, temporary / "model.safetensors")
+        (temporary / "config.json").write_text("{}")
+        (temporary / "tool").touch(0o700)
+    with store.atomic_write(tmp_path / "hash.safetensors") as temporary:
+        save_file(TENSORS, temporary)
+    files = [*(tmp_path / "model").iterdir(), tmp_path / "hash.safetensors"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in files}
+    usual = 0o666 & ~umask
+    assert modes == {
+        "model.safetensors": usual,
+        "config.json": usual,
+        "tool": usual | 0o700,
+        "hash.safetensors": usual,
+    }
+
+
+def test_a_private_key_stays_private(tmp_path: Path) -> None:
+    private, public = keygen("me", tmp_path)
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert public.stat().st_mode & 0o777 == 0o644
 
 
 def test_json_keeps_its_value(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """A wrong device, dtype or format is one sentence on the command line, with exit code 2."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from deepseek.cli.main import main
+from deepseek.errors import DataError
+from deepseek.train.jobs import merge, watch
 
 EXPERT = ["expert", "train", "--name", "x", "--from-folder", "."]
 
@@ -29,6 +34,10 @@ NEVER = [
     ["align", "--dtype", "float64"],
     ["align", "--device", "cuda 0"],
     ["distill-hash", "--device", "xla"],
+    ["expert", "merge", "a", "b", "--out", "c", "--device", "gpu"],
+    ["expert", "merge", "a", "b", "--out", "c", "--dtype", "fp8"],
+    ["watch", "x", "--device", "gpu"],
+    ["watch", "x", "--dtype", "float16"],
     ["inspect", "attention", "--device", "disk"],
     ["export", "smollm2-135m", "/tmp/x", "--to", "onyx"],
 ]
@@ -40,6 +49,8 @@ WITHOUT_A_GPU = [
     ["serve", "--device", "cuda:1"],
     [*EXPERT, "--device", "cuda"],
     ["align", "--device", "cuda:0"],
+    ["expert", "merge", "a", "b", "--out", "c", "--device", "cuda"],
+    ["watch", "x", "--device", "cuda"],
 ]
 
 
@@ -66,3 +77,53 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert written.err.count("\n") == 1
     assert written.out == ""
     return written.err
+
+
+def test_watch_computes_updates_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    class Changed:
+        """A trained expert with something new in its source."""
+
+        name = "shop"
+
+        def state(self) -> str:
+            return "new"
+
+        def learnt_states(self) -> frozenset[str]:
+            return frozenset()
+
+    monkeypatch.setattr(watch.TrainedExpert, "find", lambda _: Changed())
+    monkeypatch.setattr(watch, "train_expert", lambda **options: asked.append(options))
+    whole = watch.watch_expert
+    monkeypatch.setattr(watch, "watch_expert", lambda *a, **b: whole(*a, **{**b, "rounds": 1}))
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    words = ["watch", "shop", "--minutes", "2", "--device", "cpu", "--dtype", "bfloat16"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert not stop.value.code
+    budget = {"minutes": 2.0, "device": "cpu", "dtype": "bfloat16"}
+    assert asked == [{"update": "shop", "quiet": True, **budget}]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [([], torch.float32), (["--device", "cpu", "--dtype", "bfloat16"], torch.bfloat16)],
+)
+def test_merge_loads_the_base_as_it_is_told_to(
+    options: list[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def load(_: object, **given: Any) -> None:
+        loaded.append(given)
+        raise DataError("It is loaded.")
+
+    trained = SimpleNamespace(request=SimpleNamespace(base="a", dtype="float32"))
+    monkeypatch.setattr(merge.TrainedExpert, "find", lambda _: trained)
+    monkeypatch.setattr(merge, "resolve", lambda base: base)
+    monkeypatch.setattr(merge, "load_language_model", load)
+    with pytest.raises(SystemExit) as stop:
+        main(["expert", "merge", "greek", "stars", "--out", "both", *options])
+    assert stop.value.code == 2
+    assert [given["dtype"] for given in loaded] == [dtype]

@@ -1,4 +1,4 @@
-"""What `deepseek prefs` prints."""
+"""What `deepseek prefs` prints, and what it refuses."""
 
 from pathlib import Path
 
@@ -7,13 +7,70 @@ import pytest
 from deepseek.cli.main import main
 
 
+def call(*words: str) -> int:
+    """Return the exit status of `deepseek prefs WORDS`."""
+    with pytest.raises(SystemExit) as stop:
+        main(["prefs", *words])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A database of one pair, which is in the training split."""
+    path = tmp_path / "prefs.db"
+    pair = ("--prompt", "Hi", "--chosen", "Hello.", "--rejected", "No.")
+    assert call("add", *pair, "--database", str(path)) == 0
+    assert call("split", "0", "--database", str(path)) == 0
+    capsys.readouterr()
+    return path
+
+
 @pytest.mark.parametrize(
     ("words", "told"), [([], "there are no pairs"), (["soup"], "no pair has these words")]
 )
 def test_a_search_without_a_result_says_so(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["prefs", "search", *words, "--database", str(tmp_path / "prefs.db")])
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    code = call("search", *words)
     out, err = capsys.readouterr()
-    assert (stop.value.code or 0, out, err.strip()) == (0, "", told)
+    assert (code, out, err.strip()) == (0, "", told)
+
+
+@pytest.mark.parametrize("command", ["search", "stats", "split 0.2", "export pairs.jsonl"])
+def test_a_mistyped_database_is_refused_and_not_created(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("mine\n")
+    assert call(*command.split(), "--database", "folder/god.db") == 2
+    assert "folder/god.db is no file; check --database" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+    assert Path("pairs.jsonl").read_text() == "mine\n"
+
+
+def test_an_export_without_pairs_leaves_the_file(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("mine\n")
+    assert call("export", str(file), "--split", "eval", "--database", str(database)) == 2
+    assert "holds no pairs in the split eval" in capsys.readouterr().err
+    assert file.read_text() == "mine\n"
+    assert call("export", str(file), "--database", str(database)) == 0
+    assert file.read_text().count("\n") == 1 and "Hello." in file.read_text()
+
+
+def test_an_export_of_another_ending_is_refused(
+    database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("export", str(tmp_path / "out.txt"), "--database", str(database)) == 2
+    assert "ends neither with .jsonl nor with .parquet" in capsys.readouterr().err
+    assert not (tmp_path / "out.txt").exists()

@@ -46,6 +46,18 @@ def test_a_plan_is_printed_and_written_for_deepspeed(
     assert config["zero_optimization"]["stage"] == 3 and config["train_batch_size"] == 512
 
 
+@pytest.mark.parametrize("option", ["--memory", "--teraflops", "--bandwidth", "--tokens"])
+@pytest.mark.parametrize("amount", ["-5", "0", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("use", [[], ["--inference"], ["--profile", "small"]])
+def test_no_plan_for_impossible_hardware(
+    option: str, amount: str, use: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("plan", *use, option, amount) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"{option} {amount} is impossible; give a number of more than 0." in output.err
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

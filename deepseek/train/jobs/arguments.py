@@ -45,10 +45,16 @@ Mode = Literal["last-n", "lora", "full", "expert"]
 Method = Literal["ppo", "grpo", "gspo", "dpo", "rloo"]
 AnyPath = str | Path | None
 
+LAST = 3
+"""Default number of last layers to train."""
+
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class JobArguments(DeviceArguments):
     """Every job"""
+
+    command: ClassVar[str] = ""
+    """Command of a job that writes a run folder, for the message when another one's holds it."""
 
     lighter: ClassVar[str] = "a smaller model"
     """What needs less memory, for the message when a device has too little."""
@@ -184,6 +190,8 @@ class TextArguments(RunArguments):
 class ExpertArguments(TextArguments):
     """Expert"""
 
+    command: ClassVar[str] = "expert train"
+
     makes_file: ClassVar[bool] = True
 
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"update"}
@@ -267,6 +275,8 @@ class ExpertArguments(TextArguments):
 class AdaptArguments(TextArguments):
     """Adaptation"""
 
+    command: ClassVar[str] = "adapt"
+
     lighter: ClassVar[str] = "fewer --batch-rows, a shorter --row-length or --mode last-n --last 3"
 
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"name"}
@@ -277,7 +287,7 @@ class AdaptArguments(TextArguments):
     beside the model, as `train_expert` does
     """
 
-    last: int = Field(default=3, ge=1, le=1024)
+    last: int = Field(default=LAST, ge=1, le=1024)
     """Number of last layers to train in the modes last-n and expert"""
 
     tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
@@ -297,8 +307,10 @@ class AdaptArguments(TextArguments):
             super().check_paths()
 
     def check(self) -> None:
-        """Raise `ConfigError` if the name is that of the result, or cannot be."""
+        """Raise `ConfigError` if `last` would be ignored, or the name is not possible."""
         super().check()
+        if self.mode in ("lora", "full") and self.last != LAST:
+            raise ConfigError("last goes with mode last-n or expert; leave it out.")
         if self.mode != "expert":
             try:
                 model_name(self.named())
@@ -318,6 +330,8 @@ class AdaptArguments(TextArguments):
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class AlignArguments(RunArguments):
     """Alignment"""
+
+    command: ClassVar[str] = "align"
 
     lighter: ClassVar[str] = "a smaller --rollout-size, fewer --new-tokens or --layers last:3"
 

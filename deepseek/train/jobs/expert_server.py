@@ -1,4 +1,6 @@
-"""The expert routes of a running server, as `deepseek watch` uses them."""
+"""The expert routes of a running server, as `deepseek watch` and `deepseek expert plug` use
+them.
+"""
 
 import json
 import urllib.error
@@ -36,14 +38,36 @@ class ExpertServer:
         """Raise `DataError` if the server does not answer."""
         self._send("GET", "/v1/experts")
 
+    def plug(self, name: str) -> None:
+        """Plug the pack of a name in the server's folder.
+
+        Args:
+            name: name of the expert.
+
+        Raises:
+            DataError: the server cannot be reached or refuses; the message says why.
+        """
+        self._send("POST", "/v1/experts", {"name": name})
+
+    def unplug(self, name: str) -> None:
+        """Unplug an expert.
+
+        Args:
+            name: its name.
+
+        Raises:
+            DataError: the server cannot be reached or refuses; the message says why.
+        """
+        self._send("DELETE", _route(name))
+
     def plug_again(self, name: str) -> None:
         """Replace an expert by the pack of its name in the server's folder.
 
         Raises:
             DataError: the server cannot be reached or refuses; the message says why.
         """
-        self._send("DELETE", f"/v1/experts/{quote(name)}", missing_is_fine=True)
-        self._send("POST", "/v1/experts", {"name": name})
+        self._send("DELETE", _route(name), missing_is_fine=True)
+        self.plug(name)
 
     def _send(
         self,
@@ -72,8 +96,12 @@ class ExpertServer:
             reason = getattr(error, "reason", error)
             raise DataError(
                 f"The server at {self._url} cannot be reached ({reason}); start it with `deepseek "
-                "serve`, or leave --server out."
+                "serve`, or check --server."
             ) from None
+
+
+def _route(name: str) -> str:
+    return f"/v1/experts/{quote(name, safe='')}"
 
 
 def _fault(error: urllib.error.HTTPError) -> str:

@@ -1,6 +1,7 @@
 """Train many experts in parallel, each as one Ray task, on this machine or on a cluster."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.cluster import connect
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.settings import JobSettings
+from deepseek.train.loop.progress import say
 
 
 class ExpertsSettings(JobSettings):
@@ -36,13 +38,7 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
     Raises:
         ConfigError: Ray is missing, or an argument of any expert is wrong.
     """
-    settings = ExpertsSettings.read(config)
-    for name, arguments in settings.experts.items():
-        try:
-            given = {"base": settings.base, "name": name, **arguments}
-            ExpertArguments.read(**given).check_paths()
-        except UserError as error:
-            raise type(error)(f"experts.{name}: {error}") from None
+    settings = _checked_settings(config)
     ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {
@@ -59,6 +55,42 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
                 yield names[done], error.cause if isinstance(error.cause, Exception) else error
     finally:
         ray.shutdown()
+
+
+def estimate_all(config: str | Path | Mapping[str, Any]) -> None:
+    """Print the estimate of each expert by itself: side by side, they share the machine.
+
+    Args:
+        config: as of `train_all`.
+
+    Raises:
+        UserError: an argument or the text of an expert is wrong; the message names it.
+    """
+    settings = _checked_settings(config)
+    for name, arguments in settings.experts.items():
+        say(f"{name}:")
+        given = {"base": settings.base, "name": name, **arguments}
+        with _named(name):
+            train_expert(**{**given, "dry_run": True})
+
+
+def _checked_settings(config: str | Path | Mapping[str, Any]) -> ExpertsSettings:
+    """Return the settings with arguments that an expert can have."""
+    settings = ExpertsSettings.read(config)
+    for name, arguments in settings.experts.items():
+        with _named(name):
+            given = {"base": settings.base, "name": name, **arguments}
+            ExpertArguments.read(**given).check_paths()
+    return settings
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of an expert before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"experts.{name}: {error}") from None
 
 
 def _train(base: str, name: str, arguments: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from deepseek.data import Batch, RowLoader, TokenShards
 from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.layer import ExpertLayer
@@ -129,7 +130,14 @@ class Part:
 
 
 def merge_experts(
-    first: str, second: str, out: str, width: int | None = None, quiet: bool = True
+    first: str,
+    second: str,
+    out: str,
+    width: int | None = None,
+    quiet: bool = True,
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
 ) -> Merged:
     """Merge two trained experts of the same base into a third one, and write its pack.
 
@@ -138,6 +146,8 @@ def merge_experts(
         out: name of the merged one.
         width: width of its expert layers; default: that of both together.
         quiet: show no progress.
+        device: where to compute.
+        dtype: precision of the base; "auto": that in which the first expert was trained.
 
     Returns:
         The pack, and the held-out losses.
@@ -145,6 +155,7 @@ def merge_experts(
     Raises:
         ConfigError: the name is taken or no name, both experts are the same, or the width is more
             than that of both together.
+        DeviceError: there is no such device, or it cannot compute in that precision.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
     """
@@ -153,10 +164,11 @@ def merge_experts(
         raise ConfigError(f"There is an expert {out} already; choose another name.")
     if first == second:
         raise ConfigError(f"Both experts are {first}; name two different ones.")
+    place = choose_device(device)
     request = TrainedExpert.find(first).request
-    device = choose_device(request.device)
+    precision = choose_dtype(request.dtype if dtype == "auto" else dtype, place)
     folder = resolve(request.base)
-    model = load_language_model(folder, dtype=choose_dtype(request.dtype, device), device=device)
+    model = load_language_model(folder, dtype=precision, device=place)
     model.requires_grad_(False)
     parts = [Part(name, model) for name in (first, second)]
     most = sum(part.manifest.width for part in parts)

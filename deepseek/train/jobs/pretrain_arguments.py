@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class PretrainArguments(RunArguments):
     """Pre-training"""
 
+    command: ClassVar[str] = "pretrain"
+
     lighter: ClassVar[str] = "fewer --batch-rows with more --accumulate, or a shorter --row-length"
 
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"config"}

@@ -19,12 +19,13 @@ from deepseek.registry import pick
 from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
 from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
-from deepseek.train.jobs.declaration import Declaration, selected
+from deepseek.train.jobs.declaration import Declaration, arguments_of, selected
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.limits import UNKNOWN_LICENCE, ResultName, SpdxLicence
 from deepseek.train.jobs.pretrain import pretrain
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.settings import JobSettings
+from deepseek.train.loop.progress import say
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import write_page
 
@@ -80,6 +81,7 @@ def train_recipe(
     extra: Mapping[str, Stage] | None = None,
     *,
     quiet: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Run the stages of a recipe and return its run folder. The same call resumes a run.
 
@@ -88,6 +90,7 @@ def train_recipe(
         extra: further stages by name. The command line adds those of packages that may not be
             imported here.
         quiet: show no progress.
+        dry_run: only print the estimate of each stage whose model exists already.
 
     Raises:
         ConfigError: the recipe or an argument of any stage is wrong; raised before the first stage.
@@ -97,6 +100,9 @@ def train_recipe(
     table = {**STAGES, **(extra or {})}
     _check_stages(recipe, table, quiet)
     folder = writable_folder(home() / "runs" / recipe.name)
+    if dry_run:
+        _estimate_stages(recipe, table, quiet)
+        return folder
     with run_lock(folder):
         _run_stages(recipe, table, folder, quiet)
     return folder
@@ -125,6 +131,29 @@ def _check_stages(recipe: RecipeSettings, table: Mapping[str, Stage], quiet: boo
                 "of the recipe; give the stage another name."
             )
         folders.add(run)
+
+
+def _estimate_stages(recipe: RecipeSettings, table: Mapping[str, Stage], quiet: bool) -> None:
+    """Print the estimate of each stage, or why there is none."""
+    model = recipe.base
+    coming = None  # a model that an earlier stage has yet to make
+    for number, step in enumerate(recipe.stages, 1):
+        stage = table[step.stage]
+        title = f"stage {number} ({step.stage})"
+        arguments = given_to(stage, recipe, number, model, quiet)
+        if "dry_run" not in arguments_of(stage.arguments):
+            say(f"{title} has no estimate", quiet)
+            continue
+        if coming and "base" in arguments and "base" not in step.with_:
+            say(f"{title} is estimated when its base {coming} exists", quiet)
+            continue
+        say(f"{title}:", quiet)
+        result_path = stage.run(**{**arguments, "dry_run": True})
+        if result_path is not None and Path(result_path).is_dir():
+            model = str(result_path)
+            coming = None
+        elif not getattr(stage.arguments, "makes_file", False):
+            coming = result_path
 
 
 def _run_stages(

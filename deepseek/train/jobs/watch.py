@@ -3,8 +3,12 @@
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
+from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.names import Dtype
 from deepseek.errors import DataError, UserError
+from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_server import ExpertServer
 from deepseek.train.jobs.update import MINUTES, TrainedExpert
@@ -23,15 +27,29 @@ class Watcher:
         server: plugs every new state; None: none does.
         minutes: time budget of an update, in minutes.
         say: told what happens.
+        device: where updates are computed.
+        dtype: their precision; "auto": that of the training.
 
     Raises:
+        ConfigError: no update can have this budget or precision.
         DataError: there is no such expert, its source is gone, or the server does not answer.
+        DeviceError: there is no such device, or it cannot compute in that precision.
     """
 
-    def __init__(self, name: str, server: ExpertServer | None, minutes: float, say: Say) -> None:
+    def __init__(
+        self,
+        name: str,
+        server: ExpertServer | None,
+        minutes: float,
+        say: Say,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+    ) -> None:
+        self.options: dict[str, Any] = {"minutes": minutes, "device": device, "dtype": dtype}
+        ExpertArguments.read(update=name, **self.options)
+        choose_dtype(dtype, choose_device(device))
         self.expert = TrainedExpert.find(name)
         self.server = server
-        self.minutes = minutes
         self.say = say
         self.seen = self.expert.state()
         self.failures = 0
@@ -76,7 +94,7 @@ class Watcher:
         self.say(f"{name}: its source has changed; updating")
         started = time.monotonic()
         try:
-            pack = train_expert(update=name, minutes=self.minutes, quiet=True)
+            pack = train_expert(update=name, quiet=True, **self.options)
         except UserError as error:
             is_text = isinstance(error, DataError)
             self.pause = math.inf if is_text else min(LONGEST_PAUSE, 2**self.failures)
@@ -95,6 +113,8 @@ def watch_expert(
     every: float = 30.0,
     rounds: int | None = None,
     say: Say = lambda _: None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Update an expert at once if its source is new, and whenever it has changed since and then
     been quiet for one interval.
@@ -106,12 +126,16 @@ def watch_expert(
         every: seconds between two looks at the source.
         rounds: number of looks; None: until the process is interrupted.
         say: told what happens.
+        device: where updates are computed.
+        dtype: their precision; "auto": that of the training.
 
     Raises:
-        DataError: there is no such expert, its source is gone, or the server does not answer.
-        ConfigError: the server refuses the key.
+        DataError: there is no such expert, its source is gone, or the server does not answer or
+            refuses the key.
+        ConfigError: no update can have this budget or precision.
+        DeviceError: there is no such device, or it cannot compute in that precision.
     """
-    watcher = Watcher(name, server, minutes, say)
+    watcher = Watcher(name, server, minutes, say, device, dtype)
     say(f"watching the source of {name}; Ctrl-C ends it")
     done = 0
     while rounds is None or done < rounds:

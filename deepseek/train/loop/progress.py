@@ -88,6 +88,17 @@ class ProgressBar:
         self.say(f"{self._what}{share}{left}  {note}".rstrip())
 
 
+def say(message: str, quiet: bool = False) -> None:
+    """Write one line where progress is shown, between two jobs.
+
+    Args:
+        message: the line.
+        quiet: write nothing.
+    """
+    with ProgressBar(quiet=quiet) as progress:
+        progress.say(message)
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

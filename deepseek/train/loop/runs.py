@@ -4,7 +4,7 @@ import json
 import shutil
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +44,9 @@ class RunRequest(Protocol):
     """Resolved arguments of a job that writes a run folder."""
 
     @property
+    def command(self) -> str: ...
+
+    @property
     def name(self) -> str: ...
 
     @property
@@ -81,6 +84,7 @@ class Run:
         quiet: show no progress.
         dry_run: only print the estimate.
         makes_file: whether the result is a file; default: the folder of a model.
+        command: command whose job it is, such as "expert train"; "": the folder is not shared.
         main: whether this is the process that writes; of several, one is.
     """
 
@@ -91,6 +95,7 @@ class Run:
     dry_run: bool
     inputs: Callable[[], dict[str, str]] = dict
     makes_file: bool = False
+    command: str = ""
     main: bool = True
 
     @classmethod
@@ -115,6 +120,7 @@ class Run:
             request.dry_run,
             lambda: inputs((folder, made)),
             request.makes_file,
+            request.command,
         )
 
     def check_places(self) -> None:
@@ -180,7 +186,7 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
     except DataError:
         # What was read is not enough, and a git history that has grown since has the same digest.
         if run.main and not (run.folder / "request.json").is_file():
-            _drop_early_stages(run)
+            _withdraw(run)
         raise
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
@@ -194,11 +200,14 @@ def _check_begun(run: Run) -> dict[str, str]:
     """Return the digests of the inputs.
 
     Raises:
-        TrainError: the folder holds a run with another request or on other inputs.
+        TrainError: the folder holds a run of another command, with another request or on other
+            inputs.
     """
-    check_config(run.folder / "request.json", run.stored)
     started = run.folder / "start.json"
     begun = (run.folder / "request.json").is_file() and started.is_file()
+    if begun:
+        _check_command(started, run.command)
+    check_config(run.folder / "request.json", run.stored)
     before = _digests(started) if begun else {}
     try:
         inputs = run.inputs()
@@ -216,6 +225,19 @@ def _check_begun(run: Run) -> dict[str, str]:
     return inputs
 
 
+def _check_command(started: Path, command: str) -> None:
+    """Compare the command of a run with the one in `start.json`; an older version noted none.
+
+    Raises:
+        TrainError: they differ; to compare their arguments would say nothing.
+    """
+    before = read_object(started).get("command") or command
+    if command and before != command:
+        raise TrainError(
+            f"{started.parent} holds a run of `deepseek {before}`; give another --name."
+        )
+
+
 def _digests(started: Path) -> dict[str, str]:
     """Return the digests of the inputs in `start.json`; an older version noted none."""
     inputs = read_object(started).get("inputs", {})
@@ -227,11 +249,20 @@ def _digests(started: Path) -> dict[str, str]:
 def _begin(run: Run, inputs: dict[str, str]) -> None:
     """Note what the run begins with; delete the early stages of one that never began on it."""
     started = run.folder / "start.json"
-    start = {"request": json.loads(json.dumps(run.stored)), "inputs": inputs}
+    request = json.loads(json.dumps(run.stored))
+    start = {"command": run.command, "request": request, "inputs": inputs}
     begun = (run.folder / "request.json").is_file()
     if not begun and started.is_file() and read_json(started) != start:
         _drop_early_stages(run)
     write_json(started, start)
+
+
+def _withdraw(run: Run) -> None:
+    """Leave no trace of a run that was refused before it had begun."""
+    _drop_early_stages(run)
+    (run.folder / "start.json").unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else
+        run.folder.rmdir()
 
 
 def _drop_early_stages(run: Run) -> None:

@@ -160,7 +160,7 @@ def mixture(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("mode", "last"), [("last-n", 1), ("last-n", 2), ("full", 2)])
+@pytest.mark.parametrize(("mode", "last"), [("last-n", 1), ("last-n", 2), ("full", 3)])
 def test_a_mixture_is_adapted_with_its_pools_and_its_balance(
     mode: str, last: int, mixture: Path, text_folder: Path, tmp_path: Path
 ) -> None:

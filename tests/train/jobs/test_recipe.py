@@ -11,7 +11,7 @@ from train.loop.tiny_pretrain import settings
 
 from deepseek.checkpoint.store import home, write_json
 from deepseek.errors import ConfigError, DataError, TrainError
-from deepseek.evaluate.stage import evaluate_stage
+from deepseek.evaluate.stage import STAGE, evaluate_stage
 from deepseek.train.jobs.recipe import train_recipe
 from deepseek.train.loop.past_runs import find_run, summary
 
@@ -59,6 +59,29 @@ def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) 
             {"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]},
             quiet=True,
         )
+
+
+def test_a_dry_run_estimates_what_it_can_and_leaves_no_trace(
+    domains: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    stages = recipe(domains, tmp_path)["stages"]
+    stages.append({"stage": "eval"})
+    other = {**stages[1]["with"], "base": str(tiny_base), "out": str(tmp_path / "other")}
+    stages.append({"stage": "adapt", "with": other})
+    train_recipe({"name": "dry", "stages": stages}, {"eval": STAGE}, dry_run=True)
+    lines = capsys.readouterr().err
+    assert "stage 1 (pretrain):\n" in lines and " steps" in lines
+    made = tmp_path / "home" / "models" / "dry-1-pretrain"
+    assert f"stage 2 (adapt) is estimated when its base {made} exists" in lines
+    assert "stage 3 (eval) has no estimate" in lines
+    assert "minutes" in lines.partition("stage 4 (adapt):")[2]
+    assert not any((tmp_path / name).exists() for name in ("adapted", "other"))
+    assert not any((tmp_path / "home").glob("[mr]*/*"))
 
 
 def test_evaluation_is_a_stage_of_its_own(

@@ -1,6 +1,7 @@
 """A run folder is resumed by the same request on the same inputs, and by nothing else."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -86,8 +87,48 @@ def test_a_text_that_was_not_enough_is_read_again(tmp_path: Path) -> None:
     asked = {"seed": 0, "killed": ""}
     with pytest.raises(DataError, match="too little"):
         run_once(PoorJob, FakeRequest({**asked, "text": "short"}), run)
+    assert not run.folder.exists(), "a refused run is listed"
     run_once(PoorJob, FakeRequest({**asked, "text": "long enough"}), run)
     assert read_json(out) == ["long enough", "long enough"]
+
+
+def test_a_refused_run_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    run = Run({"seed": 0}, tmp_path / "out.json", tmp_path / "run", True, False, makes_file=True)
+    run.folder.mkdir()
+    (run.folder / "notes.txt").touch()
+    with pytest.raises(DataError, match="too little"):
+        run_once(PoorJob, FakeRequest({"seed": 0, "killed": "", "text": "short"}), run)
+    assert [path.name for path in run.folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("killed", ["training", ""])
+def test_a_run_of_another_command_is_named_whatever_else_differs(
+    tmp_path: Path, killed: str
+) -> None:
+    def start(command: str, stored: dict[str, Any], killed: str = "", dry_run: bool = False) -> Any:
+        request = FakeRequest({"text": "one", "seed": 0, "killed": killed})
+        out = tmp_path / "out.json"
+        run = Run(stored, out, tmp_path / "run", True, dry_run, makes_file=True, command=command)
+        return run_once(FakeJob, request, run)
+
+    with suppress(KilledError):
+        start("expert train", {"seed": 0}, killed)
+    for dry_run in (False, True):
+        with pytest.raises(TrainError, match="a run of `deepseek expert train`; give another --na"):
+            start("adapt", {"domain": "", "seed": 0}, dry_run=dry_run)
+    assert start("expert train", {"seed": 0}) == tmp_path / "out.json"
+
+
+def test_a_run_of_an_older_version_states_no_command(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        call(tmp_path, "one", killed="training")
+    started = tmp_path / "run" / "start.json"
+    write_json(started, {k: v for k, v in read_json(started).items() if k != "command"})
+    inputs = {"text": "one"}
+    out = tmp_path / "out.json"
+    run = Run({"seed": 0}, out, started.parent, True, False, lambda: inputs, True, "adapt")
+    run_once(FakeJob, FakeRequest({"text": "one", "seed": 0, "killed": ""}), run)
+    assert read_json(started)["command"] == "adapt"
 
 
 STARTS = st.lists(
