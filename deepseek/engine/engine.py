@@ -59,7 +59,8 @@ class Engine:
         cache_bytes: key/value budget in bytes, shared by running requests and the prefix cache;
             default 1 GiB.
         max_running: maximum number of requests in a batch; default 16.
-        max_waiting: maximum length of the queue; default 64.
+        max_waiting: maximum length of the queue; default 64. Requests that are submitted together
+            may exceed it while the batch has free places.
         prefill_chunk: maximum number of prompt tokens in one step, and the block size of the prefix
             cache in tokens; default 64. Smaller chunks delay the decoding sequences less.
 
@@ -127,20 +128,45 @@ class Engine:
             PackError: the request names an expert that is not plugged.
         """
         checks.instance("request", request, Request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
+        """Queue requests that belong together and return their streams of events.
+
+        They are taken all or none: where the queue is not full and batch and queue together have
+        places for all, even if there are more than the queue alone would take.
+
+        Args:
+            requests: the prompts and their options.
+
+        Raises:
+            ConfigError: there are more than `max_requests`, or one can never run (see `submit`).
+            QueueFullError, EngineStoppedError, PackError: see `submit`.
+        """
+        checks.sequence("requests", requests, partial(checks.instance, kind=Request), "requests")
+        if len(requests) > self.max_requests:
+            raise ConfigError(
+                f"{len(requests)} answers are wanted at once, but at most {self.max_requests} can "
+                "run and wait here; ask for fewer, or allow more by max_waiting (--max-waiting)."
+            )
         self.check_open()
         scheduler = self._scheduler
         runner = scheduler.runner
-        sequence = activate(
-            request,
-            self.model,
-            self._vocabulary,
-            scheduler.prefill_chunk,
-            runner.divides,
-            runner.expert_bytes,
-        )
-        generation = Generation(sequence)
-        self._enqueue(sequence, sequence.capacity)
-        return generation
+        sequences: list[ActiveSequence] = []
+        for request in requests:
+            sequence = activate(
+                request,
+                self.model,
+                self._vocabulary,
+                scheduler.prefill_chunk,
+                runner.divides,
+                runner.expert_bytes,
+            )
+            self._check_memory(sequence, sequence.capacity)
+            sequences.append(sequence)
+        generations = [Generation(sequence) for sequence in sequences]
+        self._enqueue(sequences)
+        return generations
 
     def check_open(self) -> None:
         """Raise the error that `submit` would raise when the engine takes no requests.
@@ -154,10 +180,8 @@ class Engine:
         if self._draining:
             raise EngineStoppedError(STOPPED)
         waiting = len(self._scheduler.waiting)
-        finished_count = self._scheduler.finished.total()
         if waiting >= self._max_waiting:
-            seconds_per_request = self._seconds / finished_count if finished_count else 1.0
-            raise QueueFullError(waiting, min(max(1.0, waiting * seconds_per_request), 60.0))
+            raise self._full(waiting)
 
     def embed(self, ids: Sequence[int]) -> list[float]:
         """Return the embedding of one text (see `submit_texts`), and block until it is computed.
@@ -201,19 +225,26 @@ class Engine:
         embedding = ActiveEmbedding(
             self.model, self._reference, texts, self._scheduler.prefill_chunk
         )
-        self._enqueue(embedding, max(map(len, texts)))
+        self._check_memory(embedding, max(map(len, texts)))
+        self._enqueue([embedding])
         return embedding
 
-    def _enqueue(self, sequence: ActiveSequence | ActiveEmbedding, tokens: int) -> None:
-        """Put a computation into the queue.
+    def _full(self, ahead: int) -> QueueFullError:
+        """Return the error for requests that have no place.
+
+        Args:
+            ahead: number of requests before them.
+        """
+        finished_count = self._scheduler.finished.total()
+        seconds_per_request = self._seconds / finished_count if finished_count else 1.0
+        return QueueFullError(ahead, min(max(1.0, ahead * seconds_per_request), 60.0))
+
+    def _check_memory(self, sequence: ActiveSequence | ActiveEmbedding, tokens: int) -> None:
+        """Raise `ConfigError` for a computation that needs more than `cache_bytes`.
 
         Args:
             sequence: the computation.
             tokens: most tokens of which it keeps keys and values at a time.
-
-        Raises:
-            ConfigError: it needs more than `cache_bytes`.
-            QueueFullError, EngineStoppedError: see `check_open`.
         """
         need = self._scheduler.need(sequence)
         budget = self._scheduler.cache_bytes
@@ -223,9 +254,23 @@ class Engine:
                 f"but the cache has {budget}; "
                 "shorten the prompt, ask for fewer tokens or give the engine a larger cache."
             )
+
+    def _enqueue(self, sequences: Sequence[ActiveSequence | ActiveEmbedding]) -> None:
+        """Put computations into the queue, all or none.
+
+        Args:
+            sequences: the computations, at most `max_requests`.
+
+        Raises:
+            QueueFullError, EngineStoppedError: see `check_open`, or not all have a place.
+        """
+        scheduler = self._scheduler
         with self._changed:
             self.check_open()
-            self._scheduler.waiting.append(sequence)
+            ahead = len(scheduler.waiting) + len(scheduler.running)
+            if ahead + len(sequences) > self.max_requests:
+                raise self._full(ahead)
+            scheduler.waiting.extend(sequences)
             self._changed.notify_all()
 
     def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:

@@ -54,9 +54,7 @@ def llguidance_form(grammar: Grammar) -> str:
     Raises:
         ConfigError: it is too large or malformed.
     """
-    most = MAX_CHARACTERS[grammar.kind]
-    if len(grammar.text) > most:
-        raise unusable(grammar, f"it is longer than {most} characters")
+    check_length(grammar)
     match grammar.kind:
         case "json_schema":
             lark = f"start: %json {json.dumps(_schema(grammar))}"
@@ -67,6 +65,13 @@ def llguidance_form(grammar: Grammar) -> str:
         case "lark":
             lark = SETTINGS.sub("", grammar.text)
     return f"%llguidance {json.dumps(NO_FORCING)}\n{lark}"
+
+
+def check_length(grammar: Grammar) -> None:
+    """Raise `ConfigError` for a grammar with too many characters."""
+    most = MAX_CHARACTERS[grammar.kind]
+    if len(grammar.text) > most:
+        raise unusable(grammar, f"it is longer than {most} characters")
 
 
 def unusable(grammar: Grammar, reason: str) -> ConfigError:

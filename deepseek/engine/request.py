@@ -27,7 +27,8 @@ class QueueFullError(UserError):
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(
-            f"{waiting} requests are waiting already; try again in {math.ceil(retry_after)} s."
+            f"{waiting} requests are running or waiting already; try again in "
+            f"{math.ceil(retry_after)} s."
         )
         self.retry_after = retry_after
 

@@ -24,6 +24,11 @@ from deepseek.server.json_body import AnyTypeRoute, Handler, JsonRoute
 PLANNERS = 2
 """Threads that make prompts: templates, tokenizer, retrieval, grammars."""
 
+CONVERTERS = 1
+"""Threads for routes that only convert between texts and tokens, of up to a whole body: prompts do
+not wait for them.
+"""
+
 PLAN_SECONDS = 30.0
 """Time limit for making a prompt, waiting for a thread included."""
 
@@ -51,6 +56,7 @@ class Admission:
         self.jobs: set[Job] = set()
         self.ended = False
         self._planners = ThreadPoolExecutor(PLANNERS, "plan")
+        self._converters = ThreadPoolExecutor(CONVERTERS, "convert")
 
     @asynccontextmanager
     async def plan(self, engine: Engine) -> AsyncIterator[None]:
@@ -94,6 +100,14 @@ class Admission:
                 planned.add_done_callback(partial(_abandoned, abandon))
             raise
 
+    async def convert(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread of the conversions and return its result.
+
+        Args:
+            work: what to run. If the caller is cancelled before a thread is free, it never runs.
+        """
+        return await asyncio.wrap_future(self._converters.submit(work))
+
     def end(self) -> None:
         """Cancel all jobs, now and later; their clients get status 503."""
         self.ended = True
@@ -101,8 +115,9 @@ class Admission:
             job.cancel()
 
     def close(self) -> None:
-        """Let the planning threads end."""
-        self._planners.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end."""
+        for threads in (self._planners, self._converters):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Job(ABC):

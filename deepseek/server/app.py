@@ -40,6 +40,9 @@ from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
+REVALIDATED = {"Cache-Control": "no-cache"}
+"""Header of the page and its parts: after an upgrade, no browser may mix old ones with new ones."""
+
 ROUTERS = (
     chat_completions,
     completions,
@@ -53,6 +56,20 @@ ROUTERS = (
     teach,
     preferences,
 )
+
+
+class PageFiles(StaticFiles):
+    """The parts of the page; by their `ETag`, asking for one that has not changed costs little."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """Return the reply with a file, or that it has not changed.
+
+        Args:
+            args, options: see `StaticFiles`.
+        """
+        response = super().file_response(*args, **options)
+        response.headers.update(REVALIDATED)
+        return response
 
 
 def create_app(
@@ -97,7 +114,7 @@ def create_app(
     for module in ROUTERS:
         app.include_router(module.router)
     add_state_routes(app, service)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", PageFiles(directory=STATIC), name="static")
     routes = chain.from_iterable(module.router.routes for module in ROUTERS)
     computing = frozenset(route.path for route in routes if isinstance(route, ComputingRoute))
     app.add_middleware(Guard, service=service, computing=computing)
@@ -148,7 +165,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         """Serve the web page."""
-        return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(STATIC / "index.html", headers=REVALIDATED)
 
     @app.get("/v1/me", include_in_schema=False)
     async def me(request: HttpRequest) -> Response:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints
 
+from deepseek.engine.grammar import check_length
 from deepseek.engine.request import Grammar
 from deepseek.server.body import Body, Several, ToolName
 from deepseek.server.errors import ApiError
+from deepseek.server.json_body import parsed
 from deepseek.server.json_schema import closed
 
 T = TypeVar("T")
@@ -20,7 +22,7 @@ FormatKind = Literal["text", "json_object", "json_schema", "regex", "grammar"]
 Pattern = Annotated[str, StringConstraints(min_length=1)]
 Choices = Annotated[Several[Pattern], Field(min_length=1, max_length=1024)]
 
-LARK = re.compile(r"^\s*(?:%llguidance\b|\??start\s*:(?!:=))", re.MULTILINE)
+LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|\??start\s*:(?!:=))", re.MULTILINE)
 """What only a grammar in Lark syntax has; any other is one of llama.cpp (GBNF)."""
 
 
@@ -84,6 +86,7 @@ class StructuredOutputs(Body):
 
         Raises:
             ApiError: the schema is text that is not a JSON object.
+            ConfigError: a constraint is too long.
         """
         schema = _parsed(self.json_, f"{prefix}json")
         return {
@@ -141,17 +144,32 @@ class ConstraintFields(Body):
 
 
 def json_grammar(schema: Schema) -> Grammar:
-    """Return the constraint to JSON that follows a schema, closed if it does not say."""
+    """Return the constraint to JSON that follows a schema, closed if it does not say.
+
+    Raises:
+        ConfigError: the schema is too long.
+    """
+    check_length(Grammar("json_schema", json.dumps(schema)))
     return Grammar("json_schema", json.dumps(closed(schema)))
 
 
 def choice_of(texts: list[str]) -> Grammar:
-    """Return the constraint to one of some texts."""
+    """Return the constraint to one of some texts.
+
+    Raises:
+        ConfigError: they are too long.
+    """
+    check_length(Grammar("regex", "|".join(texts)))
     return Grammar("regex", "|".join(map(_literal, texts)))
 
 
 def grammar_of(text: str) -> Grammar:
-    """Return the constraint to a grammar in Lark syntax or that of llama.cpp."""
+    """Return the constraint to a grammar in Lark syntax or that of llama.cpp.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    check_length(Grammar("gbnf", text))
     return Grammar("lark" if LARK.search(text) else "gbnf", text)
 
 
@@ -166,13 +184,18 @@ def _parsed(schema: Schema | str | None, field: str) -> Schema | None:
     Args:
         schema: value of the field.
         field: its name.
+
+    Raises:
+        ApiError: the text breaks a rule for bodies (see `json_body.parsed`), or is no object.
+        ConfigError: it is too long.
     """
     if not isinstance(schema, str):
         return schema
+    check_length(Grammar("json_schema", schema))
     try:
-        value = json.loads(schema)
-    except (ValueError, RecursionError):
-        value = None
+        value = parsed(schema.encode(), "JSON schema")
+    except ApiError as error:
+        raise ApiError(400, error.message, param=field) from None
     if not isinstance(value, dict):
         raise ApiError(
             400, "The JSON schema is not the text of a JSON object; correct it.", param=field

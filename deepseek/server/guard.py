@@ -291,7 +291,7 @@ def require_admin(request: HttpRequest) -> None:
     if request.state.permissions.role != "admin":
         raise ApiError(
             403,
-            "This changes the server and needs the admin key (--admin-key-file).",
+            "This is for administrators only; use the admin key (--admin-key-file).",
             code="admin_only",
         )
 

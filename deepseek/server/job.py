@@ -108,17 +108,6 @@ class GenerationJob(Job):
             raise self.cancelled()
 
 
-def submit(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
-    """Submit requests; if one is refused, cancel the others."""
-    generations: list[Generation] = []
-    try:
-        generations.extend(engine.submit(request) for request in requests)
-    except BaseException:
-        cancel(generations)
-        raise
-    return generations
-
-
 def submit_within(
     engine: Engine, requests: Sequence[Request], allowed: frozenset[str]
 ) -> list[Generation]:
@@ -135,13 +124,13 @@ def submit_within(
     Raises:
         ApiError: the experts keep changing (503), or one was unplugged just now (404).
 
-    Other errors are raised as by `Engine.submit`.
+    Other errors are raised as by `Engine.submit_all`.
     """
     for _ in range(TRIES):
         plugged = engine.experts()
         others = [info.name for info in plugged if info.name not in allowed]
         try:
-            generations = submit(engine, [denying(request, others) for request in requests])
+            generations = engine.submit_all([denying(request, others) for request in requests])
         except PackError:
             # The engine's message suggests names of plugged experts.
             raise ApiError(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -91,42 +92,47 @@ def check_media_type(content_type: str) -> None:
         )
 
 
-def parsed(body: bytes) -> Any:
+def parsed(body: bytes, what: str = "body") -> Any:
     """Return the value of a JSON text as RFC 8259 defines it.
 
     Args:
         body: the text in UTF-8.
+        what: what messages call it; default: "body".
 
     Raises:
-        ApiError: the body is empty, is not UTF-8 or not JSON, repeats a key, has a lone
+        ApiError: the text is empty, is not UTF-8 or not JSON, repeats a key, has a lone
             surrogate, or exceeds `MAX_DEPTH` or `MAX_KEYS`.
     """
     if not body:
-        raise refused("The body is empty; send a JSON object.")
+        raise refused(f"The {what} is empty; send a JSON object.")
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise refused("The body is not UTF-8 text; send JSON in UTF-8.") from None
+        raise refused(f"The {what} is not UTF-8 text; send JSON in UTF-8.") from None
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+            text,
+            object_pairs_hook=partial(_unique, what),
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise refused(
-            f"The body is not valid JSON (line {error.lineno}, column {error.colno}); correct it."
+            f"The {what} is not valid JSON (line {error.lineno}, column {error.colno}); correct it."
         ) from None
     except UnicodeEncodeError:
         raise refused(
-            "The body has half of a surrogate pair, which is no character; send whole characters."
+            f"The {what} has half of a surrogate pair, which is no character; send whole "
+            "characters."
         ) from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(what) from None
     except ValueError:  # Python's limit on the digits of an integer
-        raise refused("The body has a number with too many digits; shorten it.") from None
+        raise refused(f"The {what} has a number with too many digits; shorten it.") from None
     if deeper(value, MAX_DEPTH):
-        raise _too_deep()
+        raise _too_deep(what)
     return value
 
 
@@ -139,7 +145,7 @@ def deeper(value: Any, levels: int) -> bool:
 
 
 def refused(message: str) -> ApiError:
-    """Return the error for a body that is no acceptable JSON."""
+    """Return the error for a text that is no acceptable JSON."""
     return ApiError(400, message, code="invalid_json")
 
 
@@ -148,12 +154,12 @@ def _containers(value: Any) -> list[Any]:
     return [part for part in parts if isinstance(part, dict | list)]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > MAX_KEYS:
-        raise refused(f"An object in the body has more than {MAX_KEYS} keys; send fewer.")
+        raise refused(f"An object in the {what} has more than {MAX_KEYS} keys; send fewer.")
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise refused("An object in the body has the same key twice; send each once.")
+        raise refused(f"An object in the {what} has the same key twice; send each once.")
     return value
 
 
@@ -168,5 +174,5 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _too_deep() -> ApiError:
-    return refused(f"The body nests more than {MAX_DEPTH} levels deep; flatten it.")
+def _too_deep(what: str) -> ApiError:
+    return refused(f"The {what} nests more than {MAX_DEPTH} levels deep; flatten it.")

@@ -1,5 +1,8 @@
 """JSON schemas of clients, before a grammar is made of them."""
 
+import json
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 OTHERS = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
@@ -12,6 +15,9 @@ SHAPES = {
 """Keywords that describe the object itself, not what is in it. Where there are several, each of
 them describes a part of the object, so none can say that there is no more.
 """
+
+PARTS = SHAPES - {"properties"}
+"""Those of them that hold further schemas of the same object."""
 
 CONDITIONS = {"not", "if", "dependentSchemas"}
 """Keywords whose schemas an object need not fit; closed, they would mean something else."""
@@ -31,59 +37,98 @@ def closed(schema: Any) -> Any:
     says what else it may hold, and one that is described in several places, such as the parts of
     `allOf`, or a definition that an object with `properties` of its own refers to.
 
-    Args:
-        schema: the schema.
-    """
-    opened: set[str] = set()
-    while True:
-        known = set(opened)
-        result = _closed(schema, "#", False, opened)
-        if opened == known:
-            return result
-
-
-def _closed(schema: Any, pointer: str, is_part: bool, opened: set[str]) -> Any:
-    """Return a closed schema, or a list of them.
+    The time is proportional to the schema's size, whatever refers to what.
 
     Args:
-        schema: the schema, or part of one.
-        pointer: where it stands, as a reference to it.
-        is_part: whether other schemas describe the same object.
-        opened: references to schemas that describe a part of an object; those found are added.
+        schema: the schema, a JSON value.
     """
-    if isinstance(schema, list):
-        return [
-            _closed(inner, f"{pointer}/{place}", is_part, opened)
-            for place, inner in enumerate(schema)
-        ]
-    if not isinstance(schema, dict):
-        return schema
-    every = schema.get("allOf")
-    has_parts = len(SHAPES & schema.keys()) > 1 or (isinstance(every, list) and len(every) > 1)
-    has_parts = has_parts or is_part or pointer in opened
-    if has_parts and isinstance(schema.get("$ref"), str):
-        opened.add(schema["$ref"])
-    changed = {}
-    for name, value in schema.items():
-        below = f"{pointer}/{name}"
-        inner_is_part = name in CONDITIONS or (name in SHAPES - {"properties"} and has_parts)
-        if name in VALUES:
-            changed[name] = value
-        elif name in NAMED and isinstance(value, dict):
-            changed[name] = {
-                key: _closed(inner, f"{below}/{escaped(key)}", inner_is_part, opened)
-                for key, inner in value.items()
-            }
-        else:
-            changed[name] = _closed(value, below, inner_is_part, opened)
-    if "properties" in schema and not has_parts and not OTHERS & schema.keys():
-        changed["additionalProperties"] = False
-    return changed
+    result = json.loads(json.dumps(schema))  # a copy, no part of which stands at two places
+    schemas = list(_every(result))
+    opened = _opened(result, schemas)
+    for each in schemas:
+        if "properties" in each and id(each) not in opened and not OTHERS & each.keys():
+            each["additionalProperties"] = False
+    return result
 
 
-def escaped(name: str) -> str:
-    """Return a name as it stands in a JSON pointer."""
-    return name.replace("~", "~0").replace("/", "~1")
+def _every(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and all schemas in it."""
+    pending = list(_listed(schema))
+    while pending:
+        each = pending.pop()
+        yield each
+        pending += _inner(each, each)
+
+
+def _inner(schema: dict[str, Any], keywords: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the schemas directly inside a schema that some of its keywords hold."""
+    for keyword in keywords:
+        value = schema[keyword]
+        if keyword in NAMED and isinstance(value, dict):
+            yield from _listed(list(value.values()))
+        elif keyword not in VALUES:
+            yield from _listed(value)
+
+
+def _listed(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a value that is a schema, or those in a list."""
+    if isinstance(value, dict):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _listed(inner)
+
+
+def _opened(root: Any, schemas: Iterable[dict[str, Any]]) -> set[int]:
+    """Return the `id` of each schema that is not the only one to describe its object.
+
+    Some show it themselves; what these consist of, or refer to, describes the same object.
+
+    Args:
+        root: the whole schema, to which references lead.
+        schemas: all schemas in it.
+    """
+    known: set[int] = set()
+    pending: list[dict[str, Any]] = []
+    for each in schemas:
+        known.add(id(each))
+        parts = each.get("allOf")
+        if len(SHAPES & each.keys()) > 1 or (isinstance(parts, list) and len(parts) > 1):
+            pending.append(each)
+        pending += _inner(each, CONDITIONS & each.keys())
+    opened: set[int] = set()
+    while pending:
+        each = pending.pop()
+        if id(each) in opened:
+            continue
+        opened.add(id(each))
+        pending += _inner(each, PARTS & each.keys())
+        target = _referenced(root, each.get("$ref"))
+        pending += [target] if id(target) in known else []
+    return opened
+
+
+def _referenced(root: Any, reference: Any) -> Any:
+    """Return the part of a schema to which a reference leads, None if it leads nowhere.
+
+    Args:
+        root: the schema.
+        reference: a JSON pointer after "#", such as "#/$defs/name".
+    """
+    if not isinstance(reference, str) or not re.match("#(/|$)", reference):
+        return None
+    part = root
+    for name in reference.split("/")[1:]:
+        try:
+            part = part[int(name) if isinstance(part, list) else unescaped(name)]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return part
+
+
+def unescaped(name: str) -> str:
+    """Return a name that stands in a JSON pointer."""
+    return name.replace("~1", "/").replace("~0", "~")
 
 
 def moved(schema: Any, root: str) -> Any:

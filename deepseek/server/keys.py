@@ -84,11 +84,13 @@ def read_keys(file: Path | None, variable: str, option: str) -> dict[str, Expert
         option: option that named the file, for messages. They never show a key.
 
     Raises:
-        ConfigError: the file cannot be read, a line of it is invalid, a key stands there twice
-            with different experts, or it holds no key: continuing without keys would open the
-            server to everyone.
+        ConfigError: the file cannot be read, a line of it is invalid, a key cannot be sent or
+            stands there twice with different experts, or there is none in the file: continuing
+            without keys would open the server to everyone.
     """
     variable_key = os.environ.get(variable, "").strip()
+    if variable_key:
+        _check_key(variable_key, variable)
     keys: dict[str, Experts] = {variable_key: None} if variable_key else {}
     if file is None:
         return keys
@@ -106,6 +108,7 @@ def read_keys(file: Path | None, variable: str, option: str) -> dict[str, Expert
         )
     for number, (key, *names) in numbered:
         place = f"{option} {file}, line {number}"
+        _check_key(key, place)
         experts = _experts(names, place)
         if keys.setdefault(key, experts) != experts:
             raise ConfigError(
@@ -131,6 +134,23 @@ def read_admin_keys(file: Path | None, variable: str, option: str) -> frozenset[
             "one key per line, without names."
         )
     return frozenset(keys)
+
+
+def _check_key(key: str, place: str) -> None:
+    """Check that a key can be sent in a header, where clients encode other characters differently.
+
+    Args:
+        key: the key.
+        place: where it stands, for messages.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"{place}: the key has characters that not every client can send in a header; use "
+            "ASCII letters, digits and punctuation."
+        )
 
 
 def _experts(names: Sequence[str], place: str) -> Experts:

@@ -17,7 +17,7 @@ from deepseek.errors import DataError
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
-from deepseek.text.chat_template import control_tokens, encode_rendered, guard, render, user_ids
+from deepseek.text.chat_template import ControlTokens, encode_rendered, render, user_ids
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import document_start_ids, encode_plain
 
@@ -67,6 +67,8 @@ class PromptWriter:
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
         self.layout = infill_layout(tokenizer)
+        # Else the first conversation would wait for their pattern, which counts for its time limit.
+        ControlTokens.of(tokenizer)
         self.longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.longest_text = context * self.longest_token
 
@@ -101,7 +103,7 @@ class PromptWriter:
                     "continue_final_message out.",
                     param="continue_final_message",
                 )
-            begun = guard(control_tokens(self.tokenizer), last.text)
+            begun = ControlTokens.of(self.tokenizer).guard(last.text)
         if self.knows_tools:
             template_messages = tool_messages(messages)
             tools = described(calling.tools)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -29,12 +29,14 @@ from deepseek.server.admission import Admission
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
 from deepseek.server.indexes import Indexes
-from deepseek.server.job import GenerationJob, cancel, submit, submit_within
+from deepseek.server.job import GenerationJob, cancel, submit_within
 from deepseek.server.keys import Experts
 from deepseek.server.metrics import Metrics
+from deepseek.server.model_size import ModelSize, model_size
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.request_log import LogLevel
 from deepseek.server.schema import ExpertsField
+from deepseek.server.token_text import TokenTexts
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
@@ -129,13 +131,16 @@ class Service:
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self._counter: PromptWriter | None = None
-        self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
+        self._size: ModelSize | None = None
+        self._tokens: TokenTexts | None = None
 
     def attach(self, engine: Engine, fleet: Fleet | None = None) -> None:
         """Start to serve with `engine`, alone or as a member of `fleet`."""
         self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, context_length(engine.model))
         self._counter = PromptWriter(engine.tokenizer, self.settings.max_body)
+        self._size = model_size(engine)
+        self._tokens = TokenTexts(engine)
         folder = engine.model.experts.base_folder
         self.licence = str(read_licence(folder)) if folder else ""
         self.metrics.watch(engine)
@@ -212,6 +217,18 @@ class Service:
         assert self._counter is not None
         return self._counter
 
+    @property
+    def tokens(self) -> TokenTexts:
+        """The texts of the model's tokens."""
+        assert self._tokens is not None
+        return self._tokens
+
+    @property
+    def size(self) -> ModelSize:
+        """Size of the engine's base model."""
+        assert self._size is not None
+        return self._size
+
     async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> GenerationJob:
         """Submit the requests that `plan` returns and return the job that follows them.
 
@@ -240,7 +257,7 @@ class Service:
     def _submit(self, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
         requests = plan()
         if self.allowed is None:
-            return submit(self.engine, requests)
+            return self.engine.submit_all(requests)
         return submit_within(self.engine, requests, self.allowed)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
@@ -354,9 +371,6 @@ class Service:
             *(f"{base}{SEPARATOR}{name}" for name in plugged),
             *with_all,
         ]
-
-    def _token_text(self, identity: int) -> str:
-        return str(self.engine.tokenizer.decode([identity]))
 
 
 async def _service_of(request: HttpRequest) -> Any:

@@ -22,6 +22,7 @@ from deepseek.server.job import GenerationJob
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
 from deepseek.server.service import Service
+from deepseek.server.token_text import TokenReader
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot represent."""
@@ -236,16 +237,21 @@ def usage_fields(usage: TokenUsage) -> Fields:
     return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
 
-def chat_logprobs(service: Service, token: TokenLogprob) -> Fields:
-    """Return log probabilities in chat's layout: of a token and its most likely alternatives."""
+def chat_logprobs(reader: TokenReader, token: TokenLogprob) -> Fields:
+    """Return log probabilities in chat's layout: of a token and its most likely alternatives.
+
+    Args:
+        reader: reads the tokens of the answer.
+        token: the next one.
+    """
+    read = reader.at(token.token_id)
 
     def entry(identity: int, logprob: float) -> Fields:
-        text = service.token_text(identity)
-        whole = "\ufffd" not in text  # a token can be part of a character
+        text, content = read(identity)
         return {
             "token": text,
             "logprob": finite(logprob),
-            "bytes": list(text.encode()) if whole else None,
+            "bytes": None if content is None else list(content),
         }
 
     alternatives = [entry(*top) for top in token.top]

@@ -117,16 +117,39 @@ class Calling:
 
         Llama writes "parameters" instead of "arguments"; both are accepted.
         """
-        try:
-            value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        except (ValueError, RecursionError):
-            return
+        value = _parsed(text)
         # A list, not a set: "name" in free-form JSON can be any value, also an unhashable one.
         names = [tool.function.name for tool in self.tools]
         for call in value if isinstance(value, list) else [value]:
             if isinstance(call, dict) and call.get("name") in names:
-                arguments = call.get("arguments", call.get("parameters", {}))
+                arguments = _unpacked(call.get("arguments", call.get("parameters")))
                 yield {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def as_object(arguments: str) -> dict[str, Any]:
+    """Return a call's arguments as an object, which some APIs require.
+
+    Args:
+        arguments: the arguments as JSON text; the object has a value of another kind as `value`.
+    """
+    value = json.loads(arguments)
+    return value if isinstance(value, dict) else {"value": value}
+
+
+def _unpacked(arguments: Any) -> Any:
+    """Return the arguments that a model means: many write the object as text, or null for none."""
+    if arguments is None:
+        return {}
+    value = _parsed(arguments) if isinstance(arguments, str) else None
+    return value if isinstance(value, dict) else arguments
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON text, None if it is not JSON."""
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _finite(digits: str) -> float:

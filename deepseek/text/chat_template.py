@@ -4,9 +4,11 @@ The model's own chat template runs in the Jinja sandbox of `transformers`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
+from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +33,9 @@ RESERVED = {
 """Names that a template's variables cannot have."""
 
 STAND_INS = re.compile(f"[{chr(0x100000)}-{chr(LAST_STAND_IN)}]")
+
+NOTHING = "(?!)"
+"""A regular expression that never matches."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,14 @@ def render(
             "The model has no chat template; use an instruct model or give plain text instead of "
             "messages."
         )
-    tokens = control_tokens(tokenizer)
+    guard = ControlTokens.of(tokenizer).guard
     try:
         text = tokenizer.apply_chat_template(
-            guard(tokens, messages),
-            tools=guard(tokens, tools),
+            guard(messages),
+            tools=guard(tools),
             tokenize=False,
             add_generation_prompt=open_turn,
-            **guard(tokens, variables or {}),
+            **guard(variables or {}),
         )
     except UserError:  # a time limit of the caller
         raise
@@ -99,28 +104,79 @@ def render(
     return str(text)
 
 
-def guard(tokens: Sequence[str], value: Any) -> Any:
-    """Return a value with every control token in its texts replaced by a stand-in character.
+@dataclass(frozen=True)
+class ControlTokens:
+    """The added tokens of a tokenizer.
+
+    Attributes:
+        texts: their texts, longest first.
+        pattern: finds them; of several that begin at the same place, it takes the longest.
+        stand_ins: the character that stands in for each (see `render`).
+    """
+
+    texts: tuple[str, ...]
+    pattern: re.Pattern[str]
+    stand_ins: Mapping[str, str]
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerFast) -> "ControlTokens":
+        """Return the control tokens of a tokenizer; they are collected once."""
+        return _control_tokens(tokenizer, len(tokenizer))
+
+    def guard(self, value: Any) -> Any:
+        """Return a value with every control token in its texts replaced by its stand-in.
+
+        None is left: where two overlap, the one that begins first is replaced.
+
+        Args:
+            value: text, or nested mappings and lists with texts.
+        """
+        if isinstance(value, str):
+            return self.pattern.sub(lambda found: self.stand_ins[found[0]], value)
+        if isinstance(value, Mapping):
+            return {self.guard(name): self.guard(part) for name, part in value.items()}
+        return [self.guard(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: PreTrainedTokenizerFast, _size: int) -> ControlTokens:
+    """Return the control tokens of a tokenizer.
 
     Args:
-        tokens: control tokens, longest first (see `control_tokens`).
-        value: text, or nested mappings and lists with texts.
+        tokenizer: the tokenizer.
+        _size: number of its tokens, with which the result is cached: some may be added later.
     """
-    if isinstance(value, str):
-        for index, token in enumerate(tokens):
-            value = value.replace(token, chr(LAST_STAND_IN - index))
-        return value
-    if isinstance(value, Mapping):
-        return {guard(tokens, name): guard(tokens, part) for name, part in value.items()}
-    return [guard(tokens, part) for part in value] if isinstance(value, list | tuple) else value
+    texts = sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
+    stand_ins = {text: chr(LAST_STAND_IN - index) for index, text in enumerate(texts)}
+    pattern = re.compile(_any_of(texts) if texts else NOTHING)
+    return ControlTokens(tuple(texts), pattern, stand_ins)
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the texts of all added tokens, longest first.
+def _any_of(texts: Iterable[str]) -> str:
+    """Return a regular expression that matches the longest of some texts.
 
-    In this order, replacing one token never breaks another that contains it.
+    It is a tree: texts that begin alike share a branch. A plain list of Gemma's six thousand tokens
+    would be tried one by one at each "<".
+
+    Args:
+        texts: the texts; an empty one makes the others optional.
     """
-    return sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(text[:1], []).append(text)
+    is_optional = groups.pop("", None) is not None
+    branches: list[str] = []
+    for group in groups.values():
+        start = commonprefix(group)  # noqa: RUF071 - of characters, as it should be
+        branches.append(re.escape(start) + _any_of(text[len(start) :] for text in group))
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)})" + ("?" if is_optional else "")
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
+    """Return the texts of all added tokens, longest first."""
+    return ControlTokens.of(tokenizer).texts
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -130,15 +186,27 @@ def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     of the token that they replaced.
     """
     tokens = control_tokens(tokenizer)
-    ids: list[int] = []
+    pieces: list[str] = []
+    replaced: list[str] = []  # the token between each piece and the next one
     start = 0
     for match in STAND_INS.finditer(text):
         index = LAST_STAND_IN - ord(match[0])
         if index < len(tokens):
-            ids += tokenizer(text[start : match.start()], add_special_tokens=False).input_ids
-            ids += encode_plain(tokenizer, [tokens[index]])[0]
+            pieces.append(text[start : match.start()])
+            replaced.append(tokens[index])
             start = match.end()
-    return ids + list(tokenizer(text[start:], add_special_tokens=False).input_ids)
+    pieces.append(text[start:])
+    # Each text is encoded once, and all in one call: a message can hold any number of stand-ins.
+    distinct = list(dict.fromkeys(pieces))
+    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False).input_ids
+    piece_ids = dict(zip(distinct, encoded, strict=True))
+    plain = list(dict.fromkeys(replaced))
+    plain_ids = dict(zip(plain, encode_plain(tokenizer, plain), strict=True))
+    ids = list(piece_ids[pieces[0]])
+    for token, piece in zip(replaced, pieces[1:], strict=True):
+        ids += plain_ids[token]
+        ids += piece_ids[piece]
+    return ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:

@@ -283,6 +283,36 @@ def test_refusals() -> None:
             engine.submit(fitting)
 
 
+def test_requests_are_taken_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever moment the engine's thread chooses to take some out of the queue."""
+    request = Request(PROMPTS[0], Sampling(max_new_tokens=4), ignore_end=True)
+    with Engine(*tiny_model(), max_running=2, max_waiting=3) as engine:
+        gate = threading.Event()
+        step = engine._scheduler.step
+        monkeypatch.setattr(engine._scheduler, "step", lambda: gate.wait(60) and step())
+        held = engine.submit_all([request] * 4)  # more than wait at a time
+        with pytest.raises(QueueFullError, match="4 requests are running or waiting already"):
+            engine.submit_all([request] * 2)
+        with pytest.raises(QueueFullError):
+            engine.submit(request)
+        assert engine.stats().waiting == 4
+        gate.set()
+        assert [len(list(generation)) for generation in held] == [4] * 4
+        for _ in range(20):
+            assert [len(list(one)) for one in engine.submit_all([request] * 5)] == [4] * 5
+            while engine.stats().running:
+                time.sleep(0.001)
+
+
+def test_more_requests_than_ever_have_a_place_are_refused_for_good() -> None:
+    with Engine(*tiny_model(), max_running=2, max_waiting=3) as engine:
+        with pytest.raises(ConfigError, match="6 answers are wanted at once, but at most 5"):
+            engine.submit_all([LONG] * 6)
+        with pytest.raises(ConfigError):
+            engine.submit_all([LONG, Request(PROMPTS[0], Sampling(max_new_tokens=8), stop=("",))])
+        assert engine.stats().waiting == engine.stats().running == 0
+
+
 def test_closing_ends_everything() -> None:
     engine = Engine(*tiny_model(), max_running=1)
     generations = [engine.submit(LONG) for _ in range(3)]

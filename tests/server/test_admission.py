@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,37 @@ def test_a_full_queue_is_429_with_the_time_to_wait(
     check_refusal(sent, refused, 429, "queue_full")
 
 
+MANY: dict[str, Callable[[int], Sent]] = {
+    "chat": lambda count: Sent("/v1/chat/completions", {**CHAT, "max_tokens": 2, "n": count}),
+    "completions": lambda count: Sent(
+        "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2, "n": count}
+    ),
+    "prompts": lambda count: Sent(
+        "/v1/completions", {"model": "tiny", "prompt": ["a"] * count, "max_tokens": 2}
+    ),
+}
+"""Requests for several answers."""
+
+
+@pytest.mark.parametrize("request_for", MANY.values(), ids=MANY)
+def test_as_many_answers_as_run_and_wait_are_taken_on_an_idle_server(
+    computing: Live, request_for: Callable[[int], Sent]
+) -> None:
+    """More than `max_waiting` once were refused with 429, or not, at random."""
+    most = computing.engine.max_requests
+    with computing.http() as http:
+        for count in (computing.engine.max_requests - 1, most) * 5:
+            wait_for(lambda: not computing.engine.stats().running)
+            sent = request_for(count)
+            reply = http.post(sent.path, json=sent.body)
+            assert reply.status_code == 200, reply.text
+            assert len(reply.json()["choices"]) == count
+        sent = request_for(most + 1)
+        refused = http.post(sent.path, json=sent.body)
+    assert refused.status_code == 400
+    assert f"at most {most} can run and wait here" in refused.json()["error"]["message"]
+
+
 @by_name
 def test_a_client_that_leaves_ends_its_computation(computing: Live, sent: Sent) -> None:
     before = computing.engine.stats().finished.get("cancelled", 0)
@@ -215,12 +247,13 @@ def test_a_prompt_that_takes_too_long_is_given_up(
     computing: Live, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "PLAN_SECONDS", 0.2)
-    slow = computing.service.admission.run
 
-    async def run(work: Callable[[], Any], *abandon: Any) -> Any:
-        return await slow(lambda: time.sleep(0.6) or work(), *abandon)
+    def delayed(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda work, *abandon: run(lambda: time.sleep(0.6) or work(), *abandon)
 
-    monkeypatch.setattr(computing.service.admission, "run", run)
+    for name in ("run", "convert"):
+        whole = getattr(computing.service.admission, name)
+        monkeypatch.setattr(computing.service.admission, name, delayed(whole))
     with computing.http() as http:
         check_refusal(sent, http.post(sent.path, json=sent.body), 504, "timeout")
     wait_for(lambda: not computing.engine.stats().running)
@@ -348,6 +381,53 @@ def test_no_prompt_that_fits_is_refused_early(computing: Live, size: int, charac
         assert not fits
     else:
         assert fits
+
+
+def test_conversions_do_not_delay_a_chat(computing: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be of a whole body, and there are two threads for prompts."""
+    begun = threading.Semaphore(0)
+    release = threading.Event()
+    count = computing.service.counter.chat
+
+    def slow(*args: Any, **options: Any) -> Any:
+        begun.release()
+        release.wait(60)
+        return count(*args, **options)
+
+    def ask(name: str) -> int:
+        with computing.http() as http:
+            return http.post(PLANNED[name].path, json=PLANNED[name].body).status_code
+
+    monkeypatch.setattr(admission, "PLAN_SECONDS", 5)
+    monkeypatch.setattr(computing.service.counter, "chat", slow)
+    with ThreadPoolExecutor() as threads:
+        converted = [threads.submit(ask, name) for name in ("count_tokens", "tokenize", "template")]
+        try:
+            assert begun.acquire(timeout=30)
+            wait_for(lambda: computing.service.admission.planning == len(converted))
+            with computing.http() as http:
+                chat = http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2})
+        finally:
+            release.set()
+        assert chat.status_code == 200
+        assert [one.result() for one in converted] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("name", ["detokenize", "template"])
+def test_the_event_loop_decodes_nothing(
+    computing: Live, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    decode = computing.engine.tokenizer.decode
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(*args, **options)
+
+    monkeypatch.setattr(computing.engine.tokenizer, "decode", recorded)
+    with computing.http() as http:
+        assert http.post(PLANNED[name].path, json=PLANNED[name].body).status_code == 200
+    assert threads and all(thread.startswith("convert") for thread in threads)
 
 
 def test_a_planned_result_whose_caller_left_is_given_back() -> None:

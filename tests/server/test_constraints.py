@@ -4,19 +4,23 @@ clients use.
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 from live_server import Live
 
+from deepseek.engine.grammar import MAX_CHARACTERS
 from deepseek.engine.vocabulary import Matcher
 from deepseek.errors import ConfigError
+from deepseek.server import constraints
 from deepseek.server.constraints import JsonSchema, ResponseFormat
 
 ASKED = [{"role": "user", "content": "the value of the model"}]
 GBNF = 'root ::= "y" ("es" | "ou")'
 LARK = 'start: "yes" | "you"'
 SCHEMA = {"enum": ["yes", "you"]}
+NESTED = '{"not": ' * 101 + "{}" + "}" * 101
 PLAIN: list[dict[str, Any]] = [
     {"response_format": {"type": "regex", "pattern": "yes|you"}},
     {"response_format": {"type": "grammar", "grammar": GBNF}},
@@ -79,7 +83,10 @@ def test_ollama_continues_a_raw_text_in_a_format(server: Live) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "constrain the same"),
         ({"response_format": {"type": "regex"}}, "response_format.pattern is missing"),
         ({"response_format": {"type": "grammar"}}, "response_format.grammar is missing"),
-        ({"guided_json": "no JSON"}, "not the text of a JSON object"),
+        ({"guided_json": "no JSON"}, "The JSON schema is not valid JSON (line 1, column 1)"),
+        ({"guided_json": "[1]"}, "not the text of a JSON object"),
+        ({"guided_json": NESTED}, "The JSON schema nests more than 100 levels deep"),
+        ({"guided_json": '{"type": "null", "type": "array"}'}, "has the same key twice"),
         ({"grammar": "root ::= x"}, "no rule"),
         ({"guided_regex": "(a"}, "regular expression cannot be used"),
         ({"guided_regex": r"(a)\1"}, "regular expression cannot be used"),
@@ -108,6 +115,7 @@ def test_what_cannot_be_followed_is_refused(
         ({"response_format": {"type": "regex"}}, "response_format.pattern"),
         ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
         ({"guided_json": "[]"}, "guided_json"),
+        ({"guided_json": NESTED}, "guided_json"),
     ],
 )
 def test_a_refusal_names_the_field_as_openai_does(
@@ -123,6 +131,43 @@ def test_the_empty_schema_is_any_json() -> None:
     described = JsonSchema.model_validate({"name": "a", "schema": {}})
     grammar = ResponseFormat(type="json_schema", json_schema=described).constraint()
     assert grammar is not None and json.loads(grammar.text) == {}
+
+
+LONG = "x" * MAX_CHARACTERS["json_schema"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"json_schema": {"title": LONG}},
+        {"guided_json": {"title": LONG}},
+        {"guided_json": f'{{"title": "{LONG}"}}'},
+        {"structured_outputs": {"json": f'{{"title": "{LONG}"}}'}},
+        {"response_format": {"type": "json_object", "schema": {"title": LONG}}},
+        {"guided_choice": [LONG]},
+        {"guided_grammar": LONG},
+    ],
+)
+def test_what_is_too_long_is_refused_before_any_work_on_it(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("it was worked on")
+
+    for name in ("closed", "parsed", "_literal"):
+        monkeypatch.setattr(constraints, name, fail)
+    monkeypatch.setattr(constraints, "LARK", None)
+    with pytest.raises(ConfigError, match="longer than"):
+        constraints.ConstraintFields.model_validate(fields).constraint()
+
+
+def test_blank_lines_of_a_grammar_are_passed_over_once() -> None:
+    """From each of them to the end of all took seconds."""
+    started = time.thread_time()
+    blank = "\n" * (MAX_CHARACTERS["gbnf"] - 20)
+    kinds = [constraints.grammar_of(blank + rule).kind for rule in (' root ::= "a"', ' start: "a"')]
+    assert kinds == ["gbnf", "lark"]
+    assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

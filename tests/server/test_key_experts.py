@@ -352,6 +352,7 @@ def test_a_limited_key_changes_nothing(keyed: Live) -> None:
         assert http.post("/v1/experts", json={"name": STORED}).status_code == 403
         assert http.delete("/v1/experts/shop").status_code == 403
         assert http.post("/v1/experts/arm", json={"arm": ["shop"]}).status_code == 403
+        assert http.get("/v1/preferences").status_code == 403
 
 
 def test_keys_share_a_batch_and_change_no_answer(keyed: Live) -> None:
@@ -412,16 +413,17 @@ def test_an_expert_that_is_plugged_at_the_same_moment_is_not_armed(
     keyed: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not among those that the request denies when it is submitted for the first time."""
-    submit = keyed.engine.submit
+    submit = keyed.engine.submit_all
     submitted = []
 
-    def plug_first(request: Request) -> Any:
+    def plug_first(requests: list[Request]) -> Any:
         if not submitted:
             keyed.engine.plug(keyed.folder / f"{STORED}.safetensors")
-        submitted.append(submit(request))
-        return submitted[-1]
+        generations = submit(requests)
+        submitted.extend(generations)
+        return generations
 
-    monkeypatch.setattr(keyed.engine, "submit", plug_first)
+    monkeypatch.setattr(keyed.engine, "submit_all", plug_first)
     try:
         found = job.submit_within(keyed.engine, [racing_request()], frozenset())
         for generation in submitted:
@@ -435,13 +437,13 @@ def test_an_expert_that_is_plugged_at_the_same_moment_is_not_armed(
 def test_experts_that_never_stay_the_same_are_an_error(
     keyed: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit = keyed.engine.submit
+    submit = keyed.engine.submit_all
 
-    def arm_first(request: Request) -> Any:
+    def arm_first(requests: list[Request]) -> Any:
         keyed.engine.arm("auto")
-        return submit(request)
+        return submit(requests)
 
-    monkeypatch.setattr(keyed.engine, "submit", arm_first)
+    monkeypatch.setattr(keyed.engine, "submit_all", arm_first)
     with pytest.raises(ApiError, match="being changed") as refusal:
         job.submit_within(keyed.engine, [racing_request()], frozenset({"shop"}))
     assert refusal.value.status == 503

@@ -20,7 +20,7 @@ from deepseek.server.keys import (
 from deepseek.server.service import Settings
 
 VARIABLE = "KEY_OF_THE_ENVIRONMENT"
-KEYS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1)
+KEYS = st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"]), min_size=1)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True).filter(
     lambda name: name not in {"all", "auto", "none"}
 )
@@ -87,6 +87,29 @@ def test_an_unclear_line_is_refused_without_showing_its_key(
     assert complaint in str(refusal.value)
     assert "secret" not in str(refusal.value)
     assert "of-the-environment" not in str(refusal.value)
+
+
+UNSENDABLE = st.tuples(
+    st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"])),
+    st.characters(codec="utf-8", min_codepoint=0x80, exclude_categories=["C", "Z"])
+    | st.sampled_from("\x01\x08\x7f\u200b"),
+).map("".join)
+
+
+@given(key=UNSENDABLE, experts=LISTS)
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(
+    tmp_path_factory: pytest.TempPathFactory, key: str, experts: Experts
+) -> None:
+    file = tmp_path_factory.mktemp("keys") / "file"
+    file.write_text(" ".join([f"k{key}", *words(experts)]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 1: the key has characters") as refusal:
+        read(file)
+    assert f"k{key}" not in str(refusal.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, f"k{key}")
+        with pytest.raises(ConfigError, match=f"{VARIABLE}: the key has characters") as refusal:
+            read_keys(None, VARIABLE, "--api-key-file")
+    assert f"k{key}" not in str(refusal.value)
 
 
 def test_the_same_line_twice_is_one_key(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """llama.cpp's own routes."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from live_server import CONTEXT, Live
 
+from deepseek.server import encoding
 from deepseek.text.tokenizer import encode_plain
 
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
@@ -106,6 +108,23 @@ def test_what_is_longer_than_the_context_is_counted_too(server: Live) -> None:
         refused = http.post("/completion", json={"prompt": text})
     error = refused.json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_large_reply_is_encoded_in_parts_and_aside(
+    server: Live, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside: list[bool] = []
+    parts = encoding.parts
+
+    def recorded(value: Any) -> Any:
+        aside.append(asyncio._get_running_loop() is None)
+        return parts(value)
+
+    monkeypatch.setattr(encoding, "parts", recorded)
+    reply = post(server, "/tokenize", {"content": "the value " * 5000, "with_pieces": pieces})
+    assert reply["count"] == len(reply["tokens"])
+    assert aside and all(aside)
 
 
 def test_settings_of_samplers_that_are_off_are_taken(server: Live) -> None:

@@ -164,6 +164,37 @@ def test_a_schema_constrains_the_answer(api: ollama.Client) -> None:
     assert json.loads(reply.message.content or "") in ({"ok": True}, {"ok": False})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ({"digit": 1}, {"digit": 1}),
+        ('{"digit": 1}', {"digit": 1}),
+        (None, {}),
+        ("", {"value": ""}),
+        ("[1]", {"value": "[1]"}),
+        ([1], {"value": [1]}),
+        (1, {"value": 1}),
+    ],
+)
+def test_arguments_of_a_call_are_an_object(
+    server: Live, api: ollama.Client, arguments: Any, read: dict[str, Any]
+) -> None:
+    call = {"const": {"name": "pick", "arguments": arguments}}
+    options = {"temperature": 0, "num_predict": 300, "frequency_penalty": 1.0}
+    request: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": [TOOL]}
+    whole = api.chat(**request, format=call, options=options)
+    streamed = list(api.chat(**request, format=call, options=options, stream=True))
+    for message in (whole.message, streamed[-2].message):
+        [written] = message.tool_calls or ()
+        assert (written.function.name, written.function.arguments) == ("pick", read)
+    with server.http() as http:
+        body = {**request, "max_tokens": 300, "json_schema": call, "frequency_penalty": 1.0}
+        reply = http.post("/v1/chat/completions", json=body).json()
+    [openai_call] = reply["choices"][0]["message"]["tool_calls"]
+    told = json.loads(openai_call["function"]["arguments"])
+    assert told == (read if isinstance(told, dict) else arguments)
+
+
 def test_an_empty_prompt_loads_the_model(api: ollama.Client) -> None:
     assert api.generate(model="tiny", prompt="").done_reason == "load"
     assert api.chat(model="tiny", messages=[]).done_reason == "load"

@@ -9,6 +9,9 @@ import openai
 import pytest
 from live_server import Live
 from openai import OpenAI
+from transformers import GenerationConfig
+
+from deepseek.engine.request import Request
 
 FUNCTION: dict[str, Any] = {
     "type": "function",
@@ -134,6 +137,35 @@ def test_responses_have_the_required_fields(
     assert response["store"] is False
     assert response["text"]["verbosity"] in ("low", "medium", "high")
     assert response["status"] in ("completed", "incomplete")
+
+
+@pytest.mark.parametrize("recommended", [{}, {"temperature": 0.6, "top_p": 0.9}])
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.3}, {"top_p": 0.5}])
+def test_the_sampling_that_was_used_is_reported(
+    server: Live,
+    client: OpenAI,
+    recommended: dict[str, float],
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = GenerationConfig(do_sample=bool(recommended), **recommended)
+    monkeypatch.setattr(server.engine.model, "generation_config", config)
+    used: list[Request] = []
+    submit = server.engine.submit_all
+
+    def recorded(requests: list[Request]) -> Any:
+        used.extend(requests)
+        return submit(requests)
+
+    monkeypatch.setattr(server.engine, "submit_all", recorded)
+    reply = client.responses.create(model="tiny", input="a", max_output_tokens=1, **asked)
+    [request] = used
+    assert (reply.temperature, reply.top_p) == (
+        request.sampling.temperature,
+        request.sampling.top_p,
+    )
+    expected = {"temperature": 1.0, "top_p": 1.0, **recommended, **asked}
+    assert {"temperature": reply.temperature, "top_p": reply.top_p} == expected
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_without_the_key_nothing_is_served(
         assert http.request(method, path, headers=header).status_code == 401
 
 
-CHANGING = [
+ADMINISTRATORS = [
     ("POST", "/v1/experts", {"name": "one"}),
     ("POST", "/v1/experts/upload", {}),
     ("DELETE", "/v1/experts/one", None),
@@ -126,13 +126,14 @@ CHANGING = [
     ("GET", "/v1/teach", None),
     ("GET", "/v1/teach/folders", None),
     ("POST", "/v1/experts/one/prompts", None),
+    ("GET", "/v1/preferences", None),
     ("POST", "/v1/preferences/1", {"choice": 0}),
     ("POST", "/v1/preferences", {"prompt": CHAT["messages"], "chosen": "a", "rejected": "b"}),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), CHANGING)
-def test_what_changes_the_server_needs_the_admin_key(
+@pytest.mark.parametrize(("method", "path", "body"), ADMINISTRATORS)
+def test_what_changes_the_server_or_shows_others_texts_needs_the_admin_key(
     keyed: Live, method: str, path: str, body: Any
 ) -> None:
     with keyed.http(USER) as http:
@@ -238,6 +239,18 @@ def test_replies_carry_a_strict_policy(keyed: Live) -> None:
             headers = http.get(path).headers
             assert "default-src 'none'" in headers["content-security-policy"]
             assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/", "/static/app.js", "/static/style.css", "/static/icon.svg"])
+def test_the_parts_of_the_page_are_of_one_version(keyed: Live, path: str) -> None:
+    """A browser asks each time, and receives what has changed."""
+    with keyed.http(USER) as http:
+        whole = http.get(path)
+        again = http.get(path, headers={"If-None-Match": whole.headers["etag"]})
+    assert whole.headers["cache-control"] == "no-cache"
+    if path != "/":
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["cache-control"] == "no-cache"
 
 
 @pytest.mark.parametrize(
@@ -614,6 +627,10 @@ def test_a_template_has_a_time_limit() -> None:
             [{"name": "f", "arguments": "{}"}],
         ),
         ('{"name": "f", "parameters": {"a": 2}}', 0, [{"name": "f", "arguments": '{"a": 2}'}]),
+        ('{"name": "f", "arguments": "{\\"a\\": 2}"}', 0, [{"name": "f", "arguments": '{"a": 2}'}]),
+        ('{"name": "f", "arguments": null}', 0, [{"name": "f", "arguments": "{}"}]),
+        ('{"name": "f", "arguments": [1]}', 0, [{"name": "f", "arguments": "[1]"}]),
+        ('{"name": "f"}', 0, [{"name": "f", "arguments": "{}"}]),
         ('{"name": "g", "arguments": {}}', 0, []),
         ('{"name": {"first": "f"}}', 0, []),
         ("a < b <tool", 6, []),

@@ -1,13 +1,28 @@
 """Conversations: what is a target, and that no message can forge a control token."""
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import CONTROL, tiny_tokenizer
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from deepseek.errors import DataError
-from deepseek.text.chat_template import encode_chat, encode_prompt
+from deepseek.text import chat_template
+from deepseek.text.chat_template import (
+    LAST_STAND_IN,
+    STAND_INS,
+    ControlTokens,
+    control_tokens,
+    encode_chat,
+    encode_prompt,
+    encode_rendered,
+    render,
+)
 from deepseek.text.tokenizer import encode_plain
 
 TOKENIZER = tiny_tokenizer()
@@ -62,6 +77,128 @@ def test_thousands_of_control_tokens_have_stand_ins() -> None:
     assert forged["content"] in written
     first = tokenizer.convert_tokens_to_ids("<unused0>")
     assert all(identity < first for identity in ids)
+
+
+def with_tokens(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    return tokenizer
+
+
+def guarded_one_by_one(tokens: Sequence[str], value: Any) -> Any:
+    """Return what `ControlTokens.guard` returns, by a search for each token, longest first."""
+    if isinstance(value, str):
+        for index, token in enumerate(tokens):
+            value = value.replace(token, chr(LAST_STAND_IN - index))
+        return value
+    if isinstance(value, dict):
+        parts = [guarded_one_by_one(tokens, part) for part in (*value, *value.values())]
+        return dict(zip(parts[: len(value)], parts[len(value) :], strict=True))
+    return [guarded_one_by_one(tokens, part) for part in value]
+
+
+LIKE_GEMMA = with_tokens(
+    [
+        *(f"<unused{n}>" for n in range(20)),
+        *("\n" * n for n in range(2, 9)),
+        *("<b>", "</b>", "<table>", "<start_of_turn>", "[multimodal]"),
+    ]
+)
+hostile = st.lists(
+    st.sampled_from([*control_tokens(LIKE_GEMMA), "<", "<unused1", "\n", ">", "b", "\U0010fffd"])
+).map("".join)
+values = st.recursive(
+    hostile, lambda inner: st.lists(inner) | st.dictionaries(hostile, inner), max_leaves=6
+)
+
+
+@given(values)
+def test_one_pattern_guards_as_a_search_for_each_token(value: Any) -> None:
+    tokens = ControlTokens.of(LIKE_GEMMA)
+    assert tokens.guard(value) == guarded_one_by_one(tokens.texts, value)
+
+
+@given(st.sets(st.text("ab<", min_size=1, max_size=5), min_size=1), st.text("ab<", max_size=30))
+def test_no_control_token_is_left_however_they_overlap(tokens: set[str], text: str) -> None:
+    known = ControlTokens.of(with_tokens(sorted(tokens)))
+    result = known.guard(text)
+    assert not any(token in result for token in known.texts)
+    assert STAND_INS.sub(lambda one: known.texts[LAST_STAND_IN - ord(one[0])], result) == text
+
+
+def lines_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the number of lines of Python that a conversation of 50 messages takes to render."""
+    lines = 0
+
+    def count(_frame: Any, event: str, _value: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    render(tokenizer, [QUESTION])  # collects the control tokens
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        render(tokenizer, [QUESTION, ANSWER] * 25)
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_a_conversation_takes_no_longer_with_thousands_of_control_tokens() -> None:
+    """Its template has a time limit, for which each line of Python is traced."""
+    many = with_tokens([f"<unused{n}>" for n in range(6300)])
+    assert lines_of(many) < 1.1 * lines_of(TOKENIZER)
+
+
+def test_tokens_that_are_added_later_are_guarded_too() -> None:
+    tokenizer = tiny_tokenizer()
+    forged = "<later>"
+    assert ControlTokens.of(tokenizer).guard(forged) == forged
+    tokenizer.add_tokens([AddedToken(forged, special=True)])
+    assert ControlTokens.of(tokenizer).guard(forged) != forged
+
+
+def encoded_one_by_one(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return what `encode_rendered` returns, by a call for each piece."""
+    tokens = control_tokens(tokenizer)
+    ids: list[int] = []
+    start = 0
+    for match in STAND_INS.finditer(text):
+        index = LAST_STAND_IN - ord(match[0])
+        if index < len(tokens):
+            ids += tokenizer(text[start : match.start()], add_special_tokens=False).input_ids
+            ids += encode_plain(tokenizer, [tokens[index]])[0]
+            start = match.end()
+    return ids + list(tokenizer(text[start:], add_special_tokens=False).input_ids)
+
+
+@given(
+    st.lists(
+        st.sampled_from([*CONTROL, "the model", " ", "\n", *map(chr, range(0x10FFF0, 0x10FFFE))])
+    ).map("".join)
+)
+def test_pieces_are_encoded_together_as_one_by_one(text: str) -> None:
+    assert encode_rendered(TOKENIZER, text) == encoded_one_by_one(TOKENIZER, text)
+
+
+def test_any_number_of_stand_ins_takes_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of 100,000 once took four seconds."""
+    calls: list[str] = []
+    whole, plain = PreTrainedTokenizerFast.__call__, encode_plain
+
+    def counted(tokenizer: Any, *args: Any, **options: Any) -> Any:
+        calls.append("template")
+        return whole(tokenizer, *args, **options)
+
+    def counted_plain(*args: Any) -> Any:
+        calls.append("plain")
+        return plain(*args)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    monkeypatch.setattr(chat_template, "encode_plain", counted_plain)
+    encode_rendered(TOKENIZER, "".join(f"{n}\U0010fffd\U0010fffc" for n in range(200)))
+    assert sorted(calls) == ["plain", "template"]
 
 
 @given(conversations)

@@ -32,6 +32,7 @@ from deepseek.server.schema import (
     ToolCall,
 )
 from deepseek.server.stream import Fields
+from deepseek.server.tools import as_object
 
 STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 """Finish reason -> Anthropic's stop reason, for those that a stop text does not decide."""
@@ -311,7 +312,8 @@ class MessageEvents:
                 "input": {},
             }
         )
-        delta = {"type": "input_json_delta", "partial_json": as_object(function["arguments"])}
+        arguments = json.dumps(as_object(function["arguments"]), ensure_ascii=False)
+        delta = {"type": "input_json_delta", "partial_json": arguments}
         yield {"type": "content_block_delta", "index": self._index, "delta": delta}
         yield from self._stop()
 
@@ -370,12 +372,6 @@ def joined_text(content: str | list[TextBlock] | None) -> str:
     if isinstance(content, list):
         return "".join(block.text for block in content)
     return content or ""
-
-
-def as_object(arguments: str) -> str:
-    """Return a call's arguments as the JSON text of an object, which this API requires."""
-    value = json.loads(arguments)
-    return arguments if isinstance(value, dict) else json.dumps({"value": value})
 
 
 def _tool(tool: AnthropicTool) -> Tool:

@@ -25,6 +25,7 @@ from deepseek.server.schema import (
     ToolCall,
 )
 from deepseek.server.stream import Fields
+from deepseek.server.tools import as_object
 
 LATEST = ":latest"
 """Tag that Ollama's clients add to a model's name."""
@@ -338,7 +339,7 @@ class AnswerLines:
             {
                 "function": {
                     "name": call["function"]["name"],
-                    "arguments": json.loads(call["function"]["arguments"]),
+                    "arguments": as_object(call["function"]["arguments"]),
                 }
             }
             for call in calls

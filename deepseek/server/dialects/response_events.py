@@ -9,6 +9,7 @@ from deepseek.server.dialects.responses import ResponsesRequest
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.stream import Fields
+from deepseek.server.translate import sent, usual_sampling
 
 
 class ResponseEvents:
@@ -22,6 +23,7 @@ class ResponseEvents:
     def __init__(self, body: ResponsesRequest, chunks: ChatChunks) -> None:
         self._body = body
         self._chunks = chunks
+        self._sampling = {**usual_sampling(chunks.service), **sent(body)}
         self._id = f"resp_{token_hex(12)}"
         self._created = int(time.time())
         self._items: list[Fields] = []
@@ -165,8 +167,8 @@ class ResponseEvents:
             "previous_response_id": None,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "temperature": self._sampling["temperature"],
+            "top_p": self._sampling.get("top_p", 1.0),
             "presence_penalty": body.presence_penalty or 0.0,
             "frequency_penalty": body.frequency_penalty or 0.0,
             "top_logprobs": body.top_logprobs or 0,

@@ -19,6 +19,7 @@ from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
+from deepseek.server.token_text import TokenReader
 from deepseek.server.tools import Calling
 from deepseek.server.translate import ask
 
@@ -103,10 +104,12 @@ class ChoiceProgress:
     """The streaming progress of one choice.
 
     Attributes:
+        reader: reads its tokens.
         text: the text generated so far.
         sent: number of its characters already sent.
     """
 
+    reader: TokenReader
     text: str = ""
     sent: int = 0
 
@@ -119,7 +122,7 @@ class ChatChunks(Chunks):
     ) -> None:
         super().__init__(service, body, job, "chat.completion", "chatcmpl", ".chunk")
         self.calling = calling
-        self.progress = [ChoiceProgress() for _ in job.generations]
+        self.progress = [ChoiceProgress(TokenReader(service.tokens)) for _ in job.generations]
 
     def opening(self) -> Iterator[Fields]:
         """Yield the role of each choice."""
@@ -172,7 +175,7 @@ class ChatChunks(Chunks):
         return {
             "index": index,
             "delta": delta,
-            "logprobs": chat_logprobs(self.service, logprob) if logprob else None,
+            "logprobs": chat_logprobs(self.progress[index].reader, logprob) if logprob else None,
             "finish_reason": finish,
             "stop_reason": None,
             "expert": expert,

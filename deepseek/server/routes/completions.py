@@ -2,7 +2,7 @@
 lm-eval does).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -20,7 +20,9 @@ from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
+from deepseek.server.token_text import TokenReader, TokenText
 from deepseek.server.translate import ask
+from deepseek.text.tokenizer import document_start_ids
 
 router = APIRouter(route_class=ComputingRoute)
 
@@ -131,6 +133,7 @@ class CompletionChunks(Chunks):
         self.silent = body.max_tokens == 0
         self.lengths: dict[int, int] = {}  # choice -> characters so far
         self.held: dict[int, int] = {}  # choice -> further characters, which are held back
+        self.readers = [TokenReader(service.tokens) for _ in job.generations]
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
         """Yield the token, and before the first one the echoed prompt if requested."""
@@ -138,15 +141,16 @@ class CompletionChunks(Chunks):
             self.lengths[index] = 0
             if self.body.echo:
                 yield from self.echoed(index)
+        reader = self.readers[index]
         if self.silent:
-            yield self.choice(index, "", self.logprobs([], 0), "length")
+            yield self.choice(index, "", self.logprobs(reader, [], 0), "length")
         elif event.text or event.logprob or event.finish_reason:
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
             offset = self.lengths[index] + self.held.get(index, 0)
             self.held[index] = event.held
-            logprobs = self.logprobs(scored, offset)
+            logprobs = self.logprobs(reader, scored, offset)
             choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
 
@@ -155,9 +159,14 @@ class CompletionChunks(Chunks):
         scored = self.scored(index)
         size = max(1, PART // (1 + (self.body.logprobs or 0)))
         text = self.prompt(index)
-        offset = 0
+        has_ids = not isinstance(self.sent_prompt(index), str)
+        texts = self.service.tokens
+        reader = TokenReader(texts, has_special=has_ids)
+        # A prompt of text lacks the tokens that the tokenizer puts before it.
+        before = [] if has_ids else document_start_ids(self.service.engine.tokenizer)
+        offset = -sum(len(texts.within(token).text) for token in before)
         for start in range(0, max(1, len(scored)), size):
-            logprobs = self.logprobs(scored[start : start + size], offset)
+            logprobs = self.logprobs(reader, scored[start : start + size], offset)
             offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
             yield self.choice(index, "" if start else text, logprobs)
 
@@ -166,9 +175,13 @@ class CompletionChunks(Chunks):
         usage = super().usage()
         return replace(usage, completion_tokens=0, experts={}) if self.silent else usage
 
+    def sent_prompt(self, index: int) -> str | list[int]:
+        """Return the prompt of a choice as it was sent."""
+        return prompts(self.body)[index // (self.body.n or 1)]
+
     def prompt(self, index: int) -> str:
         """Return the prompt of a choice as text."""
-        prompt = prompts(self.body)[index // (self.body.n or 1)]
+        prompt = self.sent_prompt(index)
         return (
             prompt if isinstance(prompt, str) else str(self.service.engine.tokenizer.decode(prompt))
         )
@@ -200,32 +213,41 @@ class CompletionChunks(Chunks):
             "expert": expert,
         }
 
-    def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields | None:
+    def logprobs(self, reader: TokenReader, scored: Sequence[Scored], offset: int) -> Fields | None:
         """Return log probabilities in the column layout of this route, None if not requested.
 
         Args:
+            reader: reads the tokens of the text.
             scored: tokens with their log probabilities.
-            offset: characters before the first of them.
+            offset: characters before the first of them; below 0 if they begin with tokens that
+                are not in the text.
         """
         if self.body.logprobs is None:
             return None
-        tokens = [self.service.token_text(identity) for identity, _ in scored]
+        reads = [reader.at(identity) for identity, _ in scored]
+        tokens = [read(identity).text for read, (identity, _) in zip(reads, scored, strict=True)]
         entries = [logprob for _, logprob in scored]
+        places = list(accumulate(map(len, tokens), initial=offset))[:-1]
         return {
             "tokens": tokens,
             "token_logprobs": [
                 None if entry is None else finite(entry.logprob) for entry in entries
             ],
-            "top_logprobs": [None if entry is None else self.top(entry) for entry in entries],
-            "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
+            "top_logprobs": [
+                None if entry is None else top(read, entry)
+                for read, entry in zip(reads, entries, strict=True)
+            ],
+            "text_offset": [max(0, place) for place in places],
         }
 
-    def top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Return text -> log probability of the most likely tokens.
 
-        Several tokens can have the same text (parts of characters); the most likely one wins.
-        """
-        return {
-            self.service.token_text(identity): finite(value)
-            for identity, value in reversed(logprob.top)
-        }
+def top(read: Callable[[int], TokenText], logprob: TokenLogprob) -> dict[str, float]:
+    """Return text -> log probability of the most likely tokens.
+
+    Several tokens can have the same text (parts of characters); the most likely one wins.
+
+    Args:
+        read: returns the texts of the tokens.
+        logprob: the log probabilities.
+    """
+    return {read(identity).text: finite(value) for identity, value in reversed(logprob.top)}

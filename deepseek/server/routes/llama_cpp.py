@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,14 @@ from deepseek.server.dialects.llama_cpp import (
     TemplateRequest,
     TokenizeRequest,
 )
+from deepseek.server.encoding import encoded_aside
 from deepseek.server.errors import ApiError
 from deepseek.server.openapi import STREAMED
 from deepseek.server.routes import completions
 from deepseek.server.schema import ChatMessage
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
+from deepseek.server.token_text import TokenReader, TokenText
 from deepseek.server.tools import Calling
 from deepseek.text.tokenizer import encode_document, encode_plain
 
@@ -59,16 +61,30 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
+@router.post("/tokenize", response_model=dict[str, Any])
+async def tokenize(body: TokenizeRequest, service: TheService) -> Response:
     """Return the token ids of a text or a conversation."""
-    run = service.admission.run
-    ids = await run(partial(token_ids, service, body))
-    return {
-        "tokens": await run(partial(pieces, service, ids)) if body.with_pieces else ids,
-        "count": len(ids),
-        "max_model_len": service.writer.context,
-    }
+
+    def tokens() -> dict[str, Any]:
+        ids = token_ids(service, body)
+        return {
+            "tokens": pieces(service, ids) if body.with_pieces else ids,
+            "count": len(ids),
+            "max_model_len": service.writer.context,
+        }
+
+    return await converted(service, tokens)
+
+
+async def converted(service: Service, make: Callable[[], dict[str, Any]]) -> Response:
+    """Return the reply of a route that only converts; it can be as large as a request.
+
+    Args:
+        service: the server's state.
+        make: makes the reply's fields, in a thread.
+    """
+    fields = await service.admission.convert(make)
+    return Response(await encoded_aside(lambda: fields), media_type="application/json")
 
 
 def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
@@ -94,34 +110,41 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 def pieces(service: Service, ids: Sequence[int]) -> list[dict[str, Any]]:
     """Return tokens with their pieces of text."""
-    return [{"id": identity, "piece": piece(service, identity)} for identity in ids]
+    reader = TokenReader(service.tokens)
+    return [{"id": identity, "piece": piece(reader.at(identity)(identity))} for identity in ids]
 
 
-def piece(service: Service, identity: int) -> str | list[int]:
+def piece(token: TokenText) -> str | list[int]:
     """Return the text of a token, or its bytes where these are no whole characters."""
-    text = service.token_text(identity)
-    if "\ufffd" not in text:
-        return text
-    content = service.engine.token_bytes(identity)
+    content = token.content
+    if "\ufffd" not in token.text or content is None:
+        return token.text
     try:
         return content.decode()
     except UnicodeDecodeError:
         return list(content)
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
+@router.post("/detokenize", response_model=dict[str, str])
+async def detokenize(body: DetokenizeRequest, service: TheService) -> Response:
     """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
-    ids = service.counter.check(body.tokens)
-    text = str(await service.admission.run(partial(service.engine.tokenizer.decode, ids)))
-    return {"content": text, "prompt": text}
+
+    def content() -> dict[str, str]:
+        text = str(service.engine.tokenizer.decode(service.counter.check(body.tokens)))
+        return {"content": text, "prompt": text}
+
+    return await converted(service, content)
 
 
-@router.post("/apply-template")
-async def apply_template(body: TemplateRequest, service: TheService) -> dict[str, str]:
+@router.post("/apply-template", response_model=dict[str, str])
+async def apply_template(body: TemplateRequest, service: TheService) -> Response:
     """Return a conversation as the text of a prompt."""
-    ids = await service.admission.run(partial(conversation_ids, service, body, body.messages))
-    return {"prompt": str(service.engine.tokenizer.decode(ids))}
+
+    def prompt() -> dict[str, str]:
+        ids = conversation_ids(service, body, body.messages)
+        return {"prompt": str(service.engine.tokenizer.decode(ids))}
+
+    return await converted(service, prompt)
 
 
 def conversation_ids(

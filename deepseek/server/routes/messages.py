@@ -37,7 +37,7 @@ async def count_tokens(body: CountRequest, service: TheService) -> dict[str, int
     chat = body.chat()
     calling = Calling.of(chat)
     continued = bool(chat.continue_final_message)
-    ids = await service.admission.run(
+    ids = await service.admission.convert(
         partial(service.counter.chat, chat.messages, calling, continued)
     )
     return {"input_tokens": len(ids)}

@@ -46,14 +46,14 @@ async def version(service: TheService) -> dict[str, str]:
 @router.get("/tags")
 async def tags(service: TheService) -> dict[str, Any]:
     """List the models."""
-    return {"models": [listed(service, name) for name in service.models()]}
+    return {"models": listed(service)}
 
 
 @router.get("/ps")
 async def loaded(service: TheService) -> dict[str, Any]:
     """List the loaded models, which are all of them."""
     running = {"expires_at": NEVER, "size_vram": 0, "context_length": service.writer.context}
-    return {"models": [{**listed(service, name), **running} for name in service.models()]}
+    return {"models": [{**model, **running} for model in listed(service)]}
 
 
 @router.post("/show")
@@ -70,7 +70,7 @@ async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
         "details": details(service),
         "model_info": {
             "general.architecture": architecture,
-            "general.parameter_count": parameters(service),
+            "general.parameter_count": service.size.parameters,
             f"{architecture}.context_length": service.writer.context,
             f"{architecture}.embedding_length": config.hidden_size,
             f"{architecture}.block_count": config.num_hidden_layers,
@@ -186,30 +186,25 @@ async def vector(job: EmbeddingJob) -> AsyncIterator[Fields]:
     yield {"embedding": (await job.vectors())[0]}
 
 
-def listed(service: Service, name: str) -> dict[str, Any]:
-    """Return a model as Ollama lists it."""
-    return {
-        "name": name,
-        "model": name,
+def listed(service: Service) -> list[dict[str, Any]]:
+    """Return the models as Ollama lists them; all are the base, with other experts."""
+    base = {
         "modified_at": service.started.isoformat(),
-        "size": service.engine.model.get_memory_footprint(),
+        "size": service.size.nbytes,
         "digest": service.digest,
         "details": details(service),
     }
+    return [{"name": name, "model": name, **base} for name in service.models()]
 
 
 def details(service: Service) -> dict[str, Any]:
     """Return the model's family and size."""
+    family = service.engine.model.config.model_type
     return {
         "parent_model": "",
         "format": "safetensors",
-        "family": service.engine.model.config.model_type,
-        "families": [service.engine.model.config.model_type],
-        "parameter_size": f"{parameters(service) / 1e6:.1f}M",
-        "quantization_level": str(service.engine.model.dtype).removeprefix("torch."),
+        "family": family,
+        "families": [family],
+        "parameter_size": f"{service.size.parameters / 1e6:.1f}M",
+        "quantization_level": service.size.precision,
     }
-
-
-def parameters(service: Service) -> int:
-    """Return the base model's number of parameters."""
-    return int(service.engine.model.num_parameters())

@@ -26,11 +26,11 @@ router = APIRouter(route_class=JsonRoute)
 T = TypeVar("T")
 
 
-@router.get("/v1/preferences")
+@router.get("/v1/preferences", dependencies=[ADMIN])
 async def next_pair(
     service: TheService, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0
 ) -> dict[str, Any]:
-    """Show the next unreviewed pair with an id above `after`.
+    """Show the next unreviewed pair with an id above `after`, which anyone may have sent.
 
     The order of the two answers does not reveal which one was preferred.
     """

@@ -21,17 +21,17 @@ function select(tab) {
 }
 
 function setUpTabs() {
-  const tabs = [...document.querySelectorAll("[role=tab]")];
-  tabs.forEach((tab, place) => {
+  for (const tab of document.querySelectorAll("[role=tab]")) {
     tab.addEventListener("click", () => select(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
-      const next = tabs[(place + step + tabs.length) % tabs.length];
+      const tabs = [...document.querySelectorAll("[role=tab]:not([hidden])")];
+      const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
       select(next);
       next.focus();
     });
-  });
+  }
 }
 
 /** Ask until there is an answer: the model may still be loaded. @param {() => Promise<any>} ask */
@@ -58,7 +58,7 @@ await patiently(experts.load);
 history.setUp();
 chat.setUp();
 files.setUp();
-review.setUp();
+review.setUp(me);
 await teach.setUp(me).catch((error) => notice(error.message));
 // A reader who already types elsewhere keeps the focus.
 if (document.activeElement === document.body) byId("words").focus();

@@ -11,7 +11,8 @@ import { byId, element, notice } from "/static/dom.js";
 let pair = null;
 let seen = 0;
 
-export function setUp() {
+export function setUp(me) {
+  byId("tab-review").hidden = !me.admin; // pairs are of everyone's prompts and answers
   byId("next").addEventListener("click", next);
   byId("skip").addEventListener("click", next);
   byId("compare").addEventListener("submit", (event) => {
