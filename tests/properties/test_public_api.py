@@ -268,7 +268,7 @@ EXPERT_JOB = TEXT_JOB | {
 
 ADAPT_JOB = TEXT_JOB | {
     "mode": st.sampled_from(["last-n", "lora", "full", "expert"]),
-    "last": COUNT,
+    "last": V(3),  # with lora and full only the default goes
     "tokens": COUNT,
     "epochs": COUNT,
 }
