@@ -204,7 +204,7 @@ def commit_facts(document: Document) -> Iterator[Fact]:
     if 0 < len(files) <= MOST_FILES:
         answer = "\n".join(f"- `{file}`" for file in files)
         yield Fact("commit files", what, answer, tuple(file.rsplit("/", 1)[-1] for file in files))
-    added = (name for patch in patches for name in ADDED.findall(patch.text))
+    added = ADDED.findall("".join(patch.text for patch in patches))
     functions = list(dict.fromkeys(name for name in added if not name.startswith(("_", "test"))))
     if 0 < len(functions) <= MOST_FILES:
         answer = "\n".join(f"- `{name}`" for name in functions)

@@ -80,7 +80,8 @@ PRIVATE_KEY = re.compile(
     r"|(?:\s*(?:Proc-Type|DEK-Info|Version|Comment): [^\n]*\n)*[A-Za-z0-9+/=\s\\]*)"
 )
 ASSIGNED = re.compile(
-    r"""(?ix) (?:secret|secret_?(?:access_?)?key|api_?key|access_?key|auth_?token|access_?token|private_?key)
+    r"""(?ix)
+    (?:secret|secret_?(?:access_?)?key|api_?key|access_?key|auth_?token|access_?token|private_?key)
     ["']? \s* (?:=|:|=>) \s*
     ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{16,200}) ["']"""
 )
