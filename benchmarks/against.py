@@ -10,6 +10,7 @@ sources together.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that paths start from")
     parser.add_argument("--against", default="rag,lora,full")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
@@ -42,8 +45,8 @@ def main() -> None:
     figures = {result.name: summary(result) for result in results}
     if len(results) > 1:
         pooled = pool(results)
-        figures["pooled"] = described(pooled)
-        print("pooled", *verdicts(pooled), sep="\n")
+        figures["pooled"] = described(pooled, all_sources(results))
+        print("pooled", *verdicts(pooled, all_sources(results)), sep="\n")
         draw(pooled, f"{len(results)} sources", options.json.with_suffix(".png"))
     write(options.json, {"sources": options.sources, "tokens": options.tokens, "figures": figures})
 
@@ -52,15 +55,17 @@ def one_source(source: str, options: argparse.Namespace) -> Result:
     """Train the expert of a source unless it is there, and compare it with its rivals."""
     title, _, described_text = source.rpartition("=")
     kind, place = described_text.split(":", 1)
-    path = Path(place).expanduser().resolve()
+    path = (options.root / Path(place).expanduser()).resolve()
     name = title or source_name(path)
     text: dict[str, Any] = {f"from_{kind}": path, "split": "time" if kind == "git" else "file"}
-    deepseek.train_expert(name=name, layers=options.layers, tokens=options.tokens, **text)
+    deepseek.train_expert(
+        options.base, name=name, layers=options.layers, tokens=options.tokens, **text
+    )
     result = Against(name, options.cases).compare(options.against.split(","))
     console = Console(width=110)
     for table in against_tables(result):
         console.print(table)
-    print(*verdicts(result.scores), *result.notes, sep="\n", flush=True)
+    print(*verdicts(result.scores, result.sources), *result.notes, sep="\n", flush=True)
     return result
 
 
@@ -75,19 +80,24 @@ def summary(result: Result) -> dict[str, Any]:
         **counts,
         "training_seconds": result.training_seconds,
         "notes": result.notes,
-        **described(result.scores),
+        **described(result.scores, result.sources),
     }
 
 
-def described(scores: dict[str, CompletionScores]) -> dict[str, Any]:
-    """Return means, intervals and differences by row."""
+def described(scores: dict[str, CompletionScores], documents: Sequence[str]) -> dict[str, Any]:
+    """Return means, intervals and differences by row.
+
+    Args:
+        scores: scores of each row.
+        documents: document that each case comes from.
+    """
     rows = {}
-    for name, row in compared(scores).items():
+    for name, row in compared(scores, documents).items():
         means = {
             key: value for key, value in asdict(scores[name]).items() if not isinstance(value, list)
         }
         rows[name] = {**means, **asdict(row)}
-    return {"rows": rows, "verdicts": verdicts(scores)}
+    return {"rows": rows, "verdicts": verdicts(scores, documents)}
 
 
 def pool(results: list[Result]) -> dict[str, CompletionScores]:
@@ -96,6 +106,11 @@ def pool(results: list[Result]) -> dict[str, CompletionScores]:
     """
     names = [name for name in results[0].scores if all(name in result.scores for result in results)]
     return {name: joined([result.scores[name] for result in results]) for name in names}
+
+
+def all_sources(results: list[Result]) -> list[str]:
+    """Return the document of each case of all results, told apart by source."""
+    return [f"{result.name}: {name}" for result in results for name in result.sources]
 
 
 def joined(parts: list[CompletionScores]) -> CompletionScores:

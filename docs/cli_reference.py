@@ -18,7 +18,8 @@ HEAD = """\
 # Command line
 
 Every command has `--help`, which shows the same. `--debug` goes with any command and prints the traceback of an error.
-Exit codes: 0 done, 1 a defect of the library, 2 a mistake that the message says how to mend, 130 interrupted.
+Exit codes: 0 done, 1 a defect of the library, 2 a mistake that the message says how to mend, 130 interrupted,
+141 nobody reads the output any more (`| head`).
 """
 
 JSON = """\

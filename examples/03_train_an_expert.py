@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory() as work:
         prompt = tokenizer(text, return_tensors="pt")
         with model.experts.record() as trace:
             written = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-        spoken = float((trace.weights("asyncio") > 0).float().mean()) if trace.names else 0.0
-        print(f"{tokenizer.decode(written[0])!r}\n  the expert spoke at {spoken:.0%} of the tokens")
+        fired = float((trace.weights("asyncio") > 0).float().mean()) if trace.names else 0.0
+        print(f"{tokenizer.decode(written[0])!r}\n  the expert fired at {fired:.0%} of the tokens")
 
     model.experts.unplug("asyncio")  # bit for bit the base again

@@ -16,7 +16,8 @@ attended = sparse_attention(query, key, value, num_buckets=64)
 print("attended", tuple(attended.shape))
 
 # A later token changes nothing before it, to the last bit.
-query[:, :, 3000:] = 0.0
+for tensor in (query, key, value):
+    tensor[:, :, 3000:] = 0.0
 print(
     "causal",
     torch.equal(

@@ -1,5 +1,7 @@
-"""RLPO on a tiny model: it learns to say what pays, and how far it went from where it was is
-measured.
+"""RLPO on a tiny model: the policy learns to raise the reward, and each step reports its KL to the
+reference.
+
+python examples/08_align.py
 """
 
 import torch

@@ -42,7 +42,7 @@ def print_against(
     console = Console()
     for table in against_tables(result):
         console.print(table)
-    for line in (*verdicts(result.scores), *result.notes):
+    for line in (*verdicts(result.scores, result.sources), *result.notes):
         console.print(plain(line), soft_wrap=True)
     console.print(plain(f"{against.folder / 'result.json'}, {picture}"), soft_wrap=True)
 
@@ -52,7 +52,7 @@ def against_tables(result: Result) -> list[Table]:
 
     Shares are in per cent and differences in percentage points, both with 95 % intervals.
     """
-    rows = compared(result.scores)
+    rows = compared(result.scores, result.sources)
     title = (
         f"{result.name}: {len(result.cases)} lines of {result.documents} held-out documents, "
         "greedy, as served"

@@ -37,7 +37,7 @@ from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import commits_follow_files
 
-FORMAT = 2
+FORMAT = 3
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")
@@ -111,6 +111,11 @@ class Result:
     scores: dict[str, CompletionScores]
     training_seconds: dict[str, float]
     notes: list[str]
+
+    @property
+    def sources(self) -> list[str]:
+        """Document that each case comes from."""
+        return [case.name for case in self.cases]
 
 
 class Against:

@@ -1,6 +1,6 @@
 """Evaluation cases from held-out text: predict the next line, or infill a removed one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ class Case:
 def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) -> list[Case]:
     """Return at most `count` cases, spread evenly over the documents.
 
-    In commits, only added lines are targets.
+    With more documents than cases, the seed decides which ones have a case. In commits, only added lines are targets.
 
     Args:
         documents: held-out documents.
@@ -56,6 +56,7 @@ def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) ->
         seed: with the documents' names, decides the choice.
     """
     queues = [queue for document in documents if (queue := _drawn_lines(document, seed))]
+    queues.sort(key=lambda queue: uniform(f"documents:{seed}:{queue[0].name}"))
     chosen: list[Case] = []
     while queues and len(chosen) < count:
         for document, lines in queues:
@@ -182,6 +183,6 @@ class CaseEncoder:
         return text[line or place :]
 
 
-def by_document(cases: Sequence[Case]) -> int:
-    """Return the number of documents that the cases come from."""
-    return len({case.name for case in cases})
+def as_far_as_asked(written: str, case: Case) -> str:
+    """Return a written line as far as the target of a case goes: of prose, so many characters."""
+    return written.strip()[:PROSE_CHARACTERS] if case.kind == "text" else written

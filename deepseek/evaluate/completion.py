@@ -11,7 +11,7 @@ from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.evaluate.answers import answer_text
-from deepseek.evaluate.cases import Case, CaseEncoder, Prompt
+from deepseek.evaluate.cases import Case, CaseEncoder, Prompt, as_far_as_asked
 from deepseek.evaluate.scores import edit_similarity, is_exact
 from deepseek.model.language_model import context_length
 from deepseek.retrieval.index import Index
@@ -231,18 +231,23 @@ class CompletionScores:
 def score_answers(cases: Sequence[Case], answers: Sequence[Completion]) -> CompletionScores:
     """Return the scores of completions; there must be at least one case."""
     count = len(cases)
-    pairs = list(zip(cases, answers, strict=True))
+    written = [
+        (as_far_as_asked(answer.written, case), case.target)
+        for case, answer in zip(cases, answers, strict=True)
+    ]
     infilled = [
-        float(is_exact(a.infilled, case.target)) for case, a in pairs if a.infilled is not None
+        float(is_exact(as_far_as_asked(answer.infilled, case), case.target))
+        for case, answer in zip(cases, answers, strict=True)
+        if answer.infilled is not None
     ]
     return CompletionScores(
         loss=sum(answer.nats for answer in answers)
         / max(1, sum(answer.target_tokens for answer in answers)),
-        exact=[float(is_exact(answer.written, case.target)) for case, answer in pairs],
-        similarity=[edit_similarity(answer.written, case.target) for case, answer in pairs],
+        exact=[float(is_exact(line, target)) for line, target in written],
+        similarity=[edit_similarity(line, target) for line, target in written],
         infilled=infilled if len(infilled) == count else None,
         chrf=_chrf(
-            [(answer.written, case.target) for case, answer in pairs if case.kind == "text"]
+            [pair for case, pair in zip(cases, written, strict=True) if case.kind == "text"]
         ),
         prompt_tokens=sum(answer.prompt_tokens for answer in answers) / count,
         reply_tokens=sum(answer.reply_tokens for answer in answers) / count,

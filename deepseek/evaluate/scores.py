@@ -56,16 +56,39 @@ def wilson(right: int, total: int) -> Interval:
     )
 
 
-def paired_difference(mine: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
+def paired_difference(
+    mine: Sequence[float],
+    other: Sequence[float],
+    seed: int = 0,
+    documents: Sequence[str] | None = None,
+) -> Interval:
     """Return the mean of `mine - other`, paired by case, with its bootstrap interval (Efron 1979).
 
     Both are resampled with the same cases, so that the difficulty of cases doesn't widen the
-    interval.
+    interval. Cases of one document are alike: with `documents`, documents are resampled first and
+    the cases within each of them afterwards (Davison and Hinkley 1997, section 3.8).
+
+    Args:
+        mine: a score of each case.
+        other: the score of the same cases that it is compared with.
+        seed: seed of the resampling.
+        documents: document that each case comes from; None: the cases are independent.
     """
     difference_N = np.asarray(mine, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    if len(difference_N) == 0:
+    count = len(difference_N)
+    if count == 0:
         return Interval(0.0, 0.0, 0.0)
+    # Cases that are independent are resampled as those of one document.
+    _, number_N = np.unique([""] * count if documents is None else documents, return_inverse=True)
+    sizes_G = np.bincount(number_N)
+    starts_G = np.cumsum(sizes_G) - sizes_G
+    by_document_N = difference_N[np.argsort(number_N, kind="stable")]
     generator = np.random.default_rng(seed)
-    chosen_RN = generator.integers(0, len(difference_N), (RESAMPLES, len(difference_N)))
-    low, high = np.percentile(difference_N[chosen_RN].mean(axis=1), [2.5, 97.5])
+    means = []
+    for _ in range(RESAMPLES):
+        chosen_G = generator.integers(0, len(sizes_G), len(sizes_G))
+        spread_N = np.repeat(chosen_G, sizes_G[chosen_G])
+        cases_N = starts_G[spread_N] + generator.integers(0, sizes_G[spread_N])
+        means.append(by_document_N[cases_N].mean())
+    low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(difference_N.mean()), float(low), float(high))

@@ -1,6 +1,6 @@
 """Summarise the table of `deepseek eval --against` in words and as a plot."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,18 @@ class Compared:
     infilled: Interval | None
 
 
-def compared(rows: Mapping[str, CompletionScores]) -> dict[str, Compared]:
-    """Return every row with its confidence intervals and differences."""
+def compared(rows: Mapping[str, CompletionScores], documents: Sequence[str]) -> dict[str, Compared]:
+    """Return every row with its confidence intervals and differences.
+
+    Args:
+        rows: scores of each row.
+        documents: document that each case comes from.
+    """
     return {
         name: Compared(
             exact=_share(scores.exact),
-            over_base=_over(rows, name, "base"),
-            over_retrieval=_over(rows, name, "retrieval"),
+            over_base=_over(rows, name, "base", documents),
+            over_retrieval=_over(rows, name, "retrieval", documents),
             similarity=sum(scores.similarity) / len(scores.similarity),
             infilled=None if scores.infilled is None else _share(scores.infilled),
         )
@@ -44,13 +49,17 @@ def compared(rows: Mapping[str, CompletionScores]) -> dict[str, Compared]:
     }
 
 
-def verdicts(rows: Mapping[str, CompletionScores]) -> list[str]:
-    """Return one sentence for each pair of rows that can be compared."""
+def verdicts(rows: Mapping[str, CompletionScores], documents: Sequence[str]) -> list[str]:
+    """Return one sentence for each pair of rows that can be compared.
+
+    Args:
+        rows: scores of each row.
+        documents: document that each case comes from.
+    """
     pairs = (("expert", "base"), ("expert", "retrieval"), ("expert + retrieval", "retrieval"))
     rivals = tuple(("expert", name) for name in ("LoRA", "full fine-tuning"))
     return [
-        f"{name} against {other}: "
-        f"{_description(paired_difference(rows[name].exact, rows[other].exact))}"
+        f"{name} against {other}: {_description(_difference(rows, name, other, documents))}"
         for name, other in (*pairs, *rivals)
         if name in rows and other in rows
     ]
@@ -84,10 +93,18 @@ def _share(exact: list[float]) -> Interval:
     return wilson(round(sum(exact)), len(exact))
 
 
-def _over(rows: Mapping[str, CompletionScores], name: str, other: str) -> Interval | None:
+def _over(
+    rows: Mapping[str, CompletionScores], name: str, other: str, documents: Sequence[str]
+) -> Interval | None:
     if name == other or other not in rows:
         return None
-    return paired_difference(rows[name].exact, rows[other].exact)
+    return _difference(rows, name, other, documents)
+
+
+def _difference(
+    rows: Mapping[str, CompletionScores], name: str, other: str, documents: Sequence[str]
+) -> Interval:
+    return paired_difference(rows[name].exact, rows[other].exact, documents=documents)
 
 
 def _description(difference: Interval) -> str:

@@ -102,7 +102,7 @@ def show(
             f"{median(one['milliseconds']):5.0f} ms a completion"
         )
     base, expert = (scores[side]["similarity"] for side in ("base", "expert"))
-    change = paired_difference(expert, base)
+    change = paired_difference(expert, base, documents=[case.name for case in cases])
     print(
         f"the expert's similarity over the base's: {change.mean:+.1%} "
         f"({change.low:+.1%} to {change.high:+.1%})"

@@ -244,13 +244,14 @@ def test_a_lost_row_is_told_as_a_won_one(tmp_path: Path) -> None:
         "expert": row(expert),
         "expert + retrieval": row([1.0] * 100),
     }
-    said = verdicts(rows)
+    documents = [str(place) for place in range(100)]
+    said = verdicts(rows, documents)
     assert said[0].startswith("expert against base: worse, -20.0 points (")
     assert said[2].startswith("expert + retrieval against retrieval: better, +50.0 points (")
-    assert verdicts({"base": row(base), "expert": row(base)})[0].startswith(
+    assert verdicts({"base": row(base), "expert": row(base)}, documents)[0].startswith(
         "expert against base: not told apart"
     )
-    table = compared(rows)
+    table = compared(rows, documents)
     assert table["base"].over_base is None and table["expert"].exact.mean == 0.3
     draw(rows, "title", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 would.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -64,10 +65,26 @@ def test_cases_are_lines_with_something_on_them(lines: list[str], seed: int) -> 
 def test_cases_are_spread_over_the_documents_and_depend_on_the_seed() -> None:
     documents = [replace(CODE, name=f"repo/{n}.py") for n in range(4)]
     cases = next_line_cases(documents, 6)
-    assert sorted(case.name for case in cases) == [f"repo/{n}.py" for n in (0, 0, 1, 1, 2, 3)]
+    assert sorted(Counter(case.name for case in cases).values()) == [1, 1, 2, 2]
     assert {case.line for case in cases} != {
         case.line for case in next_line_cases(documents, 6, seed=1)
     }
+
+
+def test_with_more_documents_than_cases_the_seed_draws_the_documents() -> None:
+    documents = [replace(CODE, name=f"repo/{n:02}.py") for n in range(40)]
+    drawn = [{case.name for case in next_line_cases(documents, 10, seed)} for seed in range(8)]
+    assert all(len(names) == 10 for names in drawn)
+    assert len(set.union(*drawn)) > 30
+
+
+def test_prose_is_compared_as_far_as_it_is_asked_for() -> None:
+    paragraph = "All work and no play makes it dull. " * 10
+    (case,) = next_line_cases([Document(f"{paragraph}\n" * 12, "tale")], 1)
+    answer = Completion(paragraph, paragraph, 4.0, 2, 10, 3, 0.5)
+    assert len(case.target) < len(paragraph.strip())
+    scores = score_answers([case], [answer])
+    assert (scores.exact, scores.similarity, scores.infilled) == ([1.0], [1.0], [1.0])
 
 
 def test_only_what_a_commit_added_is_asked_for() -> None:

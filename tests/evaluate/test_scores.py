@@ -41,6 +41,34 @@ def test_a_row_does_not_differ_from_itself(shares: list[float], seed: int) -> No
     assert not difference.excludes_zero
 
 
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 1.0])), min_size=1))
+def test_a_difference_lies_within_its_interval(cases: list[tuple[str, float]]) -> None:
+    documents, mine = zip(*cases, strict=True)
+    difference = paired_difference(mine, [0.0] * len(mine), documents=documents)
+    assert 0.0 <= difference.low <= difference.mean <= difference.high <= 1.0
+
+
+def test_cases_of_one_document_are_not_independent() -> None:
+    documents = [str(place // 50) for place in range(500)]
+    mine = [float(place // 50 % 2) for place in range(500)]  # a document is won or lost as a whole
+    alone = paired_difference(mine, [0.5] * 500)
+    together = paired_difference(mine, [0.5] * 500, documents=documents)
+    assert together.mean == alone.mean == 0.0
+    assert together.high > 2.5 * alone.high and together.low < 2.5 * alone.low
+    error = (0.25 / 10) ** 0.5  # of the mean of ten documents
+    assert together.high == pytest.approx(1.96 * error, rel=0.15)
+
+
+def test_cases_that_each_have_a_document_are_independent() -> None:
+    mine = [1.0, 0.0, 0.0] * 50
+    alone = paired_difference(mine, [0.0] * 150)
+    apart = paired_difference(mine, [0.0] * 150, documents=[str(n) for n in range(150)])
+    assert (apart.low, apart.high) == (
+        pytest.approx(alone.low, abs=0.03),
+        pytest.approx(alone.high, abs=0.03),
+    )
+
+
 def test_a_difference_is_paired_by_case() -> None:
     one, other = [1.0, 0.0] * 100, [1.0, 0.0] * 90 + [0.0, 0.0] * 10
     difference = paired_difference(one, other)

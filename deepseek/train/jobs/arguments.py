@@ -350,8 +350,8 @@ class AlignArguments(RunArguments):
     """Algorithm: ppo, grpo and gspo are RLPO's; dpo and rloo are TRL's"""
 
     reward: str = "model"
-    """Reward: model fits a reward model to the pairs; clean, willing and varied are rule-based
-    judges
+    """Reward: model fits a reward model to the pairs; clean (a classifier), willing and varied
+    (rules) are judges
     """
 
     layers: str = Field(default="last:6", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
