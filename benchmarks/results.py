@@ -46,6 +46,10 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+COMMIT = commit()
+"""The commit when the measurement began: a long one may see others made."""
+
+
 def command() -> str:
     """Return the command that runs, from the root of the checkout."""
     script = Path(sys.argv[0]).resolve()
@@ -70,7 +74,7 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     record = {
         "machine": processor(),
         "threads": torch.get_num_threads(),
-        "commit": commit(),
+        "commit": COMMIT,
         "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "torch": torch.__version__,

@@ -210,9 +210,13 @@ class Evaluator:
             return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
         try:
             return compute(figure, record, self.source(result, record))
-        except (KeyError, ValueError, ZeroDivisionError) as error:
+        except KeyError as missing:
+            # Measured without one of the rivals, such as on a machine that lacks it.
+            why = f"results/{result}.json has no {shown(str(missing))}; measure it again"
+            return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
+        except (ValueError, ZeroDivisionError) as error:
             raise ConfigError(
-                f"results/{result}.json has no {shown(str(error))} for the figure "
+                f"results/{result}.json has {shown(str(error))} for the figure "
                 f"{figure.what!r}; correct claims.yaml, or measure it again."
             ) from None
 

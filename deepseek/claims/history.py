@@ -1,5 +1,6 @@
 """Whether code has changed since a result was measured, by git."""
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Iterable
@@ -53,6 +54,17 @@ class History:
             for path, (before, now) in pairs.items()
             if self._digests[before] is None or self._digests[before] != self._digests[now]
         ]
+
+    def version(self, paths: Iterable[str]) -> str:
+        """Return a digest of the content of paths at the commit that is checked out.
+
+        Args:
+            paths: files and folders, from the root of the checkout.
+        """
+        names = [f"HEAD:{path}" for path in paths]
+        self._ask(*names)
+        content = "\n".join(str(self._digests[name]) for name in names)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _ask(self, *names: str) -> None:
         """Learn the digests of git objects; None: there is no such object."""

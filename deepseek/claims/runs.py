@@ -27,7 +27,8 @@ class Places:
     Attributes:
         results: where result files are written.
         corpora: text that `benchmarks/corpora.py` fetches.
-        work: what an interrupted run keeps; a folder for each result.
+        work: what an interrupted run keeps; a folder for each result and version of the code that
+            it measures, so that nothing measured before a change passes for measured after it.
     """
 
     results: Path
@@ -44,13 +45,19 @@ class Places:
         """Return places that end with a temporary folder, which is the library's home as well."""
         return cls(folder / "results", folder / "corpora", folder / "bench")
 
-    def filled_in(self, command: str, result: str) -> list[str]:
-        """Return the words of a command for one result, without the interpreter."""
+    def filled_in(self, command: str, result: str, version: str = "") -> list[str]:
+        """Return the words of a command for one result, without the interpreter.
+
+        Args:
+            command: the command as it is declared.
+            result: name of the result.
+            version: version of the code that it measures (`History.version`).
+        """
         values = {
             "RESULT": self.results / f"{result}.json",
             "PLOT": self.results / f"{result}.png",
             "CORPORA": self.corpora,
-            "WORK": self.work / result,
+            "WORK": self.work / (f"{result}-{version}" if version else result),
         }
         words = []
         for word in shlex.split(command):

@@ -77,6 +77,7 @@ def run(
 
     Ctrl-C stops at a safe point; finished results stay.
     """
+    from deepseek.claims.history import History
     from deepseek.claims.runs import (
         Places,
         check_corpora,
@@ -98,7 +99,13 @@ def run(
         return
     if not quick:
         places = Places.of_user(CHECKOUT)
-        commands = {one: places.filled_in(declared.results[one].command, one) for one in results}
+        history = History(CHECKOUT)
+        commands = {
+            one: places.filled_in(
+                declared.results[one].command, one, history.version(declared.results[one].measures)
+            )
+            for one in results
+        }
         check_corpora(commands.values(), places.corpora)
         _report(run_commands(commands, CHECKOUT, _say))
         return

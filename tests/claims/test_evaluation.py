@@ -13,7 +13,7 @@ from claim_files import DECLARATION, commit_all, git, make_checkout, write_resul
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.claims.declaration import CHECKOUT, Figure, Goal, Side, read_declaration
+from deepseek.claims.declaration import CHECKOUT, Claim, Figure, Goal, Side, read_declaration
 from deepseek.claims.evaluation import ClaimTable, MeasuredFigure, claim_table, meets, state_of
 from deepseek.claims.history import History
 from deepseek.claims.paths import numbers
@@ -52,6 +52,11 @@ def by_name(table: ClaimTable) -> dict[str, Any]:
     return {row.name: row for row in table.claims}
 
 
+def figures_of(claim: Claim) -> list[Figure]:
+    """Return the declared figure of each figure of a row."""
+    return [figure for figure in claim.figures for _ in figure.results or ("",)]
+
+
 def test_every_claim_of_the_design_is_declared() -> None:
     assert list(read_declaration(CHECKOUT).claims) == ARTICLE + ADDED
 
@@ -60,11 +65,12 @@ def test_the_table_has_them_all_and_says_why_where_one_is_not_reached() -> None:
     rows = by_name(claim_table(CHECKOUT))
     assert list(rows) == ARTICLE + ADDED
     assert [name for name, row in rows.items() if row.state != "reached" and not row.why] == []
+    declared = read_declaration(CHECKOUT).claims
     unexplained = [
         (name, figure.what)
         for name, row in rows.items()
-        for figure in row.figures
-        if not figure.text and not figure.unmeasured
+        for figure, asked in zip(row.figures, figures_of(declared[name]), strict=True)
+        if not figure.text and not asked.unmeasured
     ]
     assert unexplained == []
 
@@ -198,9 +204,20 @@ def test_a_misspelt_key_is_refused(checkout: Path) -> None:
         claim_table(checkout)
 
 
-def test_a_figure_that_its_result_does_not_hold_is_named(checkout: Path) -> None:
+def test_a_result_without_its_rival_leaves_the_other_claims(checkout: Path) -> None:
+    before = by_name(claim_table(checkout))
     write_result(checkout, "speed", "unknown", rounds={"ours": [1.0, 2.0, 3.0]})
-    with pytest.raises(ConfigError, match=r"results/speed\.json has no .*theirs"):
+    rows = by_name(claim_table(checkout))
+    (lacking,) = [figure for figure in rows["fast"].figures if not figure.text]
+    assert "results/speed.json has no" in lacking.unmeasured and "theirs" in lacking.unmeasured
+    assert rows["fast"].state != "reached"
+    others = rows.keys() - {"fast"}
+    assert {name: rows[name] for name in others} == {name: before[name] for name in others}
+
+
+def test_a_figure_that_cannot_be_computed_is_named(checkout: Path) -> None:
+    write_result(checkout, "speed", "unknown", rounds={"ours": [0.0], "theirs": [0.0]})
+    with pytest.raises(ConfigError, match=r"results/speed\.json has .*measure it again"):
         claim_table(checkout)
 
 

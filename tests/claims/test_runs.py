@@ -15,6 +15,7 @@ from claim_files import commit_all, make_checkout, write_result
 
 from deepseek.claims.declaration import read_declaration
 from deepseek.claims.evaluation import claim_table
+from deepseek.claims.history import History
 from deepseek.claims.runs import Places, check_corpora, due_results, run_commands
 from deepseek.cli import claims
 from deepseek.cli.main import main
@@ -182,6 +183,19 @@ def test_commands_get_their_places(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"corpora\.py all"):
         check_corpora([words], places.corpora)
+
+
+def test_what_an_interrupted_run_keeps_is_not_found_after_a_change(checkout: Path) -> None:
+    places = Places.below(checkout)
+    paths = ["package/engine"]
+    before = History(checkout).version(paths)
+    assert places.filled_in("x.py WORK", "r", before) == ["x.py", f"{checkout}/bench/r-{before}"]
+    (checkout / "package" / "train.py").write_text("new\n")
+    commit_all(checkout)
+    assert History(checkout).version(paths) == before, "it measures other code"
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    commit_all(checkout)
+    assert History(checkout).version(paths) != before
 
 
 def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
