@@ -9,17 +9,19 @@ the relative reduction of the loss on held-out text that no run has used, and `s
 gain over that of the best run. As the best is chosen by the same text, its gain is flattered a
 little, and the share is a lower bound. A small source holds out a few rows only: with `--seeds`,
 gains are means over so many divisions into text to train on and text held out. An interrupted run
-goes on. Sources that FILE has from an earlier run, and that are not named, stay in it.
+goes on. Sources that FILE has from an earlier run with the same base, layers and tokens, and that are
+not named, stay in it; each source says at which commit it was measured.
 """
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from results import add_output, write
+from results import COMMIT, add_output, write
 
 from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.train.jobs.arguments import ExpertArguments
@@ -36,6 +38,8 @@ CHANGES = (
     "2 passes",
     "8 passes",
 )
+SETTINGS = ("base", "layers", "tokens")
+"""Options that all sources of a result have in common."""
 SHARED = ("corpus", "trunk")
 """Folders of a run that depend on the text and the base only."""
 
@@ -53,7 +57,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=home() / "defaults", help="runs are kept here")
     add_output(parser, "defaults")
     options = parser.parse_args()
-    figures = json.loads(options.json.read_text())["sources"] if options.json.exists() else {}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    former = json.loads(options.json.read_text()) if options.json.exists() else {"sources": {}}
+    figures = former["sources"]
+    if figures and former.get("settings", settings) != settings:
+        parser.error(f"{options.json} was measured with {former['settings']}; name another --json.")
     for source in options.sources:
         path = source.expanduser().resolve()
         runs = {
@@ -63,16 +71,22 @@ def main() -> None:
         gains = {change: mean(one["gain"] for one in found) for change, found in runs.items()}
         best = max(gains.values())
         share = gains["defaults"] / best if best > 0 else 1.0
-        figures[path.stem] = {"share": round(share, 4), "gains": gains, "runs": runs}
+        figures[path.stem] = {
+            "share": round(share, 4),
+            "gains": gains,
+            "runs": runs,
+            "commit": COMMIT,
+        }
         print(path.stem, figures[path.stem], flush=True)
         shares = [one["share"] for one in figures.values()]
         summary = {"shares": {"median": median(shares), "worst": min(shares)}}
-        write(options.json, {**summary, "sources": figures})
+        write(options.json, {"settings": settings, **summary, "sources": figures})
 
 
 def trained(path: Path, change: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train an expert unless that was done before, and return its figures."""
-    place = options.work / path.stem / str(seed)
+    settings = "-".join(str(getattr(options, name)) for name in SETTINGS)
+    place = options.work / path.stem / re.sub(r"[^\w.-]+", "-", settings) / str(seed)
     folder = place / change.replace(" ", "-")
     result = folder / "outcome.json"
     if not result.exists():
