@@ -176,8 +176,9 @@ def test_recomputation_costs_one_more_forward_pass(trained: float, attention: st
         for recompute in (False, True)
     )
     prefill = plan_inference("deepseek-1b", attention=attention, device=ONE_FLOP)
+    head = 2 * 49152 * 1280  # prefill computes the logits of one token, training those of all
     assert twice.flops_per_token - once.flops_per_token == pytest.approx(
-        prefill.prefill_seconds / prefill.length
+        prefill.prefill_seconds / prefill.length + head * (1 - 1 / prefill.length)
     )
 
 
@@ -218,9 +219,56 @@ def test_inference_reads_what_a_token_uses() -> None:
     assert made.memory.weights == 2 * model.parameters
     assert made.memory.keys_values == keys * 64 * 2
     assert made.token_seconds == pytest.approx((2 * model.active + keys * 64 * 2) / 1e12)
+    head = 100 * 16
     assert made.prefill_seconds == pytest.approx(
-        64 * (2 * model.active + 4 * 2 * 16 * 64 / 2) / 1e15
+        (64 * (2 * (model.active - head) + 4 * 2 * 16 * 64 / 2) + 2 * head) / 1e15
     )
+
+
+@given(length=st.integers(1, 64), vocabulary=st.integers(1, 10_000), tied=st.booleans())
+def test_prefill_computes_the_logits_of_one_token(length: int, vocabulary: int, tied: bool) -> None:
+    fields = {**DENSE, "tie_word_embeddings": tied}
+    small, large = (
+        plan_inference({**fields, "vocab_size": size}, device=ONE_FLOP, length=length)
+        for size in (vocabulary, 2 * vocabulary)
+    )
+    assert large.prefill_seconds - small.prefill_seconds == pytest.approx(2 * 16 * vocabulary)
+
+
+@pytest.mark.parametrize("bucket_window", [1, 96, 4096])
+@pytest.mark.parametrize(
+    ("device", "precision", "copies"),
+    [
+        ("laptop", "float32", 0),
+        ("h100", "float32", 4 * 20),
+        ("h100", "bfloat16", 4 * 20),
+        ("laptop", "mixed", 6 * 20 + 4 * 4),
+        ("h100", "mixed", 6 * 20 + 4 * 4),
+    ],
+)
+def test_lsh_attention_keeps_codes_and_copies_but_no_scores(
+    device: str, precision: str, copies: int, bucket_window: int
+) -> None:
+    model = {**PRESETS["deepseek-8b"], "lsh_bucket_window": bucket_window}
+    flash, lsh = (
+        deepseek.plan(
+            model, device=device, precision=precision, attention=attention, recompute=False
+        )
+        for attention in ("flash", "lsh")
+    )
+    # 30 of 32 layers; 20 heads of 4 probes, 4 groups with capacity to double; heads of 128.
+    token = 30 * (4 * (20 * 4 + 2 * 4) + copies * 128)
+    more = lsh.memory(8).attention - flash.memory(8).attention
+    assert more == pytest.approx(token * lsh.tokens_per_gpu)
+
+
+def test_lsh_attention_holds_no_scores_in_inference() -> None:
+    exact, flash, lsh = (
+        plan_inference("deepseek-8b", attention=attention).memory.attention
+        for attention in ("exact", "flash", "lsh")
+    )
+    assert lsh - flash == pytest.approx(4 * (20 * 4 + 2 * 4) * 8192 * 30 / 32)
+    assert exact == 4 * 20 * 512 * 8192
 
 
 @given(batch=st.integers(1, 4096), gpus=st.integers(1, 8))
@@ -263,7 +311,7 @@ def test_the_numbers_of_the_article_come_from_the_scores_of_one_long_row() -> No
     scores = score_bytes(model, length, 1, "exact")
     assert weights + scores == pytest.approx(1.2e12, rel=1e-3)
     assert weights + scores * 1_746 / length == pytest.approx(480e9, rel=1e-3)
-    ours = weights + score_bytes(model, length, 1, "lsh")
+    ours = weights + scores * model.candidates(length) / length
     assert ours / (weights + scores) == pytest.approx(0.329, abs=0.001)
 
 

@@ -1,10 +1,15 @@
 """Planned activations against the tensors that autograd saves for the backward pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import deepseek
 from deepseek.data import Batch
+from deepseek.kernels.lsh import attention as lsh_attention
+from deepseek.kernels.lsh import tiles
 from deepseek.kernels.moe.grouped_mm import mix_experts_grouped
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe import experts
@@ -34,10 +39,12 @@ MIXTURE = DENSE | {
 }
 
 
-def saved_bytes(fields: dict[str, int]) -> int:
-    """Return the bytes of distinct tensors, other than weights, that a forward pass saves."""
+def saved_bytes(fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes of distinct tensors, other than weights, that a forward pass saves, with the
+    hash codes of LSH attention.
+    """
     model = DeepSeekModel(ModelConfig(**fields)).train()
-    model.compute_dtype = torch.float32
+    model.compute_dtype = dtype
     kept = [*model.parameters(), *model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in kept}
     saved: dict[int, int] = {}
@@ -54,7 +61,22 @@ def saved_bytes(fields: dict[str, int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         output = LanguageTask(model, {}).loss(batch, 0)  # its graph keeps the tensors
     assert output.loss.requires_grad
+    for node in nodes(output.loss.grad_fn):
+        for codes in getattr(node, "codes", ())[:2]:
+            save(codes)
     return sum(saved.values())
+
+
+def nodes(last: Any) -> set[Any]:
+    """Return the nodes of the graph that ends in one."""
+    found: set[Any] = set()
+    open_nodes = [last]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            open_nodes += [earlier for earlier, _ in node.next_functions]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -76,3 +98,27 @@ def test_activations_are_those_that_autograd_saves(
     # Scores of routers, indices of slots and roots of mean squares are not planned.
     assert planned[1] - planned[0] == pytest.approx(saved, rel=0.06)
     assert planned[1] < saved_bytes(six)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "none"])
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("device", ["laptop", "h100"])
+def test_what_lsh_attention_saves_beside_flash_attention(
+    device: str, precision: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "h100":  # the path of GPUs, computed here
+        monkeypatch.setattr(lsh_attention, "_kernels", lambda query: tiles)
+    flash = {**DENSE, "num_hidden_layers": 3, "positional_encoding": encoding}
+    lsh = {**flash, "attention": "lsh", "lsh_exact_layers": [1], "lsh_local_window": 32}
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    more = saved_bytes(lsh, dtype) - saved_bytes(flash, dtype)
+    planned = [
+        deepseek.plan(
+            fields, 1, device=device, rows_per_gpu=ROWS, recompute=False, precision=precision
+        )
+        .memory(1)
+        .attention
+        for fields in (flash, lsh)
+    ]
+    # The tiles' output has a spare row.
+    assert planned[1] - planned[0] == pytest.approx(more, rel=1e-3)

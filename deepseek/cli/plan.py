@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deepseek.cli.options import Json
+from deepseek.cli.options import Json, refuse_ignored
 from deepseek.errors import ConfigError
 
 Training = "Training"
@@ -81,7 +81,8 @@ def plan(
         float | None, typer.Option(help="Its dense bf16 TFLOP/s.", rich_help_panel=Hardware)
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s of its memory.", rich_help_panel=Hardware)
+        float | None,
+        typer.Option(help="GB/s of its memory, for inference.", rich_help_panel=Hardware),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,8 +99,29 @@ def plan(
 
     check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
-    if is_inference and deepspeed:
-        raise ConfigError("--deepspeed configures training; leave --inference and --profile out.")
+    formats = {
+        "zero": None if zero == 3 else zero,
+        "precision": None if precision == "mixed" else precision,
+    }
+    if is_inference:
+        refuse_ignored(
+            "configures training, not --inference or --profile",
+            **formats,
+            deepspeed=deepspeed,
+            tokens=tokens,
+            trained=None if trained == 1 else trained,
+            no_recompute=None if recompute else True,
+        )
+    else:
+        refuse_ignored(
+            "goes with --inference or --profile",
+            dtype=None if dtype == "bfloat16" else dtype,
+            bandwidth=bandwidth,
+        )
+    if deepspeed:
+        refuse_ignored(
+            "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision", **formats
+        )
     options = starting_options(profile, inference).overridden(
         preset=preset,
         device=device,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
 ATTENTION_KINDS = ("exact", "flash", "lsh")
-"""How attention may be planned: all scores in memory, computed in tiles, or those of candidates."""
+"""How attention may be planned: all scores in memory, all in tiles, or candidates only, in tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class InferenceMemory:
         keys_values: keys and values of all sequences at full length.
         activations: hidden states and logits of the largest batch of tokens: a chunk of a prompt,
             or one token of each sequence.
-        attention: scores of one layer.
+        attention: scores of one layer; with "flash" and "lsh" what takes their place.
     """
 
     weights: float
@@ -105,7 +105,7 @@ class InferencePlan:
         hidden = max(chunk, self.batch) * numbers * self.compute_bytes
         logits = 4.0 * model.vocab_size * self.batch / self.gpus
         one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)
-        share = chunk / self.length if self.attention != "flash" else 1.0
+        share = chunk / self.length if self.attention == "exact" else 1.0
         return InferenceMemory(
             weights=self.weights.total / self.gpus,
             keys_values=self.key_value_bytes * self.length * self.batch / self._key_shares,
@@ -127,10 +127,13 @@ class InferencePlan:
     @property
     def prefill_seconds(self) -> float:
         """Seconds until the first token of one sequence of `length` tokens."""
-        flops = 2.0 * self.parameters.active + attention_flops(self._attending, self.length) / 3
+        # Only the last token of a prompt has logits (`Chunk.keep` of `deepseek/runner.py`).
+        head = self.architecture.vocab_size * self.architecture.hidden_size
+        scores = attention_flops(self._attending, self.length) / 3
+        flops = self.length * (2.0 * (self.parameters.active - head) + scores) + 2.0 * head
         speed = self.device.flops * self.device.utilisation * self.gpus
         passes = -(-self.length // PREFILL_CHUNK)
-        return flops * self.length / speed + passes * self._hops(PREFILL_CHUNK)
+        return flops / speed + passes * self._hops(PREFILL_CHUNK)
 
     @property
     def token_seconds(self) -> float:

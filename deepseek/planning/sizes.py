@@ -253,11 +253,42 @@ def score_bytes(
         length: tokens per sequence.
         batch: sequences.
         kind: "exact" keeps every score of every head, "flash" one fp32 number per query and head
-            (arXiv:2205.14135), "lsh" the scores of the candidates.
+            (arXiv:2205.14135), "lsh" the same number (`kernels/lsh/attention.py`) and the codes of
+            the hash.
         bytes_per_number: bytes of a score.
     """
-    queries = architecture.num_hidden_layers * architecture.num_attention_heads * length * batch
-    if kind == "flash":
-        return 4.0 * queries
-    keys = length if kind == "exact" else architecture.candidates(length)
-    return float(bytes_per_number) * queries * keys
+    tokens = length * batch
+    queries = architecture.num_hidden_layers * architecture.num_attention_heads * tokens
+    if kind == "exact":
+        return float(bytes_per_number) * queries * length
+    layers = architecture.attending(kind).lsh_layers
+    return 4.0 * queries + layers * code_bytes(architecture) * tokens
+
+
+def code_bytes(architecture: Architecture) -> float:
+    """Return the bytes of LSH attention's hash codes per token and layer, in int32: the buckets
+    that each query probes, and those of the keys with capacity to double (`kernels/lsh/decode.py`).
+    """
+    probes = min(architecture.lsh_probes, architecture.lsh_num_buckets)
+    codes = architecture.num_attention_heads * probes + 2 * architecture.groups
+    return 4.0 * architecture.lsh_rounds * codes
+
+
+def copy_bytes(architecture: Architecture, *, mixed: bool, processor: bool = False) -> int:
+    """Return the bytes per token of the copies that LSH attention saves for the backward pass and
+    flash attention does not, over all layers.
+
+    In mixed precision rotary positions leave queries and keys in fp32, and values and output follow
+    them (`kernels/lsh/attention.py`). The output projection saves its input besides. On a GPU it
+    always does: there the kernel's output is in fp32, head by head (`kernels/lsh/tiles.py`).
+
+    Args:
+        architecture: the model.
+        mixed: whether products are in 16 bits and weights in fp32.
+        processor: whether a CPU trains (default: a GPU).
+    """
+    queries = architecture.num_attention_heads * architecture.head_width
+    keys = architecture.groups * architecture.head_width
+    widened = mixed and architecture.positional_encoding == "rope"
+    copies = 4 * queries * (widened or not processor) + (2 * queries + 4 * keys) * widened
+    return architecture.attending("lsh").lsh_layers * copies

@@ -28,6 +28,7 @@ from deepseek.planning.sizes import (
     Shape,
     activations,
     attention_flops,
+    copy_bytes,
     largest_tensor,
     parameters,
     score_bytes,
@@ -214,10 +215,14 @@ class Plan:
         return saved / layers + inputs
 
     def _saved_scores(self) -> float:
+        formats = self.formats
         rows = self.tokens_per_gpu / self.length
-        saved = rows * score_bytes(
-            self.config, self.length, 1, self.attention, self.formats.compute
-        )
+        saved = rows * score_bytes(self.config, self.length, 1, self.attention, formats.compute)
+        if self.attention == "lsh":
+            mixed = formats.compute < formats.weights
+            saved += self.tokens_per_gpu * copy_bytes(
+                self.config, mixed=mixed, processor=self.device.processor
+            )
         return saved / self.config.num_hidden_layers if self.recompute else saved
 
     def at(self, gpus: int) -> Scale:
