@@ -30,8 +30,8 @@ FEWEST_TILE_ROWS = 48
 QUERIES = 16
 VECTOR_QUERIES = 6
 # Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a
-# far field, rounds of hashing, buckets probed in each, buckets (rounded up to a multiple of 64), and
-# maps that score the buckets of queries and of keys: one for each head, or one for all.
+# far field, rounds of hashing, buckets probed in each, buckets (rounded up to a multiple of 64),
+# and maps that score the buckets of queries and of keys: one for each head, or one for all.
 LOCAL, SINKS, WINDOW, FAR_FIELD, ROUNDS, PROBES, BUCKETS, QUERY_MAPS, KEY_MAPS = range(9)
 LSH_NUMBERS = 9
 SYNC_STRIDE = 8  # int64s between counters: a cache line, against false sharing

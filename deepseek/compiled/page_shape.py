@@ -69,8 +69,8 @@ class PageShape:
         return self.groups * 2 * PAGE * self.width * 2
 
     def new(self, count: int) -> list[Page]:
-        """Return `count` zeroed pages."""
-        return list(aligned(count * self.nbytes).reshape(count, self.nbytes))
+        """Return `count` zeroed pages, each of which can be freed by itself."""
+        return [aligned(self.nbytes) for _ in range(count)]
 
     def address(self, page: Page) -> int:
         """Return the address that layer 0 would have, if the layers below were in the page too."""

@@ -39,14 +39,14 @@ def barrier(counter):  # type: ignore[no-untyped-def]
 
     `counter` is the address of two int64s, initially 0: the number of arrivals, and the number of
     sleeping threads. Waits are short while cores are free, so a thread spins for a while before it
-    sleeps.
+    sleeps. Sleepers count themselves out: the last thread to arrive, which can be late here, could
+    count out one that goes to sleep at the next barrier, and nobody would wake it there.
     """
     threads = thread_count()
     sleepers = counter + 8
     before = arrive(counter, 1)
     goal = (before // threads + 1) * threads
     if before + 1 == goal and look(sleepers) > 0:
-        arrive(sleepers, -look(sleepers))
         _syscall(_FUTEX, counter, _WAKE, _ALL, 0, 0, 0)
     spins = 0
     seen = look(counter)
@@ -56,6 +56,7 @@ def barrier(counter):  # type: ignore[no-untyped-def]
             arrive(sleepers, 1)
             # Returns at once if the number is no longer `seen`, so that no wake-up is missed.
             _syscall(_FUTEX, counter, _WAIT, seen, 0, 0, 0)
+            arrive(sleepers, -1)
         elif spins > SPINS:
             _yield()
         seen = look(counter)

@@ -16,6 +16,7 @@ from deepseek.compiled import step
 from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
 from deepseek.compiled.page_shape import PageShape
+from deepseek.compiled.sites_cache import SitesCache
 from deepseek.compiled.state import CompiledState, member_count
 from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import PackedModel, Sites, module_bytes, pack_module
@@ -23,13 +24,11 @@ from deepseek.errors import ConfigError
 from deepseek.kernels.int8_layout import GROUP, row_bytes
 from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
 from deepseek.model.experts.adapter import AdapterModule
-from deepseek.model.experts.armed import ArmedExperts, Roster
+from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.layer_parts import layer_parts
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, RunnerOutput, in_groups
-
-SITES_CACHED = 16  # size of the cache of `Sites`, in sets of rosters
 
 T = TypeVar("T")
 
@@ -260,7 +259,7 @@ class CompiledRunner:
         if reason is not None:
             raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
-        self._sites: dict[tuple[int, ...], Sites] = {}
+        self._sites = SitesCache(len(model.layers), model.config.hidden_size)
         weights = PackedModel(model)
         self._extents = weights.extents
         self._hashes = weights.hashes
@@ -300,7 +299,7 @@ class CompiledRunner:
         stored = self.expert_bytes(armed)
         if stored:
             with self._lock:  # frees what has left the budget's memory, before more is read
-                self._sites = {k: sites for k, sites in self._sites.items() if sites.is_current}
+                self._sites.drop_outdated()
         for module in stored:
             self.prepare(module)
         parts = layer_parts(len(self.model.layers), cuts)
@@ -312,7 +311,7 @@ class CompiledRunner:
         groups = by_entry(states)
         with self._lock:
             # The same for all groups, as other sites mean other work buffers.
-            sites = self._sites_of(
+            sites = self._sites.get(
                 [state.armed.roster for state in states if state.armed is not None]
             )
             return in_groups(chunks, groups, [partial(self._step, sites=sites)] * len(groups))
@@ -344,18 +343,6 @@ class CompiledRunner:
             self._hashes.rounds,
             self._hashes.far_field,
         )
-
-    def _sites_of(self, rosters: list[Roster]) -> Sites:
-        """Return the sites of the experts in these rosters, from the cache if possible."""
-        distinct = {id(roster): roster for roster in rosters}
-        key = tuple(sorted(distinct))
-        if key not in self._sites:
-            if len(self._sites) >= SITES_CACHED:
-                self._sites.clear()
-            layers = len(self.model.layers)
-            hidden = self.model.config.hidden_size
-            self._sites[key] = Sites(list(distinct.values()), layers, hidden)
-        return self._sites[key]
 
     def _speakers(
         self,

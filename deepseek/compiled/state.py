@@ -16,7 +16,7 @@ from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.layer_parts import LayerPart
 from deepseek.runner import Segment
 
-SLAB = 8  # maximum number of pages to allocate ahead of need
+AHEAD = 8  # maximum number of pages to allocate ahead of need
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PartState:
         missing = -(-length // PAGE) - len(self.pages)
         if missing > 0:
             pages_left = -(-capacity // PAGE) - len(self.pages)
-            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, pages_left))))
+            self._insert(len(self.pages), self.shape.new(max(missing, min(AHEAD, pages_left))))
 
     def extend(self, segment: PageSegment, capacity: int) -> None:
         """Append the tokens of a segment."""

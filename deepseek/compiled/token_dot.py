@@ -32,9 +32,9 @@ def _merge(emit: Emit, a: Any, b: Any, step: int) -> Any:
 
 
 def _lane_sums(emit: Emit, vectors: list[Any], step: int = 1) -> Any:
-    """Return the sum of each vector's lanes, in the lane of its number; one vector for each `LANES`.
+    """Return the sum of each vector's lanes, in the lane of its number.
 
-    All sums run in the same order.
+    There is one vector of sums for each `LANES` vectors. All sums run in the same order.
     """
     while len(vectors) > 1:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)

@@ -114,7 +114,8 @@ class Sites:
     """The sites of all experts in a batch, ordered by layer; a site is an expert at a layer.
 
     Args:
-        rosters: the rosters of the batch, all different.
+        rosters: the rosters of the batch, all different. Who keeps this object drops it when one of
+            them leaves memory, as another one may have its id then.
         layers: number of layers of the model.
         hidden: width D of the residual stream.
 
@@ -128,8 +129,6 @@ class Sites:
     """
 
     def __init__(self, rosters: Sequence[Roster], layers: int, hidden: int) -> None:
-        # The references keep the rosters alive, so that no later roster can reuse one of their ids.
-        self.rosters = tuple(rosters)
         owners = {id(roster): _owners(roster) for roster in rosters}
         modules = {
             (layer, id(module)): module for layer, module in chain.from_iterable(owners.values())

@@ -17,6 +17,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from deepseek.runner import Chunk
+
 JOINED = {
     DummyLayer,
     DynamicLayer,
@@ -35,6 +37,26 @@ STATES = ("conv_states", "recurrent_states")
 def can_join(cache: Cache) -> bool:
     """Return whether caches like this one can be joined."""
     return {type(layer) for layer in cache.layers} <= JOINED
+
+
+def similar_lengths(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Return chunks in groups, longest sequences first.
+
+    Padded to its longest sequence, a group takes at most twice the memory of its sequences.
+    """
+    groups: list[list[Chunk]] = []
+    longest = 0
+    total = 0
+    for chunk in sorted(chunks, key=lambda chunk: chunk.state.length, reverse=True):
+        length = chunk.state.length
+        if groups and (len(groups[-1]) + 1) * longest <= 2 * (total + length):
+            groups[-1].append(chunk)
+            total += length
+        else:
+            groups.append([chunk])
+            longest = length
+            total = length
+    return groups
 
 
 def join_layers(layers: Sequence[Any], longest: int) -> Any:

@@ -5,7 +5,7 @@ Sequences that decode share one forward pass; prompts are computed one after ano
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from deepseek.engine.attached_batch import can_join, join_layers, padding_mask, split_layer
+from deepseek.engine.attached_batch import (
+    can_join,
+    join_layers,
+    padding_mask,
+    similar_lengths,
+    split_layer,
+)
 from deepseek.engine.reference import ReferenceRunner
 from deepseek.model.attached.hooks import AttachedContext
 from deepseek.model.attached.memory import ExpertMemory, remembering
@@ -32,7 +38,7 @@ class AttachedSegment:
         layers: for each layer of the cache its keys and values `[1, G, T, K]` of the range, or, for
             a layer that keeps no entry per token (a sliding window, a recurrent state), a copy of
             the layer after the last token.
-        memory: state of the armed experts after the last token.
+        memory: state of the armed experts after the last token, without these themselves.
         length: position after the last token.
         nbytes: memory in bytes.
     """
@@ -80,7 +86,9 @@ class AttachedState:
         self.leave_batch()
         layers = tuple(_segment(layer, start) for layer in self.cache.layers)
         nbytes = sum(tensor_bytes(layer) for layer in layers) + self.memory.nbytes
-        return AttachedSegment(layers, copy.deepcopy(self.memory), self.length, nbytes)
+        # Without the experts, which leave memory before their gates' sums leave the prefix cache.
+        memory = copy.deepcopy(replace(self.memory, armed=None))
+        return AttachedSegment(layers, memory, self.length, nbytes)
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, AttachedSegment)
@@ -95,7 +103,8 @@ class AttachedState:
         self.length = segment.length
 
     def close(self) -> None:
-        self.leave_batch()
+        # Without leaving the batch first, whose rows would be copied: the device may be full.
+        self.batch = None
         self.cache.layers.clear()
 
 
@@ -121,8 +130,10 @@ class DecodingBatch:
             state.cache.layers = []
 
     def dissolve(self) -> None:
-        """Move keys and values back into the caches of the sequences."""
+        """Move keys and values back into the caches of the sequences that have not been closed."""
         for row, state in enumerate(self.states):
+            if state.batch is not self:
+                continue
             state.cache.layers = [
                 split_layer(layer, row, state.length) for layer in self.cache.layers
             ]
@@ -156,11 +167,12 @@ class AttachedRunner(ReferenceRunner):
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
-        decoding = [chunk for chunk in chunks if self._decodes(chunk)]
         rows: dict[int, tuple[Tensor, list[str | None]]] = {}
-        if len(decoding) > 1:
-            logits_BV, speakers = self._decode(decoding)
-            for chunk, logits_V, speaker in zip(decoding, logits_BV, speakers, strict=True):
+        for group in similar_lengths([chunk for chunk in chunks if self._decodes(chunk)]):
+            if len(group) == 1:
+                continue
+            logits_BV, speakers = self._decode(group)
+            for chunk, logits_V, speaker in zip(group, logits_BV, speakers, strict=True):
                 rows[id(chunk)] = (logits_V[None], [speaker])
         parts = [rows.get(id(chunk)) or self._alone(chunk) for chunk in chunks]
         experts = [name for _, names in parts for name in names]

@@ -150,17 +150,12 @@ class Engine:
                 "run and wait here; ask for fewer, or allow more by max_waiting (--max-waiting)."
             )
         self.check_open()
-        scheduler = self._scheduler
-        runner = scheduler.runner
+        runner = self._scheduler.runner
+        chunk = self._scheduler.prefill_chunk
         sequences: list[ActiveSequence] = []
         for request in requests:
             sequence = activate(
-                request,
-                self.model,
-                self._vocabulary,
-                scheduler.prefill_chunk,
-                runner.divides,
-                runner.expert_bytes,
+                request, self.model, self._vocabulary, chunk, runner.divides, runner.expert_bytes
             )
             self._check_memory(sequence, sequence.capacity)
             sequences.append(sequence)
@@ -372,18 +367,20 @@ class Engine:
         After a lack of memory, what only saves time is given up, so that the next request fits.
         """
         reason = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
+        memory_is_full = is_out_of_memory(error)
+        if memory_is_full:
             reason = f"the {out_of_memory(error)}; {LESS_MEMORY}"
+            self._scheduler.prefixes.shrink(0)
         for sequence in list(self._scheduler.running):
             self._scheduler.end(sequence, "error", reason)
-        if is_out_of_memory(error):
-            self._scheduler.prefixes.shrink(0)
+        if memory_is_full:
             release(self.model.device)
 
     def _run(self) -> None:
         """Run steps while there is work, until the engine is closed."""
         while True:
             with self._changed:
+                self._changed.notify_all()  # of the end of a step
                 self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
                 if self._closed:
                     break
@@ -392,8 +389,11 @@ class Engine:
                 self._scheduler.step()
             except Exception as error:  # fail the batch, keep the engine running
                 log.exception("a step failed")
-                self._fail(error)
+                try:
+                    self._fail(error)
+                except Exception:  # such as of a device that cannot be used any more
+                    log.exception("memory was not freed after a failed step")
             self._seconds += time.perf_counter() - started
-            with self._changed:
-                self._changed.notify_all()
         self._scheduler.end_all("cancelled")
+        with self._changed:
+            self._changed.notify_all()

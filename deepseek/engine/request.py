@@ -103,7 +103,8 @@ class Request:
         grammar: constraint on the generated text; None leaves it free.
         heal: sample the last token of the prompt again, among all that begin with its text, which
             is left out of the reply (token healing). A prompt that ends within a word or within
-            white space then continues as it would in a text that is tokenised as a whole.
+            white space then continues as it would in a text that is tokenised as a whole. The
+            tokens sampled in its place count as part of the prompt, not of the reply.
 
     Raises:
         ConfigError: the prompt is empty, a field has a wrong type or is out of range, a stop text
@@ -211,7 +212,8 @@ class TokenUsage:
     Attributes:
         prompt_tokens: tokens of the prompt.
         cached_tokens: prompt tokens that came from the prefix cache.
-        completion_tokens: generated tokens, including the end token.
+        completion_tokens: generated tokens, including the end token, without those in place of the
+            prompt's last one (`Request.heal`).
         experts: number of generated tokens by expert; None counts those of the base alone.
     """
 

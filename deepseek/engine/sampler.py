@@ -40,8 +40,8 @@ class Sampling:
         temperature: 0 to 10; 0 (or below 0.0001) takes the likeliest token, higher values flatten
             the distribution.
         top_k: sample from the k likeliest tokens only; 0 means all.
-        top_p: sample from the smallest set of likeliest tokens whose total probability reaches this
-            value; 1 means all, 0 the likeliest one.
+        top_p: sample from the smallest set of likeliest tokens whose total probability, among those
+            that `top_k` leaves, reaches this value; 1 means all, 0 the likeliest one.
         min_p: sample only tokens whose probability is at least this fraction of the likeliest
             token's; 0 means all.
         repetition_penalty: divides the positive logits of tokens in the prompt or the text, and
@@ -180,7 +180,8 @@ def raised(logits_V: Logits, ids: Sequence[int], added: NDArray[np.float64]) -> 
 
 
 def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
-    """Return the ids of the tokens that pass top-k, top-p and min-p, likeliest first.
+    """Return the ids of the tokens that pass top-k, then top-p among these, then min-p, likeliest
+    first.
 
     Args:
         weights_V: probabilities up to a common factor.
@@ -191,15 +192,19 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
     """
     if sampling.top_p == 1.0 and sampling.min_p == 0.0 and not sampling.top_k:
         return None
-    nucleus = sampling.top_p * weights_V.sum(dtype=np.float64) if sampling.top_p < 1.0 else np.inf
+    nucleus = np.inf
+    if sampling.top_p < 1.0 and not sampling.top_k:
+        nucleus = sampling.top_p * weights_V.sum(dtype=np.float64)
     ids = likely(weights_V, sampling, nucleus)
     ids = ids[np.argsort(-weights_V[ids])]
+    if sampling.top_k:
+        ids = ids[: sampling.top_k]
     ordered = weights_V[ids].astype(np.float64)
+    if sampling.top_p < 1.0 and sampling.top_k:
+        nucleus = sampling.top_p * ordered.sum()
     keep = ordered.cumsum() - ordered < nucleus  # the token that crosses the threshold still counts
     keep[0] = True
     keep &= ordered >= sampling.min_p * ordered[0]
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
     return ids[keep]
 
 
@@ -212,7 +217,8 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
     Args:
         weights_V: probabilities `[V]`, up to a common factor.
         sampling: the sampling parameters.
-        nucleus: the total weight at which top-p is reached; infinite without top-p.
+        nucleus: the total weight at which top-p is reached; infinite without top-p, or where top-k
+            comes first.
     """
     blocks = len(weights_V) // BLOCK
     if 0 < sampling.top_k <= blocks:
@@ -220,11 +226,13 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
         largest = weights_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
         place = blocks - sampling.top_k
         return above(weights_V, np.partition(largest, place)[place])
+    # The nucleus is measured among all tokens that top-k leaves, also those that min-p does not.
+    min_p = 0.0 if sampling.top_k and sampling.top_p < 1.0 else sampling.min_p
     likeliest = weights_V.max()
     for floor in FLOORS:
         ids = above(weights_V, floor * likeliest)
         found_weight = weights_V[ids].sum(dtype=np.float64)
-        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
+        if min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
             break
     return ids
 

@@ -2,6 +2,7 @@
 threads.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
 from deepseek.engine.sequence import ActiveSequence
 from deepseek.model.experts.weight_cache import WeightCache
-from deepseek.runner import Chunk, Runner, Segment
+from deepseek.runner import Chunk, Runner, Segment, SequenceState
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
@@ -23,6 +24,8 @@ PREFILL_CHUNK = 64
 # with more rows takes longer, and the compiled state can rewind at most RECENT - 1 tokens.
 MAX_GUESSES = RECENT - 1
 CACHE_BYTES = 1 << 30
+
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -270,5 +273,16 @@ class Scheduler:
         if isinstance(sequence, ActiveSequence):
             self.weights.release(sequence.expert_bytes)
             if sequence.state is not None:
-                sequence.state.close()
+                _close(sequence.state)
                 sequence.state = None
+
+
+def _close(state: SequenceState) -> None:
+    """Free the memory of a state.
+
+    An error in it must not keep the sequence's last event from whoever waits for it.
+    """
+    try:
+        state.close()
+    except Exception:
+        log.exception("the memory of a sequence was not freed")

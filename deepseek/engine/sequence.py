@@ -83,8 +83,8 @@ class ActiveSequence:
         block: tokens in a prefill chunk and in a block of the prefix cache.
         parts: the parts of the layers whose keys and values are cached apart.
         expert_bytes: memory for each expert whose weights are read when they are needed.
-        opening: text that the generated text must begin with, and that is left out of the reply;
-            default: none.
+        opening: text of a further token of the prompt, which is sampled again: the generated text
+            must begin with it, and it is left out of the reply; default: none.
 
     Attributes:
         expert_bytes: as passed.
@@ -132,6 +132,8 @@ class ActiveSequence:
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
         self.cached_tokens = 0
         self.stream_bytes = 0
+        self._prompt_tokens = len(prompt) + bool(opening)
+        self._opening_tokens = 0
         self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop, len(opening))
@@ -148,10 +150,7 @@ class ActiveSequence:
         """Tokens used so far."""
         expert_counts = dict(self._expert_counts)
         return TokenUsage(
-            len(self.request.prompt_ids),
-            self.cached_tokens,
-            sum(expert_counts.values()),
-            expert_counts,
+            self._prompt_tokens, self.cached_tokens, sum(expert_counts.values()), expert_counts
         )
 
     @property
@@ -246,7 +245,10 @@ class ActiveSequence:
             logits_V, self._matcher.allowed() if self._matcher else None
         )
         self._lookup.push(token)
-        self._expert_counts[expert] += 1
+        if self._text.skip:
+            self._opening_tokens += 1
+        else:
+            self._expert_counts[expert] += 1
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
         text, self.finish_reason = self._decode(token)
         return TokenEvent(
@@ -269,9 +271,16 @@ class ActiveSequence:
             self._matcher = None
         if self._text.stop_text is not None:
             return text, "stop"
-        if complete or self.usage.completion_tokens >= self.capacity - len(self.request.prompt_ids):
+        if complete or self._at_limit:
             return text + self._text.flush(), "stop" if complete else "length"
         return text, None
+
+    @property
+    def _at_limit(self) -> bool:
+        """Whether no further token is wanted or fits."""
+        count = self._expert_counts.total()
+        free_tokens = self.capacity - len(self.request.prompt_ids) - self._opening_tokens
+        return count >= min(self.request.sampling.max_new_tokens, free_tokens)
 
 
 def no_stored_experts(_: ArmedExperts | None) -> Mapping[ExpertModule, int]:
@@ -331,7 +340,9 @@ def activate(
     model.experts.weight_cache.check(sizes)
     if opening:
         request = replace(request, prompt_ids=request.prompt_ids[:-1])
-    capacity = min(len(request.prompt_ids) + request.sampling.max_new_tokens, context)
+    # A token of the opening has at least one byte of it.
+    most_new_tokens = len(opening.encode()) + request.sampling.max_new_tokens
+    capacity = min(len(request.prompt_ids) + most_new_tokens, context)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     cuts = choose_cuts(layers, model.experts.first_layers) if divides(armed) else ()
     parts = layer_parts(layers, cuts)
@@ -356,7 +367,8 @@ def row_logprob(logits_V: Logits, target: int, top: int) -> TokenLogprob:
     """Return the log probabilities of `target` and of the `top` likeliest tokens."""
     logs_V = logits_V - logits_V.max()
     logs_V -= np.log(np.exp(logs_V).sum(dtype=np.float64)).astype(np.float32)
-    ids = np.argpartition(-logs_V, top)[:top] if top else np.array([], np.int64)
+    top = min(top, len(logs_V))
+    ids = np.argpartition(-logs_V, top - 1)[:top] if top else np.array([], np.int64)
     likeliest = sorted(
         zip(logs_V[ids].tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])
     )

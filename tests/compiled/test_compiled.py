@@ -2,6 +2,8 @@
 prefixes, experts.
 """
 
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,10 +12,13 @@ from quantised_twin import quantised_twin
 from tiny_mixtures import MIXTURES
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.compiled.abi import RECENT
+from deepseek.compiled.abi import PAGE, RECENT
+from deepseek.compiled.page_shape import PageShape
 from deepseek.compiled.runner import CompiledRunner, supports
+from deepseek.compiled.state import CompiledState
 from deepseek.compiled.weights import Sites
 from deepseek.engine.engine import Engine
+from deepseek.engine.prefix import PrefixCache
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import MAX_GUESSES
@@ -22,6 +27,7 @@ from deepseek.kernels.numba import amx
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
+from deepseek.model.layer_parts import layer_parts
 from deepseek.model.positions.dynamic import DynamicBias
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import MOMENTS
@@ -231,6 +237,26 @@ def experts(model, count: int) -> list[ExpertModule]:
             module.set_gate(layer, torch.randn(97) * 0.3, moments=torch.randn(MOMENTS, 96) * 0.3)
         modules.append(module.requires_grad_(False))
     return modules
+
+
+def test_a_stored_page_holds_no_other_page_in_memory():
+    shape = PageShape(range(30), 3, 64)
+    cache = PrefixCache()
+    tracemalloc.start()
+    try:
+        for prompt in range(4):
+            state = CompiledState(layer_parts(30, ()), [shape], None, 10 * PAGE)
+            state.reserve(PAGE)
+            state.advance(PAGE)
+            cache.add(bytes([prompt]), state.segment(0, 0, None), 1 << 30)
+            state.reserve(9 * PAGE)
+            state.close()
+        assert cache.nbytes >= 4 * shape.nbytes
+        assert tracemalloc.get_traced_memory()[0] < 1.01 * cache.nbytes
+        cache.shrink(2 * shape.nbytes + 1000)
+        assert tracemalloc.get_traced_memory()[0] < 1.01 * cache.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

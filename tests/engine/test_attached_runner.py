@@ -6,7 +6,8 @@ from attached_fixtures import attached, plug_random
 from tiny_families import FAMILIES, tiny_family
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.engine.attached_runner import AttachedRunner
+from deepseek.engine import attached_runner
+from deepseek.engine.attached_runner import AttachedRunner, AttachedState, tensor_bytes
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
@@ -76,6 +77,56 @@ def test_sequences_decode_together_as_alone(model: AttachedModel) -> None:
     last = [runner.forward([Chunk(states[3], [7])]).logits_RV for states in (together, alone)]
     assert torch.allclose(*last, rtol=1e-4, atol=1e-4)
     assert together[3].length == alone[3].length
+
+
+def test_a_long_sequence_makes_the_batch_at_most_twice_as_large() -> None:
+    model = attached(tiny_family("smollm3"))
+    runner = AttachedRunner(model)
+    lengths = [3, 40, 5, 4, 17, 3, 20, 2]
+
+    def begin() -> list[AttachedState]:
+        states = [runner.start(None, 64) for _ in lengths]
+        for state, length in zip(states, lengths, strict=True):
+            runner.forward([Chunk(state, IDS[:length], 0)])
+        return states
+
+    together = begin()
+    alone = begin()
+    for token in (5, 6, 7):
+        batch = runner.forward([Chunk(state, [token]) for state in together]).logits_RV
+        single = [runner.forward([Chunk(state, [token])]).logits_RV for state in alone]
+        assert torch.allclose(batch, torch.cat(single), rtol=1e-4, atol=1e-4)
+        batches = {id(state.batch): state.batch for state in together if state.batch is not None}
+        assert len(batches) > 1
+        held = sum(tensor_bytes(batch.cache.layers) for batch in batches.values())
+        held += sum(tensor_bytes(s.cache.layers) for s in together if s.batch is None)
+        assert held <= 2 * sum(runner.cache_bytes(state.length) for state in together)
+
+
+def test_without_any_memory_a_batch_ends_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def decode(self: AttachedRunner, chunks: list[Chunk]) -> None:
+        if chunks[0].state.length < 10:
+            return before(self, chunks)
+        # Not even a copy of a row fits.
+        monkeypatch.setattr(attached_runner, "split_layer", fail)
+        return fail()
+
+    before = AttachedRunner._decode
+    tokenizer = tiny_tokenizer()
+    model = attached(tiny_family("smollm3", vocab_size=len(tokenizer), eos_token_id=None))
+    request = Request((5, 6, 7), Sampling(max_new_tokens=20), ignore_end=True)
+    with Engine(model, tokenizer) as engine:
+        expected = list(engine.submit(request))
+        monkeypatch.setattr(AttachedRunner, "_decode", decode)
+        for generation in engine.submit_all([request] * 3):
+            assert "out of memory" in (list(generation)[-1].error or "")
+        assert engine.stats().reserved_bytes == 0
+        assert list(engine.submit(request)) == expected
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text", "nemotron_h", "gpt_oss"])

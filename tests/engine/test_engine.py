@@ -10,6 +10,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_expert import save_expert
@@ -26,6 +27,8 @@ from deepseek.engine.request import (
     TokenEvent,
 )
 from deepseek.engine.sampler import Sampling
+from deepseek.engine.sequence import row_logprob
+from deepseek.engine.torch_runner import TorchState
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.transformer import DeepSeekModel
 
@@ -137,6 +140,14 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     likeliest = loaded.model(row).logits[0, :-1].topk(2).indices.tolist()
     assert [[token for token, _ in one.top] for one in told] == likeliest
     assert generation.prompt_logprobs[0] is None
+
+
+@pytest.mark.parametrize("top", [0, 1, 4, 5, 20])
+def test_at_most_all_tokens_are_likeliest(top: int) -> None:
+    logits = np.array([0.0, 3.0, 1.0, 4.0, 2.0], np.float32)
+    reported = row_logprob(logits, 2, top)
+    assert [token for token, _ in reported.top] == [3, 1, 4, 2, 0][:top]
+    assert reported.logprob == pytest.approx(1.0 - np.log(np.exp(logits).sum()), abs=1e-6)
 
 
 @pytest.mark.parametrize("start", [1, 7, 8, 9, 17, 23])
@@ -321,6 +332,43 @@ def test_closing_ends_everything() -> None:
     engine.close()
     with pytest.raises(EngineStoppedError):
         engine.embed([1])
+
+
+def test_draining_ends_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(*tiny_model())
+    end_all = engine._scheduler.end_all
+    # While requests are still running, the draining thread looks once more.
+    monkeypatch.setattr(engine._scheduler, "end_all", lambda why: time.sleep(0.3) or end_all(why))
+    generation = engine.submit(LONG)
+    next(iter(generation))
+    draining = threading.Thread(target=engine.drain, daemon=True)
+    draining.start()
+    engine.close()
+    draining.join(10)
+    assert not draining.is_alive()
+
+
+@pytest.mark.parametrize("memory", ["of a state", "of the device"])
+def test_an_error_after_an_error_does_not_end_the_engine(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with Engine(*tiny_model()) as engine:
+        expected = list(engine.submit(LONG))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "forward", fail)
+            if memory == "of a state":
+                patch.setattr(TorchState, "close", fail)
+            else:
+                patch.setattr("deepseek.engine.engine.release", fail)
+            for generation in engine.submit_all([LONG] * 3):
+                event = list(generation)[-1]
+                assert event.finish_reason == "error"
+                assert event.error is not None and "out of memory (Tried to" in event.error
+        assert engine.stats().reserved_bytes == 0
+        assert list(engine.submit(LONG)) == expected
 
 
 def test_a_failing_batch_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

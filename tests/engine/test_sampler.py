@@ -53,6 +53,24 @@ def test_min_p_is_that_of_transformers(seed: int, p: float) -> None:
     assert torch.equal(ours, MinPLogitsWarper(p)(None, logits[None])[0].isfinite())
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    k=st.integers(1, 40),
+    p=st.floats(0.05, 0.99),
+    floor=st.floats(0.01, 0.9),
+    size=st.sampled_from([40, 3001]),
+)
+def test_top_k_then_top_p_then_min_p_are_those_of_transformers(
+    seed: int, k: int, p: float, floor: float, size: int
+) -> None:
+    logits = logits_of(seed, size)
+    scores = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, logits[None]))
+    ours = kept(logits, Sampling(top_k=k, top_p=p))
+    assert torch.equal(ours, scores[0].isfinite())
+    ours = kept(logits, Sampling(top_k=k, top_p=p, min_p=floor))
+    assert torch.equal(ours, MinPLogitsWarper(floor)(None, scores)[0].isfinite())
+
+
 @given(seed=st.integers(0, 10_000), penalty=st.floats(0.5, 2.0))
 def test_repetition_penalty_is_that_of_transformers(seed: int, penalty: float) -> None:
     logits, seen = logits_of(seed), torch.tensor([3, 7, 7, 20])
@@ -87,10 +105,13 @@ def test_likely_tokens_alone_admit_what_sorting_all_admits(
 ) -> None:
     logits, sampling = (logits_of(seed, size) * spread, Sampling(top_p=p, top_k=k, min_p=floor))
     ordered, ids = logits.double().softmax(-1).sort(descending=True)
-    wanted = (ordered >= floor * ordered[0]) & (torch.arange(size) < (k or size))
+    ordered = ordered[: k or size]
+    wanted = ordered >= floor * ordered[0]
     if p < 1.0:
-        wanted &= ordered.cumsum(-1) - ordered < p
-    assert kept(logits, sampling).nonzero().squeeze(1).tolist() == sorted(ids[wanted].tolist())
+        wanted &= ordered.cumsum(-1) - ordered < p * ordered.sum()
+    assert kept(logits, sampling).nonzero().squeeze(1).tolist() == sorted(
+        ids[: k or size][wanted].tolist()
+    )
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 40), allowed=st.integers(1, 60))

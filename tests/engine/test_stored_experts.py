@@ -3,8 +3,11 @@ and the weights in memory stay within their budget.
 """
 
 import errno
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,30 @@ def replies(engine: Engine, requests: list[Request]) -> list[object]:
 
 
 ARMS = st.sampled_from([(), ("a",), ("b",), ("c",), ("d", "e"), ("a", "d"), {"e": 0.5}, "auto"])
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_an_unplugged_expert_leaves_memory_with_its_last_sequence(kind: str) -> None:
+    with new_engine(kind, None, "ab") as engine:
+        left = [weakref.ref(one.module) for one in engine.model.experts._state.plugged]
+        before = replies(engine, [request(seed, "auto") for seed in (1, 2)])
+        running = engine.submit(replace(request(1, "auto"), sampling=Sampling(40)))
+        events = iter(running)
+        next(events)
+        engine.unplug("a")
+        engine.unplug("b")
+        rest = list(events)
+        assert rest[-1].finish_reason == "length" and running.usage.completion_tokens == 40
+        del running, events
+        patience = time.monotonic() + 5
+        while any(module() is not None for module in left) and time.monotonic() < patience:
+            time.sleep(0.01)  # the engine's thread may still be about it
+        assert [module() for module in left] == [None, None]
+        for name in "ab":
+            engine.plug(new_pack(engine, name))
+        assert replies(engine, [request(seed, "auto") for seed in (1, 2)]) == before
+
+
 STEPS = st.tuples(
     st.sampled_from(["plug", "unplug", "arm"]),
     st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True),

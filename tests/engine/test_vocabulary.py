@@ -135,6 +135,27 @@ def test_a_healed_prompt_is_continued_as_a_grammar_would(
     assert not (behind_space and text.startswith((" ", "\t")))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokens_of_a_healed_prompt_are_not_those_of_the_reply(
+    engine: Engine, count: int, seed: int
+) -> None:
+    prompt = (5, *TOKENIZER.encode("the expert"))
+    opening = TOKENIZER.decode(prompt[-1:])
+    sampling = Sampling(count, temperature=1.0, seed=seed)
+    generation = engine.submit(Request(prompt, sampling, heal=True, ignore_end=True))
+    events = list(generation)
+    places = range(len(events) + 1)
+    opened = next(n for n in places if len(decoded(events[:n])) >= len(opening))
+    assert len(events) - opened == count
+    text = "".join(event.text for event in events)  # without a last character that is incomplete
+    assert decoded(events).rstrip("\ufffd") == (opening + text).rstrip("\ufffd")
+    assert events[-1].finish_reason == "length"
+    usage = generation.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), count)
+    assert usage.experts == {None: count}
+
+
 @pytest.mark.parametrize("field", [{"grammar": Grammar("regex", "a")}, {"prompt_logprobs": True}])
 def test_healing_takes_no_grammar_and_scores_no_prompt(field: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="leave it or them out"):
