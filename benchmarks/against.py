@@ -47,8 +47,9 @@ def main() -> None:
         pooled = pool(results)
         figures["pooled"] = described(pooled, all_sources(results))
         print("pooled", *verdicts(pooled, all_sources(results)), sep="\n")
-        draw(pooled, f"{len(results)} sources", options.json.with_suffix(".png"))
     write(options.json, {"sources": options.sources, "tokens": options.tokens, "figures": figures})
+    if len(results) > 1:
+        draw(pooled, f"{len(results)} sources", options.json.with_suffix(".png"))
 
 
 def one_source(source: str, options: argparse.Namespace) -> Result:

@@ -3,6 +3,7 @@
     python benchmarks/corpora.py french spanish images-en images-fr images-es office-en \\
         final-french final-spanish
     python benchmarks/compose.py [--base NAME] [--corpora DIR] [--tokens 48000] [--json FILE]
+    python benchmarks/compose.py --languages french --domains images    # one pair, three experts
 
 Four experts are trained by the default recipe, two on a language (French and Spanish text about
 another subject) and two on a domain (English manuals of an image editor and of an office
@@ -48,7 +49,6 @@ MANUALS = {
 }
 """Corpus of each domain in each language; the domain's expert is trained on the English one."""
 
-PAIRS = tuple(product(LANGUAGES, MANUALS))
 EPOCHS = 2
 
 
@@ -64,17 +64,20 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=48_000, help="distinct tokens of each text to train on"
     )
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES)
+    parser.add_argument("--domains", nargs="+", choices=MANUALS, default=[*MANUALS])
     parser.add_argument("--score", type=int, default=8_192, help="tokens each text is scored on")
     parser.add_argument("--layers", default="last:3", help="layers of the experts")
     add_output(parser, "compose")
     options = parser.parse_args()
-    for language, domain in PAIRS:
+    pairs = [*product(options.languages, options.domains)]
+    for language, domain in pairs:
         train(options, language, (language,))
         train(options, domain, (MANUALS[domain]["english"],))
         train(options, union(language, domain), (language, MANUALS[domain]["english"]))
     measured = Comparison(options)
-    rows = [measured.mixed(*pair) for pair in PAIRS]
-    kept = [measured.own(name, partner) for pair in PAIRS for name, partner in (pair, pair[::-1])]
+    rows = [measured.mixed(*pair) for pair in pairs]
+    kept = [measured.own(name, partner) for pair in pairs for name, partner in (pair, pair[::-1])]
     print_tables(rows, kept)
     write(options.json, {"base": options.base, "mixed": rows, "own": kept})
 

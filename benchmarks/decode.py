@@ -351,9 +351,9 @@ def main() -> None:
         "rounds": found,
     }
     print(json.dumps({key: figures[key] for key in ("tokens_per_second", "ratios")}, indent=1))
-    plot(rates, options.plot)
     if options.json:
         write(options.json, figures)
+    plot(rates, options.plot)
     sys.stdout.flush()
 
 

@@ -63,15 +63,11 @@ from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.reward import RewardModel, features, features_of
 from deepseek.train.rl.rollout import Responses, generate, given
 
-BASE = "smollm2-135m"
 METHODS = ("ppo", "grpo", "gspo", "dpo", "rloo")
 LONGEST, SHORTEST_ANSWER = 192, 2
 """Tokens of a prompt at most, and of an answer at least."""
 
 NEW_TOKENS, TEMPERATURE, ROWS = 48, 0.8, 16
-JUDGE_LAYER = 15
-"""Block whose input the second judge reads; the reward model reads that of the first trained one."""
-
 SUBJECTS = (
     "kill a process in Linux",
     "shoot a portrait in low light",
@@ -179,7 +175,8 @@ class Final:
     """The second half, and all that is measured on it."""
 
     def __init__(self, options: argparse.Namespace, pairs: list[Preference]) -> None:
-        self.base, self.tokenizer = load(BASE)
+        self.name = options.base
+        self.base, self.tokenizer = load(self.name)
         self.pairs = Pairs.of(self.tokenizer, pairs)
         self.asked = self.pairs.prompts[: options.answers]
         self.batches: list[Batch] = helpful_batches(
@@ -193,8 +190,8 @@ class Final:
         sides = (self.pairs.chosen, self.pairs.rejected)
         self.judge = RewardModel.choose(
             self.base,
-            JUDGE_LAYER,
-            *(features_of(self.base, JUDGE_LAYER, self.pairs.prompts, side) for side in sides),
+            options.judge_layer,
+            *(features_of(self.base, options.judge_layer, self.pairs.prompts, s) for s in sides),
             prompts=list(range(len(self.pairs.prompts))),
         )
         self.base_logprobs = self.logprobs(self.base)
@@ -211,7 +208,7 @@ class Final:
         """Return the figures of one model; the base comes first."""
         started = time.perf_counter()
         model, _ = load(name)
-        chosen, rejected = self.base_logprobs if name == BASE else self.logprobs(model)
+        chosen, rejected = self.base_logprobs if name == self.name else self.logprobs(model)
         gained_chosen = chosen - self.base_logprobs[0]
         gained_rejected = rejected - self.base_logprobs[1]
         answers = self.answers(model, self.asked)
@@ -265,7 +262,8 @@ class Final:
         """Return the share of answers that the second judge prefers to the base's; ties count
         half.
         """
-        parts = [features(self.base, JUDGE_LAYER, part) @ self.judge.weight_D for part in answers]
+        layer = self.judge.layer
+        parts = [features(self.base, layer, part) @ self.judge.weight_D for part in answers]
         scores = torch.cat(parts)
         if self.base_scores is None:
             self.base_scores = scores
@@ -278,14 +276,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pairs", type=Path)
+    parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--with-refusals", nargs="+", choices=METHODS, default=[])
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--rollout-size", type=int, default=32)
+    parser.add_argument("--layers", default="last:6", help="layers that learn")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
     parser.add_argument("--answers", type=int, default=200, help="prompts to answer")
     parser.add_argument("--helpful-tokens", type=int, default=16_384)
+    parser.add_argument(
+        "--judge-layer", type=int, default=15, help="block whose input the second judge reads"
+    )
     parser.add_argument(
         "--work", type=Path, default=home() / "human-prefs", help="models are kept here"
     )
@@ -304,12 +307,12 @@ def main() -> None:
     if options.with_refusals:
         more = options.work / "preferences-and-refusals.db"
         if not more.exists():
-            add_refusals(learnt, more)
+            add_refusals(options.base, learnt, more)
         for method in options.with_refusals:
             runs[f"{method}, refusals lose"] = f"{method}-with-refusals"
             aligned(options, method, f"{method}-with-refusals", more)
     final = Final(options, [pair for pair in usable(pairs) if is_final(pair)])
-    models = {"base": final.measure(BASE)}
+    models = {"base": final.measure(options.base)}
     curves = {}
     for label, name in runs.items():
         models[label] = final.measure(str(options.work / name))
@@ -341,11 +344,11 @@ def usable(pairs: list[Preference]) -> list[Preference]:
     ]
 
 
-def add_refusals(learnt: Path, out: Path) -> None:
+def add_refusals(base: str, learnt: Path, out: Path) -> None:
     """Write a database of the pairs of `learnt`, and of answers to harmless questions that win over
     a refusal.
     """
-    model, tokenizer = load(BASE)
+    model, tokenizer = load(base)
     asked = [
         [{"role": "user", "content": question.format(subject)}]
         for subject in LEARNT_SUBJECTS
@@ -359,7 +362,7 @@ def add_refusals(learnt: Path, out: Path) -> None:
         judges,
         new_tokens=NEW_TOKENS,
         temperature=TEMPERATURE,
-        source=f"sampled from {BASE}",
+        source=f"sampled from {base}",
         refusals=True,
     )
     partial = out.with_suffix(".partial")
@@ -373,12 +376,13 @@ def add_refusals(learnt: Path, out: Path) -> None:
 def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
     """Align the base by one method, unless that was done before."""
     align(
-        BASE,
+        options.base,
         prefs=prefs,
         name=name,
         method=method,
         out=options.work / name,
         run_folder=options.work / f"{name}-run",
+        layers=options.layers,
         rollouts=options.rollouts,
         rollout_size=options.rollout_size,
         new_tokens=NEW_TOKENS,

@@ -65,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that paths start from")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
@@ -124,7 +125,7 @@ def described(found: dict[str, Outcomes]) -> dict[str, Any]:
 def one_source(source: str, options: argparse.Namespace) -> dict[str, Outcomes]:
     """Train the experts of a source unless they are there, and return what each model wrote."""
     kind, place = source.split(":", 1)
-    path = Path(place).expanduser().resolve()
+    path = (options.root / Path(place).expanduser()).resolve()
     text: dict[str, Any] = {f"from_{kind}": path}
     names = {share: f"{source_name(path)}-gaps-{round(100 * share)}" for share in options.shares}
     packs = [

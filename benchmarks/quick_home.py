@@ -3,19 +3,29 @@ benchmarks ask for.
 
 python benchmarks/quick_home.py FOLDER
 
-`deepseek claims run NAME --quick` begins with it. `smollm2-135m` is a random model with a tokenizer
-of bytes, each corpus is a part of this package's source, and `corpora/expert.safetensors` is a pack
-of a random expert.
+`deepseek claims run NAME --quick` begins with it. `smollm2-135m` is a random Llama with a tokenizer
+of bytes; `tiny-bytes` is one with no more tokens than that has, which is trained in less time;
+`tiny-mixture` is a mixture of experts. `corpora` has parts of this package's source under the names
+of texts; `expert.safetensors` and `other.safetensors`, packs of random experts; `commits`, a git
+repository; `pairs.jsonl`, a better and a worse answer to each question; `questions.jsonl`,
+conversations; and `problems.jsonl`, a program with a gap.
 """
 
+import json
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import cycle, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from git_history import Files, History
 from tiny_expert import save_base, save_expert
 
 from deepseek.engine.load import load
+from deepseek.export.export import export_model
 
 PACKAGE = Path(__file__).resolve().parents[1] / "deepseek"
 CORPORA = (
@@ -24,18 +34,39 @@ CORPORA = (
     "code-c",
     "prose",
     "science",
+    "french",
+    "images-en",
+    "images-fr",
     "public-prose",
     "public-code",
     "final-public-prose",
     "final-public-code",
+    "final-textual",
+    "final-litestar",
+    "final-scrapy",
+    "final-maxima",
     "final-octave",
     "final-spanish",
+    "final-french",
+    "final-japanese",
 )
-FILES, CHARACTERS = 4, 6000
-"""Of a corpus; `position_length.py` needs a held-out file of more than 4,096 tokens in the first."""
+FILES, SHORTEST, LONGEST = 4, 5000, 6000
+"""Of a corpus: files, and characters of a file. The first corpus has six times as many files:
+`position_length.py` needs a held-out one of more than 4,096 tokens."""
+
+COMMITS = 15
+"""Of the repository; each brings a file. The one that is held out is not among the last."""
+
+OPENINGS = ("How do I", "When should I", "Why would anyone", "May I", "Who taught you to")
+TASKS = ("boil rice", "fold a shirt", "draw a cat", "wax a ski", "sing", "dance", "read", "nap")
+PLACES = ("at home", "at work", "in a tent", "by the sea", "on a train", "in a lift", "in Rome")
+ANSWERS = ("Gladly: to {} takes a little patience.", "I do not care whether you {}.")
+"""To each question: a better answer, and a worse one."""
+
+VOCABULARY = 49152
+"""Of SmolLM2: benchmarks draw token ids below it."""
 
 SHAPE = {
-    "vocab_size": 49152,  # benchmarks draw token ids below that of SmolLM2
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -44,20 +75,94 @@ SHAPE = {
     "max_position_embeddings": 8192,
 }
 
+MIXTURE = {
+    "num_experts": 4,
+    "expert_dim": 64,
+    "num_shared_experts": 1,
+    "max_experts": 2,
+    "initializer_range": 0.05,  # with larger weights, 8 bits change too much
+}
+
+PROBLEM = {
+    "task_id": "add/0",
+    "prompt": "def add(a, b):\n    total = a\n",
+    "canonical_solution": "    total += b",
+    "suffix": "    return total\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "entry_point": "add",
+}
+"""In the format of HumanEval Infilling."""
+
 
 def prepare(folder: Path) -> None:
     """Write models and texts below a folder."""
-    base = save_base(folder / "models" / "smollm2-135m", **SHAPE)
-    sources = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stat().st_size > CHARACTERS]
+    base = save_llama(folder / "models" / "smollm2-135m", **SHAPE | {"vocab_size": VOCABULARY})
+    save_llama(folder / "models" / "tiny-bytes", **SHAPE)
+    save_base(folder / "models" / "tiny-mixture", **SHAPE | MIXTURE)
+    corpora = folder / "corpora"
+    texts = cycle(source_texts())
     for number, name in enumerate(CORPORA):
-        corpus = folder / "corpora" / name
-        corpus.mkdir(parents=True)
         count = FILES if number else 6 * FILES
-        for part, path in enumerate(sources[number :: len(CORPORA)][:count]):
-            text = path.read_text(encoding="utf-8")[:CHARACTERS]
-            # Names decide what is held out, so they are the same whatever the package holds.
-            (corpus / f"part_{part}.py").write_text(text, encoding="utf-8")
-    save_expert(load(base, dtype="float32"), "expert", folder / "corpora")
+        # Names decide what is held out, so they are the same whatever the package holds.
+        write_files(corpora / name, {f"part_{part}.py": next(texts) for part in range(count)})
+    write_commits(corpora / "commits", [next(texts) for _ in range(COMMITS)])
+    loaded = load(base, dtype="float32")
+    for seed, name in enumerate(("expert", "other"), 1):
+        save_expert(loaded, name, corpora, seed)
+    write_lines(corpora / "pairs.jsonl", pairs())
+    write_lines(corpora / "questions.jsonl", conversations())
+    write_lines(corpora / "problems.jsonl", [PROBLEM])
+
+
+def save_llama(folder: Path, **fields: Any) -> Path:
+    """Save a random model in the format of Hugging Face, as the real base is, and return `folder`."""
+    with TemporaryDirectory() as scratch:
+        export_model(save_base(Path(scratch) / "model", **fields), folder, "hf", dtype="float32")
+    return folder
+
+
+def source_texts() -> Iterator[str]:
+    """Yield the beginnings of the package's longer files, each cut before a definition."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if len(text) > LONGEST:
+            text = text[:LONGEST].rpartition("\n\n\n")[0] + "\n"
+        if len(text) >= SHORTEST:
+            yield text
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Write files into a new folder."""
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_commits(folder: Path, texts: Iterable[str]) -> None:
+    """Write a git repository, each of whose commits brings a text; the last one is checked out."""
+    history, files = History(folder), {}
+    for number, text in enumerate(texts):
+        files[f"part_{number}.py"] = text
+        history.commit(files, message=f"Add part {number}")
+    history.repository.checkout_head()
+
+
+def pairs() -> Iterator[dict[str, str]]:
+    """Yield a better and a worse answer to each question."""
+    for opening, task, place in product(OPENINGS, TASKS, PLACES):
+        chosen, rejected = (answer.format(f"{task} {place}") for answer in ANSWERS)
+        yield {"prompt": f"{opening} {task} {place}?", "chosen": chosen, "rejected": rejected}
+
+
+def conversations() -> Iterator[dict[str, Any]]:
+    """Yield what a user says in two turns, for each task."""
+    for task in TASKS:
+        yield {"lang": "en", "turns": [f"{opening} {task}?" for opening in OPENINGS[:2]]}
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 if __name__ == "__main__":

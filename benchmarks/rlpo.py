@@ -76,7 +76,7 @@ def helpful_batches(tokenizer, folder, tokens):
     return [loader.rows(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
-def plot(folder, results, path):
+def plot(name, folder, results, path):
     """Draw score, KL and entropy over rollouts of the PPO run."""
     from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def plot(folder, results, path):
         axes = figure.add_subplot(1, 3, place + 1, xlabel="rollout", ylabel=label)
         axes.plot([r[name] for r in records])
     figure.suptitle(
-        f"RLPO on SmolLM2-135M: pass rate {results['base']['pass_rate']:.1%} -> "
+        f"RLPO on {name}: pass rate {results['base']['pass_rate']:.1%} -> "
         f"{results['ppo']['pass_rate']:.1%}"
     )
     figure.savefig(path, dpi=120)
@@ -96,11 +96,13 @@ def plot(folder, results, path):
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", default=["ppo", "dpo", "rloo"])
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--rollout-size", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--layers", default="last:6", help="layers that learn")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rlpo-benchmark")
@@ -111,9 +113,9 @@ def main():
     held_out = rude_prompts.prompts(
         rude_prompts.HELD_OUT, options.held_out, POLITE_HELD_OUT, seed=1
     )
-    model, tokenizer = load("smollm2-135m")
+    model, tokenizer = load(options.base)
     batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
-    results, seconds = {"base": measure("smollm2-135m", held_out, batches)}, {}
+    results, seconds = {"base": measure(options.base, held_out, batches)}, {}
 
     started, path = time.perf_counter(), options.work / "preferences.db"
     if not path.exists():
@@ -128,7 +130,7 @@ def main():
             judges,
             new_tokens=NEW_TOKENS,
             temperature=TEMPERATURE,
-            source="sampled from smollm2-135m",
+            source=f"sampled from {options.base}",
             refusals=True,
         )
         store.add_all(pairs)
@@ -140,11 +142,13 @@ def main():
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
         align(
+            options.base,
             prefs=path,
             name=method,
             method=method,
             out=out,
             run_folder=run,
+            layers=options.layers,
             rollouts=options.rollouts,
             rollout_size=options.rollout_size,
             new_tokens=NEW_TOKENS,
@@ -155,9 +159,10 @@ def main():
         seconds[method] = time.perf_counter() - started
         details[method] = json.loads((run / "result.json").read_text())
         results[method] = measure(str(out), held_out, batches)
-    if "ppo" in options.methods:
-        plot(options.work / "ppo-run", results, options.json.with_suffix(".png"))
     write(options.json, {"models": results, "seconds": seconds, "details": details})
+    if "ppo" in options.methods:
+        picture = options.json.with_suffix(".png")
+        plot(options.base, options.work / "ppo-run", results, picture)
 
 
 if __name__ == "__main__":
