@@ -1,6 +1,7 @@
 """The licence of a base model, in its model card: `README.md` with Hugging Face's front matter."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,12 @@ RESTRICTED = re.compile(r"^(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.
 """Parts of Hugging Face licence ids whose terms restrict the use of derivatives."""
 
 
+TERMS = re.compile(
+    r"README\.md|(LICEN[CS]E|NOTICE).*|[^.]*TERMS[^.]*(\.(html|md|pdf|txt))?", re.IGNORECASE
+)
+"""Names of the files with a model's card and terms."""
+
+
 def read_licence(folder: Path) -> Licence:
     """Return the licence that the model card in a folder states.
 
@@ -65,6 +72,20 @@ def read_licence(folder: Path) -> Licence:
         name = fields["license_name"]
     link = fields.get("license_link")
     return licence_of(name, link if isinstance(link, str) else "")
+
+
+def copy_terms(source: Path, target: Path) -> None:
+    """Copy the model card and the texts of the terms to a folder made from a model, as its licence
+    holds there too.
+
+    Args:
+        source: folder of the model.
+        target: the other folder; a file that it has is left as it is.
+    """
+    for path in source.iterdir():
+        copied = target / path.name
+        if TERMS.fullmatch(path.name) and path.is_file() and not copied.exists():
+            shutil.copyfile(path, copied)
 
 
 def licence_of(name: str, link: str = "") -> Licence:

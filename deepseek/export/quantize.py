@@ -10,6 +10,7 @@ from deepseek import checks
 from deepseek.checkpoint.convert import FAMILIES
 from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder, read_object
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
@@ -104,6 +105,7 @@ def quantize_model(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(written_folder)
         tokenizer.save_pretrained(written_folder)
+        copy_terms(folder, written_folder)
         progress(0, 0, "comparing with the original")
         written = load_stored(DeepSeekModel, written_folder, "float32", place)
         divergence = _divergence(model, written, ids)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
+from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
 from deepseek.device.memory import peak_memory
@@ -202,6 +203,7 @@ class AdaptRun(TextRun):
                 for path in (path for pattern in COPIED for path in self.base.glob(pattern)):
                     if not path.name.endswith(".index.json"):
                         shutil.copyfile(path, temporary / path.name)
+            copy_terms(self.base, temporary)
         position = outcome.result.position
         figures = {
             "held_out_loss_before": outcome.reported.before,

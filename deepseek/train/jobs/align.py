@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import record_of
@@ -228,6 +229,7 @@ class AlignRun:
         with atomic_folder(self.out) as temporary:
             nn.Module.to(model, self.dtype).save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
+            copy_terms(self.base, temporary)
         records = [
             record
             for record in read_metrics(self.folder / "training" / "metrics.jsonl")
@@ -316,6 +318,7 @@ class AlignRun:
             # RLPO saves its model in this dtype too.
             trainer.model.to(self.dtype).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            copy_terms(self.base, temporary)
         logged = [record for record in trainer.state.log_history if "loss" in record]
         return {"trl": logged[-1] if logged else {}}
 

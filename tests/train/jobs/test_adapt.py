@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.errors import ConfigError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
@@ -62,9 +63,13 @@ def adapted(base: Path, text: Path, folder: Path, **changes: Any) -> tuple[Path,
 def test_a_mode_learns_and_stock_transformers_read_the_result(
     mode: str, llama: Path, text_folder: Path, tmp_path: Path
 ) -> None:
-    out, result = adapted(llama, text_folder, tmp_path, mode=mode)
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    write_card(base, "gemma", "https://example.org/terms", "A model.")
+    out, result = adapted(base, text_folder, tmp_path, mode=mode)
     figures = result["figures"]
     assert figures["held_out_loss"] < figures["held_out_loss_before"] - 0.5
+    assert read_licence(out) == read_licence(base)
     ids = torch.tensor([deepseek.load(llama).tokenizer("alpha beta gamma").input_ids])
     stock = AutoModelForCausalLM.from_pretrained(out)
     assert type(stock) is LlamaForCausalLM

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek.checkpoint.licence import Licence, read_licence, write_card
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
@@ -32,6 +33,7 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = CHATML
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_card(folder, "gemma", "https://example.org/terms", "A model.")
     return folder
 
 
@@ -240,6 +242,7 @@ def test_the_stage_raises_the_reward_and_leaves_a_model(
     records = read_metrics(tmp_path / "run" / "training" / "metrics.jsonl")
     scores = [record["held_out_score"] for record in records if "held_out_score" in record]
     assert scores[-1] > scores[0]
+    assert read_licence(folder) == read_licence(base) != Licence()
     aligned, before = load(folder).model.state_dict(), load(base).model.state_dict()
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
@@ -285,6 +288,7 @@ def test_trl_trains_the_twin_of_a_checkpoint(
     aligned, before = (DeepSeekModel.from_pretrained(f).state_dict() for f in (folder, twin))
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3")) for name in changed)
+    assert read_licence(folder) == read_licence(twin) != Licence()
 
 
 def hugging_face_twin(base: Path, folder: Path) -> Path:
@@ -292,6 +296,8 @@ def hugging_face_twin(base: Path, folder: Path) -> Path:
 
     _, tokenizer = load(base)
     torch.manual_seed(0)
+    folder.mkdir()
+    write_card(folder, "gemma", "https://example.org/terms", "A model.")
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
