@@ -150,7 +150,7 @@ class Index:
                 raise ValueError("it lacks passages")
         except CheckpointError:
             raise DataError(f"There is no index in {folder}; build one first.") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"The index in {folder} is damaged ({error}); build it again."
             ) from None

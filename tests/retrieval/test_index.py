@@ -159,6 +159,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "x" / "passages.jsonl").write_text(damaged)
         with pytest.raises(DataError, match="damaged"):
             Index.load(tmp_path / "x")
+    (tmp_path / "x" / "passages.jsonl").write_text(whole)
+    arrays = list((tmp_path / "x").glob("*.npy"))
+    assert arrays
+    for array in arrays:
+        content = array.read_bytes()
+        array.write_bytes(b"")
+        with pytest.raises(DataError, match="damaged"):
+            Index.load(tmp_path / "x")
+        array.write_bytes(content)
 
 
 def test_the_best_passage_stands_next_to_the_text() -> None:
