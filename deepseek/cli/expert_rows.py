@@ -7,6 +7,7 @@ from deepseek.cli.units import size
 from deepseek.errors import PackError
 from deepseek.packs.listing import read_manifest
 from deepseek.packs.lora import LoraManifest
+from deepseek.terminal import unicode_only
 
 
 def expert_row(name: str, path: Path) -> ExpertRow:
@@ -16,18 +17,21 @@ def expert_row(name: str, path: Path) -> ExpertRow:
         name: name of the expert, which is that of the file.
         path: the file, which may be damaged.
     """
-    row = ExpertRow(name=name, path=str(path), bytes=path.lstat().st_size)
+    # A file's name may have bytes that are no UTF-8, which no JSON text can hold.
+    row = ExpertRow(
+        name=unicode_only(name), path=unicode_only(str(path)), bytes=path.lstat().st_size
+    )
     try:
         manifest = read_manifest(path)
     except (PackError, OSError) as error:
-        return row.model_copy(update={"problem": str(error)})
+        return row.model_copy(update={"problem": unicode_only(str(error))})
     losses = {
         text: Loss(before=metric.before, after=metric.after)
         for text, metric in manifest.metrics.items()
     }
     return ExpertRow(
-        name=name,
-        path=str(path),
+        name=row.name,
+        path=row.path,
         bytes=row.bytes,
         kind="lora" if isinstance(manifest, LoraManifest) else "module",
         base=manifest.base.name,

@@ -10,6 +10,7 @@ from deepseek.device.names import ABOUT_DEVICE, ABOUT_DTYPE, Dtype
 from deepseek.errors import ConfigError
 
 if TYPE_CHECKING:
+    from deepseek.checkpoint.wheels import Progress
     from deepseek.engine.load import Packs
 
 Base = Annotated[
@@ -106,7 +107,9 @@ def weights(text: str) -> dict[str, float | None]:
     return weighted
 
 
-def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
+def expert_packs(
+    text: str, base: str, folder: Path | None = None, progress: "Progress | None" = None
+) -> "Packs":
     """Return the packs in the option `--experts`; "all" means every expert of this base.
 
     "none" and "" give no packs. With "all", a pack that cannot be read is reported and left out,
@@ -116,8 +119,10 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
         text: the option's value.
         base: name or folder of the base model.
         folder: folder of the packs; default: the folder of trained experts.
+        progress: callback for fetching the base, which "all" needs; None: no reports.
 
     Raises:
+        CheckpointError, HubError: "all" experts are asked for, and the base cannot be loaded.
         ConfigError: a weight is not a number.
         PackError: there is no such expert.
     """
@@ -127,7 +132,7 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
         return []
     if text.strip() != "all":
         return {str(find_pack(name, folder)): weight for name, weight in weights(text).items()}
-    packs, problems = packs_for(base, folder)
+    packs, problems = packs_for(base, folder, progress)
     for problem in problems:
         echo(f"warning: {problem}", error=True)
     return list(packs.values()) if folder else list(packs)

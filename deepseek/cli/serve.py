@@ -70,6 +70,13 @@ def serve(
             "--experts."
         ),
     ] = None,
+    lock_trusted: Annotated[
+        bool,
+        typer.Option(
+            "--lock-trusted",
+            help="With --lock: the file must be signed by a key in the trust folder.",
+        ),
+    ] = False,
     teach_root: Annotated[
         Path | None,
         typer.Option(help="Allow training experts on text below this folder; default: off."),
@@ -124,6 +131,8 @@ def serve(
 
     if not ray:
         refuse_ignored("goes with --ray", replicas=replicas, cpus=cpus)
+    if not lock:
+        refuse_ignored("goes with --lock", lock_trusted=lock_trusted or None)
     for option, folder in (("--experts-folder", experts_folder), ("--teach-root", teach_root)):
         if folder is not None and not folder.is_dir():
             raise ConfigError(
@@ -143,10 +152,12 @@ def serve(
         log_level=log_level,
         experts_folder=experts_folder or usual_folder(),
     )
+    waiting = Waiting()
     run(
         model,
-        experts=() if lock else expert_packs(experts, model, experts_folder),
+        experts=() if lock else expert_packs(experts, model, experts_folder, waiting),
         lock=lock,
+        lock_trusted=lock_trusted,
         settings=settings,
         cache_gib=cache_gib,
         expert_gib=expert_gib,
@@ -158,5 +169,5 @@ def serve(
         replicas=(replicas or 2) if ray else None,
         cpus=cpus or 1.0,
         drain_seconds=drain_seconds,
-        progress=Waiting(),
+        progress=waiting,
     )

@@ -136,7 +136,8 @@ def _skeleton(folder: Path) -> nn.Module:
     with torch.device("meta"):
         if is_ours:
             return DeepSeekModel(ModelConfig(**read_config(folder)))
-        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from deepseek.checkpoint.files import new_path
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import DTYPES
@@ -57,8 +59,8 @@ def export_model(
         The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, or the
-            format cannot represent the model.
+        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, the format
+            cannot represent the model, or an expert is plugged and not armed.
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """
@@ -76,6 +78,12 @@ def export_model(
     weights = DTYPES["float32" if to == "openvino" else dtype]
     loaded, tokenizer = load(base, experts=experts, device="cpu", dtype=weights)
     model = own_model(loaded, "Export")
+    for info in model.experts.list():
+        if not info.armed:
+            raise ConfigError(
+                f"{info.name} is not known to be better than its base and so not armed; give "
+                f"--experts {info.name}=1, or leave it out."
+            )
     with atomic_folder(out) as folder:
         progress(0, 0, f"writing {to}, which can take minutes")
         step = target.write(model, folder, dtype)
@@ -88,6 +96,7 @@ def export_model(
                 "Choose another dtype or format."
             )
         tokenizer.save_pretrained(folder)
+        copy_terms(resolve(base), folder)
     return error
 
 

@@ -32,7 +32,7 @@ from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import atomic_write
+from deepseek.checkpoint.store import atomic_write, read_object
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.gguf_tokenizer import tokenizer_facts
 from deepseek.registry import nearest, pick
@@ -117,17 +117,13 @@ def export_gguf(
         raise ConfigError(
             "llama.cpp has no plugged experts; export the base alone, or use --to onnx."
         )
-    folder = resolve(base)
+    original = resolve(base)
+    _check_type(original)
     with TemporaryDirectory(dir=_existing_parent(out), prefix=".export-") as scratch:
-        folder = _stock_folder(folder, Path(scratch))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type not in ARCHITECTURES:
-            raise ConfigError(
-                f"Models of type {config.model_type!r} are not written as GGUF; "
-                f"{nearest(config.model_type, ARCHITECTURES)}."
-            )
+        folder = _stock_folder(original, Path(scratch))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with atomic_write(out) as temporary:
-            _write(folder, config, temporary, encoding, file_type)
+            _write(folder, config, temporary, encoding, file_type, original)
             _check_config(config, temporary)
             error = _difference(folder, temporary, Path(scratch) / "read")
             if not error <= limit:
@@ -144,13 +140,24 @@ def _existing_parent(out: Path) -> Path:
     return out.parent
 
 
+def _check_type(folder: Path) -> None:
+    """Raise `ConfigError` unless a model is of a type that can be written, before `transformers`
+    reads its config: it offers to run the code of a type that it does not know.
+    """
+    model_type = str(read_object(folder / "config.json").get("model_type"))
+    if model_type not in (*ARCHITECTURES, OWN_TYPE):
+        raise ConfigError(
+            f"Models of type {model_type!r:.60} are not written as GGUF; "
+            f"{nearest(model_type, ARCHITECTURES)}."
+        )
+
+
 def _stock_folder(folder: Path, scratch: Path) -> Path:
     """Return `folder`, or a stock architecture's folder with the same model if it is of ours."""
     from deepseek.export.stock import write_stock
     from deepseek.model.transformer import DeepSeekModel
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type != OWN_TYPE:
+    if read_object(folder / "config.json")["model_type"] != OWN_TYPE:
         return folder
     stock = scratch / "stock"
     stock.mkdir()
@@ -165,14 +172,15 @@ def _write(
     path: Path,
     encoding: GGMLQuantizationType,
     file_type: LlamaFileType,
+    original: Path,
 ) -> None:
-    """Write metadata and tensors."""
+    """Write metadata and tensors; name and licence are those of the `original` folder."""
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
-    licence = read_licence(folder)
+    licence = read_licence(original)
     facts = {
         "general.type": "model",
-        "general.name": folder.name,
+        "general.name": original.name,
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **({"general.license": licence.name} if licence.name else {}),
@@ -380,7 +388,7 @@ def _difference(folder: Path, path: Path, scratch: Path) -> float:
     logits = []
     for source in (folder, scratch):
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, local_files_only=True
+            source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (2, 64), generator=generator)

@@ -84,7 +84,9 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
             "No stock architecture has plugged experts; export the base alone, or use --to onnx."
         )
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(stock_config(model.config), dtype=model.dtype)
+        stock = AutoModelForCausalLM.from_config(
+            stock_config(model.config), dtype=model.dtype, trust_remote_code=False
+        )
     tensors = model.state_dict()
     stock.load_state_dict(
         {
@@ -97,7 +99,9 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
     stock.generation_config = model.generation_config
     stock.save_pretrained(folder)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
 
     def step(new: tuple[Tensor, ...], past: Any) -> tuple[Tensor, Any]:
         ids, mask, positions = new

@@ -1,11 +1,17 @@
 """The library of trained experts: the folder where `expert train` writes packs, and look-ups."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepseek import checks
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
 from deepseek.registry import nearest
+
+if TYPE_CHECKING:
+    from deepseek.checkpoint.fingerprint import Fingerprint
+    from deepseek.checkpoint.wheels import Progress
+    from deepseek.packs.manifest import PackManifest
 
 SUFFIX = ".safetensors"
 
@@ -44,31 +50,40 @@ def installed(folder: Path | None = None) -> dict[str, Path]:
     return {path.stem: path for path in sorted((folder or experts_folder()).glob(f"*{SUFFIX}"))}
 
 
-def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], list[str]]:
+def packs_for(
+    base: str, folder: Path | None = None, progress: "Progress | None" = None
+) -> tuple[dict[str, Path], list[str]]:
     """Return the packs in a folder that were trained for a base model.
 
-    Of several packs of one expert, the file of that name counts, else the first one.
+    Packs are matched by the digests of the base, as a name does not identify a model: a hub id or
+    GGUF file is stored under another name, and two folders may have the same last part. Of several
+    packs of one expert, the file of that name counts, else the first one.
 
     Args:
-        base: name or folder of the base model; packs name it by the last part.
+        base: a known name, a folder, a GGUF file or a hub id; fetched if a pack can be read.
         folder: None: the folder of trained experts.
+        progress: callback for fetching the base; None: no reports.
 
     Returns:
-        The packs as name -> file, and one message per file that cannot be used.
+        The packs as name -> file, and one message per file that cannot be used, among them those
+        that were made for another base of the same name.
+
+    Raises:
+        CheckpointError: the base is not a model.
+        HubError: the base cannot be fetched.
     """
     from deepseek.packs.pack import read_pack  # loads torch
 
-    experts: dict[str, str] = {}  # file, without its suffix -> name in its manifest
+    manifests: dict[str, PackManifest] = {}  # by file, without its suffix
     problems: list[str] = []
     packs = installed(folder)
     for file, path in packs.items():
         try:
-            manifest = read_pack(path).manifest
+            manifests[file] = read_pack(path).manifest
         except (PackError, OSError) as error:
             problems.append(f"{path.name} is left out: {error}")
-            continue
-        if manifest.base.name == Path(base).name:
-            experts[file] = manifest.name
+    experts, others = _of_base(manifests, base, progress)
+    problems += others
     chosen: dict[str, str] = {}  # name -> file
     for file in sorted(experts, key=lambda file: file != experts[file]):
         chosen.setdefault(experts[file], file)
@@ -79,6 +94,38 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
                 "too; move one of them elsewhere."
             )
     return {file: packs[file] for file in experts if chosen[experts[file]] == file}, problems
+
+
+def _of_base(
+    manifests: "dict[str, PackManifest]", base: str, progress: "Progress | None"
+) -> tuple[dict[str, str], list[str]]:
+    """Return the names of the experts that belong to a base, by file, and one message per file that
+    was made for another base of the same name.
+    """
+    from deepseek.checkpoint.fingerprint import fingerprint
+    from deepseek.checkpoint.hub import resolve
+
+    if not manifests:
+        return {}, []  # without packs, the base need not be fetched
+    base_folder = resolve(base, progress)
+    digests = fingerprint(base_folder)
+    experts: dict[str, str] = {}
+    problems: list[str] = []
+    for file, manifest in manifests.items():
+        if is_made_for(manifest, digests):
+            experts[file] = manifest.name
+        elif manifest.base.name in (Path(base).name, base_folder.name):
+            problems.append(
+                f"{file}{SUFFIX} is left out: it was made for another base of the name "
+                f"{manifest.base.name}; load that base, or train the expert on this one."
+            )
+    return experts, problems
+
+
+def is_made_for(manifest: "PackManifest", digests: "Fingerprint") -> bool:
+    """Return whether a pack was made for the base model with these digests."""
+    base = manifest.base
+    return (base.weights, base.tokenizer) == (digests.weights, digests.tokenizer)
 
 
 def find_pack(name_or_path: str | Path, folder: Path | None = None) -> Path:

@@ -11,9 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError
 
 from deepseek.checkpoint.files import is_special
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, write_json
 from deepseek.errors import PackError
-from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.library import SUFFIX, experts_folder, is_made_for
 from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, parse_json
 from deepseek.packs.pack import read_pack
 from deepseek.packs.signature import is_valid, sign, trusted_keys
@@ -62,14 +64,22 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
 
     Args:
         paths: the pack files.
-        base: name or folder of the base model that they must be for, which packs name by the last
-            part; None: any one.
+        base: the base model that they must be for: a known name, a folder, a GGUF file or a hub
+            id; None: any one.
 
     Raises:
-        PackError: there is none, one cannot be read, two have one name, or they were made for
-            different bases or another one than `base`.
+        CheckpointError, HubError: the base is not a model, or cannot be fetched.
+        PackError: there is none, one cannot be read or is not the file of its expert's name, two
+            have one name, or they were made for different bases or another one than `base`.
     """
-    manifests = sorted((read_pack(path).manifest for path in paths), key=lambda each: each.name)
+    manifests = [read_pack(path).manifest for path in paths]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if path.stem != manifest.name:
+            raise PackError(
+                f"{path} holds an expert named {manifest.name}, which a server with the lock would "
+                f"look for in {manifest.name}{SUFFIX}; rename the file to that."
+            )
+    manifests.sort(key=lambda each: each.name)
     names = [manifest.name for manifest in manifests]
     bases = {manifest.base.weights for manifest in manifests}
     if len(set(names)) != len(names):
@@ -80,12 +90,15 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
             if not bases
             else "These packs were made for different bases; lock those of one base."
         )
-    made_for = manifests[0].base.name
-    if base is not None and made_for != Path(base).name:
-        raise PackError(
-            f"{manifests[0].name} was made for {made_for}, not for {base}; give --base {made_for}, "
-            "or lock experts of that base."
-        )
+    if base is not None:
+        digests = fingerprint(resolve(base))
+        for manifest in manifests:
+            if not is_made_for(manifest, digests):
+                raise PackError(
+                    f"{manifest.name} was made for a base named {manifest.base.name or 'nothing'} "
+                    f"with the digest {manifest.base.weights[:16]}, not for {base} with "
+                    f"{digests.weights[:16]}; give --base that model, or lock experts of {base}."
+                )
     experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
     return Lock(base=bases.pop(), experts=tuple(experts))
 

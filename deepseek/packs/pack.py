@@ -20,7 +20,7 @@ from torch import Tensor
 from deepseek import checks
 from deepseek.checkpoint.store import atomic_write, canonical_json
 from deepseek.errors import PackError
-from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header
+from deepseek.packs.container import DAMAGED, MAX_HEADER, check_names, open_regular, read_header
 from deepseek.packs.kinds import KEY, AnyManifest, manifest_in
 from deepseek.packs.manifest import BaseDescription, PackManifest, printable
 from deepseek.packs.policy import PackPolicy, check_base, check_licence, check_signature
@@ -90,8 +90,16 @@ def write_pack(
     """
     pack = pack.sign(key) if key else pack
     check_pack(pack)
+    content = file_content(pack)
+    header_bytes = int.from_bytes(content[:8], "little")
+    if header_bytes > MAX_HEADER:
+        raise PackError(
+            f"expert pack {pack.manifest.name} is refused: its header has {header_bytes} bytes and "
+            f"{MAX_HEADER} are allowed; train it on fewer layers, or give it less to say in its "
+            "manifest."
+        )
     with atomic_write(path) as temporary:
-        temporary.write_bytes(file_content(pack))
+        temporary.write_bytes(content)
     return pack
 
 

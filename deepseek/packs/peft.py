@@ -287,7 +287,9 @@ def _by_pattern(
         for pattern, value in reversed(patterns.items()):
             compiled = regex.compile(rf"(.*\.)?({pattern})$")
             for layer in layers:
-                seconds = max(1e-3, deadline - time.monotonic())
+                seconds = deadline - time.monotonic()
+                if seconds <= 0:
+                    raise TimeoutError
                 if compiled.match(layer, timeout=seconds) is not None:
                     values[layer] = float(value)
     except TimeoutError:

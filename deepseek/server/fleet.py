@@ -232,8 +232,13 @@ class Fleet:
             raise PackError(refusal)
         threading.Thread(target=self._follow, args=(name,), name="follow", daemon=True).start()
 
-    def plug(self, path: str | Path) -> ExpertInfo:
+    def plug(self, path: str | Path, *, in_place: bool = False) -> ExpertInfo:
         """Plug a pack file in all replicas and return its description.
+
+        Args:
+            path: the pack file.
+            in_place: whether it takes the place of the plugged expert of its name, if there is one,
+                and is armed as that was.
 
         Raises:
             PackError: as `Engine.plug`.
@@ -243,7 +248,7 @@ class Fleet:
         state = self._state
         name = pack.manifest.name
         digest = pack.manifest.digest
-        if name in state.experts:
+        if name in state.experts and not in_place:
             raise PackError(f"An expert named {name} is plugged already; unplug it first.")
         self._change(state, replace(state, experts={**state.experts, name: digest}), pack)
         return next(info for info in self._engine.experts() if info.name == name)
@@ -305,8 +310,8 @@ class Fleet:
                 engine.unplug(name)
             for _, digest in state.experts.items() - plugged.items():
                 engine.plug(self._call("pack", digest))
-            if state.arming != self._state.arming:
-                engine.arm(state.arming.value)
+            # Always, as an expert that was unplugged for another one of its name is not armed.
+            engine.arm(state.arming.value)
             self._state = state
         except Exception as error:  # any failure must reach the ledger, which rolls back
             refusal = as_api_error(error).message

@@ -43,12 +43,16 @@ OPEN_FILES = 1 << 16
 END_SECONDS = 8.0
 """Time in which everything ends after that: streams with an error, lessons, connections."""
 
+FORCED_SECONDS = 1.0
+"""Time in which answers end after a second signal."""
+
 
 def serve(
     model: str | Path = "smollm2-135m",
     *,
     experts: Packs = (),
     lock: str | Path | None = None,
+    lock_trusted: bool = False,
     settings: Settings | None = None,
     cache_gib: float = 1.0,
     expert_gib: float | None = None,
@@ -74,6 +78,8 @@ def serve(
             default: none.
         lock: a lock file of `deepseek expert lock`: exactly its packs are plugged, in place of
             `experts`. Default: none.
+        lock_trusted: whether the lock must be signed by a key in the trust folder. By default a
+            lock may be unsigned, so that whoever can write the file can change the set.
         settings: settings of the server other than its engine; default: `Settings()`. Its `model`,
             `base` and `device` are overwritten.
         cache_gib: budget of the KV cache, in GiB.
@@ -103,7 +109,7 @@ def serve(
         settings or Settings(), model=Path(model).name, base=str(model), device=device
     )
     configure(settings.log_level)
-    locked = None if lock is None else read_lock(Path(lock))
+    locked = None if lock is None else read_lock(Path(lock), lock_trusted)
     if locked is not None:
         experts = locked_packs(locked, settings.experts_folder)
     if expert_gib is not None:
@@ -222,6 +228,18 @@ class DrainingServer(uvicorn.Server):
         if self.service.draining:
             self.should_exit = self.force_exit = True
         self.service.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the connections and end the application, after a second signal too: Uvicorn would
+        cancel it then, with a traceback for the application and for every answer under way.
+        """
+        await super().shutdown(sockets)
+        if self.force_exit:
+            self.service.admission.end()
+            self.teacher.kill()  # ending the application would wait for the lesson
+            if tasks := self.server_state.tasks:
+                await asyncio.wait(tasks, timeout=FORCED_SECONDS)
+            await self.lifespan.shutdown()
 
     async def on_tick(self, counter: int) -> bool:
         """Begin to drain after a signal; Uvicorn calls this ten times a second."""

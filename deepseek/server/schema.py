@@ -265,9 +265,12 @@ class EmbeddingsRequest(Body):
 
 
 class PlugRequest(Body):
-    """`POST /v1/experts`: name of a pack in the experts folder."""
+    """`POST /v1/experts`: name of a pack in the experts folder, and whether it takes the place of the
+    plugged expert of its name.
+    """
 
     name: ExpertName
+    replace: bool = False
 
 
 class ArmRequest(Body):

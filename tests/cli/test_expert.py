@@ -102,20 +102,46 @@ def test_all_means_the_readable_experts_of_a_folder(
     (other / "mine.safetensors").write_bytes(pack.read_bytes())
     (other / "spoilt.safetensors").write_bytes(pack.read_bytes()[:-1])
     (other / "gone.safetensors").symlink_to(other / "nowhere")
-    base = read_pack(pack).manifest.base.name
+    base = str(tmp_path / "tiny-base")
     assert expert_packs("all", base, other) == [other / "mine.safetensors"]
     warned = capsys.readouterr().err
     assert "spoilt.safetensors is left out" in warned
     assert "gone.safetensors is left out" in warned
-    assert expert_packs("all", base) == expert_packs("all", f"./models/{base}") == ["poems"]
-    assert expert_packs("all", "another-base") == []
+    assert expert_packs("all", base) == ["poems"]
+
+
+def other_base(folder: Path) -> Path:
+    """Save a base of other weights in `folder` and return it."""
+    folder.mkdir(parents=True)
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "num_hidden_layers": 2}))
+    return folder
+
+
+def test_all_are_those_of_the_base_under_any_of_its_names(
+    pack: Path, base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A hub id or a GGUF file is stored under another name than the one it is asked for by."""
+    snapshot = base.rename(tmp_path / "3f2a9c0d")
+    assert expert_packs("all", str(snapshot)) == ["poems"]
+    assert expert_packs("all", str(other_base(tmp_path / "another"))) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_experts_of_another_base_of_the_same_name_are_left_out(
+    pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """They would stop the start of a server."""
+    other = other_base(tmp_path / "b" / "tiny-base")
+    assert expert_packs("all", str(other)) == []
+    assert "poems.safetensors is left out: it was made for another base" in capsys.readouterr().err
 
 
 def test_of_several_packs_of_one_expert_one_is_plugged(
     pack: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """The one whose file has its name; the others would stop the start of a server."""
-    base = read_pack(pack).manifest.base.name
+    base = str(tmp_path / "tiny-base")
     other = tmp_path / "other"
     other.mkdir()
     for name in ("copy", "older"):

@@ -1,5 +1,6 @@
 """`deepseek expert plug` and `unplug` ask a running server, with the admin key."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -80,6 +81,26 @@ def test_what_the_server_or_the_address_refuses_is_said(
         f"http://127.0.0.1:{server.server_port}": "An admin key is needed.",
         "http://127.0.0.1:9": "cannot be reached",
         "127.0.0.1:8000": "is not understood",
+        "http://127.0.0.1:abc": "is not understood",
+        "http://[::1": "is not understood",
+        "http://:8000": "is not understood",
+        f"http://127.0.0.1:{server.server_port}/a b": "cannot be reached",
     }.items():
         code, said = call(capsys, command, "shop", "--server", address)
         assert (code, complaint in said) == (2, True), said
+
+
+def test_a_server_of_another_kind_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            with other.accept()[0] as client:
+                client.recv(4096)
+                client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{other.getsockname()[1]}"
+        code, said = call(capsys, "plug", "shop", "--server", address)
+        thread.join()
+    assert (code, "cannot be reached" in said) == (2, True), said

@@ -1,6 +1,7 @@
 """`--json`: one object per command, of the shape that the reference documents."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,12 @@ def test_eval_against_has_a_file_of_its_own(capsys: Capture) -> None:
         main(["eval", "poems", "--against", "rag", "--json"])
     assert stop.value.code == 2
     assert "result.json" in capsys.readouterr().err
+
+
+def test_a_file_whose_name_is_no_utf_8_is_listed(home: Path, capsys: Capture) -> None:
+    (home / "experts" / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"x")
+    with pytest.raises(SystemExit) as stop:
+        main(["expert", "list", "--json"])
+    assert (stop.value.code or 0) == 0
+    rows = json.loads(capsys.readouterr().out)["experts"]
+    assert "caf\ufffd" in [row["name"] for row in rows]

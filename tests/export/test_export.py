@@ -1,6 +1,7 @@
 """What is exported computes what the model computes, or is refused."""
 
 import ctypes
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from deepseek.checkpoint.convert import convert_config
+from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.cli.main import main
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
@@ -34,6 +36,8 @@ from deepseek.kernels.moe.grouped_mm import mix_experts_everywhere, mix_experts_
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.scan import scan, scan_at_once
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import Metric
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,30 @@ def test_what_fails_the_check_is_not_left(
     with pytest.raises(CheckpointError, match="nothing was written"):
         export_model(base, tmp_path / "out", "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_terms_of_the_base_go_along(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    write_card(folder, "gemma", "https://example.org/terms", "A model.")
+    (folder / "LICENSE").write_text("terms")
+    export_model(folder, tmp_path / "out", "hf")
+    assert read_licence(tmp_path / "out") == read_licence(folder)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+
+
+def test_an_expert_that_is_not_armed_is_not_left_out_in_silence(base: Path, tmp_path: Path) -> None:
+    loaded = load(base, dtype="float32")
+    pack = read_pack(save_expert(loaded, "poor", tmp_path))
+    metrics = {"held-out": Metric(before=2.0, after=2.5)}
+    manifest = pack.manifest.model_copy(update={"metrics": metrics})
+    path = tmp_path / "poor.safetensors"
+    write_pack(path, ExpertPack.seal(manifest, pack.tensors))
+    with pytest.raises(ConfigError, match=r"poor is not known to be better .* --experts poor=1"):
+        export_model(base, tmp_path / "out", "hf", experts=[path])
+    with pytest.raises(ConfigError, match="No stock architecture has plugged experts"):
+        export_model(base, tmp_path / "out", "hf", experts={path: 1.0})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_graph_is_noticed() -> None:

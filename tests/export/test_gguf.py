@@ -1,5 +1,6 @@
 """An exported GGUF file computes what the model computes, in transformers and in llama.cpp."""
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import tiny_gguf
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_expert import save_base
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -253,3 +255,52 @@ def test_llama_cpp_computes_the_same(architecture: str, tmp_path: Path) -> None:
     theirs = torch.tensor(model.scores[: len(IDS[0])]).log_softmax(-1)
     ours = logits(folder)[0].log_softmax(-1)
     assert torch.nn.functional.kl_div(theirs, ours, log_target=True, reduction="batchmean") < 1e-3
+
+
+MALICE = """
+from pathlib import Path
+
+Path(__file__).with_name("ran").touch()
+"""
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_type_that_transformers_does_not_know_is_refused_unread(
+    own_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stock("llama", tmp_path)
+    fields: dict[str, object] = {"model_type": "unheard-of"}
+    if own_code:
+        (folder / "malice.py").write_text(MALICE)
+        fields["auto_map"] = {"AutoConfig": "malice.Config", "AutoModelForCausalLM": "malice.Model"}
+    write_json(folder / "config.json", read_json(folder / "config.json") | fields)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match=r"'unheard-of' are not written as GGUF; .*llama"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+    assert not (folder / "ran").exists()
+
+
+def test_code_of_a_known_type_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stock("llama", tmp_path)
+    (folder / "malice.py").write_text(MALICE)
+    fields = {"auto_map": {"AutoConfig": "malice.Config", "AutoModelForCausalLM": "malice.Model"}}
+    write_json(folder / "config.json", read_json(folder / "config.json") | fields)
+
+    def ask(*_: object) -> str:
+        raise AssertionError("a question")
+
+    monkeypatch.setattr("builtins.input", ask)
+    with suppress(ConfigError):  # the field may be refused, as no GGUF file can say it
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+    assert not (folder / "ran").exists()
+
+
+def test_a_model_of_our_own_class_keeps_name_and_licence(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "ours")
+    write_card(folder, "gemma", "https://example.org/terms", "A model.")
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf", dtype="float32")
+    facts = read_gguf(out).facts
+    assert facts["general.name"] == "ours"
+    assert facts["general.license"] == "LicenseRef-Gemma"
+    assert facts["general.license.link"] == "https://example.org/terms"

@@ -1,11 +1,13 @@
 """A model written with 8-bit weights loads as it is and says what the model says."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
+from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
@@ -17,6 +19,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import load_stored
 from deepseek.model.stored import stored_matrices
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import BaseDescription
 from deepseek.runner import Chunk
 from deepseek.text.tokenizer import load_tokenizer
 
@@ -61,6 +64,21 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
             runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), ids.shape[1])]).logits_RV
         )
     assert torch.equal(*logits)
+
+
+def test_the_terms_of_the_base_go_along(source, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(source, base)
+    write_card(base, "gemma", "https://example.org/terms", "A model.")
+    for name in ("LICENSE.txt", "NOTICE", "GEMMA_TERMS.md"):
+        (base / name).write_text(name)
+    quantize_model(base, tmp_path / "int8")
+    assert read_licence(tmp_path / "int8") == read_licence(base)
+    assert read_licence(base).restricted
+    for name in ("LICENSE.txt", "NOTICE", "GEMMA_TERMS.md"):
+        assert (tmp_path / "int8" / name).read_text() == name
+    # A pack made beside the quantised model has the licence too.
+    assert BaseDescription.of(tmp_path / "int8", "int8").licence == "LicenseRef-Gemma"
 
 
 def test_mistakes_are_told(source, tmp_path):

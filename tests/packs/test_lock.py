@@ -124,6 +124,13 @@ def test_packs_of_other_bases_and_of_one_name_are_no_set(
         lock_packs([packs[0], path])
 
 
+def test_a_pack_in_a_file_of_another_name_is_not_locked(packs: list[Path], tmp_path: Path) -> None:
+    """A server with the lock would look for it under the expert's name."""
+    copy = packs[0].rename(tmp_path / "copy.safetensors")
+    with pytest.raises(PackError, match=r"rename the file to that\."):
+        lock_packs([copy])
+
+
 def test_the_digest_covers_all_but_the_signature(packs: list[Path]) -> None:
     lock = lock_packs(packs)
     assert lock.model_copy(update={"base": "c" * 64}).digest != lock.digest

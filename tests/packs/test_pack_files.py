@@ -242,3 +242,11 @@ def test_a_description_of_a_folder_states_its_licence(tmp_path):
     assert BaseDescription.of(tmp_path, "tiny").licence == ""
     write_card(tmp_path, "gemma", "", "A model.")
     assert BaseDescription.of(tmp_path, "tiny").licence == "LicenseRef-Gemma"
+
+
+def test_a_header_that_no_reader_accepts_is_not_written(tmp_path, monkeypatch):
+    path = tmp_path / "code.safetensors"
+    monkeypatch.setattr("deepseek.packs.pack.MAX_HEADER", 500, raising=False)
+    with pytest.raises(PackError, match=r"its header has \d+ bytes and 500 are allowed"):
+        write_pack(path, make_pack())
+    assert not path.exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapter import write_adapter
 
 from deepseek.errors import PackError
+from deepseek.packs import peft
 from deepseek.packs.peft import read_adapter
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (48, 32)}
@@ -188,3 +189,22 @@ def test_the_first_pattern_that_matches_counts(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", LAYERS, alpha_pattern=patterns)
     changes = read_adapter(folder).changes
     assert [changes[name].scaling for name in LAYERS] == [2.0, 1.0]
+
+
+def test_many_slow_patterns_end_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a millisecond after it for each pattern and layer."""
+    monkeypatch.setattr(peft, "PATTERN_SECONDS", 0.05)
+    patterns = {rf"(.|..|...)*{number}": 1 for number in range(2048)}
+    layers = {f"model.layers.{number}.{'a' * 40}": 4 for number in range(2048)}
+    tried: list[float] = []
+
+    class Slow:
+        def match(self, _: str, timeout: float) -> None:
+            assert timeout > 0
+            tried.append(timeout)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(peft.regex, "compile", lambda _: Slow())
+    with pytest.raises(PackError, match="takes longer than"):
+        peft._by_pattern({"alpha_pattern": patterns}, "alpha_pattern", 8, layers)
+    assert len(tried) < 60

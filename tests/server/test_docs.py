@@ -59,6 +59,7 @@ def shell(lines: str, folder: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server: Live, folder: Path) -> None:
+    server.engine.plug(server.folder / "one.safetensors")
     for block in blocks("bash", "curl", server.url):
         told = shell(block, folder).replace(" ", "")
         assert (
@@ -66,7 +67,8 @@ def test_curl(server: Live, folder: Path) -> None:
             and "data:[DONE]" in told
             and '"id":"tiny+one"' in told
         )
-    assert server.engine.experts() == ()
+    assert [info.name for info in server.engine.experts()] == ["one"]
+    server.engine.unplug("one")
 
 
 def test_llm(server: Live, folder: Path) -> None:

@@ -173,10 +173,15 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
         lesson = {"name": "later", "kind": "folder", "tokens": 2_000_000, "layers": "last:1"}
         assert httpx.post(f"{url}/v1/teach", json=lesson, timeout=60).status_code == 202
         followed(url, "/v1/teach/events")
+        followed(url, "/v1/chat/completions", ENDLESS)
         trainers = children(running.pid)
         running.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         running.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
         running.wait(SLACK)
+        assert time.monotonic() - signalled < END_SECONDS
         time.sleep(0.5)
+        output = running.communicate()[1]
+    assert "Traceback" not in output, output
     assert not any(Path(f"/proc/{pid}").exists() for pid in trainers)

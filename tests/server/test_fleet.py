@@ -181,6 +181,28 @@ def test_what_one_replica_cannot_do_is_undone_everywhere(
     assert box.names() == [["one", "two"]] * 2
 
 
+def test_an_expert_is_replaced_everywhere_and_stays_armed(
+    box: Box, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = box.replica("a"), box.replica("b")
+    for name in ("one", "two"):
+        first.plug(box.pack(name))
+    first.arm({"one": 0.5})
+    before = box.sets()
+    path = save_expert(load(folder / "tiny", dtype="float32"), "one", tmp_path, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(second._engine, "plug", refuse)
+        with pytest.raises(ApiError, match="nothing has changed"):
+            first.plug(path, in_place=True)
+    box.lost.clear()  # it could not go back either
+    box.replica("c")
+    wait(lambda: box.sets()[0] == box.sets()[2] == before[0])
+    info = first.plug(path, in_place=True)
+    assert info.digest != before[0][0].digest
+    assert [(one.name, one.weight) for one in box.sets()[2]] == [("one", 0.5), ("two", 0.0)]
+    assert box.sets()[0] == box.sets()[2]
+
+
 def test_a_digest_that_differs_is_no_confirmation(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,10 +22,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def serve_locked(base: Path, folder: Path) -> None:
+def serve_locked(base: Path, folder: Path, **options: Any) -> None:
     """Serve the packs of a folder by its lock file."""
     settings = Settings(port=0, experts_folder=folder)
-    run.serve(base, settings=settings, lock=folder / "deepseek.lock", device="cpu")
+    run.serve(base, settings=settings, lock=folder / "deepseek.lock", device="cpu", **options)
 
 
 def locked(base: Path, folder: Path) -> Path:
@@ -69,3 +69,14 @@ def test_a_pack_that_changes_while_the_base_is_loaded_is_refused(
     monkeypatch.setattr(run, "start_engine", start)
     with pytest.raises(PackError, match=reason):
         serve_locked(base, tmp_path)
+
+
+def test_a_lock_without_its_signature_is_refused_on_request(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write the file could take the signature away."""
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(run, "listen", lambda _: pytest.fail("the lock is accepted"))
+    locked(base, tmp_path)
+    with pytest.raises(PackError, match="not signed by a trusted key"):
+        serve_locked(base, tmp_path, lock_trusted=True)

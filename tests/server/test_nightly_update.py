@@ -79,6 +79,7 @@ def test_the_script_plugs_an_update_once_the_server_takes_it(
             return {info.name: info.digest for info in server.engine.experts()}
 
         server.engine.plug(pack)
+        server.engine.arm({NAME: 0.5})
         write_text(source, range(40, 60))
         (folder / "admins.txt").write_text("wrong\n")
         # A server that refuses is told by the exit code; the expert is updated by then.
@@ -90,3 +91,4 @@ def test_the_script_plugs_an_update_once_the_server_takes_it(
         done = run(server, folder)
         assert done.returncode == 0, done.stderr
         assert plugged() == {NAME: updated} == {NAME: read_pack(pack).manifest.digest}
+        assert [info.weight for info in server.engine.experts()] == [0.5]

@@ -30,6 +30,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, DataError
 from deepseek.packs.library import prompts_file
 from deepseek.packs.manifest import LEAST_GAIN
+from deepseek.packs.pack import read_pack
 from deepseek.server.errors import without_paths
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen
@@ -284,6 +285,54 @@ def test_experts_come_and_go(keyed: Live) -> None:
             "tiny",
             "tiny+none",
         ]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_replaced_expert_stays_armed_as_it_was(
+    stored: bool, keyed: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = keyed.engine.model.experts
+    monkeypatch.setattr(experts.weight_cache, "limit", (1 << 30) if stored else None)
+    path = keyed.folder / "one.safetensors"
+    former = path.read_bytes()
+
+    def state(http: httpx.Client) -> list[tuple[str, float]]:
+        return [(info["name"], info["weight"]) for info in http.get("/v1/experts").json()["data"]]
+
+    replace = {"name": "one", "replace": True}
+    try:
+        with keyed.http(ADMIN) as http:
+            assert http.post("/v1/experts", json=replace).status_code == 201
+            assert http.post("/v1/experts", json={"name": "two"}).status_code == 201
+            for arm in ({"one": 0.5}, {"one": 0.5, "auto": 0.25}, [], ["two"], "auto"):
+                http.post("/v1/experts/arm", json={"arm": arm})
+                before = state(http)
+                save_expert(load(keyed.folder.parent / "tiny"), "one", keyed.folder, seed=7)
+                replaced = http.post("/v1/experts", json=replace)
+                digest = read_pack(path).manifest.digest
+                assert (replaced.status_code, replaced.json()["digest"]) == (201, digest)
+                assert state(http) == before
+                assert replaced.json()["weight"] == dict(before)["one"]
+                path.write_bytes(former[:-1])
+                assert http.post("/v1/experts", json=replace).status_code == 400
+                assert state(http) == before
+                assert http.get("/v1/experts/one").json()["digest"] == digest
+            for name in ("one", "two"):
+                assert http.delete(f"/v1/experts/{name}").status_code == 200
+            http.post("/v1/experts/arm", json={"arm": "auto"})
+    finally:
+        path.write_bytes(former)
+
+
+def test_a_manifest_is_shown_without_reading_the_weights(
+    keyed: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("the whole file is read")
+
+    monkeypatch.setattr("deepseek.packs.pack.read_tensors", read)
+    with keyed.http(ADMIN) as http:
+        assert http.get("/v1/experts/two").json()["manifest"]["name"] == "two"
 
 
 def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:

@@ -104,7 +104,7 @@ def _write_by_tensor(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
     config.dtype = dtype
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # model classes divide by sizes that config classes let through
         raise describes_no_model(file, FAMILIES[file.architecture], error) from None
     config.architectures = [type(model).__name__]
@@ -254,7 +254,11 @@ def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
     try:
         with redirect_stderr(StringIO()):  # its progress bars
             model = AutoModelForCausalLM.from_pretrained(
-                file.path.parent, gguf_file=file.path.name, dtype=dtype, local_files_only=True
+                file.path.parent,
+                gguf_file=file.path.name,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # its readers raise errors of many types
         reason = " ".join(str(error).split())

@@ -5,6 +5,7 @@ arm experts.
 import asyncio
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from deepseek.errors import PackError
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.library import SUFFIX
-from deepseek.packs.pack import read_pack
+from deepseek.packs.listing import read_manifest
 from deepseek.server.body import ExpertName
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import Model, Models, described
+from deepseek.server.replace import plug_in_place
 from deepseek.server.schema import ArmRequest, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
@@ -95,25 +97,24 @@ async def inspect(name: str, service: TheService) -> dict[str, Any]:
             **plugged_expert(plugged[name]),
             "manifest": service.engine.model.experts.manifest(name).model_dump(),
         }
-    pack = await asyncio.to_thread(read_pack, pack_path(service, name))
-    return {
-        "object": "expert",
-        "name": name,
-        "plugged": False,
-        "manifest": pack.manifest.model_dump(),
-    }
+    manifest = await asyncio.to_thread(read_manifest, pack_path(service, name))
+    return {"object": "expert", "name": name, "plugged": False, "manifest": manifest.model_dump()}
 
 
 @router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
 async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
-    """Plug a pack of the experts folder; requests that start from now on can use it."""
-    if any(info.name == body.name for info in service.engine.experts()):
+    """Plug a pack of the experts folder; requests that start from now on can use it. With "replace"
+    it takes the place of the plugged expert of its name, and is armed as that was.
+    """
+    owner = service.experts_owner
+    if not body.replace and any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(
-            409, f"The expert {body.name} is plugged already; unplug it first.", param="name"
+            409,
+            f'The expert {body.name} is plugged already; unplug it first, or send "replace": true.',
+            param="name",
         )
-    return plugged_expert(
-        await asyncio.to_thread(service.experts_owner.plug, pack_path(service, body.name))
-    )
+    plug_pack = partial(plug_in_place, owner) if body.replace else owner.plug
+    return plugged_expert(await asyncio.to_thread(plug_pack, pack_path(service, body.name)))
 
 
 BINARY = {

@@ -40,7 +40,7 @@ def index_expert(name: str) -> Path:
     if "name" not in request:
         raise DataError(f"The run {run} trains no expert; name a run of `deepseek expert train`.")
     expert_index(request["name"], run, load_tokenizer(resolve(request["base"])))
-    return index_folder(request["name"])
+    return _index_folder(request["name"], run)
 
 
 def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> Index:
@@ -48,7 +48,7 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
 
     The index never contains held-out documents, nor commits that changed a held-out file.
     """
-    folder = index_folder(name)
+    folder = _index_folder(name, run)
     source = index_source(run)
     with suppress(DataError):  # missing, damaged or of another version: it is built below
         index = Index.load(folder)
@@ -60,6 +60,19 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
         )
         index.save(folder)
     return index
+
+
+def _index_folder(name: str, run: Path) -> Path:
+    """Return the path of an expert's index: beside the pack that its run wrote, which need not lie
+    in the folder of trained experts.
+
+    Args:
+        name: name of the expert.
+        run: its run folder.
+    """
+    result = run / "result.json"
+    pack = Path(str(read_object(result).get("pack", ""))) if result.is_file() else Path()
+    return index_folder(name, pack.parent if pack.is_file() else None)
 
 
 def index_source(run: Path) -> str:

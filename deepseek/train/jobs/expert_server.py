@@ -5,6 +5,8 @@ them.
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from deepseek.errors import ConfigError, DataError
@@ -25,8 +27,7 @@ class ExpertServer:
     """
 
     def __init__(self, url: str, key: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not _is_address(url):
             raise ConfigError(
                 f"The server's address {url!r} is not understood; write it as "
                 "http://127.0.0.1:8000."
@@ -61,22 +62,15 @@ class ExpertServer:
         self._send("DELETE", _route(name))
 
     def plug_again(self, name: str) -> None:
-        """Replace an expert by the pack of its name in the server's folder.
+        """Plug the pack of a name in the server's folder, in place of the former one if that is
+        plugged; the expert stays armed as it was.
 
         Raises:
             DataError: the server cannot be reached or refuses; the message says why.
         """
-        self._send("DELETE", _route(name), missing_is_fine=True)
-        self.plug(name)
+        self._send("POST", "/v1/experts", {"name": name, "replace": True})
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, str] | None = None,
-        *,
-        missing_is_fine: bool = False,
-    ) -> None:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         data = None if body is None else json.dumps(body).encode()
         # The scheme is checked above.
         request = urllib.request.Request(self._url + path, data, method=method)  # noqa: S310
@@ -87,17 +81,26 @@ class ExpertServer:
             with urllib.request.urlopen(request, timeout=TIMEOUT):  # noqa: S310
                 return
         except urllib.error.HTTPError as error:
-            if error.code == 404 and missing_is_fine:
-                return
             raise DataError(
                 f"The server refused {method} {path} ({error.code}): {_fault(error)}"
             ) from None
-        except OSError as error:
+        # The address is one of another kind of server, or has characters that no request can have.
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise DataError(
                 f"The server at {self._url} cannot be reached ({reason}); start it with `deepseek "
                 "serve`, or check --server."
             ) from None
+
+
+def _is_address(url: str) -> bool:
+    """Return whether a text is the address of a server."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises if it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _route(name: str) -> str:
@@ -106,7 +109,10 @@ def _route(name: str) -> str:
 
 def _fault(error: urllib.error.HTTPError) -> str:
     """Return the message of an error body in OpenAI's form, or else the body's beginning."""
-    body = error.read(4000).decode(errors="replace")
+    try:
+        body = error.read(4000).decode(errors="replace")
+    except (OSError, HTTPException):
+        return "it ended the connection"
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home, read_json
+from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.cli.main import main
 from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
@@ -144,7 +144,9 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
 
 def test_after_an_update_its_text_is_the_one_to_report_on_and_to_search(words: Home) -> None:
     assert held_out_folder("words") == words.run / "corpus" / "held-out"
-    index = Index.load(expert_index.index_expert("words"))
+    folder = expert_index.index_expert("words")
+    assert folder == words.pack.with_name("words.index")
+    index = Index.load(folder)
     words.write(*range(40, 44))
     (words.source / "3.txt").write_text(sentence(99))
     update()
@@ -315,13 +317,21 @@ def server() -> Iterator[Served]:
     served.server_close()
 
 
+def test_an_index_lies_beside_a_pack_that_lies_elsewhere(words: Home, tmp_path: Path) -> None:
+    """Where a server with that folder looks for it."""
+    pack = tmp_path / words.pack.name
+    pack.write_bytes(words.pack.read_bytes())
+    result = words.run / "result.json"
+    write_json(result, read_json(result) | {"pack": str(pack)})
+    assert expert_index.index_expert("words") == tmp_path / "words.index"
+    assert (tmp_path / "words.index" / "meta.json").is_file()
+
+
 def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
     ExpertServer(server.url + "/", "secret").plug_again("words")
-    assert [(method, path) for method, path, _ in server.seen] == [
-        ("DELETE", "/v1/experts/words"),
-        ("POST", "/v1/experts"),
-    ]
-    assert json.loads(server.seen[1][2]) == {"name": "words"}
+    ((method, path, body),) = server.seen
+    assert (method, path) == ("POST", "/v1/experts")
+    assert json.loads(body) == {"name": "words", "replace": True}
     with pytest.raises(DataError, match=r"refused GET .*\(401\): An admin key is needed"):
         ExpertServer(server.url).check()
 
@@ -361,7 +371,7 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
         "words is updated",
         "words is plugged",
     ]
-    assert [method for method, _, _ in server.seen] == ["GET", "DELETE", "POST"]
+    assert [method for method, _, _ in server.seen] == ["GET", "POST"]
 
 
 def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
