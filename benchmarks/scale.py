@@ -39,7 +39,7 @@ import torch
 from decode import LLAMA, engine, rival, write_gguf
 from llama_logits import llama_quantise
 from results import ROOT, write
-from turns import Figures, Turn, add_llama, in_turn, medians
+from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder
@@ -377,6 +377,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     add_llama(parser)
     options = parser.parse_args()
+    check_rivals(parser, options.json, llama=options.llama)
     with tempfile.TemporaryDirectory() as temporary:
         work = Work(options.work or Path(temporary))
         work.folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from statistics import median
 from typing import TypeVar
 
 from bars import installed
+from results import FOLDER
 
 Figures = dict[str, float]
 Turn = Callable[[], Figures]
@@ -32,6 +33,26 @@ def medians(found: Mapping[str, list[Figures]]) -> dict[str, Figures]:
         name: {key: median(one[key] for one in results) for key in results[0]}
         for name, results in found.items()
     }
+
+
+def check_rivals(
+    parser: argparse.ArgumentParser, result: Path | None, **rivals: Path | None
+) -> None:
+    """Refuse to write a result of the repository without the rivals that it has.
+
+    Args:
+        parser: parser of the arguments, which ends the program.
+        result: file to write; None: none.
+        rivals: by the option's name, the Python that has a rival; None: there is none.
+    """
+    if result is None or result.resolve().parent != FOLDER:
+        return
+    for option, python in rivals.items():
+        if python is None:
+            parser.error(
+                f"{result.name} is kept with its rivals; name a Python that has this one with "
+                f"--{option}, or another file."
+            )
 
 
 def add_llama(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ DECLARED = read_declaration(CHECKOUT)
 QUICK = [name for name, one in DECLARED.results.items() if one.quick]
 WITHOUT = {
     "against_documents": "against with other sources",
-    "against_japanese": "against with another source",
     "attention_scaling_bf16_amd": "attention_scaling_bf16 on another machine",
     "compiled_kinds_gemma": "compiled_kinds with the weights of gemma3-270m",
     "decode_avx2": "decode on a processor that is imitated",
