@@ -60,7 +60,8 @@ def _numbers_at(record: Json, path: str) -> Iterator[float]:
             raise KeyError(path)
         yield float(value)
         return
-    for part in _parts(lookup(record, before.rstrip("/"))):
+    group = lookup(record, before.rstrip("/")) if before else record
+    for part in _parts(group):
         if after:
             yield from _numbers_at(part, after.lstrip("/"))
         elif isinstance(part, int | float):
