@@ -58,6 +58,8 @@ from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.text.tokenizer import encode_plain
 
 KINDS = ("conversation", "document")
+TIMED = 8
+"""Passages of each kind that are timed, spread over the experts."""
 CLIENTS = 4
 """Requests at a time."""
 
@@ -178,8 +180,13 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             plugged = count
             known = set(names[:count])
             asked = [p if p.label in known else replace(p, label=None) for p in held_out]
-            row["overhead"] = {kind: overhead(engine, asked, kind, options) for kind in KINDS}
-            row["routing"] = {kind: routing(engine, asked, kind) for kind in KINDS}
+            decided = {kind: decisions(engine, asked, kind) for kind in KINDS}
+            row["routing"] = {kind: shares(asked, decided[kind]) for kind in KINDS}
+            right = {
+                kind: [p for p, name in zip(asked, decided[kind], strict=True) if name == p.label]
+                for kind in KINDS
+            }
+            row["overhead"] = {kind: overhead(engine, right[kind], kind, options) for kind in KINDS}
             row["routing"]["embeddings"] = embeddings(engine, fitting, asked, known)
             stats = engine.stats()
             row["weights_mib"] = round(stats.expert_bytes / (1 << 20), 1)
@@ -236,13 +243,21 @@ def resident_bytes() -> int:
 
 
 def overhead(
-    engine: Engine, asked: Sequence[Passage], kind: str, options: argparse.Namespace
+    engine: Engine, right: Sequence[Passage], kind: str, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return the times of passages that choose their experts, over those that name them."""
-    chosen = [p for p in asked if p.label is not None][:8]
-    others = [p for p in asked if p.label is None][:8]
+    """Return the times of passages that choose their experts, over those that name them.
+
+    Args:
+        engine: engine with the experts plugged.
+        right: passages that choose rightly: another expert, or none, would be another step.
+        kind: how they are asked.
+        options: arguments.
+    """
+    chosen = [p for p in right if p.label is not None]
+    others = [p for p in right if p.label is None]
     figures = {}
-    for what, group in {"own": chosen, "none": others}.items():
+    for what, passages_of_kind in {"own": chosen, "none": others}.items():
+        group = passages_of_kind[:: max(1, len(passages_of_kind) // TIMED)][:TIMED]
         if not group:
             continue
         sides = {
@@ -281,10 +296,10 @@ def decode(engine: Engine, request: Request) -> tuple[float, float, float]:
     return seconds[0] * 1e3, seconds[1] * 1e3, (time.process_time() - busy) * 1e3 / later
 
 
-def routing(engine: Engine, asked: Sequence[Passage], kind: str) -> dict[str, float]:
-    """Return the shares of passages that the right expert answered, or none, in per cent."""
+def decisions(engine: Engine, asked: Sequence[Passage], kind: str) -> list[str | None]:
+    """Return which expert answered each passage, None for the base."""
     answered = in_order(engine, [passage.request(kind) for passage in asked])
-    return shares(asked, [speaker(generation) for generation in answered])
+    return [speaker(generation) for generation in answered]
 
 
 def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation]:
