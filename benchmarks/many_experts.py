@@ -176,7 +176,7 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
         fitting, held_out = passages(engine, options, set(names))
         plugged = 0
         for count in options.counts:
-            row = {"plug": plug(engine, paths[plugged:count])}
+            row: dict[str, Any] = {"plug": plug(engine, paths[plugged:count])}
             plugged = count
             known = set(names[:count])
             asked = [p if p.label in known else replace(p, label=None) for p in held_out]
