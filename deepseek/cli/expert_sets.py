@@ -68,7 +68,7 @@ def lock(
             find_pack(folder / f"{name}.safetensors" if folder else name) for name in names(experts)
         ]
     locked = write_lock(out, lock_packs(paths, base), load_key(key) if key else None)
-    echo(f"{out}: {len(locked.experts)} experts, digest {locked.digest[:16]}")
+    echo(f"{out}: {', '.join(expert.name for expert in locked.experts)}; {locked.digest[:16]}")
 
 
 def merge(
