@@ -251,7 +251,9 @@ def full_size_speeds(rounds: int) -> dict[str, Any]:
 
 
 def speeds(models: Mapping[str, DeepSeekModel], ids: list[int], rounds: int) -> dict[str, Any]:
-    """Return tokens a second of the mixture and the dense model, and their ratio by medians."""
+    """Return tokens a second of the mixture and the dense model, by medians and round by round, and
+    their ratio by medians.
+    """
     turns = {kind: turn(CompiledRunner(model.eval()), ids) for kind, model in models.items()}
     found = in_turn(turns, rounds)
     rates = {
@@ -260,7 +262,12 @@ def speeds(models: Mapping[str, DeepSeekModel], ids: list[int], rounds: int) -> 
     }
     ratios = {name: rates["mixture"][name] / rates["dense"][name] for name in rates["dense"]}
     experts = mean_experts(models["mixture"], ids)
-    return {"tokens_per_second": rates, "mixture_over_dense": ratios, "mean_experts": experts}
+    return {
+        "tokens_per_second": rates,
+        "mixture_over_dense": ratios,
+        "mean_experts": experts,
+        "rounds": found,
+    }
 
 
 def turn(runner: CompiledRunner, ids: list[int]) -> Callable[[], dict[str, float]]:
