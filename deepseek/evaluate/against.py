@@ -42,6 +42,9 @@ FORMAT = 3
 
 RIVALS = ("rag", "lora", "full")
 
+FEW_DOCUMENTS = 10
+"""Number of documents below which an interval over documents is too narrow."""
+
 LEAST_TIME = 0.7
 """Share of the expert's time below which a rival's training counts as cut short."""
 
@@ -235,6 +238,12 @@ class Against:
             )
         if not infill_layout(self.tokenizer).has_tokens:
             notes.append("The base has no tokens for fill-in-the-middle.")
+        documents = len({case.name for case in self.cases})
+        if documents < FEW_DOCUMENTS:
+            notes.append(
+                f"All lines come from {documents} documents, so that the intervals of differences "
+                "are too narrow; hold out more of the text for better ones."
+            )
         return notes
 
     def _hurried(self, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[str]:

@@ -48,7 +48,8 @@ class Case:
 def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) -> list[Case]:
     """Return at most `count` cases, spread evenly over the documents.
 
-    With more documents than cases, the seed decides which ones have a case. In commits, only added lines are targets.
+    With more documents than cases, the seed decides which ones have a case. In commits, only added
+    lines are targets.
 
     Args:
         documents: held-out documents.

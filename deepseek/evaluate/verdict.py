@@ -14,7 +14,7 @@ class Compared:
     """Scores of a row, and its differences from the base and from retrieval.
 
     Attributes:
-        exact: share of lines completed exactly.
+        exact: share of lines completed exactly; its interval takes lines for independent.
         over_base: difference of this share from the base, paired by case; None for the base itself
             or without it.
         over_retrieval: difference of this share from retrieval, likewise.

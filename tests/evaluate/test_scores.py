@@ -1,5 +1,6 @@
 """Intervals and scores of lines."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,10 +43,11 @@ def test_a_row_does_not_differ_from_itself(shares: list[float], seed: int) -> No
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 1.0])), min_size=1))
-def test_a_difference_lies_within_its_interval(cases: list[tuple[str, float]]) -> None:
+def test_a_difference_of_shares_stays_within_bounds(cases: list[tuple[str, float]]) -> None:
     documents, mine = zip(*cases, strict=True)
     difference = paired_difference(mine, [0.0] * len(mine), documents=documents)
-    assert 0.0 <= difference.low <= difference.mean <= difference.high <= 1.0
+    assert 0.0 <= difference.low <= difference.high <= 1.0
+    assert difference.mean == pytest.approx(sum(mine) / len(mine))
 
 
 def test_cases_of_one_document_are_not_independent() -> None:
@@ -59,14 +61,23 @@ def test_cases_of_one_document_are_not_independent() -> None:
     assert together.high == pytest.approx(1.96 * error, rel=0.15)
 
 
-def test_cases_that_each_have_a_document_are_independent() -> None:
+def test_cases_that_each_have_a_document_or_all_the_same_are_independent() -> None:
     mine = [1.0, 0.0, 0.0] * 50
     alone = paired_difference(mine, [0.0] * 150)
-    apart = paired_difference(mine, [0.0] * 150, documents=[str(n) for n in range(150)])
-    assert (apart.low, apart.high) == (
-        pytest.approx(alone.low, abs=0.03),
-        pytest.approx(alone.high, abs=0.03),
-    )
+    assert alone == paired_difference(mine, [0.0] * 150, documents=[f"{n:03}" for n in range(150)])
+    assert alone == paired_difference(mine, [0.0] * 150, documents=["one"] * 150)
+
+
+def test_documents_whose_cases_are_independent_do_not_widen_the_interval() -> None:
+    generator = np.random.default_rng(0)
+    documents = [str(place % 20) for place in range(200)]
+    ratios = []
+    for _ in range(20):
+        mine = generator.integers(0, 2, 200).astype(float).tolist()
+        alone = paired_difference(mine, [0.0] * 200)
+        grouped = paired_difference(mine, [0.0] * 200, documents=documents)
+        ratios.append((grouped.high - grouped.low) / (alone.high - alone.low))
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_difference_is_paired_by_case() -> None:
