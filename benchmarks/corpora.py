@@ -389,7 +389,9 @@ def main() -> None:
         for name, sources in CORPORA.items():
             print(f"{name:14}{', '.join(source.package for source in sources)}")
         return
-    folder = options.out or home() / "corpora" / ("many" if options.names == ["many"] else "")
+    folder = options.out or home() / "corpora" / ("many" if "many" in options.names else "")
+    if options.out is None and "many" in options.names and options.names != ["many"]:
+        parser.error("`many` goes into a folder of its own; fetch it by itself.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         for name in chosen(options.names):

@@ -60,8 +60,9 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in SETTINGS}
     former = json.loads(options.json.read_text()) if options.json.exists() else {"sources": {}}
     figures = former["sources"]
-    if figures and former.get("settings", settings) != settings:
-        parser.error(f"{options.json} was measured with {former['settings']}; name another --json.")
+    if figures and former.get("settings") != settings:
+        measured = former.get("settings", "other settings")
+        parser.error(f"{options.json} was measured with {measured}; name another --json.")
     for source in options.sources:
         path = source.expanduser().resolve()
         runs = {

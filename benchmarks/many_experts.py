@@ -257,7 +257,8 @@ def overhead(
     others = [p for p in right if p.label is None]
     figures = {}
     for what, passages_of_kind in {"own": chosen, "none": others}.items():
-        group = passages_of_kind[:: max(1, len(passages_of_kind) // TIMED)][:TIMED]
+        number = min(TIMED, len(passages_of_kind))
+        group = [passages_of_kind[len(passages_of_kind) * n // number] for n in range(number)]
         if not group:
             continue
         sides = {

@@ -113,7 +113,7 @@ class MeasuredFigure(Shown):
     """Why there is no figure"""
 
     source: Provenance | None = None
-    """Where it comes from; null: not measured"""
+    """Where it comes from, or the result that lacks it; null: there is no result"""
 
 
 class ClaimRow(Shown):
@@ -208,12 +208,15 @@ class Evaluator:
         if record is None:
             why = figure.unmeasured or "no result yet"
             return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
+        source = self.source(result, record)
         try:
-            return compute(figure, record, self.source(result, record))
+            return compute(figure, record, source)
         except KeyError as missing:
             # Measured without one of the rivals, such as on a machine that lacks it.
             why = f"results/{result}.json has no {shown(str(missing))}; measure it again"
-            return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
+            return MeasuredFigure(
+                what=figure.what, text="", goal=goal, unmeasured=why, source=source
+            )
         except (ValueError, ZeroDivisionError) as error:
             raise ConfigError(
                 f"results/{result}.json has {shown(str(error))} for the figure "

@@ -55,15 +55,17 @@ class History:
             if self._digests[before] is None or self._digests[before] != self._digests[now]
         ]
 
-    def version(self, paths: Iterable[str]) -> str:
-        """Return a digest of the content of paths at the commit that is checked out.
+    def version(self, paths: Iterable[str], command: str) -> str:
+        """Return a digest of a command and of the content of paths at the commit that is checked
+        out.
 
         Args:
             paths: files and folders, from the root of the checkout.
+            command: the command.
         """
         names = [f"HEAD:{path}" for path in paths]
         self._ask(*names)
-        content = "\n".join(str(self._digests[name]) for name in names)
+        content = "\n".join([command, *(str(self._digests[name]) for name in names)])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _ask(self, *names: str) -> None:

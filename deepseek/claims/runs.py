@@ -16,6 +16,9 @@ from deepseek.claims.declaration import DeclaredClaims
 from deepseek.claims.evaluation import ClaimRow, results_folder
 from deepseek.errors import ConfigError
 
+MANY = "many"
+"""Corpora that `benchmarks/corpora.py` puts into a folder of their own."""
+
 STOPPING_SECONDS = 60.0
 """Longest time that an interrupted benchmark gets to stop at a safe point."""
 
@@ -51,7 +54,7 @@ class Places:
         Args:
             command: the command as it is declared.
             result: name of the result.
-            version: version of the code that it measures (`History.version`).
+            version: version of the code that it measures, and of the command (`History.version`).
         """
         values = {
             "RESULT": self.results / f"{result}.json",
@@ -75,15 +78,13 @@ def due_results(
         declared: the claims.
         rows: the claims to run, with their figures.
         quick: those with a quick command instead.
-        only_stale: leave out those that are there and not stale.
+        only_stale: leave out those that are there, whole and not stale.
     """
     due = []
     for row in rows:
-        fresh = {
-            figure.source.result
-            for figure in row.figures
-            if figure.source and figure.source.changed == []
-        }
+        sources = [(figure.source, bool(figure.text)) for figure in row.figures if figure.source]
+        lacking = {source.result for source, is_measured in sources if not is_measured}
+        fresh = {source.result for source, _ in sources if source.changed == []} - lacking
         for result in used_results(declared, row.name):
             measurement = declared.results[result]
             command = measurement.quick if quick else measurement.command
@@ -105,12 +106,15 @@ def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
         ConfigError: a folder below `corpora` that a command names is not there.
     """
     words = {word for word in chain.from_iterable(commands) if word.startswith(str(corpora))}
-    missing = sorted(Path(word).name for word in words if not Path(word).exists())
+    missing = {Path(word).name for word in words if not Path(word).exists()}
     if missing:
-        names = "all" if corpora.name in missing else " ".join(missing)
+        few = sorted(missing - {MANY})
+        wanted = [" ".join(few) if corpora.name not in few else "all"] if few else []
+        if MANY in missing:
+            wanted.append(f"{MANY} --megabytes 1")
+        fetching = " and ".join(f"`python benchmarks/corpora.py {names}`" for names in wanted)
         raise ConfigError(
-            f"text of the benchmarks is missing in {corpora}; "
-            f"fetch it with `python benchmarks/corpora.py {names}`."
+            f"text of the benchmarks is missing in {corpora}; fetch it with {fetching}."
         )
 
 

@@ -100,12 +100,11 @@ def run(
     if not quick:
         places = Places.of_user(CHECKOUT)
         history = History(CHECKOUT)
-        commands = {
-            one: places.filled_in(
-                declared.results[one].command, one, history.version(declared.results[one].measures)
-            )
-            for one in results
-        }
+        commands = {}
+        for one in results:
+            command = declared.results[one].command
+            version = history.version(declared.results[one].measures, command)
+            commands[one] = places.filled_in(command, one, version)
         check_corpora(commands.values(), places.corpora)
         _report(run_commands(commands, CHECKOUT, _say))
         return

@@ -232,11 +232,11 @@ class EngineStats:
         cache_bytes: key/value budget in bytes.
         reserved_bytes: part of the budget that is reserved for running requests.
         prefix_bytes: part of the budget that the prefix cache occupies.
-        prompt_tokens: prompt tokens of all admitted requests.
+        prompt_tokens: computed or cached prompt tokens of all admitted requests.
         cached_tokens: those of them that came from the prefix cache, with all their layers.
         shared_tokens: those of them whose lower layers came from the prefix cache, and whose upper
             layers were computed for other experts.
-        completion_tokens: generated tokens.
+        completion_tokens: sampled tokens, also those in place of a prompt's last one.
         finished: number of requests by finish reason.
         steps: number of forward passes.
         step_seconds: time spent in steps, without the time spent waiting for requests.

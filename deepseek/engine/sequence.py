@@ -134,10 +134,12 @@ class ActiveSequence:
         self.stream_bytes = 0
         self._prompt_tokens = len(prompt) + bool(opening)
         self._opening_tokens = 0
+        self._opening_bytes = len(opening.encode())  # that have not been sampled yet
         self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop, len(opening))
         self._matcher = None
+        self._token_bytes = vocabulary.token_bytes
         if opening:
             self._matcher = vocabulary.begins_with(opening)
         elif request.grammar is not None:
@@ -245,7 +247,9 @@ class ActiveSequence:
             logits_V, self._matcher.allowed() if self._matcher else None
         )
         self._lookup.push(token)
-        if self._text.skip:
+        if self._opening_bytes > 0:
+            # Counted in bytes: a token can end within the character after the opening.
+            self._opening_bytes -= len(self._token_bytes(token))
             self._opening_tokens += 1
         else:
             self._expert_counts[expert] += 1

@@ -183,19 +183,23 @@ def test_commands_get_their_places(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"corpora\.py all"):
         check_corpora([words], places.corpora)
+    words = places.filled_in("x.py CORPORA/a CORPORA/many", "r")
+    with pytest.raises(ConfigError, match=r"corpora\.py a` and .*corpora\.py many --megabytes 1`"):
+        check_corpora([words], places.corpora)
 
 
 def test_what_an_interrupted_run_keeps_is_not_found_after_a_change(checkout: Path) -> None:
     places = Places.below(checkout)
     paths = ["package/engine"]
-    before = History(checkout).version(paths)
+    before = History(checkout).version(paths, "x.py WORK")
     assert places.filled_in("x.py WORK", "r", before) == ["x.py", f"{checkout}/bench/r-{before}"]
     (checkout / "package" / "train.py").write_text("new\n")
     commit_all(checkout)
-    assert History(checkout).version(paths) == before, "it measures other code"
+    assert History(checkout).version(paths, "x.py WORK") == before, "it measures other code"
+    assert History(checkout).version(paths, "x.py WORK --tokens 2") != before
     (checkout / "package" / "engine" / "step.py").write_text("new\n")
     commit_all(checkout)
-    assert History(checkout).version(paths) != before
+    assert History(checkout).version(paths, "x.py WORK") != before
 
 
 def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Grammar, Request, TokenEvent
 from deepseek.engine.sampler import Sampling
+from deepseek.engine.sequence import activate
 from deepseek.engine.vocabulary import TextStream, Vocabulary, begun
 from deepseek.errors import ConfigError
 
@@ -154,6 +156,31 @@ def test_the_tokens_of_a_healed_prompt_are_not_those_of_the_reply(
     usage = generation.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), count)
     assert usage.experts == {None: count}
+
+
+def test_a_character_after_the_opening_is_the_replys_although_a_token_ends_within_it() -> None:
+    model, _ = tiny_model(vocab_size=len(TOKENIZER) + 1)
+    spec = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    vocab = spec["model"]["vocab"]
+    vocab["Ġð"] = len(vocab)  # a space and the first byte of a character
+    spec["model"]["merges"].append(["Ġ", "ð"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="<|im_end|>"
+    )
+    llama = tokenizer.encode(" 🦙")
+    assert llama[0] == vocab["Ġð"] and len(llama) == 4
+    prompt = tuple(tokenizer.encode("the ", add_special_tokens=False))
+    assert tokenizer.decode(prompt[-1:]) == " "
+    request = Request(prompt, Sampling(3, temperature=0.0), heal=True)
+    sequence = activate(request, model, Vocabulary(model, tokenizer), 4, lambda _: False)
+    text = ""
+    for token in llama:
+        logits_V = np.zeros(model.config.vocab_size, dtype=np.float32)
+        logits_V[token] = 9.0
+        assert sequence.finish_reason is None
+        text += sequence._sample(logits_V, None).text
+    assert (text, sequence.finish_reason) == ("🦙", "length")
+    assert sequence.usage.completion_tokens == 3
 
 
 @pytest.mark.parametrize("field", [{"grammar": Grammar("regex", "a")}, {"prompt_logprobs": True}])
