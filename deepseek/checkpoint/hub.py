@@ -31,8 +31,12 @@ HUB_FILES = [
     "*.txt",
     "*.model",
     "README.md",
-    "LICENSE*",
-    "NOTICE*",
+    "*LICEN[CS]E*",
+    "*NOTICE*",
+    "COPYING*",
+    "COPYRIGHT*",
+    "*USE_POLICY*",
+    "*TERMS*",
 ]
 """Files to download from the hub: weights, config, tokenizer and terms, but no code, no pickles."""
 

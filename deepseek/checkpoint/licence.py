@@ -50,9 +50,14 @@ RESTRICTED = re.compile(r"^(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.
 
 
 TERMS = re.compile(
-    r"README\.md|(LICEN[CS]E|NOTICE).*|[^.]*TERMS[^.]*(\.(html|md|pdf|txt))?", re.IGNORECASE
+    r"README\.md"
+    r"|([\w-]+[_-])?(LICEN[CS]E|NOTICE|COPYING|COPYRIGHT|USE_POLICY)([ ._-].*)?"
+    r"|([\w-]+_)?(TERMS_OF_USE|(?-i:TERMS))(\.(html|md|pdf|txt))?",
+    re.IGNORECASE,
 )
-"""Names of the files with a model's card and terms."""
+"""Names of the files with a model's card and terms. TERMS alone, or after a vendor's name, is in
+capitals: `search_terms.txt` is none of them.
+"""
 
 
 def read_licence(folder: Path) -> Licence:

@@ -1,5 +1,6 @@
 """`deepseek serve`: an OpenAI-compatible server with a web page."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -155,7 +156,7 @@ def serve(
     waiting = Waiting()
     run(
         model,
-        experts=() if lock else expert_packs(experts, model, experts_folder, waiting),
+        experts=() if lock else partial(expert_packs, experts, model, experts_folder, waiting),
         lock=lock,
         lock_trusted=lock_trusted,
         settings=settings,

@@ -79,6 +79,11 @@ def export_model(
     loaded, tokenizer = load(base, experts=experts, device="cpu", dtype=weights)
     model = own_model(loaded, "Export")
     for info in model.experts.list():
+        if info.kind == "lora":
+            raise ConfigError(
+                f"{info.name} is an adapter, and an export has experts but no adapters; merge it "
+                "into the base with PEFT, or leave it out."
+            )
         if not info.armed:
             raise ConfigError(
                 f"{info.name} is not known to be better than its base and so not armed; give "

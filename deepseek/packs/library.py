@@ -1,11 +1,12 @@
 """The library of trained experts: the folder where `expert train` writes packs, and look-ups."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek import checks
 from deepseek.checkpoint.store import home
-from deepseek.errors import PackError
+from deepseek.errors import CheckpointError, PackError
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
@@ -108,11 +109,15 @@ def _of_base(
     if not manifests:
         return {}, []  # without packs, the base need not be fetched
     base_folder = resolve(base, progress)
-    digests = fingerprint(base_folder)
+    digests = None
+    if _has_shape_of_one(base_folder, manifests.values()):
+        if progress is not None:
+            progress(0, 0, "checking the base")
+        digests = fingerprint(base_folder)  # reads all weights of a base that is new here
     experts: dict[str, str] = {}
     problems: list[str] = []
     for file, manifest in manifests.items():
-        if is_made_for(manifest, digests):
+        if digests is not None and is_made_for(manifest, digests):
             experts[file] = manifest.name
         elif manifest.base.name in (Path(base).name, base_folder.name):
             problems.append(
@@ -120,6 +125,19 @@ def _of_base(
                 f"{manifest.base.name}; load that base, or train the expert on this one."
             )
     return experts, problems
+
+
+def _has_shape_of_one(folder: Path, manifests: "Iterable[PackManifest]") -> bool:
+    """Return whether a model has the shape of one of these packs' bases; True if its config does
+    not state it.
+    """
+    from deepseek.packs.manifest import shape_of
+
+    try:
+        shape = shape_of(folder)
+    except CheckpointError:
+        return True
+    return any(shape == (each.base.hidden_size, each.base.num_layers) for each in manifests)
 
 
 def is_made_for(manifest: "PackManifest", digests: "Fingerprint") -> bool:

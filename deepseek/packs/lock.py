@@ -95,9 +95,9 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
         for manifest in manifests:
             if not is_made_for(manifest, digests):
                 raise PackError(
-                    f"{manifest.name} was made for a base named {manifest.base.name or 'nothing'} "
-                    f"with the digest {manifest.base.weights[:16]}, not for {base} with "
-                    f"{digests.weights[:16]}; give --base that model, or lock experts of {base}."
+                    f"{manifest.name} was made for another base ({manifest.base.name or 'unnamed'}, "
+                    f"{manifest.base.weights[:16]}) than {base} ({digests.weights[:16]}); give "
+                    "--base the model it was made for, or lock other experts."
                 )
     experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
     return Lock(base=bases.pop(), experts=tuple(experts))

@@ -104,10 +104,9 @@ class BaseDescription(Strict):
         Raises:
             CheckpointError: a file is missing or malformed, or the config lacks the model's shape.
         """
-        config = read_object(folder / "config.json")
+        size, layers = shape_of(folder)
         digests = fingerprint(folder)
         try:
-            size, layers = _shape(config, folder)
             return BaseDescription(
                 name=name,
                 weights=digests.weights,
@@ -116,22 +115,34 @@ class BaseDescription(Strict):
                 num_layers=layers,
                 licence=read_licence(folder).name[:200],
             )
-        except (KeyError, TypeError, AttributeError, ValueError, OSError):
-            raise CheckpointError(
-                f"{folder}/config.json names no hidden_size and num_hidden_layers of a model."
-            ) from None
+        except ValueError:
+            raise _no_shape(folder) from None
 
 
-def _shape(config: dict[str, Any], folder: Path) -> tuple[int, int]:
-    """Return width and number of layers in the content of a folder's `config.json`."""
+def shape_of(folder: Path) -> tuple[int, int]:
+    """Return the width and the number of layers that a model folder's `config.json` states.
+
+    Raises:
+        CheckpointError: it is missing or malformed, or lacks them.
+    """
+    config = read_object(folder / "config.json")
     if "hidden_size" in config and "num_hidden_layers" in config:
         return config["hidden_size"], config["num_hidden_layers"]
     from transformers import AutoConfig
 
-    # Some families have other names for them, or nest the language model's config.
-    parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    parsed = parsed.get_text_config(decoder=True)
-    return parsed.hidden_size, parsed.num_hidden_layers
+    try:
+        # Some families have other names for them, or nest the language model's config.
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        parsed = parsed.get_text_config(decoder=True)
+        return parsed.hidden_size, parsed.num_hidden_layers
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+        raise _no_shape(folder) from None
+
+
+def _no_shape(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}/config.json names no hidden_size and num_hidden_layers of a model."
+    )
 
 
 class Metric(Strict):

@@ -95,8 +95,8 @@ def write_pack(
     if header_bytes > MAX_HEADER:
         raise PackError(
             f"expert pack {pack.manifest.name} is refused: its header has {header_bytes} bytes and "
-            f"{MAX_HEADER} are allowed; train it on fewer layers, or give it less to say in its "
-            "manifest."
+            f"{MAX_HEADER} are allowed; train it on fewer layers, or shorten the texts in its "
+            "manifest (domain, metrics, data)."
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)

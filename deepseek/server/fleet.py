@@ -310,8 +310,10 @@ class Fleet:
                 engine.unplug(name)
             for _, digest in state.experts.items() - plugged.items():
                 engine.plug(self._call("pack", digest))
-            # Always, as an expert that was unplugged for another one of its name is not armed.
-            engine.arm(state.arming.value)
+            # An expert that was unplugged for another one of its name is not armed. A state that
+            # has not changed, as for metrics, is not applied again: arming solves all gates.
+            if plugged != state.experts or state.arming != self._state.arming:
+                engine.arm(state.arming.value)
             self._state = state
         except Exception as error:  # any failure must reach the ledger, which rolls back
             refusal = as_api_error(error).message

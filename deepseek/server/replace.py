@@ -14,8 +14,13 @@ from deepseek.server.fleet import Fleet
 def plug_in_place(owner: Engine | Fleet, path: Path) -> ExpertInfo:
     """Plug a pack in place of the plugged expert of its name, if there is one; return its details.
 
-    The former one is unplugged when the pack is read, checked and ready. Until then it serves, and
-    if the pack is refused, it stays.
+    The former one serves until the pack has been read and checked and its module is prepared; if
+    the pack is refused, it stays. With `--expert-gib`, weights stay in their file and nothing is
+    prepared: the former one is unplugged once the new file has been read and checked, just before
+    the new one is plugged. Replicas unplug the former one first, and plug it again if one of them
+    refuses the pack.
+
+    It arms temporarily, so that no other change may run meanwhile (see `Service.change`).
 
     Args:
         owner: the engine, or all replicas.

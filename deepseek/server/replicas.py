@@ -44,7 +44,7 @@ def serve_replicas(
     replicas: int,
     cpus: float,
     *,
-    experts: Packs,
+    find_experts: Callable[[], Packs],
     lock: Lock | None,
     start: Callable[[], Engine],
     drain_seconds: float,
@@ -57,7 +57,7 @@ def serve_replicas(
         port: port of Ray's proxy.
         replicas: number of replicas.
         cpus: processors of each replica.
-        experts: see `serve`.
+        find_experts: returns the packs to plug (see `serve`).
         lock: the lock that the packs must agree with; None: any packs.
         start: creates a replica's engine; called in the replica's process.
         drain_seconds: time that running answers have to finish after a signal, in seconds.
@@ -74,6 +74,7 @@ def serve_replicas(
             "makes."
         )
     base = BaseDescription.of(resolve(settings.base), settings.model)
+    experts = find_experts()
     packs = [read_pack(find_pack(expert), base=base) for expert in experts]
     if lock is not None:
         check_digests(lock, {pack.manifest.name: pack.manifest.digest for pack in packs})

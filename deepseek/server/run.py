@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,13 @@ END_SECONDS = 8.0
 """Time in which everything ends after that: streams with an error, lessons, connections."""
 
 FORCED_SECONDS = 1.0
-"""Time in which answers end after a second signal."""
+"""Time in which answers end after a second signal, and then the application."""
 
 
 def serve(
     model: str | Path = "smollm2-135m",
     *,
-    experts: Packs = (),
+    experts: Packs | Callable[[], Packs] = (),
     lock: str | Path | None = None,
     lock_trusted: bool = False,
     settings: Settings | None = None,
@@ -74,8 +75,8 @@ def serve(
 
     Args:
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
-        experts: packs to plug at start, by file or by name, or their weights (see `load`);
-            default: none.
+        experts: packs to plug at start, by file or by name, or their weights (see `load`), or a
+            function that returns them, called when the base is loaded; default: none.
         lock: a lock file of `deepseek expert lock`: exactly its packs are plugged, in place of
             `experts`. Default: none.
         lock_trusted: whether the lock must be signed by a key in the trust folder. By default a
@@ -137,7 +138,7 @@ def serve(
             port,
             replicas,
             cpus,
-            experts=experts,
+            find_experts=as_function(experts),
             lock=locked,
             start=start,
             drain_seconds=drain_seconds,
@@ -154,7 +155,7 @@ def serve(
             start_locked,
             locked,
             start,
-            experts=experts,
+            as_function(experts),
             report=partial(print, file=sys.stderr, flush=True),
             progress=progress,
         ),
@@ -166,18 +167,29 @@ def serve(
     server.close()
 
 
-def start_locked(lock: Lock | None, start: Callable[..., Engine], **options: Any) -> Engine:
+def as_function(experts: Packs | Callable[[], Packs]) -> Callable[[], Packs]:
+    """Return a function that returns the packs."""
+    return experts if callable(experts) else lambda: experts
+
+
+def start_locked(
+    lock: Lock | None,
+    start: Callable[..., Engine],
+    find_experts: Callable[[], Packs],
+    **options: Any,
+) -> Engine:
     """Start an engine, and check that the packs it has plugged are those of a lock.
 
     Args:
         lock: the lock; None: nothing is checked.
         start: starts the engine.
-        options: its arguments.
+        find_experts: returns the packs to plug.
+        options: further arguments of `start`.
 
     Raises:
         PackError: a pack was changed after it had been checked; loading a base takes a while.
     """
-    engine = start(**options)
+    engine = start(experts=find_experts(), **options)
     try:
         if lock is not None:
             check_digests(lock, {info.name: info.digest for info in engine.experts()})
@@ -233,13 +245,20 @@ class DrainingServer(uvicorn.Server):
         """Close the connections and end the application, after a second signal too: Uvicorn would
         cancel it then, with a traceback for the application and for every answer under way.
         """
+        if self.force_exit:
+            self._end_now()  # before Uvicorn waits for the connections and cancels their answers
         await super().shutdown(sockets)
         if self.force_exit:
-            self.service.admission.end()
-            self.teacher.kill()  # ending the application would wait for the lesson
+            self._end_now()  # the second signal may have come meanwhile
             if tasks := self.server_state.tasks:
                 await asyncio.wait(tasks, timeout=FORCED_SECONDS)
-            await self.lifespan.shutdown()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), FORCED_SECONDS)
+
+    def _end_now(self) -> None:
+        """End all answers, and the lesson, for which ending the application would wait."""
+        self.service.admission.end()
+        self.teacher.kill()
 
     async def on_tick(self, counter: int) -> bool:
         """Begin to drain after a signal; Uvicorn calls this ten times a second."""

@@ -1,6 +1,8 @@
 """State shared by all routes: engine, settings and running jobs."""
 
+import asyncio
 import gc
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -37,6 +39,8 @@ from deepseek.server.prompt import PromptWriter
 from deepseek.server.request_log import LogLevel
 from deepseek.server.schema import ExpertsField
 from deepseek.server.token_text import TokenTexts
+
+T = TypeVar("T")
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
@@ -128,6 +132,7 @@ class Service:
         self.admission = Admission()
         self.fleet: Fleet | None = None
         self.licence = ""  # of the base; "" until the engine is attached, or without a folder
+        self._changing = threading.Lock()
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self._counter: PromptWriter | None = None
@@ -202,6 +207,19 @@ class Service:
     def experts_owner(self) -> Engine | Fleet:
         """The fleet, or without one the engine: it plugs, unplugs and arms for the whole server."""
         return self.fleet or self.engine
+
+    async def change(self, apply: Callable[[Engine | Fleet], T]) -> T:
+        """Call `apply` with the owner of the experts, in a thread, and return its result.
+
+        Changes run one after another: of two replacements at once, one could restore the other's
+        temporary arming.
+        """
+
+        def locked() -> T:
+            with self._changing:
+                return apply(self.experts_owner)
+
+        return await asyncio.to_thread(locked)
 
     @property
     def writer(self) -> PromptWriter:

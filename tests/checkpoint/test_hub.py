@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import tiny_gguf
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.gguf import convert
-from deepseek.checkpoint.licence import read_licence
+from deepseek.checkpoint.licence import copy_terms, read_licence
 from deepseek.checkpoint.store import file_digest
 from deepseek.cli.pull import fetch
 from deepseek.errors import CheckpointError, HubError
@@ -238,6 +238,34 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
         hub.resolve("owner/name")
     cached.append(converted)
     assert hub.resolve("owner/name") == converted
+
+
+TERMS = [
+    "README.md",
+    "LICENSE",
+    "LICENCE.md",
+    "LICENSE-APACHE",
+    "MODEL_LICENSE",
+    "NOTICE.md",
+    "COPYING",
+    "COPYRIGHT",
+    "USE_POLICY.md",
+    "TERMS.html",
+    "TERMS_OF_USE.pdf",
+    "GEMMA_TERMS.md",
+]
+NO_TERMS = ["terms", "search_terms.md", "LONG_TERMS.npz", "noticeable.md", "modeling.py"]
+
+
+def test_the_terms_of_a_model_are_downloaded_and_go_along(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    for name in [*TERMS, *NO_TERMS, "search_terms.txt"]:
+        (source / name).write_text("Be kind.")
+    copy_terms(source, target)
+    assert {path.name for path in target.iterdir()} == {*TERMS}
+    assert [*filter_repo_objects(TERMS, allow_patterns=hub.HUB_FILES)] == TERMS
 
 
 def test_a_pull_keeps_the_licence_and_the_terms(

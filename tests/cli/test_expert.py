@@ -137,6 +137,27 @@ def test_experts_of_another_base_of_the_same_name_are_left_out(
     assert "poems.safetensors is left out: it was made for another base" in capsys.readouterr().err
 
 
+def test_a_base_of_another_shape_is_not_hashed(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It would read all weights of a large model, and no expert can fit."""
+    steps: list[str] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        steps.append(what)
+
+    assert expert_packs("all", str(tmp_path / "tiny-base"), progress=progress) == ["poems"]
+    assert steps == ["checking the base"]
+    other = other_base(tmp_path / "b" / "tiny-base")
+    (other / "config.json").write_text(json.dumps({"hidden_size": 16, "num_hidden_layers": 2}))
+    monkeypatch.setattr(
+        "deepseek.checkpoint.fingerprint.fingerprint", lambda _: pytest.fail("it is hashed")
+    )
+    assert expert_packs("all", str(other), progress=progress) == []
+    assert steps == ["checking the base"]
+    assert "poems.safetensors is left out: it was made for another base" in capsys.readouterr().err
+
+
 def test_of_several_packs_of_one_expert_one_is_plugged(
     pack: Path, tmp_path: Path, capsys: Capture
 ) -> None:

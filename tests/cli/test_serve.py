@@ -1,10 +1,13 @@
 """`deepseek serve`: what is wrong with its options stops it before anything listens."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from deepseek.cli.main import main
+from deepseek.errors import PackError
+from deepseek.server import run
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +76,36 @@ def test_a_key_with_experts_cannot_be_an_administrators(
     said = refused(capsys, "--api-key-file", str(users), "--admin-key-file", str(admins))
     assert "give each key once" in said
     assert "secret" not in said
+
+
+def test_a_wrong_address_or_device_is_refused_before_the_experts_are_looked_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may download and hash the base, which can take minutes."""
+    monkeypatch.setattr(
+        "deepseek.packs.library.packs_for", lambda *_: pytest.fail("they are looked up")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "is taken" in refused(capsys, str(tmp_path), "--port", port)
+    assert "key is needed" in refused(capsys, str(tmp_path), "--host", "0.0.0.0")
+    assert "Device cuda" in refused(capsys, str(tmp_path), "--device", "cuda:99")
+
+
+def test_experts_are_looked_up_while_the_server_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs that are left out are named all the same."""
+    plugged: list[object] = []
+
+    def start(*_: object, experts: object, **__: object) -> None:
+        plugged.append(experts)
+        raise PackError("enough.")
+
+    monkeypatch.setattr(run, "start_engine", start)
+    monkeypatch.setattr(
+        "deepseek.packs.library.packs_for",
+        lambda *_: ({"one": tmp_path / "one.safetensors"}, ["two is left out"]),
+    )
+    assert "warning: two is left out" in refused(capsys, str(tmp_path), "--port", "0")
+    assert plugged == [["one"]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_adapter import write_adapter
 from tiny_expert import save_base, save_expert
 from tiny_model import tiny_model
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 from deepseek.checkpoint.convert import convert_config
 from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.cli.main import main
+from deepseek.engine.adapters import import_adapter
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export import export
@@ -105,6 +107,18 @@ def test_the_terms_of_the_base_go_along(base: Path, tmp_path: Path) -> None:
     export_model(folder, tmp_path / "out", "hf")
     assert read_licence(tmp_path / "out") == read_licence(folder)
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+
+
+def test_an_adapter_is_refused_by_what_it_is(base: Path, tmp_path: Path) -> None:
+    """No weight would help, and "auto" does not arm it either."""
+    layers = {"model.layers.0.self_attn.q_proj": (32, 32)}
+    adapter = write_adapter(tmp_path / "peft", layers)
+    path = tmp_path / "style.safetensors"
+    import_adapter(adapter, name="style", base=base, out=path)
+    for experts in ([path], {path: 1.0}):
+        with pytest.raises(ConfigError, match=r"style is an adapter, and .* or leave it out"):
+            export_model(base, tmp_path / "out", "onnx", experts=experts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_expert_that_is_not_armed_is_not_left_out_in_silence(base: Path, tmp_path: Path) -> None:

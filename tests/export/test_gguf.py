@@ -1,6 +1,5 @@
 """An exported GGUF file computes what the model computes, in transformers and in llama.cpp."""
 
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_expert import save_base
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.gguf.config import generation_config
 from deepseek.checkpoint.gguf.convert import convert_gguf
@@ -280,6 +279,25 @@ def test_a_type_that_transformers_does_not_know_is_refused_unread(
     assert not (folder / "ran").exists()
 
 
+def record_trust(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """Return a list that takes each call that could run a folder's code, and whether it may."""
+    calls: list[tuple[str, object]] = []
+
+    def record(reader: type, method: str) -> None:
+        original = getattr(reader, method)
+
+        def recorded(*args: object, **options: object) -> object:
+            calls.append((reader.__name__, options.get("trust_remote_code")))
+            return original(*args, **options)
+
+        monkeypatch.setattr(reader, method, recorded)
+
+    for reader in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        record(reader, "from_pretrained")
+    record(AutoModelForCausalLM, "from_config")
+    return calls
+
+
 def test_code_of_a_known_type_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = stock("llama", tmp_path)
     (folder / "malice.py").write_text(MALICE)
@@ -290,8 +308,14 @@ def test_code_of_a_known_type_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
         raise AssertionError("a question")
 
     monkeypatch.setattr("builtins.input", ask)
-    with suppress(ConfigError):  # the field may be refused, as no GGUF file can say it
+    calls = record_trust(monkeypatch)
+    with pytest.raises(ConfigError, match=r"A GGUF file cannot say auto_map="):
         export_model(folder, tmp_path / "out.gguf", "gguf")
+    # Nor is it run where the export would go on, to compare the models.
+    monkeypatch.setattr(gguf, "UNREAD", gguf.UNREAD | {"auto_map"})
+    export_model(folder, tmp_path / "out.gguf", "gguf")
+    assert {name for name, _ in calls} == {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}
+    assert [call for call in calls if call[1] is not False] == []
     assert not (folder / "ran").exists()
 
 

@@ -2,6 +2,7 @@
 time.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -18,9 +19,14 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from live_server import save_model
 
-from deepseek.server.run import END_SECONDS
+from deepseek.server import run
+from deepseek.server.app import create_app
+from deepseek.server.connection import http_config
+from deepseek.server.run import END_SECONDS, DrainingServer
+from deepseek.server.service import Settings
 
 DRAIN = 1.0
 SLACK = 30.0
@@ -185,3 +191,36 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
         output = running.communicate()[1]
     assert "Traceback" not in output, output
     assert not any(Path(f"/proc/{pid}").exists() for pid in trainers)
+
+
+class Endless:
+    """An application that does not end."""
+
+    async def shutdown(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("signals_before", [2, 1])
+def test_answers_end_before_uvicorn_would_cancel_them(
+    signals_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on, Uvicorn waits for connections, and then cancels their answers."""
+    monkeypatch.setattr(run, "FORCED_SECONDS", 0.05)
+    app = create_app(None, Settings())
+    steps: list[str] = []
+    server = DrainingServer(http_config(app), app.state.service, app.state.teacher, lambda: 1 / 0)
+    monkeypatch.setattr(server, "lifespan", Endless(), raising=False)
+    monkeypatch.setattr(server.service.admission, "end", lambda: steps.append("answers"))
+    monkeypatch.setattr(server.teacher, "kill", lambda: steps.append("lesson"))
+
+    async def close(*_: object) -> None:
+        steps.append("connections")
+        for _signal in range(2 - signals_before):
+            server.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", close)
+    for _signal in range(signals_before):
+        server.handle_exit(signal.SIGTERM, None)
+    asyncio.run(asyncio.wait_for(server.shutdown(), SLACK))
+    ended = ["answers", "lesson"]
+    assert steps == [*(ended if signals_before == 2 else []), "connections", *ended]

@@ -291,6 +291,17 @@ def test_figures_name_their_replica(box: Box) -> None:
     assert text.count("# TYPE running gauge") == 1
 
 
+def test_asking_for_metrics_leaves_the_experts_as_they_are(box: Box) -> None:
+    """Arming solves all gates anew, too much work for every scrape."""
+    first, _ = box.replica("a"), box.replica("b")
+    first.plug(box.pack("one"))
+    first.arm({"one": 0.5})
+    before = [engine.model.experts._state for engine in box.engines]
+    first.metrics()
+    after = [engine.model.experts._state for engine in box.engines]
+    assert all(now is then for now, then in zip(after, before, strict=True))
+
+
 def test_draining_reaches_all_and_stays(box: Box) -> None:
     first, _ = box.replica("a"), box.replica("b")
     assert [report.active for report in box.call("reports").values()] == [3, 3]

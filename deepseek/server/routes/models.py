@@ -5,7 +5,6 @@ arm experts.
 import asyncio
 import tempfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +105,18 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     """Plug a pack of the experts folder; requests that start from now on can use it. With "replace"
     it takes the place of the plugged expert of its name, and is armed as that was.
     """
-    owner = service.experts_owner
     if not body.replace and any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(
             409,
             f'The expert {body.name} is plugged already; unplug it first, or send "replace": true.',
             param="name",
         )
-    plug_pack = partial(plug_in_place, owner) if body.replace else owner.plug
-    return plugged_expert(await asyncio.to_thread(plug_pack, pack_path(service, body.name)))
+    path = pack_path(service, body.name)
+    return plugged_expert(
+        await service.change(
+            lambda owner: plug_in_place(owner, path) if body.replace else owner.plug(path)
+        )
+    )
 
 
 BINARY = {
@@ -134,7 +136,7 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
             async for piece in request.stream():
                 file.write(piece)
         try:
-            return plugged_expert(await asyncio.to_thread(service.experts_owner.plug, path))
+            return plugged_expert(await service.change(lambda owner: owner.plug(path)))
         except PackError as error:
             raise ApiError(
                 400, str(error).replace(str(path), "upload"), code="invalid_pack"
@@ -144,7 +146,8 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
 async def unplug(name: str, service: TheService) -> dict[str, Any]:
     """Unplug an expert; running requests keep it until they end."""
-    await asyncio.to_thread(service.experts_owner.unplug, service.plugged(name).name)
+    plugged = service.plugged(name).name
+    await service.change(lambda owner: owner.unplug(plugged))
     return {"object": "expert", "name": name, "plugged": False}
 
 
@@ -153,7 +156,7 @@ async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
     """Set the experts that may fire in requests that select none; "auto" is every plugged expert,
     now and later.
     """
-    armed = await asyncio.to_thread(service.experts_owner.arm, body.arm)
+    armed = await service.change(lambda owner: owner.arm(body.arm))
     return {"object": "list", "armed": list(armed)}
 
 

@@ -166,7 +166,7 @@ class Teacher:
                 lesson.read(line.decode("utf-8", "replace").strip())
             if await process.wait() == 0 and lesson.state == "running":
                 await asyncio.to_thread(lesson.end)
-                plugged = await asyncio.to_thread(self.service.experts_owner.plug, pack)
+                plugged = await self.service.change(lambda owner: owner.plug(pack))
                 lesson.verdict = plugged.verdict
                 lesson.armed = plugged.armed
                 if lesson.armed:
