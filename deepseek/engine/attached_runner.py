@@ -168,7 +168,8 @@ class AttachedRunner(ReferenceRunner):
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
         rows: dict[int, tuple[Tensor, list[str | None]]] = {}
-        for group in similar_lengths([chunk for chunk in chunks if self._decodes(chunk)]):
+        decoding = [chunk for chunk in chunks if self._decodes(chunk)]
+        for group in similar_lengths(decoding):
             if len(group) == 1:
                 continue
             logits_BV, speakers = self._decode(group)

@@ -94,10 +94,11 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
         digests = fingerprint(resolve(base))
         for manifest in manifests:
             if not is_made_for(manifest, digests):
+                made_for = f"{manifest.base.name or 'unnamed'}, {manifest.base.weights[:16]}"
                 raise PackError(
-                    f"{manifest.name} was made for another base ({manifest.base.name or 'unnamed'}, "
-                    f"{manifest.base.weights[:16]}) than {base} ({digests.weights[:16]}); give "
-                    "--base the model it was made for, or lock other experts."
+                    f"{manifest.name} was made for another base ({made_for}) than {base} "
+                    f"({digests.weights[:16]}); give --base the model it was made for, or lock "
+                    "other experts."
                 )
     experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
     return Lock(base=bases.pop(), experts=tuple(experts))

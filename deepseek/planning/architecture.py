@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
 ATTENTION_KINDS = ("exact", "flash", "lsh")
-"""How attention may be planned: all scores in memory, all in tiles, or candidates only, in tiles."""
+"""How attention may be planned: all scores in memory; all of them in tiles; or, in tiles, those of
+LSH attention's candidates.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -265,8 +265,8 @@ class EmbeddingsRequest(Body):
 
 
 class PlugRequest(Body):
-    """`POST /v1/experts`: name of a pack in the experts folder, and whether it takes the place of the
-    plugged expert of its name.
+    """`POST /v1/experts`: name of a pack in the experts folder, and whether to replace the plugged
+    expert of that name.
     """
 
     name: ExpertName
