@@ -1,5 +1,6 @@
 """Whether code has changed since a result was measured, by git."""
 
+import ast
 import hashlib
 import re
 import subprocess
@@ -17,13 +18,15 @@ NAME = re.compile(r"\w[\w.-]*")
 class History:
     """What git knows of a checkout: the content of its files at some commits, compared by digest.
 
-    Uncommitted changes do not count: a result is compared with the commit that is checked out.
+    Uncommitted changes do not count: a result is compared with the commit that is checked out. Nor
+    do comments, docstrings and layout of Python files, which no measurement depends on.
     """
 
     def __init__(self, checkout: Path) -> None:
         """Compare within `checkout`, which may be no git repository: then nothing is known."""
         self.checkout = checkout
         self._digests: dict[str, str | None] = {}
+        self._codes: dict[str, str] = {}
 
     def head(self) -> str | None:
         """Return the commit that is checked out, abbreviated; None: unknown."""
@@ -31,7 +34,7 @@ class History:
         return found.strip() if found else None
 
     def changed(self, commit: str, paths: Iterable[str]) -> list[str] | None:
-        """Return the paths whose content differs between a commit and the one checked out.
+        """Return the paths whose code differs between a commit and the one checked out.
 
         Args:
             commit: commit of a result, which may end in "-dirty".
@@ -52,7 +55,8 @@ class History:
         return [
             path
             for path, (before, now) in pairs.items()
-            if self._digests[before] is None or self._digests[before] != self._digests[now]
+            if self._digests[before] is None
+            or (self._digests[before] != self._digests[now] and self._code_changed(then, path))
         ]
 
     def version(self, paths: Iterable[str], command: str) -> str:
@@ -67,6 +71,26 @@ class History:
         self._ask(*names)
         content = "\n".join([command, *(str(self._digests[name]) for name in names)])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def _code_changed(self, then: str, path: str) -> bool:
+        """Return whether a file, or one of a folder, has other code than at the commit `then`."""
+        found = self._git("diff", "--raw", "--no-renames", "--no-abbrev", then, "HEAD", "--", path)
+        if found is None:
+            return True
+        for line in found.splitlines():
+            change, _, name = line.partition("\t")
+            _, _, before, now, status = change.split()
+            if status != "M" or not name.endswith(".py") or self._code(before) != self._code(now):
+                return True
+        return False
+
+    def _code(self, blob: str) -> str:
+        """Return a digest of the code of a Python file, by the digest of its content."""
+        if blob not in self._codes:
+            source = self._git("cat-file", "blob", blob)
+            code = blob if source is None else python_code(source)
+            self._codes[blob] = hashlib.sha256(code.encode()).hexdigest()
+        return self._codes[blob]
 
     def _ask(self, *names: str) -> None:
         """Learn the digests of git objects; None: there is no such object."""
@@ -91,3 +115,30 @@ class History:
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout
+
+
+def python_code(source: str) -> str:
+    """Return what Python runs of a file: its syntax tree without docstrings, comments and layout.
+
+    Args:
+        source: text of the file. If it is not valid Python, it is returned as it is.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return source
+    for node in ast.walk(tree):
+        for block in ("body", "orelse", "finalbody"):
+            statements = getattr(node, block, None)
+            if isinstance(statements, list):
+                setattr(node, block, [each for each in statements if not _is_comment(each)])
+    return ast.dump(tree)
+
+
+def _is_comment(statement: ast.AST) -> bool:
+    """Return whether a statement is a text that stands alone, such as a docstring."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

@@ -168,6 +168,41 @@ def test_a_result_is_stale_once_its_code_has_changed(checkout: Path) -> None:
     assert History(checkout).changed(commit, ["package/engine"]) == [], "content counts"
 
 
+@pytest.mark.parametrize(
+    ("now", "changed"),
+    [
+        (
+            '"""Doubles."""\n\n\ndef double(x):  # of ints\n    """Twice x."""\n    return 2 * x\n',
+            False,
+        ),
+        ("def double(x):\n    return (\n        2 * x\n    )\n", False),
+        ("def double(x):\n    return x * 2\n", True),
+        ("def double(x):\n    return '2 * x'\n", True),
+        ("def double(x):\n", True),
+    ],
+)
+def test_comments_docstrings_and_layout_are_no_code(
+    checkout: Path, now: str, changed: bool
+) -> None:
+    step = checkout / "package" / "engine" / "step.py"
+    step.write_text("def double(x):\n    return 2 * x\n")
+    commit = commit_all(checkout)
+    step.write_text(now)
+    commit_all(checkout)
+    paths = ["package/engine", "package/engine/step.py"]
+    assert History(checkout).changed(commit, paths) == (paths if changed else [])
+
+
+def test_a_new_or_removed_file_changes_its_folder(checkout: Path) -> None:
+    commit = commit_all(checkout)
+    (checkout / "package" / "engine" / "empty.py").write_text("")
+    head = commit_all(checkout)
+    assert History(checkout).changed(commit, ["package/engine"]) == ["package/engine"]
+    (checkout / "package" / "engine" / "empty.py").unlink()
+    commit_all(checkout)
+    assert History(checkout).changed(head, ["package/engine"]) == ["package/engine"]
+
+
 @pytest.mark.parametrize("commit", ["unknown", "0123456", "", "--help", "HEAD\nHEAD"])
 def test_of_an_unknown_commit_nothing_is_known(checkout: Path, commit: str) -> None:
     assert History(checkout).changed(commit, ["package/engine"]) is None
