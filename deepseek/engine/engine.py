@@ -268,16 +268,17 @@ class Engine:
             scheduler.waiting.extend(sequences)
             self._changed.notify_all()
 
-    def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
+    def plug(self, source: str | Path | ExpertPack, *, in_place: bool = False) -> ExpertInfo:
         """Plug an expert for requests submitted from now on (see `ExpertSet.plug`).
 
         Args:
             source: an expert pack, loaded or as the path of its file.
+            in_place: take the place of the plugged expert of its name, armed as that was.
 
         Raises:
             PackError: the pack cannot be read, or does not fit the base model.
         """
-        return self.model.experts.plug(source, self.runner.prepare)
+        return self.model.experts.plug(source, self.runner.prepare, in_place=in_place)
 
     def unplug(self, name: str) -> None:
         """Unplug an expert; requests in flight keep it until they finish.

@@ -306,12 +306,12 @@ class Fleet:
         active, metrics = self._take(state.draining)
         try:
             plugged = {info.name: info.digest for info in engine.experts()}
-            for name, _ in plugged.items() - state.experts.items():
+            for name in plugged.keys() - state.experts.keys():
                 engine.unplug(name)
             for _, digest in state.experts.items() - plugged.items():
-                engine.plug(self._call("pack", digest))
-            # An expert that was unplugged for another one of its name is not armed. A state that
-            # has not changed, as for metrics, is not applied again: arming solves all gates.
+                engine.plug(self._call("pack", digest), in_place=True)
+            # A state that has not changed, as for metrics, is not applied again: arming solves all
+            # gates.
             if plugged != state.experts or state.arming != self._state.arming:
                 engine.arm(state.arming.value)
             self._state = state

@@ -211,8 +211,7 @@ class Service:
     async def change(self, apply: Callable[[Engine | Fleet], T]) -> T:
         """Call `apply` with the owner of the experts, in a thread, and return its result.
 
-        Changes run one after another: of two replacements at once, one could restore the other's
-        temporary arming.
+        Changes run one after another: a fleet refuses one whose state another has changed meanwhile.
         """
 
         def locked() -> T:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_expert import save_base
 
 import deepseek
@@ -25,7 +27,14 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs import expert_index
 from deepseek.train.jobs.adapt import add_lora
-from deepseek.train.jobs.equal_time import Effort, adapt_for_equal_time, fit
+from deepseek.train.jobs.equal_time import (
+    EVALUATION_COST,
+    Effort,
+    adapt_for_equal_time,
+    fit,
+    for_training,
+)
+from deepseek.train.jobs.plan import Amount, RowCounts, Speed, make_plan
 from deepseek.train.loop.past_runs import find_run
 
 
@@ -231,6 +240,19 @@ def test_rows_come_in_the_order_of_the_table() -> None:
 )
 def test_the_time_decides_how_much_text_and_how_often(seconds: float, effort: Effort) -> None:
     assert fit(seconds, 1.0, 10, 512) == effort
+
+
+@given(st.integers(400, 10_000), st.floats(0.01, 2.0), st.integers(1, 200))
+def test_a_rival_gets_the_time_of_the_expert_evaluations_included(
+    steps: int, row_seconds: float, rows: int
+) -> None:
+    """Its plan, made from its own speed, takes what the expert took."""
+    seconds = steps * row_seconds
+    speed = Speed(0.0, row_seconds, row_seconds * EVALUATION_COST)
+    effort = fit(for_training(seconds, row_seconds, min(16, rows)), row_seconds, 10**6, 512)
+    amount = Amount(effort.tokens, effort.epochs, effort.epochs, 512, 1, 16 * 512)
+    plan = make_plan(amount, None, speed, RowCounts(10**6, 10**6, rows))
+    assert plan.seconds == pytest.approx(seconds, rel=0.1)
 
 
 def test_a_lost_row_is_told_as_a_won_one(tmp_path: Path) -> None:

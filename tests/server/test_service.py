@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from deepseek.engine.load import load
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, DataError
-from deepseek.model.experts.arming import ArmingValue
 from deepseek.packs.library import prompts_file
 from deepseek.packs.manifest import LEAST_GAIN
 from deepseek.packs.pack import read_pack
@@ -324,40 +322,6 @@ def test_a_replaced_expert_stays_armed_as_it_was(
             http.post("/v1/experts/arm", json={"arm": "auto"})
     finally:
         path.write_bytes(former)
-
-
-def test_two_replacements_at_once_leave_the_arming_as_it_was(
-    keyed: Live, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one to begin would end last, and restore the first one's temporary arming."""
-    experts = keyed.engine.model.experts
-    arming = experts.arming
-    began = [threading.Event(), threading.Event()]
-    first_ended = threading.Event()
-
-    @contextmanager
-    def overlapping(names: ArmingValue) -> Iterator[None]:
-        is_first = not began[0].is_set()
-        with arming(names):
-            began[0 if is_first else 1].set()
-            yield
-            (began[1] if is_first else first_ended).wait(1)
-        if is_first:
-            first_ended.set()
-
-    with keyed.http(ADMIN) as http:
-        for name in ("one", "two"):
-            assert http.post("/v1/experts", json={"name": name}).status_code == 201
-        before = experts._state.arming
-        monkeypatch.setattr(experts, "arming", overlapping)
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(http.post, "/v1/experts", json={"name": "one", "replace": True})
-            assert began[0].wait(30)
-            second = http.post("/v1/experts", json={"name": "two", "replace": True})
-            assert [first.result().status_code, second.status_code] == [201, 201]
-        assert experts._state.arming == before
-        for name in ("one", "two"):
-            assert http.delete(f"/v1/experts/{name}").status_code == 200
 
 
 def test_a_manifest_is_shown_without_reading_the_weights(

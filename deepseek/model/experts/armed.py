@@ -299,8 +299,10 @@ class ArmedExperts:
         None if relevance plays no part: admission is already decided, no candidate has a table, or
         the pass runs on embeddings.
         """
+        if self._decided_BM is not None or ctx.input_ids_BT is None:
+            return None  # before the bank is asked for, which copies the tables of its experts
         bank = self._roster.relevance
-        if self._decided_BM is not None or bank is None or ctx.input_ids_BT is None:
+        if bank is None:
             return None
         if ctx.words_BTM is None:
             state = ctx.cache.relevance_state if ctx.cache is not None else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from deepseek.model.experts.state import (
     PlugState,
     chosen_module,
     fitting,
+    module_from,
     roster_of,
     roster_with,
 )
@@ -34,7 +35,6 @@ from deepseek.model.experts.trace import Trace
 from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack
-from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import ExpertPack
 from deepseek.packs.pack_file import open_pack
@@ -46,6 +46,7 @@ class ExpertSet:
 
     No `nn.Module`, so that the model's state dict never includes plugged modules. Plugging is safe
     while other threads generate: a sequence keeps the modules that were armed when it started.
+    `arming` and `forced` act on the sequences of all threads; their blocks must not overlap.
 
     Attributes:
         policy: rules by which `plug` accepts packs.
@@ -72,13 +73,15 @@ class ExpertSet:
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
         model = self._live_model()
         copied = ExpertSet(memo.get(id(model), model))
-        copied.policy = self.policy
-        copied.base_folder = self.base_folder
-        copied._base = self._base
-        copied.sites = self.sites
-        copied.weight_cache = self.weight_cache
-        copied._state = self._state
+        for name in ("policy", "base_folder", "_base", "sites", "weight_cache", "_state"):
+            setattr(copied, name, getattr(self, name))
         return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "A model with experts cannot be pickled; write it with save_pretrained, and plug the "
+            "packs again once it is loaded."
+        )
 
     @property
     def base(self) -> BaseDescription:
@@ -124,6 +127,8 @@ class ExpertSet:
         self,
         source: str | Path | ExpertPack,
         prepare: Callable[[ExpertModule | AdapterModule], object] | None = None,
+        *,
+        in_place: bool = False,
     ) -> ExpertInfo:
         """Check a pack and plug its module or adapter into the model.
 
@@ -135,38 +140,35 @@ class ExpertSet:
             source: path of a pack file, name of a trained expert, or a pack in memory.
             prepare: called with the module before it is plugged, for set-up that must be complete
                 before the module can fire; None: no set-up.
+            in_place: take the place of the plugged module of its name, if there is one, in a single
+                step, armed as that was.
 
         Returns:
             The plugged module's details.
 
         Raises:
             PackError: the pack is damaged, belongs to another base, is refused by `policy`, or has
-                the name of a plugged module. Nothing is changed then.
+                the name of a plugged module without `in_place`. Nothing is changed then.
         """
         if not isinstance(source, str | Path | ExpertPack):
             raise ConfigError(f"source={shown(source)} must be a path or an ExpertPack.")
         path_or_pack = find_pack(source) if isinstance(source, str) else source
         keep = self.weight_cache.limit is not None
         pack, file = open_pack(path_or_pack, self.policy, self.base, keep)
-        model = self._live_model()
-        module: ExpertModule | AdapterModule = (
-            AdapterModule.from_pack(pack, model, self._hooks, model.dtype, model.device)
-            if isinstance(pack.manifest, LoraManifest)
-            else ExpertModule.from_pack(pack, model.dtype, model.device)
-        )
+        module = module_from(pack, self._live_model(), self._hooks)
         if file is not None and isinstance(module, ExpertModule):
             module.store(file, self.weight_cache)
         elif prepare is not None:
             prepare(module)
         plugged = Plugged(module, pack.manifest)
         with self._lock:
-            if module.name in self._state.by_name:
+            if module.name in self._state.by_name and not in_place:
                 raise PackError(
                     f"An expert named {module.name} is plugged already; unplug it first or train "
                     "this one under another name."
                 )
             state = self._current()  # all modules are in one place, so `_current` looks at one
-            self._install(state.having(plugged), state.arming)
+            self._install(state.having(plugged), state.arming)  # takes the place of its namesake
         return self._state.info(plugged)
 
     def unplug(self, name: str) -> None:
@@ -180,9 +182,8 @@ class ExpertSet:
         """
         with self._lock:
             self._state.require(name)
-            remaining = tuple(e for e in self._state.plugged if e.manifest.name != name)
             names = self._state.by_name.keys() - {name}
-            self._install(remaining, self._state.arming.among(names))
+            self._install(self._state.without(name), self._state.arming.among(names))
 
     def arm(self, names: ArmingValue = AUTO) -> tuple[str, ...]:
         """Choose the modules whose gates are evaluated, from the next sequence on.
@@ -278,10 +279,7 @@ class ExpertSet:
         armed = self.armed()
         if armed is None or armed.roster.relevance is None:
             return armed
-        counted_BT = (
-            None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
-        )
-        decided_BM = armed.roster.relevance.document_keeps(input_ids, counted_BT)
+        decided_BM = armed.roster.relevance.document_keeps(input_ids, attention_mask)
         if not bool(decided_BM.any()) and not armed.adapts:
             return None
         return ArmedExperts(armed.roster, self._traces, decided_BM, armed.factors)

@@ -260,9 +260,19 @@ class RelevanceBank:
         kept_BM = self.whole_document(ids_BT, counted_BT) - RULED_OUT
         return above_BM.where(~self.paired_M, torch.minimum(above_BM, kept_BM))
 
-    def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return which modules `[B, M]` a document as a whole admits."""
-        return self.whole_document(ids_BT, counted_BT) > RULED_OUT
+    def document_keeps(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return which modules `[B, M]` a document as a whole admits.
+
+        Args:
+            ids_BT: tokens of the document, on any device.
+            attention_mask: 0 at padding, for these tokens and perhaps others before them; None: no
+                padding.
+        """
+        device = self.offset_M.device
+        counted_BT = None
+        if attention_mask is not None:
+            counted_BT = attention_mask[:, -ids_BT.shape[1] :].bool().to(device)
+        return self.whole_document(ids_BT.to(device), counted_BT) > RULED_OUT
 
     def whole_document(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return a document's evidence for each module `[B, M]`, in nats, offset included.

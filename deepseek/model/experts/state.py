@@ -2,20 +2,25 @@
 
 from bisect import insort
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from transformers import PreTrainedModel
 
 from deepseek import checks
 from deepseek.errors import ConfigError, PackError, shown
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.arming import EVERY_EXPERT, Arming
+from deepseek.model.experts.linear_hooks import HookTable
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.packs.kinds import AnyManifest
+from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import Manifest
+from deepseek.packs.pack import ExpertPack
 from deepseek.registry import nearest
 
 ExpertBytes = Callable[[ArmedExperts | None], Mapping[ExpertModule, int]]
@@ -131,10 +136,16 @@ class PlugState:
         return weights
 
     def having(self, expert: Plugged) -> tuple[Plugged, ...]:
-        """Return the plugged modules and one more, sorted by content digest."""
-        plugged = list(self.plugged)
+        """Return the plugged modules and one more, in place of the one of its name, sorted by
+        content digest.
+        """
+        plugged = list(self.without(expert.manifest.name))
         insort(plugged, expert, key=lambda other: other.manifest.digest)
         return tuple(plugged)
+
+    def without(self, name: str) -> tuple[Plugged, ...]:
+        """Return the plugged modules but one, which need not be there."""
+        return tuple(expert for expert in self.plugged if expert.manifest.name != name)
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype] | None:
@@ -150,9 +161,11 @@ class PlugState:
         They are copies where they move, so that sequences in flight, and the original of a copied
         model, keep theirs.
         """
-        return tuple(
-            replace(expert, module=expert.module.placed(device, dtype)) for expert in self.plugged
-        )
+        with recordable():
+            return tuple(
+                replace(expert, module=expert.module.placed(device, dtype))
+                for expert in self.plugged
+            )
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""
@@ -180,6 +193,32 @@ class PlugState:
             weight=weight,
             verdict=manifest.verdict,
         )
+
+
+def recordable() -> AbstractContextManager[None]:
+    """Return a context in which weights are made that later passes may record gradients through,
+    even if the caller infers in `torch.inference_mode`.
+    """
+    return torch.inference_mode(False)
+
+
+def module_from(
+    pack: ExpertPack, model: PreTrainedModel, hooks: HookTable
+) -> ExpertModule | AdapterModule:
+    """Return the module or adapter of a checked pack, in a model's dtype and on its device.
+
+    Args:
+        pack: a pack that passed `check_pack` or `read_pack`.
+        model: the model.
+        hooks: the hooks on the model's linear layers, for an adapter.
+
+    Raises:
+        PackError: the pack does not fit the model.
+    """
+    with recordable():
+        if isinstance(pack.manifest, LoraManifest):
+            return AdapterModule.from_pack(pack, model, hooks, model.dtype, model.device)
+        return ExpertModule.from_pack(pack, model.dtype, model.device)
 
 
 def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Roster | None:

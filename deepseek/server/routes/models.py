@@ -21,7 +21,6 @@ from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import Model, Models, described
-from deepseek.server.replace import plug_in_place
 from deepseek.server.schema import ArmRequest, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
@@ -113,9 +112,7 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
         )
     path = pack_path(service, body.name)
     return plugged_expert(
-        await service.change(
-            lambda owner: plug_in_place(owner, path) if body.replace else owner.plug(path)
-        )
+        await service.change(lambda owner: owner.plug(path, in_place=body.replace))
     )
 
 

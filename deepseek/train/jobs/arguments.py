@@ -253,6 +253,7 @@ class ExpertArguments(TextArguments):
         if not self.update:
             super().check()
             return
+        PrecisionArguments.check(self)
         for name, argument in arguments_of(ExpertArguments).items():
             if name not in self.going_on and getattr(self, name) != argument.default:
                 raise ConfigError(

@@ -19,7 +19,7 @@ from deepseek.train.jobs.adapt import (
     adapt_request,
 )
 from deepseek.train.jobs.arguments import AdaptArguments
-from deepseek.train.jobs.plan import MOST_PASSES, timed
+from deepseek.train.jobs.plan import MOST_PASSES, VALIDATION_ROWS, timed
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
 
@@ -87,7 +87,8 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
     """Time a step of `mode` on the corpus in `folder` and return the effort that fits into
     `seconds`.
 
-    Loading the model counts against the seconds.
+    Loading the model counts against the seconds, and so do all evaluations: the held-out rows
+    before and after, and the validation rows between.
     """
     started = time.monotonic()
     rate = LEARNING_RATES[mode]
@@ -104,15 +105,30 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
             task.loss(rows, 0).loss.backward()
 
         row_seconds, _ = timed(step, batch, batch, run.device)
-    evaluations = 2 * len(texts.held_out.row_ids) * row_seconds * EVALUATION_COST
-    return fit(seconds - loading - evaluations, row_seconds, texts.counts.train, request.row_length)
+    reported = min(
+        len(texts.held_out.row_ids), max(1, request.held_out_tokens // request.row_length)
+    )
+    budget = for_training(seconds - loading, row_seconds, reported)
+    return fit(budget, row_seconds, texts.counts.train, request.row_length)
+
+
+def for_training(seconds: float, row_seconds: float, reported: int) -> float:
+    """Return the seconds of training steps in a run that takes `seconds` with its evaluations.
+
+    Args:
+        seconds: time budget.
+        row_seconds: seconds per row of a training step.
+        reported: held-out rows, which are scored before and after.
+    """
+    left = seconds - 2 * reported * row_seconds * EVALUATION_COST
+    return left / (1 + VALIDATION_ROWS * EVALUATION_COST)
 
 
 def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:
     """Return the tokens and passes that fit into `seconds`, at least one row.
 
     Args:
-        seconds: time budget.
+        seconds: time budget of the training steps alone.
         row_seconds: seconds per row.
         rows: available rows.
         row_length: tokens per row.

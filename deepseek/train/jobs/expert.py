@@ -268,8 +268,10 @@ class ExpertRun(TextRun):
             [token for ids in questions for token in ids], dtype=torch.long
         )
         unseen = texts.validation.first(max(1, UNSEEN_TOKENS // texts.validation.length)).batches()
-        # Too little validation text to check the gates alone: add the reported held-out rows.
-        if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:
+        # Too little validation text to check the gates alone: add the reported held-out rows, which
+        # an update checks on anyway.
+        too_few = texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS
+        if too_few and texts.validation.shards is not texts.held_out.shards:
             unseen += texts.held_out.batches()
         texts = texts.planned(plan)
         train, _ = self.streams(texts)

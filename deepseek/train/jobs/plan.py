@@ -87,6 +87,13 @@ class TrainingPlan:
     seconds: float
     limit: Literal["text", "time", "tokens"] = "text"
 
+    @property
+    def evaluate_every(self) -> int:
+        """Steps from one evaluation to the next, rounded up so that there are no more than
+        planned.
+        """
+        return -(-self.steps // (self.evaluations - 1))
+
 
 def passes_for(tokens: int) -> float:
     """Return how many passes to plan over a text of `tokens` tokens.

@@ -92,7 +92,8 @@ class PretrainArguments(RunArguments):
     """Train on easy text first; saves steps with some seeds only (docs/log/pretraining.md)"""
 
     held_out: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the documents that is held out, never trained on"""
+    """Share of the documents that is held out; the model never trains on them (the vocabulary of
+    the tokenizer is chosen on all)"""
 
     held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
     """Held-out tokens per domain to evaluate on"""
@@ -137,12 +138,20 @@ class PretrainArguments(RunArguments):
             raise ConfigError(f"{config}: {error}") from None
 
     def check(self) -> None:
-        """Raise `ConfigError` if the model's configuration or a sample's text is wrong."""
+        """Raise `ConfigError` if dtype, the model's configuration or a sample's text is wrong."""
+        super().check()
         if self.model != {"preset": "deepseek-nano"}:
-            self.model_config_for(self.vocab_size, 0)
+            context = self.model_config_for(self.vocab_size, 0).max_position_embeddings
+            if self.row_length > context:
+                raise ConfigError(
+                    f"row_length={self.row_length} is impossible; the model has a context of "
+                    f"{context} tokens: give at most that, or a larger max_position_embeddings."
+                )
         for sample in self.samples:
             if not is_unicode(sample):
                 raise ConfigError(f"samples: {shown(sample)} is no Unicode text.")
+            if not sample:
+                raise ConfigError("samples: a prompt is empty; give at least one character.")
 
     def text_paths(self) -> list[str | Path]:
         """Return the paths of all domains' texts."""

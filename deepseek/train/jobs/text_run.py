@@ -20,9 +20,15 @@ from deepseek.data import Batch, RowLoader
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import total_memory
 from deepseek.engine.memory import memory_need
-from deepseek.errors import CheckpointError, DataError
+from deepseek.errors import CheckpointError, ConfigError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
-from deepseek.model.language_model import LanguageModel, is_own, load_language_model, output_head
+from deepseek.model.language_model import (
+    LanguageModel,
+    context_length,
+    is_own,
+    load_language_model,
+    output_head,
+)
 from deepseek.model.precision import compute_dtype
 from deepseek.model.pretrained import load_stored
 from deepseek.model.transformer import DeepSeekModel
@@ -161,6 +167,9 @@ class TextRun:
             progress: told what is running.
             weights: dtype of the base's weights; None: that of the products.
             frozen: whether the weights are only read (see `load_base`).
+
+        Raises:
+            ConfigError: the rows are longer than the base's context.
         """
         self.folder = folder
         self.progress = progress
@@ -170,6 +179,12 @@ class TextRun:
         self.base = resolve(request.base)
         self.model = load_base(self.base, weights or dtype, self.device, frozen=frozen)
         self.model.compute_dtype = dtype
+        context = context_length(self.model)
+        if request.row_length > context:
+            raise ConfigError(
+                f"row_length={request.row_length} is impossible; {request.base} has a context of "
+                f"{context} tokens: give at most that."
+            )
         self.tokenizer = load_tokenizer(self.base)
         self.paces: dict[str, float] = {}
         self._request = request
@@ -284,7 +299,7 @@ class TextRun:
             OptimConfig(learning_rate=self._request.learning_rate, paces=self.paces),
             steps=steps,
             seed=self._request.seed,
-            evaluate_every=max(1, steps // (plan.evaluations - 1)),
+            evaluate_every=plan.evaluate_every,
             checkpoint_every=max(10, steps // 10),
             keep_best="held_out_loss",
             patience=PATIENCE,

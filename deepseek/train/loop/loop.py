@@ -295,8 +295,8 @@ class _Run:
         loss, tokens, extra = self.backward()
         norm = clip_gradients(self.parameters.values(), optim.clip_norm)
         applied = position.takes(loss, norm)
-        position.tokens += tokens
         if applied:
+            position.tokens += tokens
             self.optimizer.step()
         else:
             self.write(position.step - 1, skipped=position.skipped)
@@ -320,6 +320,8 @@ class _Run:
     def backward(self) -> tuple[float, int, Mapping[str, float]]:
         """Accumulate the gradients of one step; return its mean loss, targets and further
         figures.
+
+        Each target counts the same, in whichever part and process it is.
         """
         losses = []
         tokens = 0
@@ -328,10 +330,15 @@ class _Run:
             batch = self.backend.share(self.batches.next())
             output = self.task.loss(batch, self.position.step * parts + part)
             weight, part_tokens = self.backend.weigh(output.tokens)
-            (output.loss * weight / parts).backward()
-            losses.append(output.loss.detach() * weight)
+            summed = output.loss * weight * part_tokens
+            summed.backward()
+            losses.append(summed.detach())
             tokens += part_tokens
-        return float(self.backend.mean(torch.stack(losses)).mean()), tokens, output.metrics
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad /= max(1, tokens)
+        loss = float(self.backend.mean(torch.stack(losses)).sum()) / max(1, tokens)
+        return loss, tokens, output.metrics
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate, record the figures and save the best state; return {} if this step is
@@ -380,6 +387,8 @@ class _Run:
         torch.manual_seed(self.config.seed)
         newest = store.latest_state(self.checkpoints)
         if newest is None:
+            if self.backend.main:  # of a run that ended before its first checkpoint
+                store.prune_after(self.best, -1)
             return
         meta = self.backend.load(newest, self.state)
         self.batches.load(meta["batches"])

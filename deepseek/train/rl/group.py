@@ -8,7 +8,7 @@ differently. Names and shapes are those of `ppo.py`.
 import torch
 from torch import Tensor
 
-from deepseek.train.rl.ppo import masked_mean
+from deepseek.train.rl.ppo import k3
 
 
 def group_advantages(scores_B: Tensor, group_size: int) -> Tensor:
@@ -51,4 +51,4 @@ def reference_kl(logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor) -> 
         mask_BT: response tokens.
     """
     log_ratio_BT = torch.where(mask_BT > 0, reference_BT - logprobs_BT, 0.0)
-    return masked_mean(log_ratio_BT.exp() - 1.0 - log_ratio_BT, mask_BT)
+    return k3(log_ratio_BT, mask_BT)

@@ -74,14 +74,23 @@ class PolicyLoss:
     Attributes:
         loss: scalar to minimise.
         clipped: share of the tokens whose loss is clipped.
-        kl: k3 estimate of KL(old policy || new policy), never negative.
         ratio: largest distance of a probability ratio from 1.
     """
 
     loss: Tensor
     clipped: Tensor
-    kl: Tensor
     ratio: Tensor
+
+
+def k3(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the k3 estimate of a KL divergence in nats per token, a scalar that is never negative
+    (arXiv:2402.03300, eq. 4).
+
+    Args:
+        log_ratio_BT: log q - log p of each token, drawn from p, for KL(p || q).
+        mask_BT: response tokens.
+    """
+    return masked_mean(log_ratio_BT.exp() - 1.0 - log_ratio_BT, mask_BT)
 
 
 def log_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -107,10 +116,9 @@ def policy_loss(
     clipped_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT
     with torch.no_grad():
         clipped = masked_mean((clipped_BT < unclipped_BT).float(), mask_BT)
-        kl = masked_mean(ratio_BT - 1.0 - log_ratio_BT, mask_BT)
         furthest = (ratio_BT - 1.0).abs().amax()
     return PolicyLoss(
-        -masked_mean(torch.minimum(unclipped_BT, clipped_BT), mask_BT), clipped, kl, furthest
+        -masked_mean(torch.minimum(unclipped_BT, clipped_BT), mask_BT), clipped, furthest
     )
 
 

@@ -18,6 +18,7 @@ from deepseek.train.rl.group import group_advantages, reference_kl, sequence_log
 from deepseek.train.rl.policy import Policy, Scored
 from deepseek.train.rl.ppo import (
     advantages,
+    k3,
     log_ratio,
     masked_mean,
     policy_loss,
@@ -223,6 +224,8 @@ class Learner:
         responses = self.routed(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
         log_ratio_BT = log_ratio(scored.logprobs_BT, rows.logprobs_BT, rows.mask_BT)
+        # By token whatever the ratio of the loss: the mean over a response would hide the distance.
+        step_kl = float(k3(log_ratio_BT.detach(), rows.mask_BT))
         if config.ratio == "sequence":
             log_ratio_BT = sequence_log_ratio(log_ratio_BT, rows.mask_BT)
         policy_part = policy_loss(log_ratio_BT, rows.advantages_BT, rows.mask_BT, config.clip)
@@ -232,9 +235,9 @@ class Learner:
             "policy_loss": float(policy_part.loss.detach()),
             "clipped": float(policy_part.clipped),
             "ratio": float(policy_part.ratio),
-            "step_kl": float(policy_part.kl),
+            "step_kl": step_kl,
         }
-        self.scalars["stop"].fill_(metrics["step_kl"] > config.kl_stop)
+        self.scalars["stop"].fill_(step_kl > config.kl_stop)
         loss = other + (policy_part.loss if batch.learn else 0.0)
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
 

@@ -42,7 +42,8 @@ class RLPOState:
             reward_model: scores responses.
             config: hyperparameters; default: `RLPOConfig()`.
             layers: layers to train, "all" or "last:N".
-            optim: optimizer settings; default: a learning rate of 1e-5.
+            optim: optimizer settings; default: a learning rate of 1e-5. The rate stays at its peak:
+                without a number of steps there is no schedule.
             ends: ids of the tokens that end a response.
             seed: seed of the sampling.
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import threading
 import weakref
 
@@ -205,6 +206,64 @@ def test_plugging_while_other_threads_run_gives_only_whole_states(model, make_pa
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_at_no_moment_of_a_replacement_is_there_none_or_two(model, make_pack, ids):
+    packs = [make_pack("a", seed=seed, bias=0.5) for seed in (1, 2)]
+    allowed = []
+    for pack in packs:
+        model.experts.plug(pack, in_place=True)
+        allowed.append(logits_of(model, ids))
+    stop = threading.Event()
+
+    def replace():
+        for pack in itertools.cycle(packs):
+            model.experts.plug(pack, in_place=True)
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(30):
+            seen = logits_of(model, ids)
+            assert any(torch.equal(seen, one) for one in allowed)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("arming", ["auto", None, ["a"], ["b"], {"a": 0.5, "auto": 0.25}])
+def test_a_replacement_is_armed_as_the_replaced_one_was(model, make_pack, arming):
+    for name in "ab":
+        model.experts.plug(make_pack(name, seed=ord(name)), in_place=True)
+    model.experts.arm(arming)
+    before = {info.name: info.weight for info in model.experts.list()}
+    other = make_pack("a", seed=7)
+    info = model.experts.plug(other, in_place=True)
+    assert info.digest == other.manifest.digest
+    assert {info.name: info.weight for info in model.experts.list()} == before
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_weights_made_in_inference_mode_let_gradients_through(model, make_pack, ids, moved):
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    pack = make_pack(bias=0.5)
+    if moved:
+        model.experts.plug(pack)
+        model.to(torch.float64)
+    with torch.inference_mode():
+        if not moved:
+            model.experts.plug(pack)
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
+def test_a_model_with_experts_is_not_pickled_but_saved(model):
+    with pytest.raises(ConfigError, match="write it with save_pretrained"):
+        pickle.dumps(model)
 
 
 def test_unplugging_and_dropping_free_the_memory(make_pack, ids):

@@ -35,6 +35,9 @@ from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, train_recipe
 from deepseek.train.loop.runs import Run
 
+PRETRAINING = {"name": "x", "domains": {"a": {"folder": "b"}}, "tokens": 5}
+"""Valid arguments of a pre-training."""
+
 MODEL_BY_POSITION = {"adapt", "align"}
 """Commands whose model has no option name."""
 
@@ -300,6 +303,18 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
         ),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
         (PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
+        (
+            PretrainArguments,
+            {**PRETRAINING, "dtype": "float16"},
+            "dtype=float16 has too small a range",
+        ),
+        (arguments.ExpertArguments, {"update": "x", "dtype": "float16"}, "dtype=float16 has"),
+        (PretrainArguments, {**PRETRAINING, "samples": [""]}, "samples: a prompt is empty"),
+        (
+            PretrainArguments,
+            {**PRETRAINING, "model": {"max_position_embeddings": 256}, "row_length": 512},
+            "row_length=512 is impossible; the model has a context of 256 tokens",
+        ),
         (PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
     ],
 )

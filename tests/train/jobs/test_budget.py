@@ -46,6 +46,8 @@ def test_a_plan_fits_its_minutes(
     plan = plan_of(speed, seconds, rows, epochs=epochs)
     assert 1 <= plan.rows <= rows and plan.steps >= 1
     assert plan.seconds <= seconds * 1.001
+    made = 1 + -(-plan.steps // plan.evaluate_every)  # at the start, and at the end
+    assert plan.evaluations / 2 < made <= plan.evaluations
     reported = plan.held_out_rows * (speed.trunk + 2 * speed.evaluate)
     assert reported <= EVALUATION_SHARE * seconds or plan.held_out_rows == 1
     passes = epochs or passes_for(plan.rows * 512)

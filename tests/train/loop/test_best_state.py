@@ -146,3 +146,15 @@ def test_a_finished_run_gives_its_best_state_again(tmp_path: Path) -> None:
     assert run(tmp_path, again, patience=3) == result
     assert held_out(tmp_path) == losses
     assert all(torch.equal(p, first.parameters[name]) for name, p in again.parameters.items())
+
+
+def test_best_states_of_a_run_without_a_checkpoint_are_those_of_no_run(tmp_path: Path) -> None:
+    """Killed before its first checkpoint, it starts anew, and may have its best state elsewhere."""
+    for leftover in ("step-00000039", ".step-00000038.tmp"):
+        (tmp_path / "best" / leftover).mkdir(parents=True)
+    task = Overfitting()
+    result = run(tmp_path, task)
+    assert [folder.name for folder in (tmp_path / "best").iterdir()] == [
+        f"step-{result.position.best_step:08d}"
+    ]
+    assert result.metrics == task.evaluate()

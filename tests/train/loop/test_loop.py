@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from train.loop.tiny_run import Numbers, Regression, config
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
 from deepseek.train.loop import loop
-from deepseek.train.loop.loop import TrainResult, train
+from deepseek.train.loop.loop import LossOutput, TrainResult, train
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.position import MAX_SPIKES_IN_A_ROW
 from deepseek.train.loop.progress import ProgressBar
@@ -124,6 +125,32 @@ def test_training_reduces_the_loss_and_leaves_a_readable_folder(tmp_path: Path) 
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 60
+
+
+class Parts(Regression):
+    """Two rows in two parts of very different size: what is learnt must not depend on the cut."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.net.eval()  # without dropout, whose mask has the shape of a part
+        rows = Numbers().next()
+        self.parts = rows.split(sizes)
+
+    def loss(self, batch: torch.Tensor, step: int) -> LossOutput:
+        return super().loss(self.parts[step % len(self.parts)], step)
+
+
+@pytest.mark.parametrize("sizes", [[8], [7, 1], [1, 3, 4]])
+def test_each_target_counts_the_same_in_whichever_part_it_is(
+    sizes: list[int], tmp_path: Path
+) -> None:
+    whole, cut = Parts([8]), Parts(sizes)
+    for task in (whole, cut):
+        loop_config = replace(config(3), accumulate=len(task.parts), evaluate_every=100)
+        folder = tmp_path / str(len(task.parts)) / str(task is whole)
+        train(task, Numbers(), loop_config, folder, progress=ProgressBar(quiet=True))
+    for name, parameter in whole.parameters.items():
+        assert torch.allclose(parameter, cut.parameters[name], rtol=1e-4, atol=1e-6)
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:

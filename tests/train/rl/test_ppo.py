@@ -10,6 +10,7 @@ from rl_fixtures import batch
 
 from deepseek.train.rl.ppo import (
     advantages,
+    k3,
     log_ratio,
     masked_mean,
     policy_loss,
@@ -89,7 +90,7 @@ def test_the_penalty_is_the_log_ratio_to_the_reference() -> None:
 def test_where_nothing_moved_the_loss_is_the_advantage_and_nothing_is_clipped() -> None:
     logprobs, _, advantage, mask = batch(5)
     found = policy_loss(log_ratio(logprobs, logprobs.clone(), mask), advantage, mask)
-    assert float(found.ratio) == 0.0 and float(found.clipped) == 0.0 and float(found.kl) == 0.0
+    assert float(found.ratio) == 0.0 and float(found.clipped) == 0.0
     assert torch.allclose(found.loss, -masked_mean(advantage, mask))
 
 
@@ -106,7 +107,17 @@ def test_the_clipped_loss_is_that_of_the_paper(seed: int, clip: float) -> None:
     expected = -sum(terms) / max(1, len(terms))
     found = policy_loss(log_ratio(logprobs, old, mask), advantage, mask, clip)
     assert float(found.loss) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert float(found.kl) >= 0.0
+
+
+@given(st.integers(0, 10_000))
+def test_k3_is_never_negative_and_estimates_the_divergence(seed: int) -> None:
+    one, two, _, mask = batch(seed)
+    assert float(k3(log_ratio(one, two, mask), mask)) >= 0.0
+    torch.manual_seed(seed)
+    p, q = (torch.randn(7).log_softmax(-1) for _ in range(2))
+    drawn = torch.multinomial(p.exp(), 100_000, replacement=True)[None]
+    found = k3((q - p)[drawn], torch.ones(1, 100_000))
+    assert float(found) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.1)
 
 
 def test_beyond_the_clip_nothing_pulls_further_out() -> None:

@@ -2,6 +2,7 @@
 exactly 1.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,18 @@ def test_a_rollout_is_left_once_the_policy_has_moved() -> None:
     for made in (1, 2, 3):
         trained.loss(batches.next(), 0)
         assert (batches.made, batches.used) == (made, 1)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_the_distance_is_told_by_token_whatever_the_ratio(ratio: str) -> None:
+    trained = learner(tiny(), ratio=ratio, kl_stop=0.05, epochs=4)
+    batches = RolloutBatches(trained, prompts(), 16, seed=0)
+    minibatch = batches.next()
+    torch.manual_seed(0)
+    noise_BT = 0.5 * torch.randn_like(minibatch.rows.logprobs_BT)
+    moved = replace(minibatch.rows, logprobs_BT=minibatch.rows.logprobs_BT + noise_BT)
+    metrics = trained.loss(replace(minibatch, rows=moved), 0).metrics
+    assert metrics["step_kl"] > 0.05 and bool(trained.scalars["stop"])
 
 
 def test_scores_are_standardised_by_all_that_were_seen() -> None:
