@@ -1,5 +1,6 @@
 """Train many experts in parallel, each as one Ray task, on this machine or on a cluster."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ class ExpertsSettings(JobSettings):
 def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Path | Exception]]:
     """Yield (name, pack or exception) as the trainings end. The same call resumes interrupted ones.
 
+    A Ray session that the caller has opened is used and left open.
+
     Args:
         config: YAML or TOML file, or mapping; see `ExpertsSettings`.
 
@@ -39,6 +42,7 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
         ConfigError: Ray is missing, or an argument of any expert is wrong.
     """
     settings = _checked_settings(config)
+    is_callers_session = _is_session_open()
     ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {
@@ -49,12 +53,13 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
     try:
         while pending:
             (done, *_), pending = ray.wait(pending, num_returns=1)
-            try:
-                yield names[done], Path(ray.get(done))
-            except ray.exceptions.RayTaskError as error:
-                yield names[done], error.cause if isinstance(error.cause, Exception) else error
+            yield names[done], _result(ray, done)
     finally:
-        ray.shutdown()
+        if is_callers_session:
+            for training in pending:  # in a session that goes on, they would go on as well
+                ray.cancel(training)
+        else:
+            ray.shutdown()
 
 
 def estimate_all(config: str | Path | Mapping[str, Any]) -> None:
@@ -82,6 +87,27 @@ def _checked_settings(config: str | Path | Mapping[str, Any]) -> ExpertsSettings
             given = {"base": settings.base, "name": name, **arguments}
             ExpertArguments.read(**given).check_paths()
     return settings
+
+
+def _is_session_open() -> bool:
+    """Return whether this process has a Ray session, without importing Ray, which may be missing."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _result(ray: Any, training: Any) -> Path | Exception:
+    """Return the pack of a finished training, or the exception that ended it.
+
+    Args:
+        ray: module of Ray.
+        training: reference to the result of the task.
+    """
+    try:
+        return Path(ray.get(training))
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    except ray.exceptions.RayError as error:  # its process was killed, or its machine is gone
+        return error
 
 
 @contextmanager

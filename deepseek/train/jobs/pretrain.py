@@ -22,7 +22,7 @@ from deepseek.data.text.filters import Skipped
 from deepseek.data.text.secrets import redact_document
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import free_memory, peak_memory, synchronize
-from deepseek.errors import DataError
+from deepseek.errors import ConfigError, DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
@@ -65,6 +65,12 @@ def pretrain(arguments: PretrainArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     with current(arguments.device) as backend:
+        if backend.world > arguments.batch_rows:
+            raise ConfigError(
+                f"batch_rows={arguments.batch_rows} is too small for {backend.world} processes, "
+                f"each of which needs a row; set it to at least {backend.world}, or start at most "
+                f"{arguments.batch_rows} processes."
+            )
         run = Run.of(
             arguments,
             home() / "models" / arguments.name,
@@ -209,9 +215,10 @@ class PretrainRun:
             raise DataError(
                 f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}."
             )
-        return RowLoader(
+        loader = RowLoader(
             shards, self.settings.batch_rows, self.settings.row_length, self.settings.seed
         )
+        return loader.with_targets()
 
     def train(self) -> TrainResult:
         """Run the training loop."""
@@ -252,11 +259,21 @@ class PretrainRun:
         )
 
     def held_out_batches(self, loader: RowLoader) -> list[Batch]:
-        """Return a domain's held-out batches, full ones if it has enough rows."""
+        """Return a domain's held-out batches, full ones if it has enough rows.
+
+        Each process needs a row of every batch. If a domain has fewer rows than there are
+        processes, all are repeated equally often, so that loss and expert load stay the same.
+
+        Args:
+            loader: the domain's held-out rows.
+        """
         size = self.settings.batch_rows
-        loader = loader.with_targets()
         rows = min(len(loader.row_ids), max(size, self.settings.held_out_tokens // loader.length))
-        return loader.first(max(rows // size * size, min(rows, size))).batches()
+        chosen = loader.first(max(rows // size * size, min(rows, size)))
+        if rows >= self.backend.world:
+            return chosen.batches()
+        copies = -(-self.backend.world // rows)
+        return [loader.rows(chosen.row_ids.tolist() * copies)]
 
     def evaluated(self, step: int) -> None:
         """Keep the time of the run and write samples after an evaluation."""
@@ -273,7 +290,7 @@ class PretrainRun:
         """
         texts = []
         self.model.eval()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.settings.seed)
             for prompt in self.settings.samples:
                 ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.device)

@@ -3,7 +3,10 @@ other.
 """
 
 import json
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from deepseek.cli.main import main
 from deepseek.errors import ConfigError, DataError
 from deepseek.packs.pack import read_pack
+from deepseek.train.jobs import many
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.many import estimate_all, train_all
 
@@ -22,6 +26,110 @@ DIALS: dict[str, Any] = {
     "row_length": 32,
     "held_out_tokens": 400,
 }
+
+
+class RayError(Exception):
+    """Base of what Ray raises."""
+
+
+class RayTaskError(RayError):
+    """What Ray raises when the function of a task has raised `cause`."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class WorkerCrashedError(RayError):
+    """What Ray raises when the process of a task was killed."""
+
+
+class FakeRay:
+    """Ray as far as `train_all` needs it; a task runs when its result is asked for.
+
+    Attributes:
+        exceptions: what `get` raises.
+        is_open: whether there is a session.
+        cancelled: names of the cancelled tasks.
+    """
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, is_open: bool) -> None:
+        self.is_open = is_open
+        self.cancelled: list[str] = []
+
+    def is_initialized(self) -> bool:
+        return self.is_open
+
+    def init(self, **_: Any) -> None:
+        self.is_open = True
+
+    def shutdown(self) -> None:
+        self.is_open = False
+
+    def remote(self, **_: Any) -> Callable[[Callable[..., str]], Any]:
+        def task(train: Callable[..., str]) -> Any:
+            return SimpleNamespace(remote=lambda *arguments: (train, arguments[:2]))
+
+        return task
+
+    def wait(self, tasks: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return tasks[:num_returns], tasks[num_returns:]
+
+    def get(self, task: tuple[Callable[..., str], tuple[str, str]]) -> str:
+        train, (base, name) = task
+        try:
+            return train(base, name, {})
+        except RayError:
+            raise
+        except Exception as error:
+            raise RayTaskError(error) from None
+
+    def cancel(self, task: tuple[Callable[..., str], tuple[str, str]]) -> None:
+        self.cancelled.append(task[1][1])
+
+
+def train_or_die(base: str, name: str, arguments: dict[str, Any]) -> str:
+    """Stand in for the training of one expert."""
+    if name == "hollow":
+        raise DataError("no text")
+    if name == "killed":
+        raise WorkerCrashedError("the worker died")
+    return f"{name}.pack"
+
+
+@pytest.fixture
+def experts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Four experts of which the first two fail, each in its own way."""
+    monkeypatch.setattr(many, "_train", train_or_die)
+    return {"experts": {name: {} for name in ("hollow", "killed", "one", "two")}}
+
+
+def test_an_expert_whose_process_is_killed_stops_no_other(
+    experts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(is_open=False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    results = dict(train_all(experts))
+    assert isinstance(results["hollow"], DataError)
+    assert isinstance(results["killed"], WorkerCrashedError)
+    assert (results["one"], results["two"]) == (Path("one.pack"), Path("two.pack"))
+    assert not ray.is_open, "its own session is ended"
+
+
+def test_a_session_of_the_caller_stays_open_without_what_nobody_waits_for(
+    experts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(is_open=True)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert len(list(train_all(experts))) == 4
+    assert (ray.is_open, ray.cancelled) == (True, [])
+    results = train_all(experts)
+    assert isinstance(results, Generator)
+    next(results)
+    next(results)
+    results.close()
+    assert (ray.is_open, ray.cancelled) == (True, ["one", "two"])
 
 
 @pytest.mark.slow

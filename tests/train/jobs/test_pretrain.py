@@ -2,6 +2,7 @@
 
 import errno
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ from train.loop.tiny_pretrain import settings
 
 import deepseek
 from deepseek.checkpoint import store
+from deepseek.data import RowLoader, TokenShards
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.text.tokenizer import train_tokenizer
-from deepseek.train.jobs.pretrain import mixed_texts
+from deepseek.train.jobs import pretrain
+from deepseek.train.jobs.pretrain import PretrainRun, mixed_texts
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.loop import loop
+from deepseek.train.loop.backends import Backend
 from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.progress import ProgressBar
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,34 @@ def test_a_full_disk_stops_with_a_sentence_and_costs_nothing(
     deepseek.pretrain(config, quiet=True)
     same = [(f / "model" / "model.safetensors").read_bytes() for f in (tmp_path, whole)]
     assert same[0] == same[1]
+
+
+def backend_of(world: int) -> Backend:
+    """Return the backend of one of so many processes; it only knows their number."""
+    backend = Backend()
+    backend.world = world
+    return backend
+
+
+def test_more_processes_than_rows_in_a_batch_are_refused_at_once(
+    domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "current", lambda _: nullcontext(backend_of(16)))
+    with pytest.raises(ConfigError, match=r"batch_rows=4 is too small for 16 .* at least 16"):
+        deepseek.pretrain(settings(domains, tmp_path), quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rows", "world", "expected"), [(3, 8, 9), (1, 2, 2), (8, 8, 8)])
+def test_each_process_has_held_out_rows_and_each_row_counts_the_same(
+    whole: Path, domains: Path, tmp_path: Path, rows: int, world: int, expected: int
+) -> None:
+    arguments = PretrainArguments.read(settings(domains, tmp_path, batch_rows=8))
+    with ProgressBar(quiet=True) as progress:
+        run = PretrainRun(arguments, tmp_path, tmp_path, progress, backend_of(world))
+    shards = TokenShards(whole / "run" / "corpus" / "code" / "train")
+    loader = RowLoader(shards, rows=8, length=32).first(rows)
+    (batch,) = run.held_out_batches(loader)
+    assert len(batch.row_ids) == expected
+    _, counts = batch.row_ids.unique(return_counts=True)
+    assert counts.tolist() == [expected // rows] * rows

@@ -3,6 +3,7 @@ of processes.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from deepseek.data import RowLoader, TokenShards
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.jobs.language import LanguageTask
@@ -28,7 +30,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval",
 
 
 def launch(
-    processes: int, texts: Path, folder: Path, kind: str, *end: str, restarts: int = 0
+    processes: int,
+    texts: Path,
+    folder: Path,
+    kind: str,
+    *end: str,
+    restarts: int = 0,
+    steps: int = STEPS,
 ) -> None:
     """Run the script in so many processes, by torchrun unless it is 0."""
     start = [
@@ -45,7 +53,7 @@ def launch(
         str(texts),
         str(folder),
         kind,
-        str(STEPS),
+        str(steps),
         *end,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -84,11 +92,11 @@ def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_checkpoints_go_from_two_processes_to_one_and_back_where_one_dies(
+def test_checkpoints_go_from_two_processes_to_a_plain_one_and_back_where_one_dies(
     alone: Path, domains: Path, tmp_path: Path
 ) -> None:
     launch(2, domains, tmp_path, "experts", "13", "stop")
-    launch(1, domains, tmp_path, "experts", "28", "stop")
+    launch(0, domains, tmp_path, "experts", "28", "stop")
     launch(2, domains, tmp_path, "experts", "40", "die", restarts=1)
     assert (tmp_path / "died").exists()
     assert_same_result(tmp_path, alone)
@@ -109,6 +117,25 @@ def test_a_dense_model_in_two_processes_equals_one(domains: Path, tmp_path: Path
     for processes in (0, 2):
         launch(processes, domains, tmp_path / str(processes), "dense")
     assert_same_result(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_a_domain_with_fewer_held_out_rows_than_processes_is_scored(
+    domains: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(domains / "words", tmp_path / "words")
+    (tmp_path / "code").mkdir()
+    for number in range(6):  # the lots of their names hold out 5.py alone
+        (tmp_path / "code" / f"{number}.py").write_text(f"v{number} = {number}\n")
+    figures = []
+    for processes in (0, 2):
+        folder = tmp_path / str(processes)
+        launch(processes, tmp_path, folder, "experts", steps=1)
+        held_out = TokenShards(folder / "run" / "corpus" / "code" / "held-out")
+        assert RowLoader(held_out, rows=1, length=32).num_rows == 1
+        figures.append(read_metrics(folder / "run" / "training" / "metrics.jsonl")[0])
+    for name in ("held_out_loss.code", "held_out_loss", "held_out_max_violation", "idle_experts"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-6), name
 
 
 @pytest.mark.parametrize("rank", [0, 1, 100, 255])

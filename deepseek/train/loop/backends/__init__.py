@@ -34,7 +34,11 @@ class Backend:
         """Shard the parameters of `module`; each of `parts` is gathered as one unit, in `dtype`."""
 
     def share(self, batch: B) -> B:
-        """Return this process's rows of a global batch."""
+        """Return this process's rows of a global batch.
+
+        Args:
+            batch: dataclass of tensors with at least W rows, so that each process has some.
+        """
         return batch
 
     def weigh(self, tokens: int) -> tuple[float, int]:
@@ -72,7 +76,19 @@ class Backend:
     def load(self, folder: Path, state: Weights) -> dict[str, Any]:
         """Restore a checkpoint, regardless of how many processes wrote it, and return its
         metadata.
+
+        Args:
+            folder: folder of the checkpoint.
+            state: tensors to restore. Moments that the checkpoint lacks are reset, random states
+                stay.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
         """
+        if not (folder / "state.safetensors").is_file():  # FSDP2 writes one file per process
+            from deepseek.train.loop.backends.sharded import load_sharded
+
+            return load_sharded(folder, state, no_dist=True)
         tensors, meta = store.load_state(folder)
         state.restore(tensors)
         return meta

@@ -16,11 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from deepseek.checkpoint import store
 from deepseek.device.choose import choose_device
 from deepseek.train.loop.backends import Backend
-from deepseek.train.loop.optim import TrainingState, Weights, no_room_for
+from deepseek.train.loop.backends.sharded import load_sharded
+from deepseek.train.loop.optim import Weights, no_room_for
 
 B = TypeVar("B")
 
@@ -92,7 +90,11 @@ class FSDP2(Backend):
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no average reduction
 
     def share(self, batch: B) -> B:
-        """Return every W-th row, starting at this rank, of a dataclass of tensors."""
+        """Return every W-th row, starting at this rank, of a dataclass of tensors.
+
+        Args:
+            batch: global batch of at least W rows.
+        """
         rows = slice(self.rank, None, self.world)
         return type(batch)(*(getattr(batch, field.name)[rows] for field in fields(batch)))  # type: ignore[arg-type]
 
@@ -130,18 +132,7 @@ class FSDP2(Backend):
         self.barrier()
 
     def load(self, folder: Path, state: Weights) -> dict[str, Any]:
-        if isinstance(state, TrainingState):
-            # Allocate moments with the sharding of their parameters to load into.
-            for parameter in state.parameters.values():
-                state.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
-        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-        state.restore(tensors)
-        return store.state_meta(folder)
+        return load_sharded(folder, state, no_dist=False)
 
     def _sum(self, values: Tensor) -> Tensor:
         values = values.to(self.mesh.device_type)
