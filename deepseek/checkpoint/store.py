@@ -26,12 +26,29 @@ if TYPE_CHECKING:
 STATE_NAME = re.compile(r"step-\d{8,}")
 
 
+RUN_STARTED = "start.json"
+"""File in a run folder: the first request, and digests of the inputs."""
+
+
 def home() -> Path:
     """Return the folder for downloaded models and caches.
 
     It is `$DEEPSEEK_HOME` if that is set, else `~/.cache/deepseek`.
     """
     return Path(os.environ.get("DEEPSEEK_HOME") or Path.home() / ".cache" / "deepseek")
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether a folder is the library's home or that of a run, whose files are no text to
+    learn from: its metrics, and its held-out questions with their answers.
+    """
+    started = folder / RUN_STARTED
+    if started.is_file():
+        try:
+            return read_object(started).keys() >= {"inputs", "request"}
+        except CheckpointError:
+            return False
+    return folder.resolve() == home().resolve()
 
 
 @contextmanager
@@ -69,6 +86,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         install(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes left beside `path` while they wrote it.
+
+    Args:
+        path: the file or folder. No other process may be writing it: the caller holds its lock.
+    """
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")  # see temporary_path
+    siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    for sibling in siblings:
+        if not leftover.fullmatch(sibling.name):
+            continue
+        if sibling.is_dir():
+            shutil.rmtree(sibling, ignore_errors=True)
+        else:
+            sibling.unlink(missing_ok=True)
 
 
 def install(temporary: Path, path: Path) -> None:
@@ -230,15 +264,17 @@ def prune(root: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` state folders under `root`, and unfinished writes."""
     for folder in _states(Path(root))[keep:]:
         shutil.rmtree(folder)
-    for leftover in Path(root).glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_unfinished(root)
 
 
 def prune_before(root: str | Path, step: int) -> None:
-    """Delete the state folders under `root` that are older than the newest one before `step`."""
+    """Delete the state folders under `root` that are older than the newest one before `step`, and
+    unfinished writes.
+    """
     before = [folder for folder in _states(Path(root)) if _step(folder) < step]
     for folder in before[1:]:
         shutil.rmtree(folder)
+    _remove_unfinished(root)
 
 
 def prune_after(root: str | Path, step: int) -> None:
@@ -246,6 +282,12 @@ def prune_after(root: str | Path, step: int) -> None:
     for folder in _states(Path(root)):
         if _step(folder) > step:
             shutil.rmtree(folder)
+
+
+def _remove_unfinished(root: str | Path) -> None:
+    """Delete what processes left that were killed while they wrote a state folder."""
+    for leftover in Path(root).glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def oldest_step(root: str | Path) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
-from deepseek.data.text.document import Document, Progress, silent
+from deepseek.data.text.document import Document, Progress, characters, silent
 from deepseek.data.text.filters import Skipped
 from deepseek.data.text.secrets import redact_document
 from deepseek.errors import DataError
@@ -31,29 +31,39 @@ MAX_SHINGLES = 2_000
 long texts stay cheap.
 """
 
-WORD = re.compile(r"\w+")
-CODE_WORD = re.compile(r"\w+|[^\w\s]")
-"""A word or a sign of code, where an operator is all that tells `a + b` from `a - b`."""
+WITHOUT_SPACES = (
+    r"\u0e00-\u0eff"  # Thai and Lao
+    r"\u1000-\u109f\u1780-\u17ff"  # Burmese and Khmer
+    r"\u3005-\u3007\u3040-\u30ff\uff66-\uff9f"  # Japanese
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+"""Scripts that write no spaces between words, as ranges of a character class."""
 
-CODE_SHINGLE = 10
-"""Words and signs per shingle of code: about five words, as code has about one sign per word."""
+WORD = re.compile(rf"([{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+)(\W*)")
+"""A word, or one character of a script without spaces, and what follows up to the next one."""
 
 
-def near_duplicates(documents: Sequence[Document], progress: Progress = silent) -> set[int]:
-    """Return the indices of documents that are near duplicates of an earlier, retained one.
+def near_duplicates(documents: Sequence[Document], progress: Progress = silent) -> dict[int, int]:
+    """Return the index of each near duplicate of an earlier document, with the index of that one,
+    which is retained.
 
     Candidates come from MinHash LSH (Broder 1997) and are verified by exact Jaccard similarity.
     """
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
     retained: dict[int, NDArray[np.uint32]] = {}
-    dropped: set[int] = set()
+    dropped: dict[int, int] = {}
     for number, document in enumerate(documents):
         shingles = document_shingles(document)
         sketch = prototype.copy()
         sketch.update_batch(shingles[:MAX_SHINGLES].tolist())
-        if any(jaccard(shingles, retained[other]) >= THRESHOLD for other in index.query(sketch)):
-            dropped.add(number)
+        near = [
+            other
+            for other in index.query(sketch)
+            if jaccard(shingles, retained[other]) >= THRESHOLD
+        ]
+        if near:
+            dropped[number] = min(near)
         else:
             index.insert(number, sketch)
             retained[number] = shingles
@@ -67,8 +77,6 @@ def document_shingles(document: Document) -> NDArray[np.uint32]:
 
     Those of a conversation come from its turns, since many conversations share a system prompt.
     """
-    if document.kind in ("code", "commit"):
-        return shingle_hashes(document.text, CODE_WORD, CODE_SHINGLE)
     if document.kind != "messages":
         return shingle_hashes(document.text)
     turns = [
@@ -79,25 +87,22 @@ def document_shingles(document: Document) -> NDArray[np.uint32]:
     return shingle_hashes("\n".join(turns) or document.text)
 
 
-def shingle_hashes(
-    text: str, word: re.Pattern[str] = WORD, length: int = SHINGLE
-) -> NDArray[np.uint32]:
-    """Return the sorted distinct 32-bit hashes of all runs of words.
-
-    Args:
-        text: the text.
-        word: pattern of a word; default: letters and digits.
-        length: words per run; default: `SHINGLE`.
+def shingle_hashes(text: str) -> NDArray[np.uint32]:
+    """Return the sorted distinct 32-bit hashes of all runs of `SHINGLE` words, each with the signs
+    after it: in code and tables a sign is all that tells `a + b` from `a - b`. Spaces do not count.
     """
     words = np.array(
-        [zlib.crc32(found.encode("utf-8", "replace")) for found in word.findall(text)],
+        [
+            zlib.crc32((word + "".join(after.split())).encode("utf-8", "replace"))
+            for word, after in WORD.findall(text)
+        ],
         dtype=np.uint32,
     )
-    if len(words) < length:
+    if len(words) < SHINGLE:
         return np.array([zlib.crc32(text.encode("utf-8", "replace"))], dtype=np.uint32)
-    count = len(words) - length + 1
+    count = len(words) - SHINGLE + 1
     hashes = np.zeros(count, dtype=np.uint32)
-    for place in range(length):  # polynomial rolling hash; the products wrap on purpose
+    for place in range(SHINGLE):  # polynomial rolling hash; the products wrap on purpose
         hashes = hashes * np.uint32(0x9E3779B1) + words[place : place + count]
         hashes ^= hashes >> np.uint32(15)
     return np.unique(hashes)
@@ -118,12 +123,15 @@ class CleanReport:
         kept: number of documents retained.
         characters: total length of the retained documents.
         changes: number of dropped, redacted or skipped items, by reason.
+        duplicates: name of each exact or near duplicate that was dropped, with the name of the
+            document that was retained.
     """
 
     read: int = 0
     kept: int = 0
     characters: int = 0
     changes: Counter[str] = field(default_factory=Counter)
+    duplicates: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return one line for a terminal."""
@@ -150,7 +158,8 @@ def clean(
     """
     report = CleanReport()
     skipped = skipped if skipped is not None else Counter()
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
+    copies: dict[str, int] = {}
     distinct: list[Document] = []
     for original in documents:
         report.read += 1
@@ -164,15 +173,20 @@ def clean(
         key = hash((document.text.strip(), document.kind == "messages"))
         if key in seen:
             report.changes["exact duplicates"] += 1
+            copies[document.name] = seen[key]
             continue
-        seen.add(key)
+        seen[key] = len(distinct)
         distinct.append(document)
-    drop = near_duplicates(distinct, progress)
-    result = [document for index, document in enumerate(distinct) if index not in drop]
-    report.changes.update({"near duplicates": len(drop)} if drop else {})
+    near = near_duplicates(distinct, progress)
+    result = [document for index, document in enumerate(distinct) if index not in near]
+    copies.update({distinct[index].name: index for index in near})
+    report.duplicates = {
+        name: distinct[near.get(index, index)].name for name, index in copies.items()
+    }
+    report.changes.update({"near duplicates": len(near)} if near else {})
     report.changes.update({f"skipped as {reason}": count for reason, count in skipped.items()})
     report.kept = len(result)
-    report.characters = sum(len(document.text) for document in result)
+    report.characters = characters(result)
     if not result:
         raise DataError(
             f"Nothing is left of {report.read} documents after cleaning; check the source."

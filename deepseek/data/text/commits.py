@@ -4,15 +4,18 @@ A diff shows the text of the files that a commit changed. What it changed theref
 of these files, so that no held-out text is trained on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from itertools import chain
+from types import MappingProxyType
 
 import pygit2
-from pygit2.enums import DiffFind, SortMode
+from pygit2.enums import DiffFind, DiffOption, SortMode
 
-from deepseek.data.text.document import Document, Lots
-from deepseek.data.text.git import damage_explained, diff_to_parent, file_name, repository_name
+from deepseek.data.text.document import Document, KnownNames, Lots
+from deepseek.data.text.git import damage_explained, file_name, repository_name
+from deepseek.data.text.git_diffs import diff_to_parent
 from deepseek.data.text.patches import NOWHERE, Patch, message_and_patches
 
 MOST_MOVED = 100_000
@@ -25,27 +28,72 @@ def renamed_files(
     """Yield the former and the later name of each file that was renamed up to a commit, the newest
     renaming first.
 
-    A file is renamed if a commit deletes it and adds one with at least half of its content.
+    A file is renamed if a commit deletes it and adds one with at least half of its content. A merge
+    renames what it has at a path that no parent has, as one that puts another project into a folder
+    does.
 
     Args:
         repository: the repository.
         commit: the newest commit.
     """
-    exact = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
     with damage_explained(repository.path):
         name = repository_name(repository)
         for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
-            if len(each.parents) != 1:  # the changes of a merge are in the merged commits
-                continue
-            diff = diff_to_parent(each)
-            # Git compares the content of a thousand files at most, so those that are the same are
-            # found before. The flags are given, lest the user's settings count.
-            diff.find_similar(flags=exact, rename_limit=MOST_MOVED)
-            diff.find_similar(flags=DiffFind.FIND_RENAMES)
-            for delta in diff.deltas:
-                if delta.status_char() == "R":
-                    former, later = delta.old_file.path, delta.new_file.path
-                    yield file_name(name, former), file_name(name, later)
+            moves = moved_by_merge(each) if len(each.parents) > 1 else moved(diff_to_parent(each))
+            for former, later in moves:
+                yield file_name(name, former), file_name(name, later)
+
+
+def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
+    """Yield the former and the later path of each file that a diff renames."""
+    exact = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
+    # Git compares the content of a thousand files at most, so those that are the same are found
+    # before. The flags are given, lest the user's settings count.
+    diff.find_similar(flags=exact, rename_limit=MOST_MOVED)
+    diff.find_similar(flags=DiffFind.FIND_RENAMES)
+    for delta in diff.deltas:
+        if delta.status_char() == "R":
+            yield delta.old_file.path, delta.new_file.path
+
+
+def moved_by_merge(merge: pygit2.Commit) -> Iterator[tuple[str, str]]:
+    """Yield the former and the later path of each file that a merge itself renames.
+
+    Most merges have no path of their own, and then no contents are compared.
+    """
+    flags = DiffOption.IGNORE_SUBMODULES
+    diffs = [parent.tree.diff_to_tree(merge.tree, flags=flags) for parent in merge.parents]
+    new = set.intersection(*map(added_paths, diffs))
+    if not new:
+        return
+    for diff in diffs:
+        for former, later in moved(diff):
+            if later in new:
+                yield former, later
+
+
+def added_paths(diff: pygit2.Diff) -> set[str]:
+    """Return the paths that a diff adds."""
+    return {delta.new_file.path for delta in diff.deltas if delta.status_char() == "A"}
+
+
+def with_later_names(known: KnownNames, renamed: Sequence[tuple[str, str]]) -> KnownNames:
+    """Return known names and those that the same files were given later.
+
+    Args:
+        known: names of the files at some time. One that is known itself keeps its side.
+        renamed: former and later names of files, newest first (`renamed_files`).
+    """
+    learnt = set(known.learnt)
+    tested = set(known.tested)
+    for former, later in reversed(renamed):
+        if known.is_held_out(later) is not None:
+            continue
+        if former in learnt:
+            learnt.add(later)
+        elif former in tested:
+            tested.add(later)
+    return KnownNames(frozenset(learnt), frozenset(tested))
 
 
 class FileSides:
@@ -57,6 +105,8 @@ class FileSides:
         lots: lots of the split, by which files that are gone have a side too.
         renamed: former and later names of files, newest first (`renamed_files`). By its former name
             a file is on the same side.
+        duplicates: names of files that were dropped, each with the name of the same text that was
+            retained (`CleanReport.duplicates`). Both are on the same side.
     """
 
     def __init__(
@@ -65,13 +115,14 @@ class FileSides:
         held_out: Iterable[Document],
         lots: Lots,
         renamed: Iterable[tuple[str, str]] = (),
+        duplicates: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._train = {document.name for document in train}
         self._held_out = {document.name for document in held_out}
         self._lots = lots
-        for former, later in renamed:
-            side = self._held_out if self.is_held_out(later) else self._train
-            side.add(former)
+        for name, same in chain(duplicates.items(), renamed):
+            side = self._held_out if self.is_held_out(same) else self._train
+            side.add(name)
 
     def is_held_out(self, name: str) -> bool:
         """Return whether a file is held out, or one of those that had this name."""

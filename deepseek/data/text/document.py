@@ -1,6 +1,7 @@
 """Documents, the unit of training text, and their split into training and held-out sets."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -8,12 +9,16 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from deepseek.errors import DataError
+from deepseek.terminal import unicode_only
 from deepseek.text.messages import check_messages
 
 Kind = Literal["text", "code", "commit", "messages", "infill"]
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`, called now and then during a long job; total 0 means unknown."""
+
+LINE_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""Characters at which `str.splitlines` breaks a line."""
 
 
 def silent(_done: int, _total: int, _what: str) -> None:
@@ -76,6 +81,20 @@ def conversation(
     check_messages(messages, where)
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     return Document(json.dumps(turns, ensure_ascii=False), name, "messages", time)
+
+
+def document_name(name: str) -> str:
+    """Return the name of a document for the name of a file.
+
+    Names stand on lines of their own, before the text of a file and in the changes of a commit. So
+    U+FFFD stands for line breaks in them, as for bytes that are no text.
+    """
+    return LINE_BREAKS.sub("\ufffd", unicode_only(name))
+
+
+def characters(documents: Iterable[Document]) -> int:
+    """Return the length of all documents together."""
+    return sum(len(document.text) for document in documents)
 
 
 def not_empty(documents: Iterable[Document], complaint: Callable[[], str]) -> Iterator[Document]:
@@ -144,18 +163,39 @@ def split(
 
 
 @dataclass(frozen=True)
+class KnownNames:
+    """Names of documents whose side of the split is known, so that they draw no lot.
+
+    Attributes:
+        learnt: names of training documents; they count before `tested`. Default: none.
+        tested: names of held-out documents; default: none.
+    """
+
+    learnt: frozenset[str] = frozenset()
+    tested: frozenset[str] = frozenset()
+
+    def is_held_out(self, name: str) -> bool | None:
+        """Return whether a document of this name is held out, None if that is not known."""
+        if name in self.learnt:
+            return False
+        return True if name in self.tested else None
+
+
+@dataclass(frozen=True)
 class Lots:
     """The lot of each name, a hash of the name or of its folder; the lowest are held out.
 
     Attributes:
         by: rule of the split, `file` or `directory`.
         seed: seed of the hash.
-        limit: highest lot that is held out.
+        limit: highest lot that is held out; default: 0.
+        known: names that draw no lot; default: none.
     """
 
     by: Rule
     seed: int
     limit: float = 0.0
+    known: KnownNames = KnownNames()
 
     def draw(self, name: str) -> float:
         """Return the lot of a name, in [0, 1)."""
@@ -164,7 +204,8 @@ class Lots:
 
     def is_held_out(self, name: str) -> bool:
         """Return whether a document of this name is held out."""
-        return self.draw(name) <= self.limit
+        known = self.known.is_held_out(name)
+        return self.draw(name) <= self.limit if known is None else known
 
 
 def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: int) -> Lots:

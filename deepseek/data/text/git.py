@@ -1,8 +1,5 @@
 """Read a git history as documents: files at a commit, and commits as message and diff."""
 
-import os
-import re
-import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +7,10 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import pygit2
-from pygit2.enums import DiffOption, FileMode, SortMode
+from pygit2.enums import FileMode, SortMode
 
-from deepseek.checkpoint.files import existing_path, is_special
-from deepseek.data.text.document import Document, not_empty
+from deepseek.checkpoint.files import existing_path
+from deepseek.data.text.document import Document, document_name, not_empty
 from deepseek.data.text.filters import (
     MAX_FILE_BYTES,
     Skipped,
@@ -21,16 +18,14 @@ from deepseek.data.text.filters import (
     file_document,
     reason_in_git,
 )
+from deepseek.data.text.git_diffs import (
+    commit_documents,
+    commit_name,
+    diff_to_parent,
+    is_shallow_boundary,
+)
+from deepseek.data.text.git_stores import refuse_endless
 from deepseek.errors import DataError, shown
-from deepseek.terminal import unicode_only
-
-MAX_COMMIT_CHARACTERS = 32_000
-"""Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
-nothing.
-"""
-
-LOOSE_OBJECT = re.compile(r"/objects/[0-9a-f]{2}/[0-9a-f]{38,62}$")
-CHUNK = 1 << 16
 
 
 @contextmanager
@@ -67,57 +62,19 @@ def open_repository(path: str | Path) -> pygit2.Repository:
         return pygit2.Repository(git_folder)
 
 
-def refuse_endless(git_folder: Path) -> None:
-    """Raise `DataError` if a file of a repository is one at which libgit2 would wait forever.
-
-    These are named pipes, devices, and loose objects that are cut short: their inflation never
-    ends (libgit2 1.9).
-    """
-    for folder, _, names in os.walk(git_folder):
-        for name in names:
-            file = Path(folder, name)
-            if is_special(file):
-                raise DataError(f"{file} is a pipe or a device; clone the repository again.")
-            if LOOSE_OBJECT.search(file.as_posix()) and not _is_whole(file):
-                raise DataError(
-                    f"The git repository at {git_folder} is damaged ({file} is cut short); run "
-                    "`git fsck` in it, or clone it again."
-                )
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether the compressed stream of a loose object reaches its end."""
-    stream = zlib.decompressobj()
-    try:
-        with open(file, "rb") as opened:
-            data = opened.read(CHUNK)
-            inflated = data
-            while (data or inflated) and not stream.eof:
-                inflated = stream.decompress(data, CHUNK)
-                data = stream.unconsumed_tail or opened.read(CHUNK)
-    except (OSError, zlib.error):
-        return False
-    return stream.eof
-
-
 def repository_name(repository: pygit2.Repository) -> str:
     """Return the repository's name: from its origin, so that all clones agree, else its folder."""
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
             url = PurePosixPath(remote.url.replace("\\", "/").rstrip("/"))
-            return unicode_only(url.name.removesuffix(".git"))
+            return document_name(url.name.removesuffix(".git"))
     folder = Path(repository.workdir or repository.path).resolve()
-    return unicode_only(folder.name.removesuffix(".git"))
+    return document_name(folder.name.removesuffix(".git"))
 
 
 def file_name(name: str, path: str) -> str:
     """Return the name of a file's document in the repository `name`."""
-    return unicode_only(f"{name}/{path}")
-
-
-def commit_name(name: str, commit: pygit2.Commit) -> str:
-    """Return the name of a commit's document in the repository `name`."""
-    return f"{name}@{str(commit.id)[:12]}"
+    return document_name(f"{name}/{path}")
 
 
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
@@ -170,7 +127,7 @@ def read_git(
         history, first_seen = walk_history(repository, commit)
     sources = [
         tree_documents(repository, commit, name, first_seen, counts) if files else (),
-        commit_documents(history, name, counts) if commits else (),
+        commit_documents(repository, history, name, counts) if commits else (),
     ]
     return not_empty(
         explained(chain.from_iterable(sources), path),
@@ -215,7 +172,7 @@ def read_git_by_time(
             )
         cut = find_cut(repository, commit, total - round(total * held_out))
         before, added = walk_history(repository, cut)
-        paths = chain(added, (path for path, _ in tree_files(repository, cut.tree)))
+        paths = chain(added, (path for path, _ in tree_files(cut.tree)))
         known = {commit_name(name, each) for each in before}
         known.update(file_name(name, each) for each in paths)
     past = list(read_git(path, str(cut.id), skipped=skipped))
@@ -280,22 +237,6 @@ def walk_history(
     return commits, first_seen
 
 
-def is_shallow_boundary(commit: pygit2.Commit) -> bool:
-    """Return whether a shallow clone ends at a commit: it has parents, but not in the clone.
-
-    libgit2 shows it as a commit without parents, which would have added every file.
-    """
-    return not commit.parents and b"\nparent " in commit.read_raw().partition(b"\n\n")[0]
-
-
-def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
-    """Return the diff of a commit to its first parent, or to the empty tree if it has none."""
-    flags = DiffOption.IGNORE_SUBMODULES
-    if commit.parents:
-        return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
-    return commit.tree.diff_to_tree(swap=True, flags=flags)
-
-
 def tree_documents(
     repository: pygit2.Repository,
     commit: pygit2.Commit,
@@ -312,88 +253,24 @@ def tree_documents(
         first_seen: path -> time at which it was added, in seconds since 1970; default: 0.
         skipped: counter by reason.
     """
-    for path, blob in tree_files(repository, commit.tree):
-        reason = reason_in_git(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
+    for path, blob in tree_files(commit.tree):
+        reason = reason_in_git(path)
+        if reason is None and repository.odb.read_header(blob)[1] > MAX_FILE_BYTES:
+            reason = "too large"
         if reason:
             skipped[reason] += 1
             continue
+        data = repository[blob].peel(pygit2.Blob).data
         time = first_seen.get(path, 0)
-        document = file_document(blob.data, path, file_name(name, path), time, skipped)
+        document = file_document(data, path, file_name(name, path), time, skipped)
         if document:
             yield document
 
 
-def tree_files(
-    repository: pygit2.Repository, tree: pygit2.Tree
-) -> Iterator[tuple[str, pygit2.Blob]]:
-    """Yield (path, blob) of all regular files below `tree`, without links and submodules."""
+def tree_files(tree: pygit2.Tree) -> Iterator[tuple[str, pygit2.Oid]]:
+    """Yield path and blob id of all regular files below `tree`, without links and submodules."""
     index = pygit2.Index()
     index.read_tree(tree)
     for entry in index:
         if entry.mode in (FileMode.BLOB, FileMode.BLOB_EXECUTABLE):
-            yield entry.path, repository[entry.id].peel(pygit2.Blob)
-
-
-def commit_documents(
-    commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
-) -> Iterator[Document]:
-    """Yield message and diff of each commit with usable changes."""
-    for commit in commits:
-        document = commit_document(commit, name, skipped)
-        if document:
-            yield document
-
-
-def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Document | None:
-    """Return message and diff of a commit, or None after counting why it is skipped."""
-    if is_shallow_boundary(commit) or len(commit.parents) > 1:
-        skipped["merge" if commit.parents else "shallow boundary"] += 1
-        return None
-    changes = diff_text(diff_to_parent(commit))
-    if changes is None:
-        skipped["large commit"] += 1
-        return None
-    if not changes:
-        skipped["commit without text"] += 1
-        return None
-    # Not `commit.message`, which takes the name of an encoding from the commit.
-    message = commit.raw_message.decode("utf-8", "replace").strip()
-    text = f"{message}\n\n{changes}"
-    return Document(text, commit_name(name, commit), "commit", commit.commit_time)
-
-
-def diff_text(diff: pygit2.Diff) -> str | None:
-    """Return a diff without line numbers, modes and blob ids, None if it is too long.
-
-    The format depends only on the two trees, not on the user's git settings.
-    """
-    parts: list[str] = []
-    size = 0
-    for patch in diff:
-        part = patch_text(patch)
-        size += len(part)
-        if size > MAX_COMMIT_CHARACTERS:
-            return None
-        parts.append(part)
-    return "".join(parts)
-
-
-def patch_text(patch: pygit2.Patch | None) -> str:
-    """Return the changes of one file, "" for binary, generated and vendored files."""
-    if patch is None:  # only the file mode has changed
-        return ""
-    delta = patch.delta
-    old = unicode_only(delta.old_file.path)
-    new = unicode_only(delta.new_file.path)
-    if delta.is_binary or reason_in_git(new) or not patch.hunks:
-        return ""
-    status = delta.status_char()
-    lines = [
-        f"--- {'/dev/null' if status == 'A' else old}\n+++ {'/dev/null' if status == 'D' else new}\n"
-    ]
-    for hunk in patch.hunks:
-        lines.append(f"@@ {hunk.header.split('@@', 2)[-1].strip()}".rstrip() + "\n")
-        lines += [
-            f"{line.origin}{line.content.rstrip()}\n" for line in hunk.lines if line.origin in "+- "
-        ]
-    return "".join(lines)
+            yield entry.path, entry.id

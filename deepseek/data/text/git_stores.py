@@ -1,16 +1,26 @@
-"""The folders from which git reads a repository, so that they can be kept below another folder."""
+"""The folders from which git reads a repository, so that they can be kept below another folder and
+damage in them is found.
+"""
 
 import os
 import re
+import zlib
 from pathlib import Path
 
 import pygit2
 from pygit2.enums import RepositoryOpenFlag
 
+from deepseek.checkpoint.files import is_special
 from deepseek.errors import DataError
 
 MAX_STORES = 16
 """Most folders over which a repository may be spread."""
+
+LOOSE_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{38,62}")
+"""Path of a loose object in its store."""
+
+CHUNK = 1 << 16
+"""Bytes of a loose object that are read, and inflated, at a time."""
 
 
 def repository_stores(path: Path) -> list[Path]:
@@ -30,11 +40,24 @@ def repository_stores(path: Path) -> list[Path]:
         raise DataError(
             f"{path} is not a git repository itself; name the folder that holds its .git."
         ) from None
+    return stores_of(Path(repository.path))
+
+
+def stores_of(git_folder: Path) -> list[Path]:
+    """Return every folder from which git reads a repository, as `repository_stores` does.
+
+    Args:
+        git_folder: the repository's git folder.
+
+    Raises:
+        DataError: there are more than `MAX_STORES`, or one that cannot be.
+    """
     try:
-        return _stores(Path(repository.path).resolve())
+        return _stores(git_folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long or with a NUL
         raise DataError(
-            f"{path} names a store of objects that cannot be; run `git fsck`, or clone it again."
+            f"{git_folder} names a store of objects that cannot be; run `git fsck`, or clone it "
+            "again."
         ) from None
 
 
@@ -79,3 +102,56 @@ def alternates(objects: Path, *, first: bool) -> list[Path]:
     from_store = [(objects / name).resolve() for name in names]
     elsewhere = [name for name in names if not (first and name.startswith("."))]
     return from_store + [Path(name).resolve() for name in elsewhere]
+
+
+def refuse_endless(git_folder: Path) -> None:
+    """Raise `DataError` if a file of a repository is one at which libgit2 would wait forever.
+
+    These are named pipes, devices, and loose objects that are cut short: their inflation never
+    ends (libgit2 1.9).
+
+    Args:
+        git_folder: the repository's git folder. What it shares with other work trees and the stores
+            of other repositories that it names are looked through too.
+    """
+    stores = stores_of(git_folder)
+    for store in stores:
+        if not any(store != other and store.is_relative_to(other) for other in stores):
+            _refuse_endless_below(store, stores)
+
+
+def _refuse_endless_below(top: Path, stores: list[Path]) -> None:
+    """As `refuse_endless`, of the files below one folder.
+
+    Args:
+        top: the folder.
+        stores: all stores of the repository; the loose objects lie below them.
+    """
+    for folder, _, names in os.walk(top):
+        for name in names:
+            file = Path(folder, name)
+            if is_special(file):
+                raise DataError(f"{file} is a pipe or a device; clone the repository again.")
+            is_loose = file.parent.parent in stores and LOOSE_OBJECT.fullmatch(
+                f"{file.parent.name}/{name}"
+            )
+            if is_loose and not _is_whole(file):
+                raise DataError(
+                    f"The git repository at {stores[0]} is damaged ({file} is cut short); run "
+                    "`git fsck` in it, or clone it again."
+                )
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether the compressed stream of a loose object reaches its end."""
+    stream = zlib.decompressobj()
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(CHUNK)
+            inflated = data
+            while (data or inflated) and not stream.eof:
+                inflated = stream.decompress(data, CHUNK)
+                data = stream.unconsumed_tail or opened.read(CHUNK)
+    except (OSError, zlib.error):
+        return False
+    return stream.eof

@@ -5,15 +5,15 @@ which results are reported.
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from pathlib import PurePosixPath
 from typing import Any
 
-from deepseek.data.text.document import Document, Rule, uniform
+from deepseek.data.text.document import Document, Rule, characters, uniform
 
 SMALLEST_PART = 0.25
-"""Minimum share of the text in each part. If whole documents cannot give it, every document is cut
-in two.
+"""Share of the text that each part should have. If whole documents cannot give it, every document
+is cut in two.
 """
 
 LONGEST_WORD = 40
@@ -26,7 +26,9 @@ def halve(
     """Return (validation, test), each with about half of the held-out text and none in common.
 
     A few documents of unequal size may have no fair halves. Then each is cut in the middle, at the
-    end of a line or of a message, and its first part goes to validation.
+    end of a line or of a message, and its first part goes to validation, unless the halves of whole
+    documents are fairer: conversations with one answer cannot be cut. Validation is empty only if
+    nothing can be divided.
 
     Args:
         documents: the held-out documents.
@@ -45,15 +47,25 @@ def halve(
         return uniform(f"validation:{seed}:{name}"), name
 
     groups = [list(group) for _, group in groupby(sorted(documents, key=key), key)]
-    sizes = [sum(len(document.text) for document in group) for group in groups]
-    total = sum(sizes)
+    whole = between_groups(groups)
+    if smaller_part(whole) >= SMALLEST_PART * characters(documents):
+        return whole
+    return max(cut_each(documents), whole, key=smaller_part)
+
+
+def between_groups(groups: Sequence[list[Document]]) -> tuple[list[Document], list[Document]]:
+    """Return the first and the last groups of documents, the two parts as even as possible; one
+    group is the second part.
+    """
+    sizes = list(accumulate(map(characters, groups)))
     cuts = range(1, len(groups))
-    first = min(cuts, key=lambda cut: abs(2 * sum(sizes[:cut]) - total), default=0)
-    if first == 0 or not SMALLEST_PART * total <= sum(sizes[:first]) <= (1 - SMALLEST_PART) * total:
-        return cut_each(documents)
-    validation = [document for group in groups[:first] for document in group]
-    test = [document for group in groups[first:] for document in group]
-    return validation, test
+    first = min(cuts, key=lambda cut: abs(2 * sizes[cut - 1] - sizes[-1]), default=0)
+    return list(chain.from_iterable(groups[:first])), list(chain.from_iterable(groups[first:]))
+
+
+def smaller_part(parts: tuple[list[Document], list[Document]]) -> int:
+    """Return the number of characters of the smaller one of two parts."""
+    return min(map(characters, parts))
 
 
 def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:

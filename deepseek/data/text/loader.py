@@ -235,7 +235,9 @@ class RowLoader:
         each token from `first` on.
         """
         offsets = self.shards.offsets
-        low, high = np.searchsorted(offsets, [first, first + length + 1])
+        # Bounds of another type would have NumPy convert all offsets, for each row.
+        bounds = np.array([first, first + length + 1], dtype=offsets.dtype)
+        low, high = np.searchsorted(offsets, bounds)
         starts = np.zeros(length + 1, dtype=np.bool_)
         starts[offsets[low:high].astype(np.int64) - first] = True
         return starts

@@ -1,8 +1,8 @@
 """Redact secrets: replace keys, tokens and passwords by `<REDACTED:kind>` before training.
 
-Patterns come from detect-secrets if it has a precise one. They are applied to whole texts instead
-of line by line, which is 50 times faster. Its entropy detectors are not used, since they would
-remove hashes and test data from code.
+Patterns come from detect-secrets if it has a precise one that takes linear time. They are applied
+to whole texts instead of line by line, which is 50 times faster. Its entropy detectors are not
+used, since they would remove hashes and test data from code.
 """
 
 import re
@@ -98,10 +98,19 @@ PASSWORD = re.compile(
 AWS_UNQUOTED = r"(?i)aws_secret_access_key[\"']?\s*[=:]\s*([a-z0-9/+]{40})(?![a-z0-9/+=])"
 """Without quotes, as in `~/.aws/credentials`; with quotes it is a published pattern."""
 
-JWT = r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
+JWT = r"(?m)(?:(?<![\w-])|(?<=^-))eyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
 """Header, payload and signature. The first two are JSON objects in base64, so they begin with
 `eyJ`, which alone occurs in names such as `keyJson.getString`.
+
+A match begins where a run of its letters does, or after the sign of a removed line in a diff. If it
+began at every `eyJ` of `eyJ-eyJ-`, the time would be quadratic.
 """
+
+OPENAI = r"sk-[\w-]{20,200}?T3BlbkFJ[\w-]{20,}"
+"""With `OpenAI` in base64 at its middle. The bound keeps the time of `sk-sk-sk-` linear."""
+
+NPM_SETTING = r"/:_authToken=\s*(npm_.+|[A-Fa-f0-9-]{36})"
+"""As in `~/.npmrc`, after the address of a registry."""
 
 ADDRESS = re.compile(
     r"""://[^:/?#\[\]@!$&'()*+,;=\s]*:(?!\{+[^{}@]*\}+@|%s@)([^/?#\[\]$'"`()<>*,;\s]+)@"""
@@ -123,7 +132,7 @@ RULES = (
     own("google-key", "AIza ya29.", r"\bAIza[\w-]{35,}|\bya29\.[\w-]{20,}"),
     own("anthropic-key", "sk-ant-", r"\bsk-ant-[\w-]{20,}"),
     own("openai-key", "sk-", r"\bsk-(?:proj|svcacct|admin)-[\w-]{20,}"),
-    *published("openai-key", "T3BlbkFJ", "OpenAI Token"),
+    own("openai-key", "T3BlbkFJ", OPENAI),
     own("huggingface-token", "hf_", r"\bhf_[A-Za-z0-9]{34,}"),
     *published("slack-token", "xox hooks.slack.com", "Slack Token"),
     *published("stripe-key", "_live_", "Stripe Access Key"),
@@ -131,7 +140,7 @@ RULES = (
     *published("mailchimp-key", "-us", "Mailchimp Access Key"),
     *published("square-token", "sq0csp-", "Square OAuth Secret"),
     *published("pypi-token", "pypi-AgE", "PyPI Token"),
-    *published("npm-token", "_authToken", "NPM tokens", group=1),
+    own("npm-token", "_authToken", NPM_SETTING, 1),
     own("npm-token", "npm_", r"\bnpm_[A-Za-z0-9]{36,}"),
     *published("discord-token", ".", "Discord Bot Token"),
     *published("telegram-token", ":", "Telegram Bot Token"),

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.files import existing_path, readable_file
-from deepseek.data.text.document import Document, conversation, not_empty
+from deepseek.data.text.document import Document, conversation, document_name, not_empty
 from deepseek.data.text.filters import (
     PDF_SUFFIX,
     Skipped,
     describe,
     file_document,
+    folder_reason,
     largest_size,
     reason_by_path,
     words,
@@ -159,9 +160,19 @@ def folder_documents(root: Path, skipped: Skipped) -> Iterator[Document]:
 
 
 def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
-    """Yield the files under `root` in sorted order, without entering vendored folders."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not reason_by_path(f"{name}/x"))
+    """Yield the files under `root` in sorted order, without entering folders that are vendored, or
+    that this library writes.
+
+    A folder that is not entered, or cannot be read, counts once in `skipped`.
+    """
+
+    def count_unreadable(_error: OSError) -> None:
+        skipped["unreadable"] += 1
+
+    for folder, folders, names in os.walk(root, onerror=count_unreadable):
+        reasons = {name: folder_reason(Path(folder, name)) for name in folders}
+        skipped.update(filter(None, reasons.values()))
+        folders[:] = sorted(name for name in folders if reasons[name] is None)
         for name in sorted(names):
             reason = reason_by_path(name)
             if reason:
@@ -188,7 +199,7 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
     except OSError:
         skipped["unreadable"] += 1
         return None
-    name = unicode_only(f"{folder}/{relative}")
+    name = document_name(f"{folder}/{relative}")
     time = int(status.st_mtime)
     if file.suffix.lower() == PDF_SUFFIX:
         return pdf_document(data, name, time, skipped)

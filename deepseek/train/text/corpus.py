@@ -1,7 +1,7 @@
 """Build the token shards of a run, once per run folder: read, clean, split, tokenise."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from deepseek.data import (
     read_records,
     split,
 )
-from deepseek.data.text.commits import FileSides, follow_files, renamed_files
-from deepseek.data.text.document import Rule, draw_lots, silent
+from deepseek.data.text.commits import FileSides, follow_files, renamed_files, with_later_names
+from deepseek.data.text.document import KnownNames, Rule, draw_lots, silent
 from deepseek.data.text.filters import Skipped
 from deepseek.data.text.gaps import with_gaps
 from deepseek.data.text.git import find_commit, open_repository, read_git_by_time
@@ -112,7 +112,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class KnownDocuments:
-    """Digests of documents (see `Document.digest`).
+    """Digests (see `Document.digest`) and names of documents.
 
     Attributes:
         train: of training documents.
@@ -120,6 +120,8 @@ class KnownDocuments:
         learnt: of the texts of training documents, whatever their names.
         tested: of the texts of held-out documents.
         validated: of the texts of those by which, in whole or in part, a best state was chosen.
+        train_names: names, not digests, of training documents and of their dropped duplicates.
+        held_out_names: names of held-out documents and of their dropped duplicates.
     """
 
     train: frozenset[str]
@@ -127,6 +129,13 @@ class KnownDocuments:
     learnt: frozenset[str] = frozenset()
     tested: frozenset[str] = frozenset()
     validated: frozenset[str] = frozenset()
+    train_names: frozenset[str] = frozenset()
+    held_out_names: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> KnownNames:
+        """Names of the documents on both sides."""
+        return KnownNames(self.train_names, self.held_out_names)
 
     def has_learnt(self, document: Document) -> bool:
         """Return whether a training document is known, maybe under another name."""
@@ -149,14 +158,14 @@ class Sides:
     Attributes:
         train: training documents.
         held_out: held-out documents.
-        report: summary of the cleaning.
+        report: report of the cleaning.
         commit: commit of the git repository; None for other sources.
         follows: whether what commits changed is on the side of the files that they changed.
     """
 
     train: list[Document]
     held_out: list[Document]
-    report: str
+    report: CleanReport
     commit: str | None
     follows: bool
 
@@ -197,6 +206,9 @@ def build_corpus(
             questions and gaps are made afterwards. Default: all.
         validation: move half of the held-out text to a validation set (see `halve`).
         known: documents of earlier runs, which stay on their side of the split.
+
+    Raises:
+        DataError: a part of the corpus would be empty, or the source cannot be read.
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -206,6 +218,11 @@ def build_corpus(
         halves = halve(held_out, source.by, source.seed) if validation else ([], held_out)
         halves = keep_validation(*halves, known.validated)
         chosen, to_validate = choose(train, halves[0])
+        if validation and not to_validate:
+            raise DataError(
+                "The text to hold out cannot be divided into a part to choose the best state by "
+                "and one to report on; give more documents, hold out more, or split by file."
+            )
         questions = folder / "questions.jsonl"
         mixed = mix_questions(chosen, held_out, tokenizer, source.questions, questions)
         if source.infill:
@@ -220,12 +237,13 @@ def build_corpus(
             "documents": digests(train),
             # Few documents are cut in two, and then the halves are known too.
             "held_out": digests([*held_out, *halves[0]]),
-            "held_out_names": sorted({document.name for document in held_out}),
+            "train_names": names_and_duplicates(train, sides.report),
+            "held_out_names": names_and_duplicates(held_out, sides.report),
             "learnt": text_digests(train),
             "tested": text_digests([*held_out, *halves[0]]),
             "validated": text_digests(each for each in held_out if each.name in firsts),
         }
-        about = {"report": sides.report, "commit": sides.commit, FOLLOWS: sides.follows}
+        about = {"report": str(sides.report), "commit": sides.commit, FOLLOWS: sides.follows}
         write_json(notes, {**about, **noted})
     stored = read_object(notes)
     return Corpus(
@@ -242,6 +260,13 @@ def whole_text(folder: Path) -> TokenShards:
     and retrieval indexes. Markers and rearranged excerpts are no part of what was read.
     """
     return TokenShards(folder / (WHOLE if (folder / WHOLE).is_dir() else "train"))
+
+
+def names_and_duplicates(documents: Iterable[Document], report: CleanReport) -> list[str]:
+    """Return the names of documents and of their duplicates that were dropped, sorted."""
+    retained = {document.name for document in documents}
+    dropped = {name for name, same in report.duplicates.items() if same in retained}
+    return sorted(retained | dropped)
 
 
 def digests(documents: Sequence[Document]) -> list[str]:
@@ -267,9 +292,10 @@ def known_documents(folder: Path) -> KnownDocuments:
             f"{folder} does not say which documents it has, as an earlier version built it; train "
             "the expert anew, under the same name with another --run-folder."
         )
-    # Earlier versions did not note texts.
-    texts = (notes.get(name, []) for name in ("learnt", "tested", "validated"))
-    return KnownDocuments(*(frozenset(map(str, part)) for part in (train, held_out, *texts)))
+    # Earlier versions noted no texts, or no names of training documents.
+    fields = ("learnt", "tested", "validated", "train_names", "held_out_names")
+    rest = (notes.get(name, []) for name in fields)
+    return KnownDocuments(*(frozenset(map(str, part)) for part in (train, held_out, *rest)))
 
 
 def commits_follow_files(folder: Path) -> bool:
@@ -295,21 +321,24 @@ def read_sides(source: Source, progress: Progress, known: KnownDocuments) -> Sid
     commit = str(head.id) if head else None
     if source.git and source.by == "time":
         train, held_out, report = past_and_future(source, skipped, progress, commit)
-        documents = [*train, *held_out]
     else:
         documents, report = clean(read_source(source, skipped, commit), skipped, progress)
         train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-    # By time, an update learns what was held out.
-    tested = frozenset[str]() if source.by == "time" else known.tested
-    train, held_out = keep_sides(train, held_out, known.learnt, tested)
+    if source.by == "time":  # an update learns what was held out
+        train, held_out = keep_sides(train, held_out, known.learnt, frozenset(), KnownNames())
+        return Sides(train, held_out, report, commit, follows=False)
+    renamed = list(renamed_files(repository, head)) if repository and head else []
+    names = with_later_names(known.names, renamed)
+    train, held_out = keep_sides(train, held_out, known.learnt, known.tested, names)
     # If all files are on one side, there is none to follow on the other.
-    follows = source.by != "time" and has_files(train) and has_files(held_out)
-    if repository and head and follows:
+    follows = has_files(train) and has_files(held_out)
+    if repository and follows:
         lots = draw_lots(documents, source.held_out, source.by, source.seed)
-        files = FileSides(train, held_out, lots, renamed_files(repository, head))
+        kept_lots = replace(lots, known=names)
+        files = FileSides(train, held_out, kept_lots, renamed, report.duplicates)
         settled = known.learnt | known.tested
         train, held_out = follow_files(documents, frozenset(held_out), files, settled)
-    return Sides(train, held_out, str(report), commit, follows)
+    return Sides(train, held_out, report, commit, follows)
 
 
 def has_files(documents: Iterable[Document]) -> bool:

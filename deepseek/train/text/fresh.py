@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from deepseek.data import Document
-from deepseek.data.text.document import uniform
+from deepseek.data.text.document import characters, uniform
 from deepseek.errors import DataError
 from deepseek.train.text.corpus import KnownDocuments
 
@@ -50,11 +50,6 @@ def fresh(
     replayed = past(learnt, len(known.train), seed, max(LEAST_PAST, characters(new)))
     wanted = max(LEAST_VALIDATION, characters(held_out))
     return [*new, *replayed], [*held_out, *past(tested, len(known.held_out), seed, wanted)]
-
-
-def characters(documents: Sequence[Document]) -> int:
-    """Return the length of all documents together."""
-    return sum(len(document.text) for document in documents)
 
 
 def past(documents: Sequence[Document], known: int, seed: int, wanted: int) -> list[Document]:

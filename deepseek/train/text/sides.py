@@ -8,7 +8,7 @@ be reported.
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from deepseek.data.text.document import Document
+from deepseek.data.text.document import Document, KnownNames
 from deepseek.errors import DataError
 
 
@@ -17,6 +17,7 @@ def keep_sides(
     held_out: Sequence[Document],
     learnt: AbstractSet[str],
     tested: AbstractSet[str],
+    names: KnownNames,
 ) -> tuple[list[Document], list[Document]]:
     """Return training and held-out documents, of which those that were known stay where they were.
 
@@ -25,15 +26,23 @@ def keep_sides(
         held_out: held-out documents.
         learnt: digests of texts that were trained on before; they count before `tested`.
         tested: digests of texts that were held out before.
+        names: names that documents on either side had before, or have been given since; they count
+            after both, for texts that have changed.
 
     Raises:
         DataError: nothing is left to hold out.
     """
-    stays = tested - learnt
-    kept = [document for document in train if document.text_digest not in stays]
-    known = [document for document in held_out if document.text_digest in learnt]
-    again = [document for document in train if document.text_digest in stays]
-    new = [document for document in held_out if document.text_digest not in learnt]
+
+    def was_held_out(document: Document) -> bool | None:
+        digest = document.text_digest
+        if digest in learnt or digest in tested:
+            return digest not in learnt
+        return names.is_held_out(document.name)
+
+    kept = [document for document in train if was_held_out(document) is not True]
+    known = [document for document in held_out if was_held_out(document) is False]
+    again = [document for document in train if was_held_out(document) is True]
+    new = [document for document in held_out if was_held_out(document) is not False]
     if not again and not new:
         raise DataError(
             "All text that would be held out was learnt before; add new text, or train anew."

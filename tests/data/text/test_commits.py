@@ -11,9 +11,9 @@ from git_history import Files, History
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.data import Document, read_git, split
-from deepseek.data.text.commits import FileSides, follow_files, renamed_files
-from deepseek.data.text.document import Rule, draw_lots
+from deepseek.data import Document, clean, read_git, split
+from deepseek.data.text.commits import FileSides, follow_files, renamed_files, with_later_names
+from deepseek.data.text.document import KnownNames, Rule, draw_lots
 
 LINE = re.compile(r"line_\d+")
 
@@ -26,11 +26,12 @@ def renamed(history: History) -> list[tuple[str, str]]:
 
 def sides(history: History, *held_out: str) -> tuple[list[Document], list[Document]]:
     """Return both sides if these files are held out, and a tenth of those that are gone."""
-    documents = list(read_git(history.path))
+    documents, report = clean(read_git(history.path))
     test = frozenset(d for d in documents if d.name.removeprefix("engine/") in held_out)
     train = [document for document in documents if document not in test]
     lots = draw_lots(documents, 0.1, "file", 0)
-    files = FileSides(train, test, lots, renamed_files(history.repository, history.head))
+    moved = renamed_files(history.repository, history.head)
+    files = FileSides(train, test, lots, moved, report.duplicates)
     return follow_files(documents, test, files)
 
 
@@ -176,3 +177,98 @@ def test_files_that_are_gone_are_on_one_side_each(history: History) -> None:
     train, _ = sides(history, "b.py")
     files = [set(LINE.findall(text)) for text in gone.values()]
     assert {len(lines & lines_of(train)) for lines in files} == {0, 9}
+
+
+@pytest.mark.parametrize("added", [0, 2])
+def test_a_duplicate_that_was_dropped_is_on_the_side_of_its_text(
+    history: History, added: int
+) -> None:
+    text = history.new_lines(60)
+    rest = {"c.py": "c = 1\n"}
+    history.commit(rest | {"a.py": text})
+    files = rest | {"a.py": text, "b.py": text + history.new_lines(added)}
+    history.commit(files)
+    history.commit({path: text for path, text in files.items() if path != "b.py"})
+    history.commit(files)
+    for held_out in ("a.py", "c.py"):
+        train, test = sides(history, held_out)
+        assert names(train) | names(test) >= {"engine/a.py", "engine/c.py"}
+        assert "engine/b.py" not in names(train) | names(test)
+        assert not lines_of(train) & lines_of(test)
+        assert (lines_of(test) if held_out == "a.py" else lines_of(train)) >= lines_of_text(text)
+
+
+def lines_of_text(text: str) -> set[str]:
+    return set(LINE.findall(text))
+
+
+def test_a_merge_that_puts_another_project_into_a_folder_renames_its_files(
+    history: History,
+) -> None:
+    project = {f"{number}.py": history.new_lines(20) for number in range(20)}
+    imported = history.commit(project)
+    history.repository.references.delete("refs/heads/main")
+    ours = {"a.py": history.new_lines(20), "b.py": history.new_lines(20)}
+    first = history.commit(ours)
+    library = {f"lib/{path}": text for path, text in project.items()}
+    library["lib/7.py"] += history.new_lines(1)
+    history.commit(ours | library, first, imported)
+    assert sorted(renamed(history)) == sorted((path, f"lib/{path}") for path in project)
+    for held_out in ("lib/3.py", "lib/7.py"):
+        train, test = sides(history, held_out)
+        assert lines_of(test) >= lines_of_text(project[held_out.removeprefix("lib/")])
+        assert not lines_of(train) & lines_of(test)
+
+
+def test_a_merge_renames_alone_what_it_has_at_a_new_path(history: History) -> None:
+    text, other, kept = (history.new_lines(20) for _ in range(3))
+    root = history.commit({"a.py": text, "b.py": other, "c.py": kept})
+    ours = history.commit({"a.py": text, "moved.py": other, "c.py": kept}, root)
+    theirs = history.commit({"a.py": text, "b.py": other, "c.py": kept, "d.py": "d = 1\n"}, root)
+    history.commit(
+        {"new.py": text, "moved.py": other, "c.py": kept, "d.py": "d = 1\n"}, ours, theirs
+    )
+    assert set(renamed(history)) == {("a.py", "new.py"), ("b.py", "moved.py")}
+    assert renamed(history).count(("b.py", "moved.py")) == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), max_size=8),
+    st.sets(st.sampled_from("abcd")),
+    st.sets(st.sampled_from("abcd")),
+)
+def test_later_names_are_on_the_side_of_known_ones(
+    renamed: list[tuple[str, str]], learnt: set[str], tested: set[str]
+) -> None:
+    known = KnownNames(frozenset(learnt), frozenset(tested))
+    names = with_later_names(known, renamed)
+    for name in "abcdef":
+        if known.is_held_out(name) is not None:
+            assert names.is_held_out(name) == known.is_held_out(name)
+    for former, later in renamed[:1]:
+        assert (names.is_held_out(former) is None) or (names.is_held_out(later) is not None)
+    assert with_later_names(KnownNames(), renamed) == KnownNames()
+
+
+def test_names_are_followed_from_commit_to_commit() -> None:
+    names = with_later_names(
+        KnownNames(frozenset("ax"), frozenset("b")),
+        [("c", "d"), ("b", "e"), ("a", "c"), ("b", "x")],
+    )
+    assert names == KnownNames(frozenset("acdx"), frozenset("be"))
+
+
+@given(st.sampled_from(["\n", "\r", "\r\n", "\u2028"]), st.integers(0, 9))
+def test_files_whose_names_have_line_breaks_are_followed_too(end: str, seed: int) -> None:
+    with TemporaryDirectory() as folder:
+        history = History(Path(folder))
+        files = {f"a{end}{n}.py": history.new_lines(9) for n in range(8)}
+        history.commit(files)
+        history.commit({path: text + history.new_lines(1) for path, text in files.items()})
+        documents = list(read_git(history.path))
+        train, test = split(documents, 0.4, "file", seed)
+        lots = draw_lots(documents, 0.4, "file", seed)
+        after = follow_files(documents, frozenset(test), FileSides(train, test, lots))
+    assert not lines_of(after[0]) & lines_of(after[1])
+    assert len(lines_of(after[0]) | lines_of(after[1])) == 8 * 10
+    assert all(len(document.name.splitlines()) == 1 for document in documents)

@@ -1,12 +1,13 @@
 """Documents come back out of token shards."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.data import Document, TokenShards
+from deepseek.data import Document, TokenShards, read_folder
 from deepseek.data.text.decode import decode_documents
 from deepseek.data.text.document import conversation
 
@@ -34,3 +35,13 @@ def test_prose_and_conversations_come_back_as_text(tmp_path: Path) -> None:
     )
     assert prose == Document("file: x\n\nOnce", "text 1")
     assert chat.kind == "text" and "why?" in chat.text and "because" in chat.text
+
+
+def test_a_file_whose_name_has_line_breaks_stays_code(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a\nb.py").write_text("a = 1\n")
+    documents = list(read_folder(tmp_path / "code"))
+    shards = TokenShards.build(documents, TOKENIZER, tmp_path / "x")
+    found = [replace(document, time=0) for document in documents]
+    assert list(decode_documents(shards, TOKENIZER)) == found
+    assert found[0].kind == "code"

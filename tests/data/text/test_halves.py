@@ -116,3 +116,35 @@ def test_each_part_of_a_conversation_has_an_answer_to_learn(roles: list[str]) ->
         assert any(encode_chat(tokenizer, json.loads(part.text)).is_target)
     pairs = "".join(role[0] for role in roles).count("ua")
     assert bool(validation) >= (pairs > 1), "two questions with answers can be cut"
+
+
+def conversation_of(length: int, number: int) -> Document:
+    """Return a conversation of one question and one answer, which cannot be cut."""
+    messages = [
+        {"role": "user", "content": f"question {number}"},
+        {"role": "assistant", "content": "a" * length},
+    ]
+    return Document(json.dumps(messages), f"chats.jsonl:{number}", "messages", time=number)
+
+
+@given(
+    st.lists(st.integers(1, 900), min_size=2, max_size=12),
+    st.sampled_from(["file", "time"]),
+    st.integers(0, 3),
+)
+def test_conversations_that_cannot_be_cut_are_divided_as_they_are(
+    lengths: list[int], by: str, seed: int
+) -> None:
+    documents = [conversation_of(length, number) for number, length in enumerate(lengths)]
+    validation, test = halve(documents, by, seed)  # type: ignore[arg-type]
+    assert validation and test
+    assert {document.name for document in [*validation, *test]} == {
+        document.name for document in documents
+    }
+    assert len(validation) + len(test) == len(documents)
+
+
+def test_half_a_note_is_no_validation_where_whole_conversations_are_more() -> None:
+    documents = [conversation_of(10, 0), conversation_of(900, 1), Document("two words", "note.txt")]
+    parts = halve(documents)
+    assert min(sum(len(document.text) for document in part) for part in parts) > 50

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from deepseek.data import read_folder, read_git, read_records
 from deepseek.data.preferences.files import read_preferences
-from deepseek.data.text.git import _is_whole
+from deepseek.data.text.git import open_repository
+from deepseek.data.text.git_stores import _is_whole
 from deepseek.data.text.source import html_to_text, record_document
 from deepseek.errors import DataError
 from deepseek.terminal import is_unicode
@@ -226,6 +227,37 @@ def test_undecodable_names_and_messages_become_text(packed: Path, tmp_path: Path
     assert any("odd \ufffd message" in document.text for document in documents)
     assert {"repo/\ufffd\ufffd.py", "plain/\ufffd.py"} <= {document.name for document in documents}
     assert all(is_unicode(document.name + document.text) for document in documents)
+
+
+def linked_repository(packed: Path, folder: Path, how: str) -> tuple[Path, Path]:
+    """Return a repository that reads its objects from another folder, and that folder."""
+    shared = folder / "shared"
+    shutil.copytree(packed, shared)
+    path = folder / "linked"
+    if how == "worktree":
+        pygit2.Repository(shared).add_worktree("linked", path)
+        return path, shared / ".git" / "objects"
+    repository = pygit2.init_repository(path, initial_head="main")
+    pool = folder / "pool"
+    shutil.move(shared / ".git" / "objects", pool)
+    (path / ".git" / "objects" / "info" / "alternates").write_text(f"{pool}\n")
+    shutil.copytree(shared / ".git" / "refs", path / ".git" / "refs", dirs_exist_ok=True)
+    shutil.copy(shared / ".git" / "HEAD", path / ".git" / "HEAD")
+    assert not repository.head_is_unborn
+    return path, pool
+
+
+@pytest.mark.parametrize("how", ["worktree", "alternates"])
+def test_damage_in_a_shared_store_is_refused_not_waited_for(
+    packed: Path, tmp_path: Path, how: str
+) -> None:
+    path, objects = linked_repository(packed, tmp_path, how)
+    assert len(list(read_git(path))) == 8
+    loose = sorted(objects.glob("??/*"))[0]
+    loose.chmod(0o644)
+    loose.write_bytes(loose.read_bytes()[:-5])
+    with pytest.raises(DataError, match="cut short"):
+        open_repository(path)
 
 
 def test_a_pipe_in_a_repository_is_refused_not_waited_for(packed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 one.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,14 @@ def test_impossible_rows_are_refused(shards: TokenShards) -> None:
     loader = RowLoader(shards, 1, 16)
     with pytest.raises(DataError, match="Row ids must lie"):
         loader.rows([loader.num_rows])
+
+
+def test_the_time_of_a_row_does_not_grow_with_the_number_of_documents(
+    shards: TokenShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = RowLoader(shards, 1, 16)
+    monkeypatch.setattr(shards, "offsets", np.arange(4_000_000, dtype="<u8"))
+    begin = time.process_time()
+    for first in range(500):
+        assert loader.starts(first, 16).all()
+    assert time.process_time() - begin < 0.5

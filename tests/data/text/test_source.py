@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data import read_folder, read_records
-from deepseek.data.text.filters import Skipped, decode
+from deepseek.data.text.filters import Skipped, decode, file_document
 from deepseek.data.text.source import html_to_text
 from deepseek.errors import DataError
 
@@ -39,7 +40,7 @@ def test_a_folder_gives_its_texts_sorted_and_counts_the_rest(tmp_path: Path) -> 
         ("shelf/page.html", "text", "Hello you\n"),
         ("shelf/sub/b.md", "text", "one\ntwo"),
     ]
-    assert skipped == {"binary or data": 1, "not a file": 1}
+    assert skipped == {"binary or data": 1, "not a file": 1, "vendored or built": 1}
     assert [d.name for d in read_folder(root / "a.py")] == ["shelf/a.py"]
 
 
@@ -57,12 +58,68 @@ def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
         ("grüß".encode(), "grüß"),
         ("grüß".encode("utf-16"), "grüß"),
         ("grüß".encode("latin-1"), None),
+        ("grüß".encode("utf-32"), None),
+        ("grüß".encode("utf-32-be"), None),
+        (b"\xff\xfea", None),
         (b"a\0b", None),
         (b"a\r\nb\rc", "a\nb\nc"),
     ],
 )
 def test_only_unicode_text_is_decoded(data: bytes, text: str | None) -> None:
     assert decode(data) == text
+
+
+@given(st.text(min_size=1), st.sampled_from(["latin-1", "cp1252", "utf-16-le", "utf-32"]))
+def test_text_in_another_encoding_is_named_so_unless_it_looks_binary(
+    text: str, encoding: str
+) -> None:
+    data = text.encode(encoding, "ignore")
+    decoded = decode(data)
+    skipped = Skipped()
+    document = file_document(data, "a.txt", "a.txt", 0, skipped)
+    if decoded is None:
+        assert skipped == {"binary or data" if b"\0" in data else "not UTF-8": 1}
+        return
+    assert "\0" not in decoded
+    assert (document is None) == (not decoded.strip())
+
+
+def test_folders_that_are_not_entered_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("src", "src/dist", "target", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text(f"name = '{name}'\n")
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    skipped = Skipped()
+    assert [d.text for d in read_folder(tmp_path, skipped)] == ["name = 'src'\n"]
+    assert skipped == {"vendored or built": 2, "unreadable": 1}
+
+
+CREDENTIALS = [".env", ".env.production", ".netrc", ".pgpass", ".npmrc", ".git-credentials"]
+NO_CREDENTIALS = [".env.example", ".env.sample", ".env.local.template", "env.py", ".envrc.md"]
+
+
+def test_files_of_passwords_are_not_read(tmp_path: Path) -> None:
+    for name in [*CREDENTIALS, *NO_CREDENTIALS, ".htpasswd"]:
+        (tmp_path / name).write_text(f"PASSWORD=hunter2 # {name}\n")
+    skipped = Skipped()
+    found = {Path(document.name).name for document in read_folder(tmp_path, skipped)}
+    assert found == set(NO_CREDENTIALS)
+    assert skipped == {"credentials": len(CREDENTIALS) + 1}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
+def test_the_name_of_a_file_stands_on_one_line(tmp_path: Path, end: str) -> None:
+    (tmp_path / f"a{end}b.py").write_text("a = 1\n")
+    assert [d.name for d in read_folder(tmp_path)] == [f"{tmp_path.name}/a\ufffdb.py"]
 
 
 def test_jsonl_knows_text_messages_and_preferences(tmp_path: Path) -> None:
@@ -156,3 +213,19 @@ def test_lists_and_tables_in_furniture_leave_no_marks(tag: str) -> None:
     inside = "<ul><li><a href=x>Home</a><li>About</ul><table><tr><td>x</td><th>y</table>"
     page = f"<{tag}>{inside}</{tag}><p>Hello</p><{tag}>{inside}</{tag}><ul><li>kept</ul>"
     assert html_to_text(page).split("\n") == ["Hello", "", "- kept", ""]
+
+
+def test_what_the_library_writes_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's held-out questions have their answers beside them."""
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    for name in ("home/models/own", "run/corpus", "start"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "questions.jsonl").write_text('{"set": "held out"}')
+    (tmp_path / "run" / "start.json").write_text('{"inputs": {}, "request": {}}')
+    (tmp_path / "start" / "start.json").write_text('{"scripts": {}}')  # of somebody else
+    skipped = Skipped()
+    names = [document.name for document in read_folder(tmp_path, skipped)]
+    assert names == [f"{tmp_path.name}/start/{file}" for file in ("questions.jsonl", "start.json")]
+    assert skipped == {"written by deepseek": 2}

@@ -3,6 +3,7 @@ nothing of held-out files otherwise.
 """
 
 import json
+import random
 import re
 from dataclasses import replace
 from functools import partial
@@ -253,6 +254,136 @@ def test_documents_stay_on_their_side_under_other_names(tmp_path: Path) -> None:
     everything = frozenset(document.text_digest for document in read_folder(source))
     with pytest.raises(DataError, match="learnt before"):
         built("none", replace(NONE_KNOWN, learnt=everything))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_duplicates_are_trained_on_or_held_out_as_one(tmp_path: Path, seed: int) -> None:
+    history = History(tmp_path / "checkout")
+    files: Files = {}
+    for number in range(8):
+        files[f"a{number}.py"] = history.new_lines(30)
+        history.commit(files)
+        files[f"b{number}.py"] = files[f"a{number}.py"] + "line_0 = 1\n" * (number % 2)
+        history.commit(files)
+    sides = read_sides(Source(git=history.path, held_out=0.4, seed=seed), silent, NONE_KNOWN)
+    assert sides.follows and lines_of(sides.held_out)
+    assert lines_of(sides.train) & lines_of(sides.held_out) <= {"line_0"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_duplicate_stays_on_its_side_when_it_is_one_no_longer(tmp_path: Path, seed: int) -> None:
+    history = History(tmp_path / "checkout")
+    files = {f"a{number}.py": history.new_lines(30) for number in range(8)}
+    files |= {path.replace("a", "b"): text for path, text in files.items()}
+    history.commit(files)
+    source = Source(git=history.path, held_out=0.4, seed=seed)
+    build_corpus(source, tiny_tokenizer(), tmp_path / "first")
+    first = read_sides(source, silent, NONE_KNOWN)
+    for path in [path for path in files if path.startswith("b")]:
+        files[path] = "".join(files[path].splitlines(keepends=True)[:15]) + history.new_lines(20)
+    history.commit(files)
+    sides = read_sides(source, silent, known_documents(tmp_path / "first"))
+    assert len([d for d in [*sides.train, *sides.held_out] if d.kind == "code"]) == 16
+    assert not lines_of(sides.train) & lines_of(first.held_out)
+    assert not lines_of(sides.held_out) & lines_of(first.train)
+
+
+def changed_under_other_names(history: History) -> None:
+    """Rename all files and add a line to each."""
+    files = {d.name.removeprefix("engine/"): d.text for d in read_git(history.path, commits=False)}
+    later = {f"later/{path}": text + history.new_lines(1) for path, text in files.items()}
+    history.commit(later)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_documents_stay_on_their_side_under_other_names_with_other_text(
+    history: History, tmp_path: Path, seed: int
+) -> None:
+    source = Source(git=history.path, held_out=0.3, seed=seed)
+    build_corpus(source, tiny_tokenizer(), tmp_path / "first")
+    first = read_sides(source, silent, NONE_KNOWN)
+    known = known_documents(tmp_path / "first")
+    for _ in range(2):
+        changed_under_other_names(history)
+        sides = read_sides(source, silent, known)
+        assert not lines_of(sides.train) & lines_of(first.held_out)
+        assert not lines_of(sides.held_out) & lines_of(first.train)
+    gone = [next(d for d in side if d.kind == "code") for side in (sides.train, sides.held_out)]
+    files = {d.name.removeprefix("engine/"): d.text for d in read_git(history.path, commits=False)}
+    for document in gone:  # changed, then deleted: the commits alone show it
+        path = document.name.removeprefix("engine/")
+        history.commit(files | {path: document.text + history.new_lines(1)})
+        del files[path]
+        history.commit(files)
+    sides = read_sides(source, silent, known)
+    assert sides.follows
+    assert not lines_of(sides.train) & lines_of(first.held_out)
+    assert not lines_of(sides.held_out) & lines_of(first.train)
+
+
+def test_files_stay_on_their_side_if_they_change_after_they_were_renamed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(30):
+        (source / f"{number}.txt").write_text(f"part {number} is about {number * number} things\n")
+    text = Source(folder=source, held_out=0.3)
+    build_corpus(text, tiny_tokenizer(), tmp_path / "before")
+    known = known_documents(tmp_path / "before")
+    before = {d.text for d in read_sides(text, silent, NONE_KNOWN).train}
+    for path in list(source.iterdir()):
+        path.rename(source / f"renamed-{path.name}")
+    build_corpus(text, tiny_tokenizer(), tmp_path / "renamed", known=known)
+    known = known | known_documents(tmp_path / "renamed")
+    for path in source.iterdir():
+        path.write_text(path.read_text() + "and more\n")
+    after = read_sides(text, silent, known)
+    assert {d.text.removesuffix("and more\n") for d in after.train} == before
+    assert {d.name for d in after.held_out} == known.held_out_names - {
+        f"source/{number}.txt" for number in range(30)
+    }
+
+
+def test_a_corpus_of_an_earlier_version_has_no_names_of_training_documents(
+    history: History, tmp_path: Path
+) -> None:
+    source = Source(git=history.path, held_out=0.3)
+    build_corpus(source, tiny_tokenizer(), tmp_path / "corpus")
+    notes = tmp_path / "corpus" / "corpus.json"
+    stored = json.loads(notes.read_text())
+    assert known_documents(tmp_path / "corpus").names.learnt == set(stored.pop("train_names"))
+    notes.write_text(json.dumps(stored))
+    known = known_documents(tmp_path / "corpus")
+    assert not known.names.learnt and known.names.tested == set(stored["held_out_names"])
+    changed_under_other_names(history)
+    held_out = {d.name for d in read_sides(source, silent, known).held_out if d.kind == "code"}
+    tested = {name.removeprefix("engine/") for name in known.names.tested if "@" not in name}
+    assert {f"engine/later/{path}" for path in tested} <= held_out
+
+
+def write_conversations(path: Path, lengths: list[int]) -> Path:
+    """Write conversations of one question and one answer, which cannot be cut."""
+    ask = {"role": "user", "content": "What is the value of the expert?"}
+    with open(path, "w") as file:
+        for number, length in enumerate(lengths):
+            answer = {"role": "assistant", "content": f"{number} " + "the router " * length}
+            file.write(json.dumps({"messages": [ask, answer]}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_conversations_have_a_validation_part(tmp_path: Path, seed: int) -> None:
+    lengths = random.Random(seed).choices([3, 10, 30, 100, 300], k=12)
+    source = Source(jsonl=write_conversations(tmp_path / "chats.jsonl", lengths), held_out=0.25)
+    assert len(read_sides(source, silent, NONE_KNOWN).held_out) == 4
+    corpus = build_corpus(source, tiny_tokenizer(), tmp_path / "corpus", validation=True)
+    assert corpus.validation is not None and corpus.validation.num_tokens
+    assert corpus.held_out.num_tokens
+
+
+def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
+    path = write_conversations(tmp_path / "chats.jsonl", [5, 10])
+    with pytest.raises(DataError, match="cannot be divided into a part to choose"):
+        build_corpus(Source(jsonl=path), tiny_tokenizer(), tmp_path / "corpus", validation=True)
 
 
 def test_questions_with_separators_of_unicode_are_read_again(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Read commits as documents: message and diff."""
+
+from collections.abc import Iterable, Iterator
+
+import pygit2
+from pygit2.enums import DiffOption, FileMode
+
+from deepseek.data.text.document import Document, document_name
+from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped, reason_in_git
+from deepseek.data.text.patches import NOWHERE
+
+MAX_COMMIT_CHARACTERS = 32_000
+"""Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
+nothing.
+"""
+
+BLOB_MODES = (FileMode.BLOB, FileMode.BLOB_EXECUTABLE, FileMode.LINK)
+
+
+def commit_name(name: str, commit: pygit2.Commit) -> str:
+    """Return the name of a commit's document in the repository `name`."""
+    return f"{name}@{str(commit.id)[:12]}"
+
+
+def is_shallow_boundary(commit: pygit2.Commit) -> bool:
+    """Return whether a shallow clone ends at a commit: it has parents, but not in the clone.
+
+    libgit2 shows it as a commit without parents, which would have added every file.
+    """
+    return not commit.parents and b"\nparent " in commit.read_raw().partition(b"\n\n")[0]
+
+
+def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
+    """Return the diff of a commit to its first parent, or to the empty tree if it has none."""
+    flags = DiffOption.IGNORE_SUBMODULES
+    if commit.parents:
+        return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
+    return commit.tree.diff_to_tree(swap=True, flags=flags)
+
+
+def commit_documents(
+    repository: pygit2.Repository, commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
+) -> Iterator[Document]:
+    """Yield message and diff of each commit with usable changes.
+
+    Args:
+        repository: the repository.
+        commits: its commits.
+        name: name of the repository, the first part of all document names.
+        skipped: counter by reason.
+    """
+    for commit in commits:
+        document = commit_document(repository, commit, name, skipped)
+        if document:
+            yield document
+
+
+def commit_document(
+    repository: pygit2.Repository, commit: pygit2.Commit, name: str, skipped: Skipped
+) -> Document | None:
+    """Return message and diff of a commit, or None after counting why it is skipped.
+
+    Args:
+        repository: the repository.
+        commit: the commit.
+        name: name of the repository.
+        skipped: counter by reason.
+    """
+    if is_shallow_boundary(commit) or len(commit.parents) > 1:
+        skipped["merge" if commit.parents else "shallow boundary"] += 1
+        return None
+    changes = diff_text(repository, diff_to_parent(commit))
+    if changes is None:
+        skipped["large commit"] += 1
+        return None
+    if not changes:
+        skipped["commit without text"] += 1
+        return None
+    # Not `commit.message`, which takes the name of an encoding from the commit.
+    message = commit.raw_message.decode("utf-8", "replace").strip()
+    text = f"{message}\n\n{changes}"
+    return Document(text, commit_name(name, commit), "commit", commit.commit_time)
+
+
+def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
+    """Return a diff without line numbers, modes and blob ids, None if it is too long.
+
+    The format depends only on the two trees, not on the user's git settings. Files that are not
+    read as documents, by their names or sizes, are left out before their lines are compared.
+    """
+    parts: list[str] = []
+    left = MAX_COMMIT_CHARACTERS
+    for index, delta in enumerate(diff.deltas):
+        if reason_in_git(delta.new_file.path) or is_oversized(repository, delta):
+            continue
+        part = patch_text(diff[index], left)
+        if part is None:
+            return None
+        parts.append(part)
+        left -= len(part)
+    return "".join(parts)
+
+
+def is_oversized(repository: pygit2.Repository, delta: pygit2.DiffDelta) -> bool:
+    """Return whether a changed file is too large to be read, before or after; only the headers of
+    its objects are looked at.
+    """
+    blobs = [file.id for file in (delta.old_file, delta.new_file) if file.mode in BLOB_MODES]
+    return any(repository.odb.read_header(blob)[1] > MAX_FILE_BYTES for blob in blobs)
+
+
+def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:
+    """Return the changes of one file, "" if they are not UTF-8 text, None if they are too long.
+
+    Args:
+        patch: the changes; None: only the file mode has changed.
+        limit: most characters.
+    """
+    if patch is None or patch.delta.is_binary:
+        return ""
+    if 2 * sum(patch.line_stats) > limit:  # each line has a sign and an end, at least
+        return None
+    hunks = patch.hunks
+    if not hunks:
+        return ""
+    delta = patch.delta
+    status = delta.status_char()
+    old = NOWHERE if status == "A" else document_name(delta.old_file.path)
+    new = NOWHERE if status == "D" else document_name(delta.new_file.path)
+    lines = [f"--- {old}\n+++ {new}\n"]
+    for hunk in hunks:
+        lines.append(f"@@ {hunk.header.split('@@', 2)[-1].strip()}".rstrip() + "\n")
+        try:
+            lines += [line_text(line) for line in hunk.lines if line.origin in "+- "]
+        except UnicodeDecodeError:
+            return ""
+    text = "".join(lines)
+    return text if len(text) <= limit else None
+
+
+def line_text(line: pygit2.DiffLine) -> str:
+    """Return a line with its sign.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8; `line.content` would hold U+FFFD.
+    """
+    return f"{line.origin}{line.raw_content.decode('utf-8').rstrip()}\n"
