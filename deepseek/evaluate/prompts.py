@@ -19,7 +19,8 @@ from deepseek.evaluate.answers import answer_text
 from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import edit_similarity
-from deepseek.text.chat_template import control_tokens, encode_prompt, render, user_ids
+from deepseek.text.chat_template import encode_prompt, render, user_ids
+from deepseek.text.control import control_tokens
 
 PROMPTS = 3
 CANDIDATES = 24

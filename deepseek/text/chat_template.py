@@ -14,8 +14,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.errors import DataError, UserError, shown
+from deepseek.text.control import control_tokens
 from deepseek.text.messages import Message, check_messages
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.tokenizer import encode_continued, encode_plain
 
 USER_ROLES = ("user", "tool")
 
@@ -106,7 +107,7 @@ def render(
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The added tokens of a tokenizer.
+    """The control tokens of a tokenizer (see `text.control`).
 
     Attributes:
         texts: their texts, longest first.
@@ -120,8 +121,8 @@ class ControlTokens:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerFast) -> "ControlTokens":
-        """Return the control tokens of a tokenizer; they are collected once."""
-        return _control_tokens(tokenizer, len(tokenizer))
+        """Return the control tokens of a tokenizer; their pattern is compiled once."""
+        return _stood_in_for(control_tokens(tokenizer))
 
     def guard(self, value: Any) -> Any:
         """Return a value with every control token in its texts replaced by its stand-in.
@@ -139,17 +140,15 @@ class ControlTokens:
 
 
 @lru_cache(maxsize=4)
-def _control_tokens(tokenizer: PreTrainedTokenizerFast, _size: int) -> ControlTokens:
-    """Return the control tokens of a tokenizer.
+def _stood_in_for(texts: tuple[str, ...]) -> ControlTokens:
+    """Return control tokens with their pattern and stand-ins.
 
     Args:
-        tokenizer: the tokenizer.
-        _size: number of its tokens, with which the result is cached: some may be added later.
+        texts: their texts, longest first.
     """
-    texts = sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
     stand_ins = {text: chr(LAST_STAND_IN - index) for index, text in enumerate(texts)}
     pattern = re.compile(_any_of(texts) if texts else NOTHING)
-    return ControlTokens(tuple(texts), pattern, stand_ins)
+    return ControlTokens(texts, pattern, stand_ins)
 
 
 def _any_of(texts: Iterable[str]) -> str:
@@ -174,39 +173,91 @@ def _any_of(texts: Iterable[str]) -> str:
     return f"(?:{'|'.join(branches)})" + ("?" if is_optional else "")
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
-    """Return the texts of all added tokens, longest first."""
-    return ControlTokens.of(tokenizer).texts
-
-
-def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode_rendered(
+    tokenizer: PreTrainedTokenizerFast, text: str, previous: int | None = None
+) -> list[int]:
     """Return the ids of a text from `render`.
 
     Control tokens of the template become control tokens. Stand-ins become the ordinary characters
-    of the token that they replaced.
+    of the token that they replaced. The ids are those that the tokenizer gives for the whole text,
+    up to merges across the places where it is split.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text, or a part of it.
+        previous: the token before the part; None: it is the beginning.
     """
-    tokens = control_tokens(tokenizer)
-    pieces: list[str] = []
-    replaced: list[str] = []  # the token between each piece and the next one
+    control = ControlTokens.of(tokenizer)
+    before = "" if previous is None else str(tokenizer.convert_ids_to_tokens(previous))
+    is_continued = previous is not None and before not in control.stand_ins
+    # Whether a space belongs before what follows a control token, the tokenizer decides itself: it
+    # sees the token too.
+    parts = _split_rendered(control, text if is_continued else before + text, is_continued)
+    # Each text is encoded once, and all of a kind in one call: a message can hold any number of
+    # stand-ins.
+    texts = list(dict.fromkeys(part.text for part in parts if not part.is_plain))
+    plain_texts = list(dict.fromkeys(part.text for part in parts if part.is_plain))
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
+    ids_of = {
+        False: dict(zip(texts, encoded, strict=True)),
+        True: dict(zip(plain_texts, encode_continued(tokenizer, plain_texts), strict=True)),
+    }
+    ids = [token for part in parts for token in ids_of[part.is_plain][part.text]]
+    return ids[1:] if before and not is_continued else ids
+
+
+@dataclass(frozen=True)
+class _RenderedPart:
+    """A part of a rendered text that is encoded on its own.
+
+    Attributes:
+        text: the part.
+        is_plain: whether it continues other text and holds no control token of the template;
+            otherwise it is the beginning of the text, or begins with a control token.
+    """
+
+    text: str
+    is_plain: bool
+
+
+def _split_rendered(control: ControlTokens, text: str, is_continued: bool) -> list[_RenderedPart]:
+    """Split a rendered text at its stand-ins, and after each at the next control token.
+
+    At least one part is not plain; parts may be empty.
+
+    Args:
+        control: the control tokens.
+        text: the text.
+        is_continued: whether it continues other text.
+    """
+    parts: list[_RenderedPart] = []
     start = 0
+    follows_text = is_continued
     for match in STAND_INS.finditer(text):
         index = LAST_STAND_IN - ord(match[0])
-        if index < len(tokens):
-            pieces.append(text[start : match.start()])
-            replaced.append(tokens[index])
+        if index < len(control.texts):
+            parts += _split_piece(control, text[start : match.start()], follows_text)
+            parts.append(_RenderedPart(control.texts[index], True))
             start = match.end()
-    pieces.append(text[start:])
-    # Each text is encoded once, and all in one call: a message can hold any number of stand-ins.
-    distinct = list(dict.fromkeys(pieces))
-    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False).input_ids
-    piece_ids = dict(zip(distinct, encoded, strict=True))
-    plain = list(dict.fromkeys(replaced))
-    plain_ids = dict(zip(plain, encode_plain(tokenizer, plain), strict=True))
-    ids = list(piece_ids[pieces[0]])
-    for token, piece in zip(replaced, pieces[1:], strict=True):
-        ids += plain_ids[token]
-        ids += piece_ids[piece]
-    return ids
+            follows_text = True
+    return parts + _split_piece(control, text[start:], follows_text)
+
+
+def _split_piece(control: ControlTokens, piece: str, follows_text: bool) -> list[_RenderedPart]:
+    """Split a piece of a rendered text without stand-ins where its first control token begins.
+
+    The last part is never plain, but may be empty.
+
+    Args:
+        control: the control tokens.
+        piece: the text.
+        follows_text: whether it continues other text; otherwise it is left whole.
+    """
+    if not follows_text:
+        return [_RenderedPart(piece, False)]
+    found = control.pattern.search(piece)
+    split = found.start() if found else len(piece)
+    return [_RenderedPart(piece[:split], True), _RenderedPart(piece[split:], False)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:
@@ -235,7 +286,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message])
     ids: list[int] = []
     is_target: list[bool] = []
     for text, target in turns(tokenizer, messages, whole):
-        part = encode_rendered(tokenizer, text)
+        part = encode_rendered(tokenizer, text, ids[-1] if ids else None)
         ids += part
         is_target += [target] * len(part)
     return EncodedChat(ids, is_target)

@@ -14,17 +14,8 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.text.control import FIM_TOKENS
 from deepseek.text.tokenizer import encode_plain
-
-FIM_TOKENS = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-)
-"""Fill-in-the-middle tokens (prefix, suffix, middle) of model families; the second is
-StarCoder's.
-"""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepseek.errors import CheckpointError, ConfigError, DataError, shown
 from deepseek.terminal import is_unicode
+from deepseek.text.control import control_tokens, unflagged_control_tokens
 
 DOCUMENT_END = "<|endoftext|>"
 """Separator of pre-training documents in most open models, whose `eos_token` often ends a chat turn
@@ -47,18 +50,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@lru_cache(maxsize=4)
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Return a copy of the backend that encodes control tokens in a text as ordinary characters.
 
     Untrusted text must never become control tokens: a source file that mentions `<|im_end|>` would
     end a turn.
     """
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
+    return _plain_encoders(tokenizer, control_tokens(tokenizer)).first
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -67,10 +65,104 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     Raises:
         DataError: a text holds a lone surrogate, half of a character.
     """
+    return _encode(plain_encoder(tokenizer), texts)
+
+
+def encode_continued(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts that continue others, without control, BOS or EOS tokens.
+
+    They differ from those of `encode_plain` for tokenizers that put a space before a text, such as
+    Llama 2's: a text that is encoded in parts would get a space between them.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts; each stands directly after other text.
+
+    Raises:
+        DataError: a text holds a lone surrogate, half of a character.
+    """
+    return _encode(_plain_encoders(tokenizer, control_tokens(tokenizer)).continued, texts)
+
+
+@dataclass(frozen=True)
+class _PlainEncoders:
+    """Copies of a backend that encode control tokens as ordinary characters.
+
+    Attributes:
+        first: encodes texts as the tokenizer does.
+        continued: puts no space before a text; the same one if the tokenizer puts none.
+    """
+
+    first: Tokenizer
+    continued: Tokenizer
+
+
+@lru_cache(maxsize=4)
+def _plain_encoders(tokenizer: PreTrainedTokenizerFast, control: tuple[str, ...]) -> _PlainEncoders:
+    """Return the plain encoders of a tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        control: texts of its control tokens, with which the result is cached.
+    """
+    content = tokenizer.backend_tokenizer.to_str()
+    first = _plain_copy(content, control)
+    if not puts_space_before(tokenizer):
+        return _PlainEncoders(first, first)
+    steps = json.loads(content)
+    for name in ("normalizer", "pre_tokenizer"):
+        steps[name] = _without_space(steps[name])
+    return _PlainEncoders(first, _plain_copy(json.dumps(steps), control))
+
+
+def _plain_copy(content: str, control: Sequence[str]) -> Tokenizer:
+    """Return a backend that encodes control tokens as ordinary characters.
+
+    Args:
+        content: the backend as JSON.
+        control: texts of the control tokens.
+    """
+    encoder = Tokenizer.from_str(content)
+    # Only tokens that are flagged as special are spared. These are in the vocabulary already, so
+    # that this just flags them.
+    encoder.add_special_tokens([AddedToken(text, special=True) for text in control])
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def puts_space_before(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether a tokenizer puts a space before a text, as many SentencePiece ones do."""
+    backend = tokenizer.backend_tokenizer
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    steps = [json.loads(part.__getstate__()) for part in parts]
+    return any(_without_space(step) != step for step in steps)
+
+
+def _without_space(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a step of a backend, as JSON, that puts no space before a text; None: no step.
+
+    Args:
+        step: a normalizer or a pre-tokenizer.
+    """
+    if step is None or step["type"] == "Prepend":
+        return None
+    changed = dict(step)
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            inner = [_without_space(each) for each in step[name]]
+            changed[name] = [each for each in inner if each is not None]
+    if "prepend_scheme" in step:
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in step:
+        changed["add_prefix_space"] = False
+    return changed
+
+
+def _encode(encoder: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     try:
-        encodings = plain_encoder(tokenizer).encode_batch_fast(
-            list(texts), add_special_tokens=False
-        )
+        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
     except TypeError:
         broken = next((text for text in texts if not is_unicode(text)), None)
         if broken is None:
@@ -116,11 +208,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
     It serves as a cache key of tokenised data.
     """
-    parts = (
+    parts = [
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         document_end_id(tokenizer),
-    )
+    ]
+    # Where we differ from the tokenizer's own ids. The digests of all other tokenizers are those of
+    # before, so that stored data stays valid.
+    unflagged = unflagged_control_tokens(tokenizer)
+    if unflagged:
+        parts.append({"control": unflagged})
+    if puts_space_before(tokenizer):
+        parts.append({"continued": "no space"})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

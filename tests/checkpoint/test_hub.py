@@ -18,7 +18,7 @@ from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.licence import copy_terms, read_licence
-from deepseek.checkpoint.store import file_digest
+from deepseek.checkpoint.store import file_digest, temporary_path
 from deepseek.cli.pull import fetch
 from deepseek.errors import CheckpointError, HubError
 from deepseek.model.presets import PRESETS
@@ -100,6 +100,29 @@ def test_an_interrupted_pull_goes_on_without_the_index(
     assert not (hub.home() / "models" / "tiny").exists()
     index.unlink()
     assert fingerprint(hub.pull("tiny")) == hub.KNOWN["tiny"].fingerprint
+
+
+def test_what_a_killed_pull_left_is_removed(
+    index: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left_by_killed(folder: Path) -> Path:
+        leftover = temporary_path(folder)
+        leftover.mkdir(parents=True)
+        (leftover / "part-00001.safetensors").touch()
+        return leftover
+
+    models = hub.home() / "models"
+    leftovers = [left_by_killed(models / "tiny")]
+    hub.pull("tiny")
+    leftovers.append(left_by_killed(models / "tiny"))
+    hub.pull("tiny")
+    leftovers.append(left_by_killed(models / "tiny"))
+    hub.pull(str(tiny_file))
+    monkeypatch.delitem(hub.KNOWN, "tiny")
+    folder = hub.pull(str(tiny_file))
+    leftovers.append(left_by_killed(folder))
+    hub.pull(str(tiny_file))
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_a_spoilt_download_is_fetched_again(index: Path) -> None:

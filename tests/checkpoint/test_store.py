@@ -55,6 +55,21 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_leftovers_of_one_name_are_removed(tmp_path: Path) -> None:
+    """Those of `model.v2` may be written at this moment, under a lock of their own."""
+    (tmp_path / "model").mkdir()
+    others = {"model", ".model.lock", ".model.v2.00112233.tmp", ".model.0011223.tmp", "model.tmp"}
+    for name in others - {"model"}:
+        (tmp_path / name).touch()
+    leftover = store.temporary_path(tmp_path / "model")
+    leftover.mkdir()
+    (leftover / "half").touch()
+    store.temporary_path(tmp_path / "model").touch()
+    store.remove_leftovers(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == others
+    store.remove_leftovers(tmp_path / "nothing" / "here")
+
+
 @pytest.fixture
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     """The umask of the process during a test."""

@@ -17,13 +17,13 @@ from deepseek.text.chat_template import (
     LAST_STAND_IN,
     STAND_INS,
     ControlTokens,
-    control_tokens,
     encode_chat,
     encode_prompt,
     encode_rendered,
     render,
 )
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.control import control_tokens
+from deepseek.text.tokenizer import encode_continued, encode_plain
 
 TOKENIZER = tiny_tokenizer()
 CONTROL_IDS = {TOKENIZER.convert_tokens_to_ids(token) for token in CONTROL}
@@ -185,7 +185,7 @@ def test_pieces_are_encoded_together_as_one_by_one(text: str) -> None:
 def test_any_number_of_stand_ins_takes_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message of 100,000 once took four seconds."""
     calls: list[str] = []
-    whole, plain = PreTrainedTokenizerFast.__call__, encode_plain
+    whole, plain = PreTrainedTokenizerFast.__call__, encode_continued
 
     def counted(tokenizer: Any, *args: Any, **options: Any) -> Any:
         calls.append("template")
@@ -196,7 +196,7 @@ def test_any_number_of_stand_ins_takes_two_calls(monkeypatch: pytest.MonkeyPatch
         return plain(*args)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
-    monkeypatch.setattr(chat_template, "encode_plain", counted_plain)
+    monkeypatch.setattr(chat_template, "encode_continued", counted_plain)
     encode_rendered(TOKENIZER, "".join(f"{n}\U0010fffd\U0010fffc" for n in range(200)))
     assert sorted(calls) == ["plain", "template"]
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.text.infilling import FIM_TOKENS, infill_layout
+from deepseek.text.control import FIM_TOKENS
+from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import encode_plain
 
 PLAIN = tiny_tokenizer()

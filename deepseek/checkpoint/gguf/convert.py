@@ -1,7 +1,8 @@
 """Convert a GGUF file to a Hugging Face folder: config, safetensors, tokenizer, chat template.
 
-The architectures in `config.FAMILIES` are converted tensor by tensor, so that memory is bounded by
-the largest one. `transformers` loads all others whole and saves them again.
+The architectures in `config.FAMILIES` are converted tensor by tensor. Memory holds one file of the
+result at a time, of `SHARD_BYTES` or one larger tensor, and the tensor that is converted.
+`transformers` loads all others whole and saves them again.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGMLQuantizationType
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -31,11 +31,13 @@ from deepseek.checkpoint.gguf.config import (
 )
 from deepseek.checkpoint.gguf.reader import GgufFile, read_gguf
 from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
-from deepseek.checkpoint.store import write_json
+from deepseek.checkpoint.stream import TensorWriter
 from deepseek.errors import CheckpointError, shown
 from deepseek.registry import nearest, pick
 
 SHARD_BYTES = 2 << 30
+"""Most bytes of one file of weights, if no single tensor is larger."""
+
 WITHOUT_PARAMETER = {"rope_freqs.weight"}
 """Tensors that the config describes."""
 
@@ -99,7 +101,7 @@ def _read_by_transformers() -> set[str]:
 
 
 def _write_by_tensor(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
-    """Write config and weights, with one shard and one tensor in memory at a time."""
+    """Write config and weights, with one file and one tensor in memory at a time."""
     config = model_config(file)
     config.dtype = dtype
     try:
@@ -109,7 +111,10 @@ def _write_by_tensor(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
         raise describes_no_model(file, FAMILIES[file.architecture], error) from None
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    _save_shards(_parameters(file, model, dtype), folder)
+    writer = TensorWriter(folder, SHARD_BYTES)
+    for name, tensor in _parameters(file, model, dtype):
+        writer.add({name: tensor})
+    writer.close()
 
 
 def _parameters(
@@ -213,40 +218,6 @@ def _value(
         if result.name is not None:
             parsed["tensors"][name] = torch.from_numpy(result.weights)
     return parsed["tensors"][name]
-
-
-def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Write tensors to shards of about `SHARD_BYTES`, with an index if there are several."""
-    shards: list[list[str]] = []
-    total = 0
-    part: dict[str, Tensor] = {}
-
-    def write() -> None:
-        path = folder / f"shard-{len(shards)}.safetensors"
-        save_file(part, path, metadata={"format": "pt"})
-        shards.append(list(part))
-        part.clear()
-
-    for name, tensor in tensors:
-        part[name] = tensor.contiguous()
-        total += tensor.nbytes
-        if sum(value.nbytes for value in part.values()) >= SHARD_BYTES:
-            write()
-    if part:
-        write()
-    count = len(shards)
-    if count == 1:
-        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
 
 
 def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:

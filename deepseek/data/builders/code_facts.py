@@ -101,10 +101,20 @@ def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
         yield from class_facts(node, what, place)
     else:
         yield from call_facts(node, definition, place)
-    for argument, description in described_arguments(docstring):
+    for argument, description in described_arguments(docstring, takes_fields(node)):
         if shortened(description):
             check = (first_sentence(description),)
             yield Fact("argument", what, shortened(description), check, place, argument=argument)
+
+
+def takes_fields(node: FunctionNode | ast.ClassDef) -> bool:
+    """Return whether a call takes the fields of a class: it is a dataclass without `__init__`."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    decorators = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    is_dataclass = any(written(each).split(".")[-1] == "dataclass" for each in decorators)
+    names = [inner.name for inner in node.body if isinstance(inner, FunctionNode)]
+    return is_dataclass and "__init__" not in names
 
 
 def location(what: str, place: str) -> Fact:
@@ -204,12 +214,24 @@ def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
 
 
 def exceptions(node: FunctionNode) -> Iterator[str]:
-    """Yield the names of the exceptions in a function's own `raise` statements."""
-    for inner in ast.walk(node):
+    """Yield the names of the exceptions in a function's own `raise` statements, in their order.
+
+    Those of nested functions and classes are not its own, and what is raised within a `try` with
+    handlers may be caught there.
+    """
+    pending: list[ast.AST] = [*reversed(node.body)]
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, FunctionNode | ast.Lambda | ast.ClassDef):
+            continue
         raised = inner.exc if isinstance(inner, ast.Raise) else None
         name = raised.func if isinstance(raised, ast.Call) else raised
         if isinstance(name, ast.Name) and name.id[:1].isupper():
             yield name.id
+        parts = [*ast.iter_child_nodes(inner)]
+        if isinstance(inner, ast.Try | ast.TryStar) and inner.handlers:
+            parts = [*inner.handlers, *inner.orelse, *inner.finalbody]
+        pending += reversed(parts)
 
 
 def simple(value: ast.expr | None) -> str:
@@ -248,32 +270,53 @@ def opening(docstring: str) -> str:
     return OPENING_END.split(docstring, maxsplit=1)[0]
 
 
-SECTION = re.compile(r"^\s*(?:Args|Arguments|Parameters|Attributes|Fields):\s*$")
+SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Attributes|Fields):\s*$")
+FIELD_SECTIONS = ("Attributes", "Fields")
 ARGUMENT = re.compile(r"^(\s*)\*{0,2}`?([A-Za-z_]\w*)`?(?:\s*\([^)]*\))?:\s+(\S.*)$")
-FIELD = re.compile(r"^\s*:(?:param|parameter|arg)(?:\s+[\w\[\], |.]+)?\s+(\w+):\s+(\S.*)$")
+FIELD = re.compile(r"^\s*:(?:param|parameter|arg)\s([^:]*):\s+(\S.*)$")
+"""An argument in Sphinx style: its type, if stated, and name; and its description."""
+
 DASHED = re.compile(r"^(\s*)[-*]\s+\*\*(\w+)\*\*(?:\s*\([^)]*\))?\s+--\s+(\S.*)$")
 
 
-def described_arguments(docstring: str) -> Iterator[tuple[str, str]]:
+def described_arguments(docstring: str, with_fields: bool) -> Iterator[tuple[str, str]]:
     """Yield (name, description) of the arguments in a docstring in Google, Sphinx or dashed
     style.
+
+    Args:
+        docstring: the docstring.
+        with_fields: whether attributes in the docstring are arguments too (see `takes_fields`).
     """
     lines = docstring.split("\n")
     inside = False
     for number, line in enumerate(lines):
-        inside = bool(SECTION.match(line)) or (inside and (not line or line[:1].isspace()))
+        section = SECTION.match(line)
+        if section:
+            inside = with_fields or section[1] not in FIELD_SECTIONS
+        else:
+            inside = inside and (not line or line[:1].isspace())
         field = FIELD.match(line)
         entry = DASHED.match(line) or (ARGUMENT.match(line) if inside else None)
-        if field:
-            yield field[1], " ".join([field[2], *continued(lines[number + 1 :], 0)])
+        name = field[1].rpartition(" ")[2] if field else ""
+        if field and name.isidentifier():
+            yield name, " ".join([field[2], *continued(lines, number, 0)])
         elif entry:
-            yield entry[2], " ".join([entry[3], *continued(lines[number + 1 :], len(entry[1]))])
+            yield entry[2], " ".join([entry[3], *continued(lines, number, len(entry[1]))])
 
 
-def continued(lines: Sequence[str], indent: int) -> Iterator[str]:
-    """Yield the continuation lines of a description, which are indented deeper than it."""
-    for line in lines:
-        if len(line) - len(line.lstrip()) <= indent or ARGUMENT.match(line) or DASHED.match(line):
+def continued(lines: Sequence[str], number: int, indent: int) -> Iterator[str]:
+    """Yield the continuation lines of a description, which are indented deeper than it.
+
+    Args:
+        lines: the lines of the docstring.
+        number: index of the line where the description begins.
+        indent: its indentation.
+    """
+    for index in range(number + 1, len(lines)):
+        line = lines[index]
+        if len(line) - len(line.lstrip()) <= indent or any(
+            pattern.match(line) for pattern in (ARGUMENT, DASHED, FIELD)
+        ):
             return
         yield line.strip()
 
@@ -282,7 +325,7 @@ DEFINED = re.compile(
     r"^\s{0,4}(?:(?:export|default|pub(?:\(\w+\))?|public|static|async|abstract|final|inline|unsafe)\s+)*"
     r"(?:function|func|fn|def|class|struct|enum|trait|interface|module|type)\s+(?:\([^)]*\)\s*)?([A-Za-z_]\w+)"
 )
-COMMENT = re.compile(r"^\s*(?:///?!?|/\*\*?|\*/?|#+|--|;;)\s?(.*?)(?:\s*\*/)?$")
+COMMENT = re.compile(r"^\s*(?:///?!?|/\*\*?|\*/?|#+|--|;;)(.*)$")
 
 
 def comment_facts(text: str, place: str) -> Iterator[Fact]:
@@ -310,7 +353,7 @@ def comment_before(lines: Sequence[str], number: int) -> list[str]:
     while first > 0 and COMMENT.match(lines[first - 1]):
         first -= 1
     matches = [COMMENT.match(line) for line in lines[first:number]]
-    texts = [match[1].strip() for match in matches if match]
+    texts = [match[1].strip().removesuffix("*/").strip() for match in matches if match]
     tag = next(
         (index for index, text in enumerate(texts) if text.startswith(("@", "\\"))), len(texts)
     )

@@ -55,14 +55,16 @@ ABBREVIATION = re.compile(
 
 def sentences(text: str) -> list[str]:
     """Return the sentences of a paragraph, with white space collapsed."""
-    complete = []
-    sentence = ""
+    complete: list[str] = []
+    parts: list[str] = []  # of the sentence that has not ended yet
     for part in SENTENCE_END.split(" ".join(text.split())):
-        sentence = f"{sentence} {part}".strip()
-        if sentence and not ABBREVIATION.search(sentence):
-            complete.append(sentence)
-            sentence = ""
-    return [*complete, sentence] if sentence else complete
+        if part.strip():
+            parts.append(part.strip())
+        # Only the new part is searched: a text can be one long row of abbreviations.
+        if parts and not ABBREVIATION.search(parts[-1]):
+            complete.append(" ".join(parts))
+            parts = []
+    return [*complete, " ".join(parts)] if parts else complete
 
 
 def first_sentence(text: str) -> str:

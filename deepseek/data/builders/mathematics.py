@@ -2,11 +2,16 @@
 
 import random
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
 
 from deepseek.data.text.document import Document, conversation
+from deepseek.errors import DataError
+
+MOST_REPEATS = 1_000
+"""Problems of a kind drawn in a row that were drawn before, after which it counts as used up."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,13 @@ class Problem:
         return conversation(messages, name, name)
 
 
+Kind = Callable[[random.Random], Problem]
+"""Draws a problem of one kind."""
+
+
 def problems(count: int, seed: int = 0) -> Iterator[Document]:
-    """Yield `count` distinct problems, cycling through all kinds.
+    """Yield `count` distinct problems, cycling through all kinds. Each kind has several hundred
+    thousand or more.
 
     Args:
         count: number of problems.
@@ -37,22 +47,41 @@ def problems(count: int, seed: int = 0) -> Iterator[Document]:
 
     Raises:
         ArithmeticError: a check fails, which is a bug in a generator.
+        DataError: there are not so many problems.
     """
-    draw, seen = random.Random(seed), set[str]()  # noqa: S311 - exercises, not secrets
+    draw = random.Random(seed)  # noqa: S311 - exercises, not secrets
+    seen: set[str] = set()
     while len(seen) < count:
-        problem = KINDS[len(seen) % len(KINDS)](draw)
+        problem = _new_problem(KINDS[len(seen) % len(KINDS)], draw, seen)
         if not problem.checked:
             raise ArithmeticError(f"{problem.question} {problem.answer} fails its check")
+        seen.add(problem.question)
+        yield problem.document(f"mathematics:{seed}:{len(seen)}")
+
+
+def _new_problem(kind: Kind, draw: random.Random, seen: AbstractSet[str]) -> Problem:
+    """Return a problem of a kind whose question was not asked before.
+
+    Args:
+        kind: draws a problem.
+        draw: source of random numbers.
+        seen: the questions of before.
+
+    Raises:
+        DataError: almost all problems of the kind were asked before.
+    """
+    for _ in range(MOST_REPEATS):
+        problem = kind(draw)
         if problem.question not in seen:
-            seen.add(problem.question)
-            yield problem.document(f"mathematics:{seed}:{len(seen)}")
+            return problem
+    raise DataError(f"There are no more than about {len(seen)} different problems; ask for fewer.")
 
 
 def linear_equation(draw: random.Random) -> Problem:
     """a x + b = c over the integers."""
     a = draw.randint(2, 30)
     x = draw.randint(-60, 60)
-    b = draw.randint(1, 200)
+    b = draw.randint(1, 500)
     c = a * x + b
     steps = (
         f"Subtract {b} from both sides: {a}x = {c} - {b} = {c - b}.",
@@ -63,7 +92,7 @@ def linear_equation(draw: random.Random) -> Problem:
 
 def long_multiplication(draw: random.Random) -> Problem:
     """A product, digit by digit."""
-    a = draw.randint(12, 999)
+    a = draw.randint(12, 9_999)
     b = draw.randint(12, 99)
     tens, ones = divmod(b, 10)
     parts = a * tens * 10, a * ones
@@ -77,10 +106,10 @@ def long_multiplication(draw: random.Random) -> Problem:
 
 def fraction_sum(draw: random.Random) -> Problem:
     """The sum of two fractions, reduced."""
-    a = draw.randint(1, 20)
-    c = draw.randint(1, 20)
-    b = draw.randint(2, 20)
-    d = draw.randint(2, 20)
+    a = draw.randint(1, 40)
+    c = draw.randint(1, 40)
+    b = draw.randint(2, 40)
+    d = draw.randint(2, 40)
     common = b * d // gcd(b, d)
     top = a * (common // b) + c * (common // d)
     shared = gcd(top, common)
@@ -96,8 +125,8 @@ def fraction_sum(draw: random.Random) -> Problem:
 
 def percentage(draw: random.Random) -> Problem:
     """A price after a discount."""
-    price = draw.randint(2, 150) * 20
-    percent = draw.randint(1, 19) * 5
+    price = draw.randint(1, 9_999) * 100
+    percent = draw.randint(1, 95)
     off = price * percent // 100
     steps = (
         f"{percent} % of {price} is {price} * {percent} / 100 = {off}.",
@@ -110,9 +139,9 @@ def percentage(draw: random.Random) -> Problem:
 
 def greatest_divisor(draw: random.Random) -> Problem:
     """Euclid's algorithm."""
-    shared = draw.randint(2, 40)
-    a = shared * draw.randint(5, 60)
-    b = shared * draw.randint(2, 50)
+    shared = draw.randint(2, 60)
+    a = shared * draw.randint(5, 150)
+    b = shared * draw.randint(2, 140)
     question = f"What is the greatest common divisor of {a} and {b}?"
     steps = []
     x = a
@@ -127,9 +156,9 @@ def greatest_divisor(draw: random.Random) -> Problem:
 
 def arithmetic_series(draw: random.Random) -> Problem:
     """The sum of an arithmetic series."""
-    first = draw.randint(1, 50)
-    step = draw.randint(2, 15)
-    count = draw.randint(5, 40)
+    first = draw.randint(1, 500)
+    step = draw.randint(2, 50)
+    count = draw.randint(5, 50)
     last = first + (count - 1) * step
     total = count * (first + last) // 2
     steps = (
@@ -142,10 +171,10 @@ def arithmetic_series(draw: random.Random) -> Problem:
 
 def derivative(draw: random.Random) -> Problem:
     """The slope of a cubic polynomial at a point."""
-    a = draw.randint(2, 9)
-    b = draw.randint(2, 9)
-    c = draw.randint(2, 20)
-    x = draw.randint(1, 6)
+    a = draw.randint(2, 30)
+    b = draw.randint(2, 30)
+    c = draw.randint(2, 99)
+    x = draw.randint(1, 12)
     slope = 3 * a * x * x + 2 * b * x + c
     steps = (
         f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.",
@@ -160,7 +189,7 @@ def derivative(draw: random.Random) -> Problem:
     return Problem(f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), checked)
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (
+KINDS: tuple[Kind, ...] = (
     linear_equation,
     long_multiplication,
     fraction_sum,

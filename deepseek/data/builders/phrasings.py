@@ -112,13 +112,6 @@ CODE: dict[str, Ways] = {
         "What is the commit {what} about?",
         "Summarise the change {what}.",
     ),
-    "commit files": (
-        "Which files did the commit {what} touch?",
-        "Which files were changed in {what}?",
-        "What files does the commit {what} change?",
-        "Name the files of the commit {what}.",
-        "Where did the change {what} take place?",
-    ),
     "commit functions": (
         "Which functions did the commit {what} add?",
         "What functions came with {what}?",

@@ -1,5 +1,5 @@
-"""Extract facts from prose and commits: sections, definitions, lists; messages, files and functions
-of commits.
+"""Extract facts from prose and commits: sections, definitions, lists; messages and functions of
+commits.
 """
 
 import re
@@ -10,7 +10,9 @@ from deepseek.data.builders.phrasings import language_of
 from deepseek.data.text.document import Document
 from deepseek.data.text.patches import message_and_patches
 
-MARKED = re.compile(r"^(?:#{1,6}|={1,6})\s+(.+?)\s*[#=]*$")
+HEADING_MARK = re.compile(r"(?:#{1,6}|={1,6})\s+")
+"""Sign of a heading before its text; the same signs may close it."""
+
 UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
 ITEM = re.compile(r"^\s{0,3}(?:[-*+•]|\d{1,2}[.)])\s+(\S.*)$")
 NUMBER = re.compile(r"^(?:\d{1,2}[.)]|\d{1,2}(?:\.\d{1,2})+\.?)\s+")
@@ -45,8 +47,9 @@ DEFINITIONS = {
     "ja": re.compile(r"^([\w・]{2,16}?)(?:とは|は).{4,}(?:です|である|ます)。"),
 }
 POINTERS = re.compile(
-    r"^(?:this|that|then|all|each|both|if|when|it|he|she|there|here|which|what|these|those|dies|es|das|ce|cela|il|elle|esto|este|esta|questo|"
-    r"isto|este|这|那|它|これ|それ|あれ)\b",
+    r"(?:this|that|then|all|each|both|if|when|it|he|she|there|here|which|what|these|those|dies|es|"
+    r"das|ce|cela|il|elle|esto|este|esta|questo|isto)\b"
+    r"|[这那它该此]|[こそあ][れの]",  # Chinese and Japanese write no blanks between words
     re.IGNORECASE,
 )
 """Words that refer to an earlier sentence, so they cannot be the term of a definition."""
@@ -117,9 +120,11 @@ def sections(text: str) -> Iterator[tuple[str, list[str]]]:
 def heading_of(block: str) -> tuple[str, str]:
     """Return the heading at the start of a block of lines ("" if none), and the other lines."""
     lines = block.split("\n")
-    marked = MARKED.match(lines[0])
-    if marked and len(marked[1]) <= LONGEST_HEADING:
-        return plain(marked[1]), "\n".join(lines[1:])
+    mark = HEADING_MARK.match(lines[0])
+    # Not one pattern for sign, text and closing signs, which would try each space as their start.
+    marked = lines[0][mark.end() :].rstrip("#=").rstrip() if mark else None
+    if marked is not None and len(marked) <= LONGEST_HEADING:
+        return plain(marked), "\n".join(lines[1:])
     if (
         len(lines) > 1
         and UNDERLINE.match(lines[1])
@@ -179,18 +184,23 @@ def first_items(blocks: Sequence[str]) -> list[str]:
     return []
 
 
-MOST_FILES = 6
-"""Most files or functions of a commit in one answer."""
+MOST_FUNCTIONS = 6
+"""Most functions of a commit in one answer."""
 
 LONGEST_SUBJECT = 120
 """Most characters of a commit's subject line; a longer one does not fit into a question."""
 
-ADDED = re.compile(r"^\+\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*)", re.MULTILINE)
+CHANGED = re.compile(
+    r"^([+-])\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*)", re.MULTILINE
+)
+"""Sign and name of a function that a changed line defines."""
 
 
 def commit_facts(document: Document) -> Iterator[Fact]:
-    """Yield the facts of a commit: its message, the files that it changed, and the functions that
-    it added.
+    """Yield the facts of a commit: its message, and the functions that it added.
+
+    The files that it changed are no fact: its document leaves out lock files, images and changes of
+    held-out files (`data.text.commits.follow_files`), so that a list would be incomplete.
     """
     message, patches = message_and_patches(document.text)
     subject, _, body = message.partition("\n")
@@ -200,12 +210,18 @@ def commit_facts(document: Document) -> Iterator[Fact]:
     paragraph = body.strip().split("\n\n")[0]
     if is_statement(paragraph):
         yield Fact("commit", what, shortened(paragraph), (first_sentence(paragraph),))
-    files = list(dict.fromkeys(patch.path for patch in patches))
-    if 0 < len(files) <= MOST_FILES:
-        answer = "\n".join(f"- `{file}`" for file in files)
-        yield Fact("commit files", what, answer, tuple(file.rsplit("/", 1)[-1] for file in files))
-    added = ADDED.findall("".join(patch.text for patch in patches))
-    functions = list(dict.fromkeys(name for name in added if not name.startswith(("_", "test"))))
-    if 0 < len(functions) <= MOST_FILES:
+    functions = added_functions("".join(patch.text for patch in patches))
+    if 0 < len(functions) <= MOST_FUNCTIONS:
         answer = "\n".join(f"- `{name}`" for name in functions)
         yield Fact("commit functions", what, answer, tuple(functions))
+
+
+def added_functions(changes: str) -> list[str]:
+    """Return the names of the public functions that are new in the changes of a commit.
+
+    A name that a removed line defines too is not new: the function was changed or moved.
+    """
+    found = CHANGED.findall(changes)
+    removed = {name for sign, name in found if sign == "-"}
+    added = dict.fromkeys(name for sign, name in found if sign == "+")
+    return [name for name in added if name not in removed and not name.startswith(("_", "test"))]

@@ -104,13 +104,9 @@ def _lot(document: Document, fact: Fact) -> float:
     return uniform(f"question:{document.name}:{fact.kind}:{fact.what}:{fact.argument}")
 
 
-def questions_of(document: Document) -> list[Question]:
-    """Return the questions that a document answers; the result is deterministic."""
-    return all_questions([document])
-
-
 def all_questions(documents: Iterable[Document]) -> list[Question]:
-    """Return the questions that documents answer, in the documents' order.
+    """Return the questions that documents answer, in the documents' order; the result is
+    deterministic.
 
     For a name defined in several places, questions name the file, and its location is not asked.
     Questions that give their own answer away are dropped.

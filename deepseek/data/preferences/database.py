@@ -6,6 +6,7 @@ resumed by repeating it, since duplicates are skipped.
 """
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,19 @@ UPDATE = """UPDATE pairs SET digest = ?, prompt = ?, chosen = ?, rejected = ?, s
     lot = ?, spoken = ? WHERE id = ?"""
 
 
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff"
+    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""A character of a script without spaces between words: Thai and Lao, Burmese, Khmer, Japanese and
+Chinese. The word index takes all text between two spaces or signs for one word.
+"""
+
+CONTAINS_ALL = """NOT EXISTS (SELECT 1 FROM json_each(?)
+    WHERE instr(lower(spoken || ' ' || chosen || ' ' || rejected), lower(value)) = 0)"""
+"""Condition that a pair's texts contain all parts of a JSON list. It reads the texts themselves."""
+
+
 class PreferenceDatabase:
     """The pairs in one file; several processes can read it while one writes.
 
@@ -159,25 +173,27 @@ class PreferenceDatabase:
             progress: called after each transaction, whose pairs are then on disk.
             total: number of pairs, for `progress`; default: 0 (unknown).
         """
-        before = self._one("SELECT count(*) FROM pairs")
-        seen = 0
+        new = 0
+        duplicates = 0
         source = iter(pairs)
-        while count := self._add_batch(islice(source, BATCH)):
-            seen += count
-            progress(seen, total, "preferences")
-        new = self._one("SELECT count(*) FROM pairs") - before
-        return Added(new, seen - new)
+        while (added := self._add_batch(islice(source, BATCH))) != Added(0, 0):
+            new += added.new
+            duplicates += added.duplicates
+            progress(new + duplicates, total, "preferences")
+        return Added(new, duplicates)
 
-    def _add_batch(self, pairs: Iterable[Preference]) -> int:
-        """Add pairs in one transaction, also those before an error, and return their number."""
+    def _add_batch(self, pairs: Iterable[Preference]) -> Added:
+        """Add pairs in one transaction, also those before an error."""
         rows: list[tuple[Any, ...]] = []
+        new = 0
         try:
             rows.extend(pair.row() for pair in pairs)  # keeps what came before an error
         finally:
             if rows:
                 with self._transaction():
-                    self._db.executemany(INSERT, rows)
-        return len(rows)
+                    # Its own count of rows: other processes may add some at the same time.
+                    new = self._db.executemany(INSERT, rows).rowcount
+        return Added(new, len(rows) - new)
 
     def get(self, pair_id: int) -> Preference:
         """Return the pair with this id; raise `MissingPreferenceError` if there is none."""
@@ -239,17 +255,27 @@ class PreferenceDatabase:
         return [json.loads(before) for (before,) in rows]
 
     def search(self, text: str, limit: int = 20) -> list[Preference]:
-        """Return up to `limit` pairs that contain all words of `text`, newest first."""
+        """Return up to `limit` pairs that contain all words of `text`, newest first.
+
+        A word with Chinese, Japanese, Thai or similar characters is found within other text.
+        """
         checks.text("text", text)
         checks.whole("limit", limit, least=1, most=MAX_ID)
-        words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
-        if not words:
-            every = self._rows("SELECT * FROM shown ORDER BY id DESC LIMIT ?", limit)
-            return [Preference.of(row) for row in every]
+        parts = [word for word in text.split() if UNSPACED.search(word)]
+        words = [word for word in text.split() if not UNSPACED.search(word)]
+        conditions = ["TRUE"]
+        values: list[str] = []
+        if words:
+            conditions.append("words MATCH ?")
+            values.append(" ".join('"' + word.replace('"', '""') + '"' for word in words))
+        if parts:
+            conditions.append(CONTAINS_ALL)
+            values.append(json.dumps(parts))
+        found = f"SELECT rowid FROM words WHERE {' AND '.join(conditions)}"  # noqa: S608 - constants
         rows = self._rows(
-            "SELECT * FROM shown WHERE id IN "
-            "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY id DESC",
-            words,
+            f"SELECT * FROM shown WHERE id IN ({found} ORDER BY rowid DESC LIMIT ?) "  # noqa: S608
+            "ORDER BY id DESC",
+            *values,
             limit,
         )
         return [Preference.of(row) for row in rows]

@@ -15,7 +15,12 @@ from deepseek.data.text.document import Document, uniform
 from deepseek.errors import DataError
 from deepseek.text.chat_template import encode_chat
 from deepseek.text.infilling import infill_layout
-from deepseek.text.tokenizer import document_end_id, document_start_ids, encode_plain
+from deepseek.text.tokenizer import (
+    document_end_id,
+    document_start_ids,
+    encode_continued,
+    encode_plain,
+)
 
 CONTEXT_BIT = np.uint32(1 << 31)
 """Bit set on stored ids that are context, not targets; every vocabulary is far below 2**31."""
@@ -72,14 +77,36 @@ class DocumentEncoder:
     def encode(self, documents: Sequence[Document]) -> Iterator[NDArray[np.uint32]]:
         """Yield the ids of each document with its end token, and `CONTEXT_BIT` on non-targets."""
         sections = [[pieces(text) for text in self.sections(document)] for document in documents]
-        flat = [piece for document in sections for section in document for piece in section]
-        encoded = iter(encode_plain(self.tokenizer, flat))
+        flat: list[str] = []
+        begins: list[bool] = []  # whether each piece begins a text instead of continuing one
+        for document, parts in zip(documents, sections, strict=True):
+            is_begun = False
+            for part in parts:
+                # The texts around a gap are encoded one by one, as the server encodes them.
+                begins += [document.kind == "infill" or not is_begun] + [False] * (len(part) - 1)
+                flat += part
+                is_begun = is_begun or part != [""]
+        encoded = iter(self._encode_pieces(flat, begins))
         for document, parts in zip(documents, sections, strict=True):
             ids = [[identity for _ in part for identity in next(encoded)] for part in parts]
             if document.kind == "messages":
                 yield self.messages(document)
             else:
                 yield self.infill(*ids) if document.kind == "infill" else self.join(*ids)
+
+    def _encode_pieces(self, texts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of pieces of texts.
+
+        Args:
+            texts: the pieces.
+            begins: whether each one begins a text instead of continuing one.
+        """
+        pairs = list(zip(texts, begins, strict=True))
+        first = iter(encode_plain(self.tokenizer, [text for text, begin in pairs if begin]))
+        others = iter(
+            encode_continued(self.tokenizer, [text for text, begin in pairs if not begin])
+        )
+        return [next(first) if begin else next(others) for begin in begins]
 
     def sections(self, document: Document) -> list[str]:
         """Return the texts to encode: none, [head, text], or [prefix, suffix, middle]; the prefix

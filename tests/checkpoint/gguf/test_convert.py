@@ -198,6 +198,9 @@ def test_large_models_are_written_in_shards(
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    for shard in shards:
+        tensors = load_file(shard).values()
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= 100_000
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), theirs(file))
 
 

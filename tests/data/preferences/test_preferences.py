@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.data.preferences.database import REVIEWED, Preference, PreferenceDatabase
+from deepseek.data.preferences.database import REVIEWED, Added, Preference, PreferenceDatabase
 from deepseek.data.preferences.files import (
     preference,
     read_preferences,
@@ -70,6 +71,56 @@ def test_words_are_found_wherever_they_stand(database: PreferenceDatabase) -> No
     assert database.search("user") == [], "roles are no words"
     newest = [pair.id for pair in database.search("", limit=5)]
     assert newest == sorted((pair.id for pair in database.pairs()), reverse=True)[:5]
+
+
+def test_words_of_scripts_without_spaces_are_found_within_others(
+    database: PreferenceDatabase,
+) -> None:
+    texts = ["今天天气很好。", "明日の天気はどうですか", "GPT模型100%好_了", "อากาศดีมาก", "plain"]
+    for text in texts:
+        database.add(Preference(({"role": "user", "content": text},), f"{text} yes", "no"))
+
+    def found(words: str, limit: int = 20) -> list[str]:
+        return [pair.prompt[0]["content"] for pair in database.search(words, limit)]
+
+    assert found("天气") == [texts[0]]
+    assert found("天気") == [texts[1]]
+    assert found("天") == [texts[1], texts[0]]
+    assert found("天", limit=1) == [texts[1]]
+    assert found("天气 很好") == [texts[0]]
+    assert found("天气 明日") == []
+    assert found("gpt模型 100%好_了") == [texts[2]]
+    assert found("模型1_0") == found("模%好") == []
+    assert found("ดีมาก yes") == [texts[3]]
+    assert found("天气 plain") == []
+    assert found("天 " * 2000) == [texts[1], texts[0]]
+
+
+@given(st.text("天气好 ab", min_size=1, max_size=12), st.text("天气好 ab", min_size=1, max_size=4))
+def test_parts_of_texts_without_spaces_are_found(text: str, wanted: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        database = PreferenceDatabase(Path(folder) / "p.db")
+        database.add(Preference(({"role": "user", "content": text},), "yes", "no"))
+        parts = [word for word in wanted.split() if not word.isascii()]
+        if parts and len(parts) == len(wanted.split()):
+            assert bool(database.search(wanted)) == all(part in text for part in parts)
+        database.close()
+
+
+def test_pairs_of_another_process_are_not_counted(tmp_path: Path) -> None:
+    database = PreferenceDatabase(tmp_path / "p.db")
+    other = PreferenceDatabase(tmp_path / "p.db")
+
+    def sampled() -> Iterator[Preference]:
+        for number in range(3):
+            other.add(pair(100 + number))
+            yield pair(number)
+        yield pair(0)
+        yield pair(101)
+
+    assert database.add_all(sampled()) == Added(3, 2)
+    assert database.add(pair(7)) is not None
+    assert database.statistics().pairs == 7
 
 
 def test_a_revision_is_found_by_its_new_words_and_keeps_the_old_ones(

@@ -5,7 +5,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_sentencepiece import SCHEMES, tiny_sentencepiece
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import AddedToken
 
 from deepseek.data import Document, EncodeOptions
 from deepseek.data.text import encode as encode_module
@@ -90,3 +92,34 @@ def test_a_middle_that_follows_its_prefix_is_tokenised_with_it() -> None:
         joined = tokenizer.encode("a = the expert")
         places = range(len(ids) - len(joined) + 1)
         assert any(ids[n : n + len(joined)].tolist() == joined for n in places) == whole
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(text=st.text("abe \n", min_size=1, max_size=200))
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_inside(
+    scheme: str, text: str
+) -> None:
+    tokenizer = tiny_sentencepiece(scheme)
+    options = EncodeOptions()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_module, "CHUNK", 16)
+        code = text_of(Document(text, "a.py", "code"), options, tokenizer)
+        prose = text_of(Document(f"b{text}", "a"), options, tokenizer)
+    assert code == f"file: a.py\n\n{text}</s>"
+    assert prose == f"b{text}</s>"
+
+
+def test_a_file_that_mentions_a_marker_trains_on_its_characters() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in FIM])
+    markers = set(tokenizer.convert_tokens_to_ids(list(FIM)))
+    code = Document("MIDDLE = '<fim_middle>'\n", "a.py", "code")
+    (ids,) = DocumentEncoder(tokenizer, EncodeOptions()).encode([code])
+    assert not markers & {*(ids & ~CONTEXT_BIT).tolist()}
+    assert code.text in text_of(code, EncodeOptions(), tokenizer)
+    gap = json.dumps({"prefix": "a", "suffix": "c", "middle": "<fim_middle>"})
+    (ids,) = DocumentEncoder(tokenizer, EncodeOptions()).encode([Document(gap, "a:0", "infill")])
+    assert sorted(markers & {*(ids & ~CONTEXT_BIT).tolist()}) == sorted(markers)
+    assert text_of(Document(gap, "a:0", "infill"), EncodeOptions(), tokenizer) == (
+        "<fim_prefix>a<fim_suffix>c<fim_middle><fim_middle><|endoftext|>"
+    )
