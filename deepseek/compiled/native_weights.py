@@ -11,12 +11,12 @@ from deepseek.compiled.packing import (
     quantised_source,
     tagged_address,
 )
-from deepseek.kernels.int8 import Int8Matrix
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.buffers import Value
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer
 from deepseek.model.moe.router import SCORES, DynamicRouter, Router, TopKRouter
+from deepseek.model.quantised import kept_matrix
 from deepseek.model.transformer import DeepSeekModel
 
 
@@ -50,11 +50,9 @@ class PackedPool:
 
 def _source(pool: Experts, name: str, expert: int) -> MatrixSource:
     """Return a matrix of an expert, quantised as the checkpoint stores it if it is quantised."""
-    stored = getattr(pool, f"{name}_int8", None)
-    if isinstance(stored, Int8Matrix):
-        return quantised_source(
-            Int8Matrix(stored.values[expert], stored.scales[expert], stored.width, stored.bits)
-        )
+    matrix = kept_matrix(pool, name, expert)
+    if matrix is not None:
+        return quantised_source(matrix)
     return matrix_source(getattr(pool, name)[expert].detach())
 
 

@@ -13,6 +13,7 @@ from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, pack, packed_bytes
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba import amx
 from deepseek.kernels.numba.buffers import aligned
+from deepseek.model.quantised import kept_matrix
 from deepseek.model.stored import StoredEmbedding, StoredLinear
 
 Key = TypeVar("Key", bound=Hashable)
@@ -56,11 +57,8 @@ def source_of(layer: nn.Module) -> MatrixSource:
         return MatrixSource(stored.shape[0], stored.shape[1], stored.bits or 8, stored_rows)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
-    # Checkpoints with quantised weights provide the quantised matrix (see `model/quantised.py`).
-    matrix = getattr(layer, "int8", None)
-    if isinstance(matrix, Int8Matrix):
-        return quantised_source(matrix)
-    return matrix_source(weight.detach())
+    matrix = kept_matrix(layer, "weight")
+    return matrix_source(weight.detach()) if matrix is None else quantised_source(matrix)
 
 
 def quantised_source(matrix: Int8Matrix) -> MatrixSource:

@@ -18,7 +18,8 @@ class LshFields:
         lsh_rounds: number of independent hashes, each with its own buckets and probes. A query
             attends to the union of their candidates.
         lsh_bucket_window: most recent keys that a query attends to in each probed bucket.
-        lsh_local_window: most recent keys that a query attends to in any bucket.
+        lsh_local_window: most recent keys that a query attends to in any bucket. The window counts
+            cache slots, so right padding before continued tokens counts.
         lsh_sinks: first keys of its document that a query attends to in any bucket.
         lsh_far_field: whether a query also attends to a few summaries of all other past keys.
         lsh_exact_layers: layers that keep full attention; None: the first two, whose attention is

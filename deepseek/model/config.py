@@ -64,7 +64,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         attention_bias, attention_output_bias: whether the query, key and value projections, and the
             output projection, have biases.
         query_pre_attn_scalar: scores are divided by its root (Gemma); None: `head_dim`.
-        sliding_window: number of tokens, itself included, that a token attends to; None: all.
+        sliding_window: number of tokens, itself included, that a token attends to; None: all. The
+            window counts cache slots, so right padding before continued tokens counts.
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
         attention: kind of attention, "full" or another name in `model/attention/__init__.py`.
             Fields of one kind only are in `model/attention_fields.py`.

@@ -187,11 +187,7 @@ class BaseText:
         """
         if not isinstance(self._model, AttachedModel):
             return begin(self._model, ids_BT, cache=self._own_cache).finish()
-        if self._stock_cache is None:
-            return traits_of(self._model).hidden(ids_BT)
-        return traits_of(self._model).hidden(
-            ids_BT, use_cache=True, past_key_values=self._stock_cache
-        )
+        return traits_of(self._model).hidden(ids_BT, self._stock_cache)
 
 
 def expert_beside(

@@ -11,7 +11,8 @@ class ModelOutput(CausalLMOutputWithPast):
     """Hugging Face's output of a causal language model, with expert statistics.
 
     Attributes:
-        router_stats: one `RouterStats` per mixture-of-experts layer; None for a dense model.
+        router_stats: a tuple of one `RouterStats` per mixture-of-experts layer; None for a dense
+            model.
         experts: the armed experts; their `attribution()` returns the weight of each at each token.
             None if no expert was armed.
     """

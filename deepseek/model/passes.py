@@ -229,8 +229,8 @@ def begin(
             armed expert counts as relevant.
         attention_mask: 1 for real tokens and 0 for padding, `[B, S]` over past and new tokens;
             None: no padding.
-        position_ids: positions `[B, T]`, restarting at each document of a packed row; None: counted
-            over real tokens.
+        position_ids: positions `[B, T]`, which do not go on by 1 where a document of a packed row
+            starts (see `context.document_ids`); None: counted over real tokens.
         cache: keys and values of past tokens; new ones are appended. None: no cache. A cache of
             packed documents cannot be continued.
         routing: layer -> routing decisions of an earlier pass over the same tokens, to replay;

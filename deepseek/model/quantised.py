@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from deepseek.errors import CheckpointError
-from deepseek.kernels.int8 import Int8Matrix, from_nibbles, quantize, to_nibbles
+from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, from_nibbles, quantize, to_nibbles
 from deepseek.kernels.int8_layout import GROUP
 
 SUFFIXES = {8: "_int8", 4: "_int4"}
@@ -186,9 +187,51 @@ def restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, I
 def keep_matrices(model: nn.Module, matrices: dict[str, Int8Matrix]) -> None:
     """Attach quantised matrices to the layers that they belong to.
 
-    Kernels then use them as they are instead of quantising the weights a second time. The layer of
-    `X.weight` gets an attribute `int8`, the pool of experts of `X.down_proj` one `down_proj_int8`.
+    Kernels then use them as they are instead of quantising the weights a second time (see
+    `kept_matrix`).
     """
     for name, matrix in matrices.items():
-        path, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(path), "int8" if kind == "weight" else f"{kind}_int8", matrix)
+        path, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(path), _kept_name(parameter), matrix)
+
+
+def kept_matrix(module: nn.Module, parameter: str, expert: int | None = None) -> Int8Matrix | None:
+    """Return the quantised matrix that a weight was restored from (`keep_matrices`).
+
+    Args:
+        module: a layer or a pool of experts.
+        parameter: name of the weight.
+        expert: index of an expert of a pool; None: the whole weight.
+
+    Returns:
+        The matrix; None if there is none, or the weight has changed since, as by training or by an
+        adapter that was merged into it.
+    """
+    matrix = getattr(module, _kept_name(parameter), None)
+    if not isinstance(matrix, Int8Matrix):
+        return None
+    weight = getattr(module, parameter)
+    if expert is not None:
+        weight = weight[expert]
+        values, scales = matrix.values[expert], matrix.scales[expert]
+        matrix = Int8Matrix(values, scales, matrix.width, matrix.bits)
+    return matrix if _restores(matrix, weight.detach()) else None
+
+
+def _kept_name(parameter: str) -> str:
+    """Return the name of the attribute that has the matrix of a parameter."""
+    return "int8" if parameter == "weight" else f"{parameter}_int8"
+
+
+def _restores(matrix: Int8Matrix, weight_FD: Tensor) -> bool:
+    """Return whether a weight has the values of a quantised matrix, in its own dtype."""
+    if len(weight_FD) != len(matrix.values) or weight_FD.shape[1] != matrix.width:
+        return False
+    rows = max(1, BLOCK_ELEMENTS // matrix.width)
+    return all(
+        torch.equal(
+            matrix.rows(first, first + rows).float().to(weight_FD.dtype),
+            weight_FD[first : first + rows].cpu(),
+        )
+        for first in range(0, len(weight_FD), rows)
+    )

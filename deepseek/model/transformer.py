@@ -26,6 +26,7 @@ from deepseek.model.output import ModelOutput
 from deepseek.model.passes import begin
 from deepseek.model.positions import POSITIONS
 from deepseek.model.pretrained import load_pretrained
+from deepseek.model.prompt_experts import PromptExperts, pin
 from deepseek.registry import pick
 
 
@@ -111,6 +112,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         past_key_values: KVCache | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        prompt_experts: PromptExperts | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Run one forward pass and return next-token logits `[B, T, V]`.
@@ -119,8 +121,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             input_ids: token ids `[B, T]`. Pass either these or `inputs_embeds`.
             attention_mask: 1 for real tokens and 0 for padding, `[B, S]` over past and new tokens;
                 None: no padding.
-            position_ids: positions `[B, T]`. A position that restarts within a row starts a new
-                document, whose tokens do not attend to the previous one. None: counted.
+            position_ids: positions `[B, T]`. A position that is not the one before plus 1 starts a
+                new document, whose tokens do not attend to the previous one (see
+                `context.document_ids`). None: counted.
             cache: keys and values of past tokens; new ones are appended. A cache of several
                 documents to a row cannot be continued.
             inputs_embeds: embeddings `[B, T, D]` in place of `input_ids`.
@@ -133,6 +136,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the residual stream before each layer and the
                 final hidden states.
             return_dict: False returns a tuple.
+            prompt_experts: the experts that `generate` has chosen by the prompt; None: those of the
+                cache, or else those that are armed now.
             **kwargs: ignored; Hugging Face's callers pass them.
 
         Returns:
@@ -158,6 +163,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
         )
+        if prompt_experts is not None:
+            step.ctx.armed = prompt_experts.armed
         if labels is not None:
             labels = check_labels(labels, step.hidden_BTD, self.config.vocab_size, logits_to_keep)
         hidden_states = [
@@ -170,7 +177,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             logits=logits,
             cache=cache,
             hidden_states=(*hidden_states, hidden_BTD) if output_hidden_states else None,
-            router_stats=step.ctx.router_stats or None,
+            # A copy, as activation checkpointing appends to the list once more.
+            router_stats=tuple(step.ctx.router_stats) or None,
             experts=step.ctx.armed,
         )
         return output.to_tuple() if return_dict is False else output
@@ -234,19 +242,29 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
+        if model_kwargs.get("cache") is not None:
+            return
         # Hugging Face would create a plain DynamicCache, which cannot hold the gates' running
         # sums.
-        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+        if generation_config.use_cache is not False:
             model_kwargs["cache"] = KVCache()
+        else:
+            model_kwargs["prompt_experts"] = PromptExperts()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        # Admission of experts depends on the whole prompt only: generated tokens are no evidence
-        # of what the user asked about.
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        # By its name in the signature, Hugging Face knows that prompts may be embeddings.
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         cache = kwargs.get("cache")
-        if isinstance(cache, KVCache) and not cache.started and kwargs.get("inputs_embeds") is None:
-            cache.armed = self.experts.decided(input_ids.long(), kwargs.get("attention_mask"))
-            cache.started = True
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        pinned = cache if isinstance(cache, KVCache) else kwargs.get("prompt_experts")
+        if pinned is not None:
+            pin(pinned, self.experts, input_ids, inputs_embeds, kwargs.get("attention_mask"))
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         return prepared
 
     def _pool_of(self, layer_idx: int) -> Experts | None:

@@ -248,6 +248,8 @@ def test_experts_with_4_bits_take_half_the_memory_and_give_the_same_bits() -> No
     model = build("dynamic", hidden_size=128, expert_dim=64)
     pools = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3}
     four = {name: quantize(weight, bits=4) for name, weight in pools.items()}
+    for name, weight in pools.items():
+        weight.data.copy_(four[name].float())
     keep_matrices(model, four)
     packed_in_4_bits = CompiledRunner(model)
     memory = NativeExperts(model).nbytes

@@ -105,6 +105,18 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_add_no_statistics(reentrant: bool) -> None:
+    model = DeepSeekModel(small_config()).train()
+    how = {"use_reentrant": reentrant}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    model.enable_input_require_grads()
+    output = model(torch.arange(20)[None], labels=torch.arange(20)[None])
+    stats = output.router_stats
+    output.loss.backward()
+    assert [entry.layer_idx for entry in stats] == [0, 1, 2, 3]
+
+
 def test_works_with_peft(model: DeepSeekModel) -> None:
     ids = torch.randint(0, 97, (2, 20))
     expected = model(ids).logits

@@ -24,7 +24,11 @@ class Documents:
 
     @staticmethod
     def of(position_ids_BT: Tensor) -> "Documents":
-        """Return the documents of rows whose positions restart at each document."""
+        """Return the documents of rows without padding (see `context.document_ids`).
+
+        Args:
+            position_ids_BT: positions, which do not go on by 1 where a document starts.
+        """
         batch, length = position_ids_BT.shape
         starts_BT = torch.diff(position_ids_BT, dim=-1, prepend=position_ids_BT[:, :1] - 1) != 1
         starts_BT[:, 0] = True

@@ -116,7 +116,8 @@ class AttachedPass:
     def finish(self, last: int | None = None) -> Tensor:
         """Run the remaining layers and return what the output head multiplies, `[B, T, D]`.
 
-        These are the final hidden states after the norm, scaled if the model scales its logits.
+        These are the final hidden states after the norm, scaled if the model scales its logits. The
+        pass itself stays where it is.
 
         Args:
             last: return only the last `last` tokens of each row; None: all tokens.
@@ -125,7 +126,6 @@ class AttachedPass:
             ConfigError: the output head is not linear.
         """
         hidden_BTD = self._run(None) * traits_of(self.model).logit_scale
-        self.layer = len(layers_of(self.model))
         return hidden_BTD if last is None else hidden_BTD[:, -last:]
 
     def _run(self, stop: Callable[[], Any] | None) -> Tensor:
@@ -258,7 +258,10 @@ def resume_attached(
 
 
 def _is_packed(inputs: Mapping[str, Tensor]) -> bool:
-    """Return whether a row holds several documents.
+    """Return whether a row holds several documents, by the rule that gates and masks follow.
+
+    Args:
+        inputs: the arguments of a decoder: positions and attention mask, if there are any.
 
     Raises:
         ConfigError: one does, and there is padding, which a stock decoder takes with one document
@@ -268,10 +271,10 @@ def _is_packed(inputs: Mapping[str, Tensor]) -> bool:
     if positions_BT is None:
         return False
     real_BT = ctx_of.real_tokens(inputs.get("attention_mask"), *positions_BT.shape)
-    if real_BT is None:
-        return bool((positions_BT[:, 1:] == 0).any())
     if ctx_of.document_ids(positions_BT, real_BT) is None:
         return False
+    if real_BT is None:
+        return True
     raise ConfigError(
         "Rows of an attached model hold packed documents or padding, not both; leave the attention "
         "mask out, or give each document a row."

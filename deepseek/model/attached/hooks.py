@@ -25,6 +25,10 @@ from deepseek.model.attached.sites import ExpertSites, first_tensor
 from deepseek.model.context import Armed
 from deepseek.model.experts import ExpertSet
 from deepseek.model.experts.linear_hooks import adapting
+from deepseek.model.prompt_experts import PromptExperts
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the cache among the arguments and outputs of a stock model, the present one first."""
 
 
 @dataclass
@@ -155,19 +159,29 @@ class ExpertHooks:
             armed=memory.armed,
         )
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        prompt_experts: PromptExperts | None = kwargs.pop("prompt_experts", None)
         passes = self._current.passes
-        # The model calls its decoder, and `running` may have set a context already.
-        if passes:
-            self._current.push(passes[-1])
-            return
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
-        ctx = None
+        ctx = passes[-1] if passes else None
         try:
-            ctx = self.context(arguments)
+            # The model calls its decoder, and `running` may have set a context already.
+            if not passes:
+                arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                arguments |= arguments.pop("kwargs", {})
+                memory = (
+                    None
+                    if prompt_experts is None
+                    else ExpertMemory(armed=prompt_experts.armed, started=True)
+                )
+                ctx = self.context(arguments, memory)
         finally:
             self._current.push(ctx)  # `_leave` is called even if this raises
+        if ctx is not None and ctx.armed is not None:
+            _check_recomputation(module)
+        return args, kwargs
 
     def _all_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # Gemma 4 drops all but the last tokens in layers that store no keys and values. The gates
@@ -205,6 +219,22 @@ class ExpertHooks:
         return (added, *output[1:]) if isinstance(output, tuple | list) else added
 
 
+def _check_recomputation(decoder: nn.Module) -> None:
+    """Check that no layer will be computed again in the backward pass, without its experts.
+
+    Raises:
+        ConfigError: activation checkpointing is on.
+    """
+    if torch.is_grad_enabled() and any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in decoder.modules()
+    ):
+        raise ConfigError(
+            "Activation checkpointing would compute the layers again without the armed experts; "
+            "call activation_checkpointing_disable() on the model, or disarm the experts."
+        )
+
+
 def gate_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the hidden states among the arguments of a feed-forward module."""
     x = args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
@@ -215,7 +245,7 @@ def gate_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def _cache(arguments: Mapping[str, Any]) -> Cache | None:
     """Return the cache among arguments or outputs, under its present or its older name."""
     # By key, as reading an older name from an output logs a warning.
-    for name in ("cache", "past_key_values"):
+    for name in CACHE_NAMES:
         if name in arguments.keys() and isinstance(arguments[name], Cache):  # noqa: SIM118
             cache: Cache = arguments[name]
             return cache

@@ -1,5 +1,6 @@
 """`deepseek.attach`: give a stock `transformers` causal model `model.experts`."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepseek.model.attached.hooks import ExpertHooks
 from deepseek.model.attached.memory import remembering
 from deepseek.model.attached.sites import find_sites
 from deepseek.model.experts import ExpertSet
+from deepseek.model.prompt_experts import PromptExperts, pin
 
 
 class AttachedModel(PreTrainedModel, GenerationMixin):
@@ -35,15 +37,37 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
     compute_dtype: torch.dtype | None = None
     """Dtype of mixed precision (see `model/precision.py`); None: the fastest on the device."""
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        # Admission of experts depends on the whole prompt only: generated tokens are no evidence
-        # of what the user asked about.
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
+        if model_kwargs.get("cache") is None:
+            model_kwargs["prompt_experts"] = PromptExperts()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        # By its name in the signature, Hugging Face knows that prompts may be embeddings.
+        inputs_embeds: Tensor | None = None,
+        prompt_experts: PromptExperts | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        prepare = super().prepare_inputs_for_generation
+        if inputs_embeds is not None:
+            if "inputs_embeds" not in inspect.signature(prepare).parameters:
+                raise ConfigError(
+                    f"A {type(self).__name__} does not generate from inputs_embeds; pass input_ids."
+                )
+            kwargs["inputs_embeds"] = inputs_embeds
         cache = kwargs.get("cache")
-        if isinstance(cache, Cache) and kwargs.get("inputs_embeds") is None:
-            memory = remembering(cache)
-            if not memory.started:
-                memory.start(self.experts.decided(input_ids.long(), kwargs.get("attention_mask")))
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        pinned = remembering(cache) if isinstance(cache, Cache) else prompt_experts
+        if pinned is not None:
+            pin(pinned, self.experts, input_ids, inputs_embeds, kwargs.get("attention_mask"))
+        prepared: dict[str, Any] = prepare(input_ids, **kwargs)
+        if isinstance(pinned, PromptExperts):
+            prepared["prompt_experts"] = pinned  # for the hooks, which take it off again
         return prepared
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from deepseek.errors import ConfigError
+from deepseek.model.attached.hooks import CACHE_NAMES
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.sites import first_tensor
 
@@ -99,26 +100,40 @@ class Traits:
         return torch.arange(1, 9, device=self.model.device)[None]
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, *, use_cache: bool = False, **arguments: Any) -> Tensor:
+    def hidden(self, ids: Tensor, cache: DynamicCache | None = None, **arguments: Any) -> Tensor:
         """Return the final hidden states `[B, T, D]` without experts.
 
         Args:
             ids: tokens `[B, T]`.
-            use_cache: whether keys and values are kept, in a cache among `arguments`.
+            cache: a `base_cache` with the tokens before them, to which they are appended; None:
+                there are none, and nothing is kept.
             arguments: further arguments of the decoder.
         """
+        if cache is not None and self.cache_name is not None:
+            arguments[self.cache_name] = cache
+        arguments |= {"input_ids": ids, "use_cache": cache is not None}
         with self.model.expert_hooks.running(None):
             decoder = decoder_of(self.model)
-            output = decoder(**supported(decoder, input_ids=ids, use_cache=use_cache, **arguments))
+            output = decoder(**supported(decoder, **arguments))
         hidden = first_tensor(tuple(output.values()) if hasattr(output, "values") else output)
         assert hidden is not None
         return hidden
 
+    @property
+    def cache_name(self) -> str | None:
+        """Name of the decoder's argument for a cache, its present or its older one; None: there is
+        no such argument.
+        """
+        parameters = inspect.signature(decoder_of(self.model).forward).parameters
+        return next((name for name in CACHE_NAMES if name in parameters), None)
+
     def base_cache(self) -> DynamicCache | None:
-        """Return an empty cache for `hidden`, None if the decoder takes none of this class."""
-        if "past_key_values" not in inspect.signature(decoder_of(self.model).forward).parameters:
+        """Return an empty cache for `hidden`; None if the decoder takes none of this class."""
+        model: Any = self.model
+        # Some families, such as MiniMax, have an argument for a cache, which is of their own class.
+        if self.cache_name is None or not model._supports_default_dynamic_cache():
             return None
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 _TRAITS: WeakKeyDictionary[AttachedModel, Traits] = WeakKeyDictionary()

@@ -20,16 +20,22 @@ if TYPE_CHECKING:
 
 
 def reserved_layers(
-    key_1GRK: Tensor, sequences: Sequence[ForwardContext], layer_idx: int
+    key_1GRK: Tensor, value_1GRK: Tensor, sequences: Sequence[ForwardContext], layer_idx: int
 ) -> list[ReservedLayer] | None:
     """Return the cache layer of each sequence; None if the kernel cannot append to one of them.
 
+    The kernel reads keys, values and both memories with one dtype.
+
     Args:
-        key_1GRK: the new keys.
+        key_1GRK, value_1GRK: the new keys and values.
         sequences: contexts of the sequences.
         layer_idx: index of the layer.
     """
-    if key_1GRK.device.type != "cpu" or key_1GRK.dtype not in (torch.float32, torch.bfloat16):
+    dtype = key_1GRK.dtype
+    if key_1GRK.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    # Under autocast the tables of rotary positions leave keys in fp32, but not values.
+    if value_1GRK.dtype != dtype:
         return None
     if openmp.runtime() is None:
         return None
@@ -38,7 +44,7 @@ def reserved_layers(
         cache = sequence.cache
         layer = cache.layers[layer_idx] if isinstance(cache, KVCache) else None
         memory = layer.memory(1) if isinstance(layer, ReservedLayer) else None
-        if memory is None or memory[0].dtype != key_1GRK.dtype:
+        if memory is None or any(part.dtype != dtype for part in memory):
             return None
         assert isinstance(layer, ReservedLayer)
         layers.append(layer)

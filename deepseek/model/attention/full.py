@@ -187,12 +187,12 @@ class FullAttention(nn.Module):
             biases: bias of each sequence's scores.
             sequences: context of each sequence.
         """
-        layers = reserved_layers(inputs.key_BGTK, sequences, self.layer_idx)
+        new = (inputs.key_BGTK, inputs.value_BGTK)
+        layers = reserved_layers(*new, sequences, self.layer_idx)
         if layers is None or self.score_cap is not None:
             return None
         window = sequences[0].window if self.windowed else None
-        parts = (inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
-        return decode(*parts, biases, layers, window)
+        return decode(inputs.query_BHTK, *new, biases, layers, window)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Return an upper bound on this layer's bytes in the cache for one sequence.

@@ -6,6 +6,7 @@ instead of content (figures in docs/log/attention.md). C is the number of bucket
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
 
 
 def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
-    """Install hashes in the LSH layers of a model.
+    """Install copies of hashes in the LSH layers of a model.
 
     Args:
         model: a model with LSH layers.
@@ -162,7 +163,8 @@ def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
                 f"head_dim and lsh_num_buckets, the model has {heads}; set "
                 f"lsh_num_buckets={chosen.num_buckets} or make it anew."
             )
-        attention.hash = chosen.to(attention.q_proj.weight.device)
+        # A copy, as moving a module moves it for whoever else has it.
+        attention.hash = deepcopy(chosen).to(attention.q_proj.weight.device)
 
 
 def _hashed_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:

@@ -167,7 +167,8 @@ class LshAttention(FullAttention):
         if self.exact:
             return super().decode(inputs, biases, sequences)
         windows = self.windows
-        layers = reserved_layers(inputs.key_BGTK, sequences, self.layer_idx)
+        new = (inputs.key_BGTK, inputs.value_BGTK)
+        layers = reserved_layers(*new, sequences, self.layer_idx)
         # Several rounds may find a key twice, and a far field needs sums; neither is in the kernel.
         if layers is None or windows.rounds > 1 or windows.far_field:
             return None
@@ -187,8 +188,7 @@ class LshAttention(FullAttention):
             ).addresses()
             for sequence in sequences
         ]
-        parts = (inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
-        return decode(*parts, biases, layers, windows.local, probes, addresses)
+        return decode(inputs.query_BHTK, *new, biases, layers, windows.local, probes, addresses)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         num_bytes = super().state_bytes(length, itemsize)

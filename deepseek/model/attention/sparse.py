@@ -77,7 +77,7 @@ def sparse_attention(
             them. None: `EXACT_TOKENS`, or 0 with a far field or without `causal`, which exclude it.
 
     Returns:
-        A tensor with the shape and dtype of `query`.
+        A tensor with the shape and dtype of `query`, also under autocast.
 
     Raises:
         ConfigError: a size is out of range; tensors are empty, of a wrong shape, not floating
@@ -124,26 +124,35 @@ def sparse_attention(
         return _both_ways(q, k, v, hashed(q, k), limits, rows, scale).reshape(query.shape)
     late = q[:, :, early:]
     query_codes, key_codes = hashed(late, k)
-    out = kernel.lsh_attention(
-        late,
-        k,
-        v,
-        query_codes,
-        key_codes,
-        num_buckets=num_buckets,
-        scale=scale,
-        far_field=far_field,
-        **rows,
-        **limits,
-    )
+    with _without_autocast(q):
+        out = kernel.lsh_attention(
+            late,
+            k,
+            v,
+            query_codes,
+            key_codes,
+            num_buckets=num_buckets,
+            scale=scale,
+            far_field=far_field,
+            **rows,
+            **limits,
+        )
     if early:
         start = _exact(q[:, :, :early], k[:, :, :early], v[:, :, :early], scale)
         out = torch.cat([start, out], dim=2)
     return out.reshape(query.shape)
 
 
+def _without_autocast(q: Tensor) -> torch.autocast:
+    """Return a block that computes in the dtype of its inputs, so that the dtype of a result does
+    not depend on its length where the caller has switched autocast on.
+    """
+    return torch.autocast(q.device.type, enabled=False)
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    with _without_autocast(q):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def _exact_tokens(exact_tokens: int | None, possible: bool) -> int:
@@ -186,7 +195,8 @@ def _both_ways(
     }
     options["sinks"] = 0
     future = candidate_mask(query_codes.flip(2), key_codes.flip(2), **flipped, **options)
-    return masked_attention(q, k, v, past | future.flip(2, 3), scale)
+    with _without_autocast(q):
+        return masked_attention(q, k, v, past | future.flip(2, 3), scale)
 
 
 def _as_heads(part: Tensor) -> Tensor:

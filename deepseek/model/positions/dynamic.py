@@ -147,6 +147,10 @@ class DynamicBias(ScoreBiasSource):
         state = layer_state(
             ctx.cache, layer_idx, KeyBiasState, KeyBiasState, "Dynamic positions need"
         )
+        stored = 0 if state.values is None else state.values.shape[-1]
+        if stored < ctx.past:
+            # A pass without gradients stores nothing while the bias is zero, and kappa with it.
+            state.append(sums_BHT.new_zeros(*sums_BHT.shape[:2], ctx.past - stored))
         return state.append(sums_BHT if state.values is None else state.values[..., -1:] + sums_BHT)
 
     def _scale(self, position_ids_BT: Tensor) -> Tensor:

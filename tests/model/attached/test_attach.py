@@ -28,6 +28,7 @@ from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.sites import find_sites
 from deepseek.model.experts import ExpertSet
 from deepseek.model.language_model import expert_beside, layers_in, load_language_model
+from deepseek.model.passes import begin
 from deepseek.model.transformer import DeepSeekModel
 
 IDS = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(1))
@@ -129,6 +130,29 @@ def test_static_caches_and_cropping_are_refused_while_experts_are_armed() -> Non
     model.experts.arm(None)
     model.generate(IDS, max_new_tokens=4, cache_implementation="static")
     model(IDS).cache.crop(-2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused_while_experts_are_armed(reentrant: bool) -> None:
+    model = attached(tiny_family("olmo2")).train()
+    plug_random(model)
+    how = {"use_reentrant": reentrant}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    embeds = model.get_input_embeddings()(IDS)  # reentrant checkpoints need an input that learns
+    for run in (lambda: model(inputs_embeds=embeds), lambda: begin(model, IDS).finish()):
+        with pytest.raises(ConfigError, match="activation_checkpointing_disable"):
+            run()
+    assert not model.expert_hooks._current.passes  # the next pass begins anew
+    with torch.no_grad():
+        assert model(IDS).experts is not None
+    model.eval()
+    assert model(IDS).experts is not None
+    model.train()
+    with model.experts.arming(None):
+        model(inputs_embeds=embeds, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers.parameters())
+    model.activation_checkpointing_disable()
+    assert model(IDS).experts is not None
 
 
 def test_a_new_expert_starts_from_rows_of_the_models_own_weights() -> None:

@@ -66,6 +66,18 @@ def test_stops_and_resumes(model: AttachedModel, ids: torch.Tensor) -> None:
     assert cut == CUTS.get(model.config.model_type, set(range(layers)))
 
 
+def test_a_pass_that_has_finished_stays_where_it_was(
+    model: AttachedModel, ids: torch.Tensor
+) -> None:
+    layers = model.experts.sites.num_layers
+    step = begin(model, ids)
+    step.run_to(1)
+    whole = step.finish()
+    assert torch.equal(step.finish(last=5), whole[:, -5:])
+    assert torch.equal(step.run_to(layers), begin(model, ids).run_to(layers))
+    assert torch.equal(step.finish(), whole)
+
+
 def test_gate_inputs_from_layer_to_layer(model: AttachedModel, ids: torch.Tensor) -> None:
     """Read gate inputs on the way up as calibration does, and compare with hooks in one pass."""
     seen = {}
@@ -117,6 +129,17 @@ def test_positions_of_one_row_are_those_of_all(family: str, ids: torch.Tensor) -
     for wrong in (one.expand(3, -1), one[:, 1:], one - 1, one.float()):
         with pytest.raises(ConfigError, match="position"):
             begin(model, ids, position_ids=wrong)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "gemma3_text"])
+@pytest.mark.parametrize("start", [0, 2, 9])
+def test_any_step_but_one_starts_a_document(family: str, start: int, ids: torch.Tensor) -> None:
+    model = attached(tiny_family(family))
+    plug_random(model)
+    place = torch.cat([torch.arange(5), torch.arange(start, start + 11)]).expand(2, -1)
+    packed = begin(model, ids, position_ids=place).finish()
+    alone = begin(model, ids[:, 5:], position_ids=place[:, 5:]).finish()
+    assert torch.allclose(packed[:, 5:], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["lfm2", "gemma3_text"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from deepseek import DeepSeekModel, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
@@ -106,13 +107,27 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
     hashes = {1: some_hash(), 2: some_hash(1)}
     plug_hashes(model, hashes)
     read: list[torch.Tensor] = []
-    codes = hashes[1].key_codes
-    hashes[1].key_codes = lambda key: (read.append(key), codes(key))[1]  # type: ignore[method-assign, func-returns-value]
+    plugged = model.layers[1].attention.hash
+    codes = plugged.key_codes
+    plugged.key_codes = lambda key: (read.append(key), codes(key))[1]  # type: ignore[func-returns-value]
     # The same token everywhere: only positions could tell the keys of layer 1 apart.
     ids = torch.full((1, 40), 5)
     model(ids)
     first, last = read[0][0, :, 0], read[0][0, :, -1]
     torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)
+
+
+def test_models_share_no_hash_of_their_callers() -> None:
+    hashes = {1: some_hash(), 2: some_hash(1)}
+    before = {name: tensor.clone() for name, tensor in named_tensors(hashes).items()}
+    one, other = small_model(), small_model()
+    for model in (one, other):
+        plug_hashes(model, hashes)
+    nn.Module.to(one, "meta")
+    for layer, given in hashes.items():
+        for name, tensor in other.layers[layer].attention.hash.tensors().items():
+            assert torch.equal(tensor, before[f"{layer}.{name}"])
+            assert torch.equal(given.tensors()[name], tensor)
 
 
 @torch.no_grad()

@@ -368,6 +368,21 @@ def test_a_long_cache_is_decoded_under_autocast(model: DeepSeekModel) -> None:
     torch.testing.assert_close(logits.float(), exact, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("length", [5, 40, 90])
+@pytest.mark.parametrize("dials", [{}, {"far_field": True}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_dtype_and_no_bit(
+    length: int, dials: dict[str, Any], dtype: torch.dtype
+) -> None:
+    query, key, value = (part.to(dtype) for part in tensors(1, length, 16))
+    exact = {} if dials else {"exact_tokens": 40}
+    out = sparse_attention(query, key, value, local_window=8, **exact, **dials)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = sparse_attention(query, key, value, local_window=8, **exact, **dials)
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed, out)
+
+
 def test_layers_are_exact_where_the_config_says_so() -> None:
     layers = DeepSeekModel(small_config(lsh_exact_layers=None)).layers
     assert [block.attention.exact for block in layers] == [True, True, False]

@@ -224,6 +224,25 @@ def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) ->
         )
 
 
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_cache_without_gradients_is_continued_with_them(reserved: bool) -> None:
+    """A zero bias is not computed without gradients, and with them it is."""
+    torch.manual_seed(0)
+    model = DeepSeekModel(small_config(positional_encoding="dpe")).eval()
+    ids, cache = ids_of(2, 20), KVCache()
+    if reserved:
+        cache.reserve(3, 32)
+    parts = []
+    for start, stop, gradients in ((0, 8, False), (8, 12, True), (12, 15, False), (15, 20, True)):
+        with torch.set_grad_enabled(gradients):
+            parts.append(model(ids[:, start:stop], cache=cache).logits)
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=0)
+    found.square().mean().backward()
+    bias = model.layers[1].attention.score_bias
+    assert bias.decay_H.grad.any() and bias.distance_HN.grad.any()
+
+
 def test_dynamic_positions_survive_checkpointing_of_activations() -> None:
     model, ids = small_model("dpe").train(), ids_of(2, 30)
     model(ids, labels=ids).loss.backward()

@@ -1,0 +1,61 @@
+"""The experts of a call of Hugging Face's `generate`, chosen by its whole prompt.
+
+Generated tokens are no evidence of what the user asked about. So the choice is made when the first
+forward pass is prepared, and the cache keeps it. Without a cache, `generate` hands the same
+`PromptExperts` to every pass.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from deepseek.model.experts import ExpertSet
+from deepseek.model.experts.armed import ArmedExperts
+
+
+class PinnedExperts(Protocol):
+    """What keeps the experts of sequences: a cache, or `PromptExperts`.
+
+    Attributes:
+        armed: the experts; None: the base alone.
+        started: whether `armed` has been set.
+    """
+
+    armed: ArmedExperts | None
+    started: bool
+
+
+@dataclass
+class PromptExperts:
+    """Keeps the experts of a call of `generate` without a cache (see `PinnedExperts`)."""
+
+    armed: ArmedExperts | None = None
+    started: bool = False
+
+
+def pin(
+    pinned: PinnedExperts,
+    experts: ExpertSet,
+    input_ids: Tensor,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+) -> None:
+    """Pin the experts that prompts admit, unless the sequences have started.
+
+    Args:
+        pinned: keeps the experts.
+        experts: the experts of the model.
+        input_ids: the prompts `[B, T]`.
+        inputs_embeds: embeddings `[B, T, D]` in place of the prompts, whose relevance cannot be
+            scored: they admit every armed expert. None: there are none.
+        attention_mask: 0 at padding, `[B, T]`; None: no padding.
+    """
+    if pinned.started:
+        return
+    if inputs_embeds is None:
+        pinned.armed = experts.decided(input_ids.long(), attention_mask)
+    else:
+        armed = experts.armed()
+        pinned.armed = None if armed is None else armed.all_admitted()
+    pinned.started = True
