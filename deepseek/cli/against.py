@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.cli.options import names
-from deepseek.cli.output import plain
+from deepseek.cli.output import figures_table, plain, print_table
 from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
 from deepseek.evaluate.against import RETRIEVAL, Against, Result
@@ -41,7 +41,7 @@ def print_against(
     draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)
     console = Console()
     for table in against_tables(result):
-        console.print(table)
+        print_table(table)
     for line in (*verdicts(result.scores, result.sources), *result.notes):
         console.print(plain(line), soft_wrap=True)
     console.print(plain(f"{against.folder / 'result.json'}, {picture}"), soft_wrap=True)
@@ -64,9 +64,8 @@ def against_tables(result: Result) -> list[Table]:
 
 def _table(title: str, lines: list[dict[str, str]]) -> Table:
     """Return a table of lines, each a mapping from heading to cell."""
-    table = Table(title=plain(title), title_justify="left")
-    for heading in lines[0]:
-        table.add_column(heading, justify="left" if heading == "row" else "right")
+    first, *figures = lines[0]
+    table = figures_table(first, figures, title)
     for line in lines:
         table.add_row(*line.values())
     return table

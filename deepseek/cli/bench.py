@@ -63,7 +63,7 @@ def bench(
         rows = [BenchmarkRow(name=name, about=line) for name, line in sorted(known.items())]
         print_json(BenchmarkList(benchmarks=rows))
         return
-    if name in ("", "--help"):
+    if name in ("", "--help", "-h"):
         typer.echo(
             "usage: deepseek bench NAME [OPTIONS]\n       deepseek bench --json\n\nmeasurements:"
         )

@@ -11,7 +11,7 @@ import typer
 from deepseek.claims.declaration import CHECKOUT, read_declaration
 from deepseek.claims.evaluation import ClaimRow, ClaimTable, MeasuredFigure, claim_table
 from deepseek.cli.options import Json
-from deepseek.cli.output import echo, plain
+from deepseek.cli.output import echo, plain, print_table
 from deepseek.errors import UserError
 from deepseek.registry import pick
 
@@ -161,12 +161,11 @@ def figure_lines(figure: MeasuredFigure) -> list[str]:
 
 
 def _print_table(found: ClaimTable) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for width in (26, 14, None):
-        shown.add_column(width=width)
+        shown.add_column(width=width, overflow="fold")
     for row in found.claims:
         shown.add_row(
             plain(row.name, "bold"), plain(state(row), COLOURS[row.state]), plain(row.says)
@@ -174,7 +173,7 @@ def _print_table(found: ClaimTable) -> None:
         for figure in row.figures:
             if figure.goal:
                 _add_figure(shown, figure)
-    Console().print(shown)
+    print_table(shown)
     echo()
     counts = Counter[str](row.state for row in found.claims)
     echo(f"{len(found.claims)} claims:", ", ".join(f"{counts[name]} {name}" for name in COLOURS))

@@ -17,12 +17,18 @@ def confirm(question: str, yes: bool) -> None:
 
     Raises:
         ConfigError: nobody can answer, since standard input is no terminal.
+        KeyboardInterrupt: the answer is Ctrl-C or Ctrl-D.
     """
     if yes:
         return
     question = visible(question)
     if not sys.stdin.isatty():
         raise ConfigError(f"{question} Nobody is here to confirm it; add --yes.")
-    if not typer.confirm(question, err=True):
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)  # ends the line of the question
+        raise KeyboardInterrupt from None
+    if not agreed:
         typer.echo("nothing is changed", err=True)
         raise typer.Exit(1)

@@ -14,7 +14,8 @@ from deepseek.cli.output import echo
 app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
 
 Out = Annotated[Path, typer.Argument(help="JSONL file to write.")]
-Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one)")]
+PANEL = "Text (at least one source)"
+"""Heading of the sources in the help text."""
 
 
 @app.command()
@@ -39,14 +40,23 @@ def code(
 @app.command()
 def questions(
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    from_git: Source = None,
-    from_folder: Source = None,
-    from_jsonl: Source = None,
-    from_parquet: Source = None,
+    from_git: Annotated[
+        Path | None, typer.Option(help="Git repository to ask about.", rich_help_panel=PANEL)
+    ] = None,
+    from_folder: Annotated[
+        Path | None, typer.Option(help="Folder of text files to ask about.", rich_help_panel=PANEL)
+    ] = None,
+    from_jsonl: Annotated[
+        Path | None, typer.Option(help="JSONL file to ask about.", rich_help_panel=PANEL)
+    ] = None,
+    from_parquet: Annotated[
+        Path | None, typer.Option(help="Parquet file to ask about.", rich_help_panel=PANEL)
+    ] = None,
 ) -> None:
     """Write questions that a source answers in its own words, each with the facts of a correct
     answer.
     """
+    from deepseek.cli.repository import refuse_address
     from deepseek.data import clean
     from deepseek.data.builders.questions import all_questions
     from deepseek.data.text.filters import Skipped
@@ -55,6 +65,7 @@ def questions(
     from deepseek.train.text.corpus import read_source
 
     writable_file(out)
+    refuse_address(from_git)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     skipped = Skipped()
     documents, _ = clean(read_source(source, skipped), skipped)

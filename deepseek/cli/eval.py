@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.options import Device, Json, Precision, expert_packs, refuse_ignored
-from deepseek.cli.output import echo
+from deepseek.cli.output import echo, print_table
 from deepseek.errors import ConfigError
 
 BASE = "smollm2-135m"
@@ -29,7 +29,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Base model: a known name, a folder, a GGUF file or a hub id; default: "
-            f"{BASE}, with --against that of the expert."
+            f"that of the named experts, with 'all' {BASE}."
         ),
     ] = None,
     data: Annotated[
@@ -87,9 +87,7 @@ def evaluate(
         print_against(experts, against, cases or CASES, device, dtype)
         return
     refuse_ignored("goes with --against", cases=cases)
-    base = base or BASE
-    from rich.console import Console
-
+    from deepseek.cli.expert_base import base_of
     from deepseek.cli.shapes import print_json
     from deepseek.cli.table import comparison_table, evaluation
     from deepseek.engine.load import load
@@ -99,6 +97,7 @@ def evaluate(
     from deepseek.packs.library import packs_for
     from deepseek.train.loop.progress import ProgressBar
 
+    base = base or base_of(experts) or BASE
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)
     plugged = [info.name for info in model.experts.list()]
@@ -115,7 +114,7 @@ def evaluate(
     if as_json:
         print_json(evaluation(base, plugged, rows, pass_rates, len(problems)))
         return
-    Console().print(comparison_table(rows))
+    print_table(comparison_table(rows))
     if problems:
         echo(
             "HumanEval pass@1 ({} problems): base {:.1%}, plugged {:.1%}".format(

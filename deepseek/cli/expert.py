@@ -8,7 +8,7 @@ import typer
 from deepseek.cli.expert_live import plug, unplug
 from deepseek.cli.expert_sets import diff, lock, merge
 from deepseek.cli.job_command import job_command
-from deepseek.cli.options import DryRun, Json, Yes
+from deepseek.cli.options import DryRun, Json, Key, Yes, private_key
 from deepseek.cli.output import echo
 from deepseek.train.jobs.arguments import ExpertArguments
 
@@ -90,9 +90,7 @@ def import_folder(
         bool,
         typer.Option("--auto", help="Arm it in every request that does not choose its experts."),
     ] = False,
-    key: Annotated[
-        Path | None, typer.Option(help="Sign with a private key from `deepseek expert keygen`.")
-    ] = None,
+    key: Key = None,
 ) -> None:
     """Import a LoRA adapter that PEFT saved, as a pack that is plugged and armed by name."""
     from deepseek.engine.adapters import import_adapter, other_base
@@ -155,14 +153,21 @@ def rename(
     name: Annotated[str, typer.Argument(help="Name of a trained expert.")],
     new_name: Annotated[str, typer.Argument(help="Its new name.")],
     key: Annotated[
-        Path | None, typer.Option(help="Private key to sign a signed pack again with.")
+        Path | None,
+        typer.Option(callback=private_key, help="Private key to sign a signed pack again with."),
     ] = None,
 ) -> None:
     """Rename a trained expert with its prompts, its retrieval index and its run folder. The pack is
     sealed again, as its digest covers the name.
     """
+    from deepseek.errors import ConfigError
+    from deepseek.packs.names import valid_name
     from deepseek.train.jobs.rename import rename_expert
 
+    try:
+        valid_name(new_name)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
     echo(rename_expert(name, new_name, key))
 
 
@@ -216,7 +221,10 @@ def verify(
 @app.command()
 def sign(
     pack: Pack,
-    key: Annotated[Path, typer.Option(help="A private key from `deepseek expert keygen`.")],
+    key: Annotated[
+        Path,
+        typer.Option(callback=private_key, help="A private key from `deepseek expert keygen`."),
+    ],
 ) -> None:
     """Sign a pack in place."""
     from deepseek.packs.library import find_pack
@@ -239,8 +247,11 @@ def keygen(
     """Make a key pair for signing packs: NAME.pem, the private key, and NAME.pub, the public key
     for others to trust.
     """
+    from deepseek.checkpoint.files import writable_folder
     from deepseek.packs.signature import keygen as make_keys
 
+    if folder is not None:
+        writable_folder(folder)
     private, public = make_keys(name, folder)
     echo(f"private key (keep it): {private}")
     echo(f"public key (give it away): {public}")

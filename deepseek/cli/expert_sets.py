@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Device, Precision, names
+from deepseek.cli.options import Device, Key, Precision, existing_folder, names
 from deepseek.cli.output import echo
+from deepseek.errors import PackError
+
+BASE = "smollm2-135m"
+"""Base of all experts that are locked unless --base says otherwise."""
 
 Pack = Annotated[str, typer.Argument(help="A pack file, or the name of a trained expert.")]
 
@@ -40,29 +44,38 @@ def lock(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Base model of the experts; default: that of the named ones, with 'all' "
-            "smollm2-135m."
+            help=f"Base model of the experts; default: that of the named ones, with 'all' {BASE}."
         ),
     ] = None,
     experts_folder: Annotated[
         Path | None, typer.Option(help="Folder of the packs; default: that of trained experts.")
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("deepseek.lock"),
-    key: Annotated[
-        Path | None, typer.Option(help="Sign with a private key from `deepseek expert keygen`.")
-    ] = None,
+    key: Key = None,
 ) -> None:
     """Write the digests of a set of experts, for `deepseek serve --lock`."""
+    from deepseek.checkpoint.files import writable_file
+    from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.packs.library import find_pack, packs_for
     from deepseek.packs.lock import lock_packs, write_lock
     from deepseek.packs.signature import load_key
 
+    existing_folder("--experts-folder", experts_folder)
+    writable_file(out)
     if experts.strip() == "all":
-        packs, problems = packs_for(base or "smollm2-135m", experts_folder)
+        model = base or BASE
+        packs, problems = packs_for(model, experts_folder)
         for problem in problems:
             echo(f"warning: {problem}", error=True)
         paths = [*packs.values()]
+        if not paths:
+            raise PackError(
+                f"There is no expert for the base {model} in {experts_folder or usual_folder()}; "
+                "give --base the base of the others, or train one."
+            )
     else:
+        if not names(experts):
+            raise PackError(f"--experts {experts!r} names no expert; give names, or all.")
         folder = experts_folder
         paths = [
             find_pack(folder / f"{name}.safetensors" if folder else name) for name in names(experts)

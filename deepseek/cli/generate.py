@@ -43,6 +43,7 @@ def generate(
     from deepseek.cli.speak import Palette, legend, opened, speak
     from deepseek.engine.request import Request
     from deepseek.engine.sampler import Sampling
+    from deepseek.errors import ConfigError
     from deepseek.text.chat_template import encode_prompt, user_ids
     from deepseek.text.tokenizer import encode_document
 
@@ -55,6 +56,8 @@ def generate(
             if chat
             else encode_document(engine.tokenizer, text)
         )
+        if not ids:
+            raise ConfigError("PROMPT is empty; give some text.")
         question_ids = user_ids(engine.tokenizer, messages) if chat else None
         palette = Palette(info.name for info in engine.experts())
         _, shares = speak(

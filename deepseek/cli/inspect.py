@@ -8,7 +8,7 @@ import typer
 from deepseek.cli.options import Base, Device
 from deepseek.cli.output import echo
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False)
 
 
 @app.callback()

@@ -2,8 +2,7 @@
 (`train/jobs/arguments.py`).
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -11,11 +10,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from deepseek.cli.messages import about_options
 from deepseek.cli.output import echo
 from deepseek.cli.pull import fetch
+from deepseek.cli.repository import refuse_address
 from deepseek.errors import ConfigError
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.yaml_file import read_mapping
+
+METAVAR = "MODEL"
+"""What help texts call the argument that is given by position."""
+
+BY_OPTION = "by_option"
+"""Parameter of a command for that argument, given by its option."""
 
 
 def job_command(
@@ -30,18 +37,24 @@ def job_command(
         place: `module:function` below `deepseek.train.jobs`.
         declaration: the job's arguments.
         summary: description of the command in `--help`.
-        positional: name of the argument that is given by position; default: none.
+        positional: name of the argument that is given by position or by its option; default: none.
     """
     arguments = arguments_of(declaration)
+    named = {name: option_name(name) for name in arguments}
 
     def command(**options: Any) -> None:
         from deepseek.device.choose import choose_device, choose_dtype
 
         values = {name: value for name, value in options.items() if value not in (None, [])}
-        try:
+        if BY_OPTION in values:
+            if positional in values:
+                raise ConfigError(
+                    f"{METAVAR} and {named[str(positional)]} are the same argument; give one."
+                )
+            values[str(positional)] = values.pop(BY_OPTION)
+        refuse_address(values.get("from_git"))
+        with about_options(named):
             checked = declaration.read(**values)
-        except ConfigError as error:
-            raise ConfigError(_with_options(str(error), arguments)) from None
         if "device" in arguments:
             # Before a base is fetched, which can take minutes.
             device = choose_device(checked.device)  # type: ignore[attr-defined]
@@ -55,10 +68,13 @@ def job_command(
             echo(result)
 
     kind = Parameter.KEYWORD_ONLY
-    annotations = {
-        name: annotation(argument, declaration, name == positional)
-        for name, argument in arguments.items()
-    }
+    annotations = {}
+    for name, argument in arguments.items():
+        annotations[name] = annotation(argument, declaration, name == positional)
+    if positional:
+        annotations[BY_OPTION] = Annotated[
+            str | None, typer.Option(named[positional], help=f"The same as {METAVAR}.")
+        ]
     parameters = [
         Parameter(name, kind, default=None, annotation=parameter_annotation)
         for name, parameter_annotation in annotations.items()
@@ -69,18 +85,9 @@ def job_command(
     return command
 
 
-def _with_options(message: str, names: Iterable[str]) -> str:
-    """Return a message with the names of options in place of those of arguments.
-
-    A message begins with the argument at fault; elsewhere only names with an underscore are told
-    from ordinary words.
-    """
-    for name in names:
-        option = f"--{name.replace('_', '-')}"
-        message = re.sub(rf"^{name}(?=[ :=])", option, message)
-        if "_" in name:
-            message = re.sub(rf"\b{name}\b", option, message)
-    return message
+def option_name(name: str) -> str:
+    """Return the option of an argument."""
+    return f"--{name.replace('_', '-')}"
 
 
 def annotation(argument: Argument, declaration: type[Declaration], positional: bool) -> Any:
@@ -92,8 +99,8 @@ def annotation(argument: Argument, declaration: type[Declaration], positional: b
         positional: whether the argument is given by position.
     """
     if positional:
-        return Annotated[str | None, typer.Argument(metavar="MODEL", help=argument.about)]
-    option = f"--{argument.name.replace('_', '-')}"
+        return Annotated[str | None, typer.Argument(metavar=METAVAR, help=argument.about)]
+    option = option_name(argument.name)
     panel = None if argument.owner is declaration else argument.owner.__doc__
     about: dict[str, Any] = {"help": argument.about, "rich_help_panel": panel}
     if get_origin(argument.kind) is dict:

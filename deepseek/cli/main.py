@@ -14,9 +14,11 @@ import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from deepseek import __version__
+from deepseek.cli.interrupts import INTERRUPTS
 from deepseek.cli.output import discard, echo, open_streams
 from deepseek.errors import UserError
 
@@ -75,6 +77,12 @@ QUIET = {
 TALKATIVE = "torch.onnx._internal.exporter._registration"
 """Logger that warns of operators of torchvision, which no export has."""
 
+HELP = ("--help", "-h")
+"""Options that show a help text, of `deepseek` and of every command."""
+
+OPTIONS = (*HELP, "--version", "-V", "--debug")
+"""Options without a command."""
+
 INTERRUPTED = 130
 
 NOBODY_READS = 141
@@ -91,25 +99,45 @@ def main(arguments: list[str] | None = None) -> None:
     debug, arguments = _take_debug(sys.argv[1:] if arguments is None else arguments)
     if not debug:
         _hide_foreign_warnings()
+    INTERRUPTS.watch()
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt as stop:  # a long job's message says what it has saved
-        stopped = f"{stop}: {shlex.join(['deepseek', *arguments])}" if stop.args else "interrupted"
-        status = _say(stopped, INTERRUPTED, debug)
-    except UserError as error:
-        status = _say(f"error: {error}", 2, debug)
-    except BrokenPipeError:  # the reader of the output is gone, such as `head`
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        status = _report(error, arguments, debug)
+    finally:
+        INTERRUPTS.unwatch()
+    sys.exit(status)
+
+
+def _report(error: BaseException, arguments: list[str], debug: bool) -> int:
+    """Say why a command ended, and return the exit status.
+
+    Args:
+        error: what ended it.
+        arguments: words of the command line.
+        debug: show the traceback.
+    """
+    if isinstance(error, SystemExit):
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise error
+        error = error.__context__  # Rich ends the process with status 1 where nobody reads
+    if isinstance(error, KeyboardInterrupt):  # a long job's message says what it has saved
+        command = shlex.join(["deepseek", *arguments])
+        return _say(f"{error}: {command}" if error.args else "interrupted", INTERRUPTED, debug)
+    if isinstance(error, UserError):
+        return _say(f"error: {error}", 2, debug)
+    if isinstance(error, BrokenPipeError):  # the reader of the output is gone, such as `head`
         discard(sys.stdout)
         discard(sys.stderr)
-        status = NOBODY_READS
-    except OSError as error:
+        return NOBODY_READS
+    if isinstance(error, OSError):
         discard(sys.stdout)  # what could not be written would fail again at the end
-        status = _say(f"error: {_os_cause(error)}", 2, debug)
-    except Exception as error:
-        hint = "" if debug else "; run it again with --debug for the traceback"
-        status = _say(f"error: unexpected {type(error).__name__} ({error}){hint}", 1, debug)
-    sys.exit(status)
+        return _say(f"error: {_os_cause(error)}", 2, debug)
+    if INTERRUPTS.noted:  # an import that Ctrl-C has cut short fails with any error
+        return _say("interrupted", INTERRUPTED, debug)
+    hint = "" if debug else "; run it again with --debug for the traceback"
+    return _say(f"error: unexpected {type(error).__name__} ({error}){hint}", 1, debug)
 
 
 def _hide_foreign_warnings() -> None:
@@ -122,7 +150,7 @@ def _hide_foreign_warnings() -> None:
 
 def _run(arguments: list[str]) -> int:
     """Dispatch to a command and return its exit status."""
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    if not arguments or arguments[0] in (*HELP, "help"):
         echo(_help(), lines=True)
         return 0
     if arguments[0] in ("--version", "-V"):
@@ -140,8 +168,9 @@ def _command(name: str) -> tuple[str, str]:
         return COMMANDS[name]
     from deepseek.registry import nearest
 
-    what = "option" if name.startswith("-") else "command"
-    raise UserError(f"unknown {what} {name!r}; {nearest(name, COMMANDS)}.")
+    if name.startswith("-"):
+        raise UserError(f"unknown option {name!r}; {nearest(name, OPTIONS)}.")
+    raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}.")
 
 
 def _call(place: str, program: str, arguments: list[str]) -> int:
@@ -150,6 +179,7 @@ def _call(place: str, program: str, arguments: list[str]) -> int:
     from typer.main import get_command
 
     command = get_command(_application(place))
+    command.context_settings.setdefault("help_option_names", [*HELP])  # subcommands inherit it
     try:
         # Not `command.main`, which would swallow KeyboardInterrupt and its message.
         with command.make_context(program, arguments) as context:
@@ -203,8 +233,18 @@ def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
 
 
 def _os_cause(error: OSError) -> str:
-    """Return an `OSError` as one sentence."""
+    """Return an `OSError` as one sentence; one about an unusable home names its variable."""
+    from deepseek.checkpoint.files import writable_folder
+    from deepseek.checkpoint.store import home
+
     where = f"{error.filename}: " if error.filename else ""
+    if isinstance(error.filename, str):
+        place, root = (Path(path).absolute() for path in (error.filename, home()))
+        if place.is_relative_to(root) or root.is_relative_to(place):
+            try:
+                writable_folder(root / "models")
+            except UserError as unusable:
+                return f"DEEPSEEK_HOME: {unusable}"
     return f"{where}{error.strerror or error}."
 
 

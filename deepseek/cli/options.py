@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseek.checks import MAX_SEED
 from deepseek.cli.output import echo
 from deepseek.device.names import ABOUT_DEVICE, ABOUT_DTYPE, Dtype
 from deepseek.errors import ConfigError
@@ -20,7 +21,8 @@ Experts = Annotated[
     str,
     typer.Option(
         help="Experts to plug: names or pack files, comma-separated, 'all' trained ones, or "
-        "'none'. NAME=WEIGHT arms one by name and scales what it adds, by up to 2."
+        "'none', the default of generate and export. NAME=WEIGHT arms one by name and scales what "
+        "it adds, by up to 2."
     ),
 ]
 Arm = Annotated[
@@ -30,12 +32,15 @@ Arm = Annotated[
         "Default: as --experts says, else 'auto'."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
-    float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")
+    float, typer.Option(min=0, max=10, help="Sampling temperature; 0 takes the most likely token.")
 ]
 TopP = Annotated[
-    float, typer.Option(help="Sample from the most likely tokens with this total probability.")
+    float,
+    typer.Option(
+        min=0, max=1, help="Sample from the most likely tokens with this total probability."
+    ),
 ]
 Int8 = Annotated[
     bool,
@@ -51,7 +56,32 @@ DryRun = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Seed = Annotated[
-    int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")
+    int | None,
+    typer.Option(
+        min=0, max=MAX_SEED, help="Seed of the sampling; the same seed gives the same text."
+    ),
+]
+
+
+def private_key(path: Path | None) -> Path | None:
+    """Return the value of an option for a private key.
+
+    Raises:
+        ConfigError: the file is the public key of a pair.
+    """
+    if path is not None and path.suffix == ".pub":
+        raise ConfigError(
+            f"{path} is a public key; sign with the private key of the pair, "
+            f"{path.with_suffix('.pem')}."
+        )
+    return path
+
+
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        callback=private_key, help="Sign with a private key from `deepseek expert keygen`."
+    ),
 ]
 
 
@@ -68,6 +98,20 @@ def refuse_ignored(rule: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             raise ConfigError(f"--{name.replace('_', '-')} {rule}; leave it out.")
+
+
+def existing_folder(option: str, folder: Path | None) -> None:
+    """Refuse a folder that does not exist.
+
+    Args:
+        option: name of the option, such as "--experts-folder".
+        folder: its value; None: not given.
+
+    Raises:
+        ConfigError: it is not a folder.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{option} {folder} is not a folder; make it, or name one that exists.")
 
 
 def names(text: str) -> list[str]:

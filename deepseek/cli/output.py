@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -9,7 +10,11 @@ from typing import TYPE_CHECKING, TextIO
 from deepseek.terminal import visible
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
+
+UNLIMITED = 100_000
+"""Width for Rich of what is no terminal."""
 
 
 def echo(*parts: object, lines: bool = False, error: bool = False) -> None:
@@ -34,6 +39,40 @@ def plain(text: object, style: str = "") -> "Text":
     from rich.text import Text
 
     return Text(visible(text, lines=True), style=style)
+
+
+def figures_table(first: str, figures: Iterable[str], title: str | None = None) -> "Table":
+    """Return a table for Rich: words in the first column, figures in the others.
+
+    In a narrow terminal the widest column is broken first, its heading at spaces. A figure that
+    does not fit is folded and loses no digits, which `no_wrap` would cut off.
+
+    Args:
+        first: heading of the first column.
+        figures: headings of the others.
+        title: title; None: none.
+    """
+    from rich.table import Table
+
+    table = Table(title=plain(title) if title else None, title_justify="left")
+    table.add_column(plain(first), overflow="fold")
+    for heading in figures:
+        table.add_column(plain(heading), justify="right", overflow="fold")
+    return table
+
+
+def print_table(table: "Table") -> None:
+    """Print a table at the width of the terminal; in a file or a pipe, at its own.
+
+    Args:
+        table: a table for Rich.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=UNLIMITED)
+    console.print(table)
 
 
 def open_streams() -> None:

@@ -6,8 +6,29 @@ from typing import Annotated, Literal
 
 import typer
 
+from deepseek.checkpoint.files import writable_file
+from deepseek.cli.messages import about_options
 from deepseek.cli.options import Json, refuse_ignored
 from deepseek.errors import ConfigError
+
+OPTIONS = {"rows_per_gpu": "--batch"} | {
+    name: f"--{name}"
+    for name in (
+        "attention",
+        "batch",
+        "bits",
+        "device",
+        "dtype",
+        "gpus",
+        "length",
+        "precision",
+        "preset",
+        "tokens",
+        "trained",
+        "zero",
+    )
+}
+"""Options by the argument of `deepseek.plan` that they become."""
 
 Training = "Training"
 Inference = "Inference"
@@ -15,7 +36,7 @@ Hardware = "Hardware"
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="Preset of ModelConfig.")] = "",
+    preset: Annotated[str, typer.Option(help="Preset of ModelConfig; default: deepseek-8b.")] = "",
     config: Annotated[
         Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of --preset.")
     ] = None,
@@ -25,13 +46,19 @@ def plan(
     inference: Annotated[
         bool, typer.Option("--inference", help="Plan inference; default: training.")
     ] = False,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Number of devices.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of devices; default: 8, in inference 1.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens per row; default: the longest context.")
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows per device and step; sequences at a time in inference."),
+        typer.Option(
+            min=1,
+            help="Rows per device and step, sequences at a time in inference; default: 2, in "
+            "inference 1, with the profile code 8.",
+        ),
     ] = None,
     attention: Annotated[
         Literal["exact", "flash", "lsh"] | None,
@@ -72,7 +99,11 @@ def plan(
         str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=Inference)
     ] = "bfloat16",
     device: Annotated[
-        str, typer.Option(help="a100, h100, h200 or laptop.", rich_help_panel=Hardware)
+        str,
+        typer.Option(
+            help="a100, h100, h200 or laptop; default: h100, with the profile small laptop.",
+            rich_help_panel=Hardware,
+        ),
     ] = "",
     memory: Annotated[
         float | None, typer.Option(help="GB of each device.", rich_help_panel=Hardware)
@@ -97,6 +128,8 @@ def plan(
         starting_options,
     )
 
+    if preset and config:
+        raise ConfigError("--preset and --config both name the model; give one of them.")
     check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
     formats = {
@@ -122,6 +155,7 @@ def plan(
         refuse_ignored(
             "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision", **formats
         )
+        writable_file(deepspeed)
     options = starting_options(profile, inference).overridden(
         preset=preset,
         device=device,
@@ -131,15 +165,16 @@ def plan(
         attention=attention,
         bits=bits,
     )
-    model = ModelChoice.of(options.preset, config)
-    hardware = options.hardware(memory, teraflops, bandwidth)
-    if is_inference:
-        print_inference(model, options, hardware, dtype, as_json)
-        return
-    training = TrainingOptions(
-        model.tokens if tokens is None else tokens, recompute, precision, zero, trained
-    )
-    print_training(model, options, hardware, training, deepspeed, as_json)
+    with about_options(OPTIONS):
+        model = ModelChoice.of(options.preset, config)
+        hardware = options.hardware(memory, teraflops, bandwidth)
+        if is_inference:
+            print_inference(model, options, hardware, dtype, as_json)
+            return
+        training = TrainingOptions(
+            model.tokens if tokens is None else tokens, recompute, precision, zero, trained
+        )
+        print_training(model, options, hardware, training, deepspeed, as_json)
 
 
 def check_possible(**amounts: float | None) -> None:

@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from deepseek.cli.output import echo
+from deepseek.cli.output import echo, figures_table, print_table
 from deepseek.cli.shapes import InferenceEstimate, ScaleRow, TrainingEstimate, print_json
 from deepseek.cli.units import duration
 from deepseek.planning import DEVICES, Device, InferencePlan, Plan, deepspeed_config, plan_inference
@@ -209,40 +208,39 @@ def print_training(
     if as_json:
         print_json(_training_json(model.name, estimate))
     else:
-        _print_training(options.device, estimate)
+        _print_training(model.name, options.device, estimate)
     if deepspeed:
         write_json(deepspeed, _deepspeed(estimate))
         echo(deepspeed, error=as_json)
 
 
-def _print_training(device: str, estimate: Plan) -> None:
+def _print_training(model: str, device: str, estimate: Plan) -> None:
     shape = estimate.shape
     memory = estimate.memory(estimate.gpus)
     echo(
-        f"{shape.parameters:,} parameters, {shape.active:,} active per token; "
+        f"{model}: {shape.parameters:,} parameters, {shape.active:,} active per token; "
         f"{estimate.tokens:,.0f} tokens on {estimate.gpus} {device}: "
         f"{estimate.days:,.1f} days, {estimate.days * 24 * estimate.gpus:,.0f} device hours"
     )
     _print_memory(asdict(memory), memory.total, estimate.device.memory)
-    Console().print(_scaling_table(estimate))
+    print_table(_scaling_table(estimate))
 
 
 def _print_memory(parts: dict[str, float], total: float, limit: float) -> None:
     """Print the bytes of each part, and whether they fit."""
-    table = Table("memory per device", "GB")
-    table.columns[1].justify = "right"
+    table = figures_table("memory per device", ["GB"])
     for name, value in parts.items():
         table.add_row(LABELS.get(name, name.replace("_", " ")), _gb(value))
     table.add_row("total", _gb(total), style="bold")
-    Console().print(table)
+    print_table(table)
     if total > limit:
         echo(f"does not fit: {_gb(total)} GB needed, {_gb(limit)} GB on each device")
 
 
 def _scaling_table(estimate: Plan) -> Table:
     """Return a table of the needs of one step for growing numbers of devices."""
-    table = Table(
-        "devices", "memory GB", "gathered GB", "reduced GB", "seconds per step", "efficiency"
+    table = figures_table(
+        "devices", ["memory GB", "gathered GB", "reduced GB", "seconds per step", "efficiency"]
     )
     for scale in estimate.table():
         table.add_row(

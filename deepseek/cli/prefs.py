@@ -107,6 +107,8 @@ def generate(
     from deepseek.train.rl.judge import JUDGES, generate_pairs, prompt_of
 
     chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
+    if not chosen:
+        raise ConfigError(f"--judges {judges!r} names no judge; give {' or '.join(JUDGES)}.")
     prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]
     model, tokenizer = load(base, device=device, dtype=dtype)
     with opened(database) as store, ProgressBar() as bar:

@@ -1,10 +1,11 @@
 """`deepseek pull`: fetch a base model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from deepseek.cli.options import refuse_ignored
 from deepseek.cli.output import echo
 
 
@@ -13,19 +14,21 @@ def pull(
         str, typer.Argument(help="A known name, a GGUF file, or a hub id (owner/name).")
     ] = "smollm2-135m",
     dtype: Annotated[
-        str,
+        Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Type of the weights out of a GGUF file: float32, bfloat16 or float16; default: "
-            "the one that keeps every value."
+            help="Type of the weights out of a GGUF file; default: the one that keeps every value."
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Fetch a base model into the local cache, or convert a GGUF file into it; print its licence
     and its folder. If interrupted, the same command resumes it.
     """
     from deepseek.checkpoint.licence import read_licence
 
-    folder = fetch(name, dtype or None)
+    file = Path(name).expanduser()
+    if not file.is_file() and file.suffix != ".gguf":
+        refuse_ignored("goes with a GGUF file", dtype=dtype)
+    folder = fetch(name, dtype)
     licence = read_licence(folder)
     if not licence.restricted:  # `fetch` has said it already
         echo(f"{name}: {licence}", error=True)

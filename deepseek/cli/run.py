@@ -1,5 +1,6 @@
 """`deepseek run` (and `make run`): serve a model and train an expert on a git history meanwhile."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 
 from deepseek.cli.options import Base, Device, Precision
-from deepseek.cli.output import plain
+from deepseek.cli.output import plain, print_table
 from deepseek.device.names import Dtype
+from deepseek.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from deepseek.engine.engine import Engine
+
+LONGEST_NAME = 64
+"""Most characters of an expert's name."""
 
 SHOWN_LINES = 8
 """Lines of context to show before the line to be completed."""
@@ -39,20 +44,53 @@ def run(
     from rich.console import Console
 
     from deepseek.cli.pull import fetch
+    from deepseek.cli.repository import check_repository
     from deepseek.device.choose import choose_device, choose_dtype
-    from deepseek.packs.library import installed
-    from deepseek.train.jobs.arguments import source_name
 
+    check_repository(from_git)
     choose_dtype(dtype, choose_device(device))
     console = Console()
-    fetch(base)
-    name = source_name(from_git)
-    fresh = name not in installed()
+    name, fresh = expert_for(from_git, base, fetch(base))
     where: Where = {"device": device, "dtype": dtype}
     if sys.stdin.isatty() and console.is_terminal:
         _serve(base, name, from_git, minutes if fresh else None, console, where)
     else:
         _demonstrate(base, name, from_git, minutes if fresh else None, console, where)
+
+
+def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
+    """Return the name of a base's expert for a repository, and whether it has yet to be trained.
+
+    The expert has the name of the repository, or the base's name behind that where the expert of
+    another base has it already.
+
+    Args:
+        repository: the git repository.
+        base: the base model as the user names it.
+        folder: folder of the base.
+
+    Raises:
+        ConfigError: experts of other bases have both names.
+        PackError: an expert of one of the names is damaged.
+    """
+    from deepseek.checkpoint.fingerprint import fingerprint
+    from deepseek.packs.library import installed, is_made_for
+    from deepseek.packs.listing import read_manifest
+    from deepseek.train.jobs.arguments import source_name
+
+    short = source_name(repository)
+    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", f"-{Path(base).name}")
+    full = f"{short[: max(1, LONGEST_NAME - len(suffix))]}{suffix}"[:LONGEST_NAME]
+    packs = installed()
+    for name in (short, full):
+        if name not in packs:
+            return name, True
+        if is_made_for(read_manifest(packs[name]), fingerprint(folder)):
+            return name, False
+    raise ConfigError(
+        f"The experts {short} and {full} were made for other bases than {base}; rename one with "
+        "`deepseek expert rename`."
+    )
 
 
 class Where(TypedDict):
@@ -122,11 +160,11 @@ def _demonstrate(
         train_expert(base, name=name, from_git=repository, minutes=minutes, **where)
     with start_engine(base, experts=[name], **where) as engine:
         if minutes is not None:
-            _show_gain(engine, name, console)
+            _show_gain(engine, name)
         _answer(engine, name, console)
 
 
-def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
+def _show_gain(engine: "Engine", name: str) -> None:
     from deepseek.cli.table import comparison_table
     from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.train.loop.progress import ProgressBar
@@ -135,7 +173,8 @@ def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
         collected(engine.tokenizer, [], expert_texts([name], [name])) as texts,
         ProgressBar() as progress,
     ):
-        console.print(comparison_table(compare(engine.model, texts, EVALUATION_TOKENS, progress)))
+        rows = [*compare(engine.model, texts, EVALUATION_TOKENS, progress)]
+    print_table(comparison_table(rows))
 
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepseek.cli.options import Json
-from deepseek.cli.output import echo, plain
+from deepseek.cli.output import echo, figures_table, plain, print_table
 from deepseek.cli.units import with_unit
 
 if TYPE_CHECKING:
@@ -67,19 +67,14 @@ def compare(first: Name, second: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(RunList(runs=rows))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     left, right = ({"state": row.state, **row.figures} for row in rows)
-    table = Table()
-    for heading in ("", first, second):
-        table.add_column(plain(heading))
+    table = figures_table("", (first, second))
     for key in dict.fromkeys([*left, *right]):
         cells = (
             with_unit(key, figures[key]) if key in figures else "" for figures in (left, right)
         )
         table.add_row(plain(key), *(plain(cell) for cell in cells))
-    Console().print(table)
+    print_table(table)
 
 
 def _row(name: str, folder: Path) -> "RunRow":

@@ -1,5 +1,6 @@
 """`deepseek serve`: an OpenAI-compatible server with a web page."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from deepseek.cli.options import (
     Experts,
     Int8,
     Precision,
+    existing_folder,
     expert_packs,
     names,
     refuse_ignored,
@@ -19,6 +21,9 @@ from deepseek.errors import ConfigError
 from deepseek.server.request_log import LogLevel
 
 app = typer.Typer(add_completion=False)
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^\s/?#@:\[\]]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+"""Scheme, host and perhaps a port, as browsers write the header `Origin` (RFC 6454)."""
 
 
 @app.command()
@@ -132,19 +137,21 @@ def serve(
 
     if not ray:
         refuse_ignored("goes with --ray", replicas=replicas, cpus=cpus)
-    if not lock:
-        refuse_ignored("goes with --lock", lock_trusted=lock_trusted or None)
-    for option, folder in (("--experts-folder", experts_folder), ("--teach-root", teach_root)):
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(
-                f"{option} {folder} is not a folder; make it, or name one that exists."
-            )
+    if lock:
+        refuse_ignored(
+            "does not go with --lock, which names the experts",
+            experts=None if experts == "all" else experts,
+        )
+    elif lock_trusted:
+        raise ConfigError("--lock-trusted says how to check a lock file; give --lock FILE too.")
+    existing_folder("--experts-folder", experts_folder)
+    existing_folder("--teach-root", teach_root)
     user_keys = read_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file")
     settings = Settings(
         host=host,
         port=port,
         hosts=frozenset(names(allow_host)),
-        origins=frozenset(origin.rstrip("/") for origin in names(allow_origin)),
+        origins=frozenset(checked_origin(origin) for origin in names(allow_origin)),
         aliases=frozenset(names(served_model_name)),
         api_keys=frozenset(user_keys),
         key_experts={key: few for key, few in user_keys.items() if few is not None},
@@ -172,3 +179,18 @@ def serve(
         drain_seconds=drain_seconds,
         progress=waiting,
     )
+
+
+def checked_origin(text: str) -> str:
+    """Return a part of the option `--allow-origin` as browsers write it: in lower case.
+
+    Raises:
+        ConfigError: no browser would ever send it.
+    """
+    origin = text.rstrip("/").lower()
+    if origin != "*" and not ORIGIN.fullmatch(origin):
+        raise ConfigError(
+            f"--allow-origin {text!r} is no origin of a page; write scheme://host or "
+            "scheme://host:port, such as https://chat.example, or * for all."
+        )
+    return origin

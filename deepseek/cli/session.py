@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from deepseek.cli.interrupts import INTERRUPTS
 from deepseek.cli.options import arming
 from deepseek.cli.output import plain
 from deepseek.cli.speak import Palette, legend, speak
@@ -74,6 +75,7 @@ class ChatSession:
         except UserError as error:
             self.console.print(plain(f"error: {error}", "red"))
         except KeyboardInterrupt:
+            INTERRUPTS.answered()
             self.console.print("\n[dim]stopped[/]")
 
     def _command(self, line: str) -> None:
@@ -90,6 +92,7 @@ class ChatSession:
 
     def _raw(self, text: str) -> None:
         """Complete the text after the command instead of answering it."""
+        text = _required(text, "/raw", "the text to complete")
         self._speak(encode_document(self.engine.tokenizer, text))
 
     def _speak(self, ids: list[int], user_ids: tuple[int, ...] | None = None) -> str:
@@ -111,14 +114,14 @@ class ChatSession:
 
     def _plug(self, argument: str) -> None:
         """Plug an expert: a pack file or the name of a trained one."""
-        info = self.engine.plug(argument)
+        info = self.engine.plug(_required(argument, "/plug", "a pack file or an expert"))
         armed = "" if info.armed else "; not armed, `/arm` it by name to use it"
         name = plain(info.name, self.palette.style(info.name))
         self.console.print(plain("plugged ") + name + plain(f", {info.verdict}{armed}"))
 
     def _unplug(self, argument: str) -> None:
         """Unplug an expert by name; the model is then bit-identical to before."""
-        self.engine.unplug(argument)
+        self.engine.unplug(_required(argument, "/unplug", "a plugged expert"))
         self.console.print(plain(f"unplugged {argument}"))
 
     def _arm(self, argument: str) -> None:
@@ -139,3 +142,19 @@ class ChatSession:
         """Show this list."""
         for name, command in self.commands.items():
             self.console.print(plain(f"{name:10}{command.__doc__}"))
+
+
+def _required(argument: str, command: str, what: str) -> str:
+    """Return the argument of a command.
+
+    Args:
+        argument: what follows the command on its line.
+        command: the command, such as `/plug`.
+        what: what belongs there, for the message.
+
+    Raises:
+        UserError: nothing follows.
+    """
+    if not argument:
+        raise UserError(f"{command} needs {what}; write it after the command.")
+    return argument

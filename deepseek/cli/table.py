@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from deepseek.cli.output import plain
+from deepseek.cli.output import figures_table, plain
 from deepseek.cli.shapes import Evaluation, EvaluationRow, PassRates
 from deepseek.evaluate.quality import Comparison
 
@@ -13,9 +13,11 @@ def comparison_table(rows: Iterable[Comparison]) -> Table:
     """Return a table of held-out losses: the base, all plugged experts, and each text's own expert
     alone.
     """
-    table = Table(title="held-out loss in nats per token (lower is better)", title_justify="left")
-    for heading in ("text", "tokens", "base", "plugged", "change", "own expert alone", "gain kept"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
+    table = figures_table(
+        "text",
+        ("tokens", "base", "plugged", "change", "own expert alone", "gain kept"),
+        "held-out loss in nats per token (lower is better)",
+    )
     for row in rows:
         table.add_row(
             plain(row.text),

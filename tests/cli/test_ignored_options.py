@@ -32,7 +32,10 @@ OF_DEEPSPEED = (
         ("eval x --against rag --tokens 1024", f"--tokens {WITHOUT_AGAINST}"),
         ("eval x --against rag --human-eval 3", f"--human-eval {WITHOUT_AGAINST}"),
         ("eval x --cases 10", "--cases goes with --against; leave it out."),
-        ("serve --lock-trusted", "--lock-trusted goes with --lock; leave it out."),
+        (
+            "serve --lock-trusted",
+            "--lock-trusted says how to check a lock file; give --lock FILE too.",
+        ),
         ("serve --replicas 3", "--replicas goes with --ray; leave it out."),
         ("serve --cpus 2", "--cpus goes with --ray; leave it out."),
         (
