@@ -91,7 +91,6 @@ def check_base(manifest: PackManifest, base: BaseDescription) -> None:
         )
         if getattr(manifest.base, field) != getattr(base, field):
             raise PackError(
-                f"it was made for another base ({manifest.base.name or 'unnamed'}), whose {field} "
-                f"is {required} where this model's is {actual}; load that base or train the expert "
-                "on this one"
+                f"it was made for another base ({manifest.base.name or 'unnamed'}): its {field} "
+                f"{required}, this model's {actual}; load that base or train the expert on this one"
             )

@@ -401,11 +401,11 @@ def manifest_case(title, message, policy=None, /, *, resealed=False, **changes):
 
 
 manifest_case(
-    "base_other_weights", "another base.*weights is c", base={"weights": "c" * 64}, resealed=True
+    "base_other_weights", "another base.*weights c", base={"weights": "c" * 64}, resealed=True
 )
 manifest_case(
     "base_other_tokenizer",
-    "another base.*tokenizer is c",
+    "another base.*tokenizer c",
     base={"tokenizer": "c" * 64},
     resealed=True,
 )
