@@ -409,9 +409,9 @@ manifest_case(
     base={"tokenizer": "c" * 64},
     resealed=True,
 )
-manifest_case("base_no_tokenizer", "tokenizer is none", base={"tokenizer": ""}, resealed=True)
-manifest_case("base_wider", "hidden_size is 64", base={"hidden_size": 64}, resealed=True)
-manifest_case("base_deeper", "num_layers is 9", base={"num_layers": 9}, resealed=True)
+manifest_case("base_no_tokenizer", "tokenizer none", base={"tokenizer": ""}, resealed=True)
+manifest_case("base_wider", "hidden_size 64", base={"hidden_size": 64}, resealed=True)
+manifest_case("base_deeper", "num_layers 9", base={"num_layers": 9}, resealed=True)
 manifest_case("base_digest_is_a_path", "base.weights", base={"weights": "../" * 21 + "x"})
 manifest_case("layer_out_of_range", "layer 4 does not exist", layers=[1, 4])
 manifest_case("layer_negative", "layers.0", layers=[-1, 3])
