@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from deepseek.errors import PackError
 from deepseek.model.experts import ExpertSet
 from deepseek.model.experts.armed import ArmedExperts
 
@@ -53,9 +54,25 @@ def pin(
     """
     if pinned.started:
         return
-    if inputs_embeds is None:
-        pinned.armed = experts.decided(input_ids.long(), attention_mask)
-    else:
-        armed = experts.armed()
-        pinned.armed = None if armed is None else armed.all_admitted()
+    pinned.armed = (
+        experts.decided(input_ids.long(), attention_mask)
+        if inputs_embeds is None
+        else _all_admitted(experts)
+    )
     pinned.started = True
+
+
+def _all_admitted(experts: ExpertSet) -> ArmedExperts | None:
+    """Return the armed experts, whatever later tokens say about their relevance."""
+    while True:
+        armed = experts.armed()
+        if armed is None or armed.roster.relevance is None:
+            return armed
+        members = armed.roster.members
+        try:
+            # Experts that are named are admitted without a relevance test.
+            return experts.choose(
+                {member.name: armed.factors.get(member.name, 1.0) for member in members}
+            )
+        except PackError:
+            continue  # another thread has unplugged one of them meanwhile

@@ -167,14 +167,6 @@ class ArmedExperts:
             return self
         return self._with(change(self._decided_BM))
 
-    def all_admitted(self) -> "ArmedExperts":
-        """Return the same experts, none of which depends on the relevance of the text."""
-        bank = self._roster.relevance
-        if bank is None:
-            return self
-        modules = len(self._roster.modules)
-        return self._with(bank.offset_M.new_ones((1, modules), dtype=torch.bool))
-
     def _with(self, decided_BM: Tensor | None) -> "ArmedExperts":
         return ArmedExperts(self._roster, self._traces, decided_BM, self.factors)
 
