@@ -15,6 +15,12 @@ from deepseek.errors import ConfigError, DataError, UserError
 LONGEST_NAME = 255
 """Most bytes of one part of a path, as on all file systems in use."""
 
+DEVICES = Path("/dev")
+"""Folder of the devices, where a file that replaced one would break other programs."""
+
+MEMORY = DEVICES / "shm"
+"""File system in memory, the one place below `DEVICES` for files."""
+
 
 def located(path: str | Path) -> Path:
     """Return an absolute path, with `~` and links resolved as far as they exist.
@@ -26,6 +32,27 @@ def located(path: str | Path) -> Path:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is no possible path ({error}); check it.") from None
+
+
+def stored_model_name(name: str) -> str:
+    """Return a model's name as a run stores it: of a local folder or GGUF file the absolute path,
+    so that it means the same from any working folder; any other name as it is.
+
+    Links are not followed, as one may be set to a newer model on purpose.
+
+    Args:
+        name: a known name, the name of a model trained here, a folder, a GGUF file or a hub id.
+    """
+    from deepseek.checkpoint.wheels import KNOWN
+
+    if name in KNOWN:  # a folder of that name does not hide the model (see `hub.resolve`)
+        return name
+    try:
+        path = Path(name).expanduser()
+        is_local = path.is_dir() or path.is_file()
+        return os.path.normpath(path.absolute()) if is_local else name
+    except (OSError, RuntimeError, ValueError):  # no such user, or a path that cannot be
+        return name
 
 
 def readable_file(
@@ -67,13 +94,15 @@ def writable_file(path: str | Path) -> Path:
     """Return a path where a file can be written, without leaving a trace there.
 
     Raises:
-        ConfigError: it is a folder or a device, its name is impossible, or its folder cannot be
-            written to.
+        ConfigError: it is a folder, a device or a pipe, its name is impossible, or its folder
+            cannot be written to.
     """
     file = Path(path)
     cause = _unwritable(file)
-    if not cause and file.exists() and not file.is_file():
-        cause = "is a folder or a device"
+    if not cause and file.is_dir():
+        cause = "is a folder"
+    elif not cause and (_is_device_path(file) or (file.exists() and not file.is_file())):
+        cause = "is a device or a pipe"
     if cause:
         raise ConfigError(f"{file} cannot be written, it {cause}; choose another path.")
     return file
@@ -184,6 +213,14 @@ def _unwritable(path: Path) -> str | None:
             return None
     except OSError as error:
         return f"lies in {parent}, where nothing can be written ({_cause(error)})"
+
+
+def _is_device_path(path: Path) -> bool:
+    """Return whether a path lies among the devices, also if it leads to a regular file, as
+    `/dev/stdout` may.
+    """
+    absolute = Path(os.path.normpath(path.absolute()))
+    return absolute.is_relative_to(DEVICES) and not absolute.is_relative_to(MEMORY)
 
 
 def _cause(error: OSError | ValueError) -> str:

@@ -53,11 +53,12 @@ def is_ours(folder: Path) -> bool:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`.
+    """Yield a temporary path beside `path`, or beside what `path` links to.
 
-    The temporary file replaces `path` when the block succeeds, and is deleted when it fails.
+    The temporary file replaces `path` when the block succeeds, and is deleted when it fails. A link
+    stays, and the file that it leads to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:

@@ -13,6 +13,7 @@ from deepseek.checkpoint.files import (
     located,
     new_path,
     readable_file,
+    stored_model_name,
     writable_file,
     writable_folder,
 )
@@ -49,6 +50,32 @@ def test_what_is_no_readable_file_is_refused_without_waiting(odd: dict[str, Path
         if what != "folder":
             with pytest.raises(DataError, match="check the path"):
                 existing_path(path)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/zero", "/dev/new", "/dev/../dev/x", "pipe"])
+def test_a_device_is_never_written_over(odd: dict[str, Path], name: str) -> None:
+    """Root would replace it by a regular file, and break other programs."""
+    path = odd.get(name, Path(name))
+    with pytest.raises(ConfigError, match=r"cannot be written, it (is a device|lies in /dev)"):
+        writable_file(path)
+    memory = Path("/dev/shm/out")
+    assert not memory.parent.is_dir() or writable_file(memory) == memory
+
+
+def test_a_local_model_is_stored_by_its_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m.gguf").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").touch()
+    (tmp_path / "smollm2-135m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    for given_name in ("../m", ".", "../m/"):
+        assert stored_model_name(given_name) == str(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    assert stored_model_name("m.gguf") == str(tmp_path / "m.gguf")
+    for name in ("smollm2-135m", "owner/name", "trained-here", "~nobody-of-this-name", "a\0b"):
+        assert stored_model_name(name) == name
 
 
 def test_a_file_may_be_too_large(tmp_path: Path) -> None:

@@ -36,6 +36,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "disk" / "file"
+    target.parent.mkdir()
+    if exists:
+        target.write_text("old")
+    (tmp_path / "link").symlink_to(target)
+    with store.atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
 def test_a_failed_folder_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     with store.atomic_folder(folder) as temporary:

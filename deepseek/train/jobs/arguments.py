@@ -10,24 +10,21 @@ docstring of a class is the title of its group of arguments.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deepseek.checkpoint.files import existing_path, located, writable_file, writable_folder
-from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
 from deepseek.packs.names import valid_name
 from deepseek.train.jobs.declaration import DECLARED, arguments_of
-from deepseek.train.jobs.device_arguments import DeviceArguments, PrecisionArguments
+from deepseek.train.jobs.device_arguments import PrecisionArguments
 from deepseek.train.jobs.limits import (
     LAYERS,
     MAX_COUNT,
     MAX_LENGTH,
     MAX_MINUTES,
     MAX_RATE,
-    MAX_SEED,
     MAX_TOKENS,
     MAX_WIDTH,
     PRINTABLE,
@@ -37,65 +34,19 @@ from deepseek.train.jobs.limits import (
     SpdxLicence,
     model_name,
 )
+from deepseek.train.jobs.run_arguments import AnyPath, RunArguments
 
 if TYPE_CHECKING:
     from deepseek.train.text.corpus import Source
 
 Mode = Literal["last-n", "lora", "full", "expert"]
 Method = Literal["ppo", "grpo", "gspo", "dpo", "rloo"]
-AnyPath = str | Path | None
 
 LAST = 3
 """Default number of last layers to train."""
 
-
-@dataclass(kw_only=True, frozen=True, config=DECLARED)
-class JobArguments(DeviceArguments):
-    """Every job"""
-
-    command: ClassVar[str] = ""
-    """Command of a job that writes a run folder, for the message when another one's holds it."""
-
-    lighter: ClassVar[str] = "a smaller model"
-    """What needs less memory, for the message when a device has too little."""
-
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """Seed of initial values, order, sampling and split"""
-
-    quiet: bool = False
-    """Show no progress"""
-
-
-@dataclass(kw_only=True, frozen=True, config=DECLARED)
-class RunArguments(JobArguments, PrecisionArguments):
-    """Run"""
-
-    # Without loss scaling, gradients vanish in fp16.
-    dtypes: ClassVar[frozenset[Dtype]] = frozenset(get_args(Dtype)) - {"float16"}
-
-    run_folder: AnyPath = None
-    """Folder of the run's state and metrics; default: `runs/<name>` in the library's home"""
-
-    dry_run: bool = False
-    """Check the arguments and estimate memory and time, without changing anything"""
-
-    makes_file: ClassVar[bool] = False
-
-    def check_paths(self) -> None:
-        """Raise `UserError` if a text is missing, or run folder or result cannot be written."""
-        for path in self.text_paths():
-            existing_path(located(path))
-        if self.run_folder:
-            writable_folder(located(self.run_folder))
-        out: AnyPath = getattr(self, "out", None)
-        if out and self.makes_file:
-            writable_file(located(out))
-        elif out:
-            writable_folder(located(out), mark="config.json")
-
-    def text_paths(self) -> list[str | Path]:
-        """Return the files and folders that the job reads."""
-        return []
+LAST_LAYERS = re.compile(r"all|last:\d+", re.ASCII)
+"""Values of `layers` for a job that trains no layers but the last."""
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -355,7 +306,7 @@ class AlignArguments(RunArguments):
     (rules) are judges
     """
 
-    layers: str = Field(default="last:6", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
+    layers: str = Field(default="last:6", pattern=LAYERS, examples=["all", "last:3"])
     """Layers to train: last:N or all; the reward model reads the hidden states that enter the first
     one
     """
@@ -380,6 +331,15 @@ class AlignArguments(RunArguments):
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
+
+    def check(self) -> None:
+        """Raise `ConfigError` if `layers` are not the last ones, with or without a number."""
+        super().check()
+        if not LAST_LAYERS.fullmatch(self.layers):
+            raise ConfigError(
+                f"layers={self.layers!r} are not the last layers, which alone can be aligned; "
+                "write all or last:N."
+            )
 
     def text_paths(self) -> list[str | Path]:
         """Return the path of the preference database, if one is given."""

@@ -8,6 +8,7 @@ page (`cli/job_reference.py`).
 This module imports nothing heavy, so that `--help` is fast.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -165,7 +166,8 @@ class Argument:
             for name, phrase in LIMITS.items():
                 limit = getattr(bound, name, None)
                 if limit is not None and (name, limit) != ("ge", 0):
-                    words.append(f"{phrase} {limit:g}")
+                    number = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+                    words.append(f"{phrase} {number}")
         return ", ".join(words)
 
     @property
@@ -176,7 +178,7 @@ class Argument:
         description = " ".join((self.declared.description or "").split())
         text, _, default = description.partition("; default: ")
         if not default and not isinstance(self.default, bool) and "no default" not in text:
-            default = str(self.default)
+            default = _written(self.default)
         return "; ".join(filter(None, [text, self.limits, default and f"default: {default}"])) + "."
 
 
@@ -329,6 +331,17 @@ def _kind(annotation: Any) -> Any:
     if get_origin(annotation) not in UNIONS:
         return annotation
     return [kind for kind in get_args(annotation) if kind is not type(None)][-1]
+
+
+def _written(value: Any) -> str:
+    """Return a value as a user writes it: several values in quotes, a mapping as in YAML."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_quoted, value))
+    return _quoted(value) if isinstance(value, Mapping) else str(value)
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _listed(words: list[Any]) -> str:

@@ -6,9 +6,9 @@ from typing import ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deepseek.train.jobs.arguments import AnyPath, JobArguments
 from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.limits import MAX_COUNT, MAX_LENGTH
+from deepseek.train.jobs.run_arguments import AnyPath, JobArguments
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)

@@ -9,7 +9,6 @@ from pydantic.dataclasses import dataclass
 
 from deepseek.errors import ConfigError, shown
 from deepseek.terminal import is_unicode
-from deepseek.train.jobs.arguments import AnyPath, RunArguments
 from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.limits import (
     MAX_COUNT,
@@ -21,6 +20,7 @@ from deepseek.train.jobs.limits import (
     ResultName,
     SpdxLicence,
 )
+from deepseek.train.jobs.run_arguments import AnyPath, RunArguments
 from deepseek.train.jobs.settings import DomainSettings
 from deepseek.train.jobs.yaml_file import read_file
 

@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepseek.checkpoint.store import home, read_object
+from deepseek.checkpoint.files import stored_model_name
+from deepseek.checkpoint.store import RUN_STARTED, home, read_object
 from deepseek.errors import CheckpointError, DataError
 from deepseek.packs.library import installed
 from deepseek.registry import nearest
@@ -27,21 +28,30 @@ def find_run(name: str) -> Path:
     the working folder.
 
     Raises:
-        DataError: there is no such run.
+        DataError: there is no such run, or the folder is not that of a run.
     """
     runs = all_runs()
-    if name not in runs and Path(name).is_dir():
+    if name not in runs and _is_run(Path(name)):
         return Path(name)
     if name not in runs and name in installed():
         raise DataError(
             f"The expert {name} has no run folder, as it was merged or imported, or its run was "
             "deleted; name one that was trained here."
         )
+    if name not in runs and Path(name).is_dir():
+        raise DataError(f"{name} holds no run; see `deepseek runs list`.")
     if name not in runs:
         raise DataError(
             f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."
         )
     return runs[name]
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder holds the record of a run; a recipe and an evaluation leave only the
+    last one.
+    """
+    return any((folder / name).is_file() for name in (RUN_STARTED, "request.json", "result.json"))
 
 
 def finished_runs(folder: Path) -> list[Path]:
@@ -62,10 +72,15 @@ def latest_run(folder: Path) -> Path:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Return stage, state and figures of a run as a flat mapping."""
+    """Return stage, state and figures of a run, or of its last finished update, as a flat
+    mapping.
+    """
     if not (folder / "result.json").is_file():
         return {"state": "unfinished"}
-    result = read_object(folder / "result.json")
+    first = read_object(folder / "result.json")
+    # Of an expert that was renamed, only the first record names the pack.
+    renamed = {"pack": first["pack"]} if "pack" in first else {}
+    result = {**read_object(latest_run(folder) / "result.json"), **renamed}
     nested = result.get("figures")
     figures = {**result, **(nested if isinstance(nested, dict) else {})}
     return {
@@ -78,14 +93,15 @@ def unfinished_on(base: str) -> list[str]:
     """Return the names of the unfinished runs in the library's home that use a base.
 
     Args:
-        base: name of the base, as the runs were given it.
+        base: name of the base; runs may have been given its folder instead.
     """
+    path = stored_model_name(str(home() / "models" / base))
     names = []
     for name, folder in all_runs().items():
         request = folder / "request.json"
         if (folder / "result.json").is_file() or not request.is_file():
             continue
         with suppress(CheckpointError):
-            if read_object(request).get("base") == base:
+            if read_object(request).get("base") in (base, path):
                 names.append(name)
     return names

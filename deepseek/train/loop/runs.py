@@ -1,10 +1,9 @@
 """Run folders: start or resume a job, and write the page of a run."""
 
 import json
-import shutil
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,18 +11,25 @@ from typing import Any, Protocol
 
 from jinja2 import Environment
 
-from deepseek.checkpoint.files import located, writable_file, writable_folder
+from deepseek.checkpoint.files import located, stored_model_name, writable_file, writable_folder
 from deepseek.checkpoint.store import (
+    RUN_STARTED,
     atomic_write,
     disk_full_explained,
     home,
-    read_json,
     read_object,
     write_json,
 )
 from deepseek.device.memory import out_of_memory_explained
-from deepseek.errors import CheckpointError, DataError, TrainError
+from deepseek.errors import CheckpointError, DataError, TrainError, UserError
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_folder import (
+    begin,
+    is_begun,
+    refuse_other_files,
+    refuse_other_result,
+    withdraw,
+)
 from deepseek.train.loop.run_lock import run_lock
 
 
@@ -67,10 +73,6 @@ class RunRequest(Protocol):
     def as_json(self) -> dict[str, Any]: ...
 
 
-EARLY_STAGES = ("corpus", "tokenizer")
-"""Folders that a job may fill before it writes `request.json`."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What decides a run, and where it is written.
@@ -86,6 +88,8 @@ class Run:
         makes_file: whether the result is a file; default: the folder of a model.
         command: command whose job it is, such as "expert train"; "": the folder is not shared.
         main: whether this is the process that writes; of several, one is.
+        guarded: refuse a run folder or a result's path that holds what this run did not make.
+            False: the caller has prepared them, as an update does, which replaces a pack.
     """
 
     stored: dict[str, Any]
@@ -97,12 +101,13 @@ class Run:
     makes_file: bool = False
     command: str = ""
     main: bool = True
+    guarded: bool = False
 
     @classmethod
     def of(
         cls, request: RunRequest, default: Path, inputs: Callable[[Sequence[Path]], dict[str, str]]
     ) -> "Run":
-        """Return the run of a request.
+        """Return the run of a request, whose folder and result must be new or its own.
 
         Args:
             request: resolved arguments of a job.
@@ -121,11 +126,16 @@ class Run:
             lambda: inputs((folder, made)),
             request.makes_file,
             request.command,
+            guarded=True,
         )
 
     def check_places(self) -> None:
-        """Raise `ConfigError` if result or run folder cannot be written."""
+        """Raise `ConfigError` if result or run folder cannot be written, or the run folder is one
+        of other files.
+        """
         writable_folder(self.folder)
+        if self.guarded:
+            refuse_other_files(self.folder)
         if self.makes_file:
             writable_file(self.made)
         else:
@@ -146,7 +156,7 @@ def run_once(job: Callable[..., RunJob], request: Any, run: Run) -> Path:
     Raises:
         TrainError: the run in the folder belongs to another request or other inputs, or another
             process is writing to it.
-        ConfigError: result or run folder cannot be written.
+        ConfigError: result or run folder cannot be written, or holds what this run did not make.
         DeviceError: the device has too little memory; what is finished stays stored.
         KeyboardInterrupt: after Ctrl-C; the message says that the same call resumes.
     """
@@ -170,8 +180,11 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
     if (run.folder / "result.json").is_file() and run.made.exists():
         progress.say(f"{run.made} is finished")
         return
+    is_first = not (run.folder / RUN_STARTED).is_file()
     if run.main:
-        _begin(run, inputs)
+        request_values = json.loads(json.dumps(run.stored))
+        start = {"command": run.command, "request": request_values, "inputs": inputs}
+        begin(run.folder, start, run.made)
     try:
         with (
             disk_full_explained(
@@ -182,12 +195,7 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
                 f"another --name and {request.lighter}."
             ),
         ):
-            record = job(request, run.folder, out=run.made, progress=progress).run()
-    except DataError:
-        # What was read is not enough, and a git history that has grown since has the same digest.
-        if run.main and not (run.folder / "request.json").is_file():
-            _withdraw(run)
-        raise
+            record = _record(job, request, run, progress, is_first)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
@@ -196,18 +204,42 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
         write_json(run.folder / "result.json", record)
 
 
+def _record(
+    job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressBar, is_first: bool
+) -> dict[str, Any] | None:
+    """Run a job and return its record; a run that is refused before it has begun leaves no trace.
+
+    Args:
+        job, request, run: as of `run_once`.
+        progress: told what is running.
+        is_first: whether no earlier call has worked on this run.
+    """
+    try:
+        return job(request, run.folder, out=run.made, progress=progress).run()
+    except UserError as error:
+        # Text that was not enough is read again: a git history that has grown since has the same
+        # digest. What an earlier call has stored is not lost to any other mistake.
+        may_withdraw = run.main and not is_begun(run.folder)
+        if may_withdraw and (is_first or isinstance(error, DataError)):
+            withdraw(run.folder)
+        raise
+
+
 def _check_begun(run: Run) -> dict[str, str]:
     """Return the digests of the inputs.
 
     Raises:
         TrainError: the folder holds a run of another command, with another request or on other
             inputs.
+        ConfigError: the result's path holds what this run did not make.
     """
-    started = run.folder / "start.json"
-    begun = (run.folder / "request.json").is_file() and started.is_file()
+    started = run.folder / RUN_STARTED
+    begun = is_begun(run.folder) and started.is_file()
     if begun:
         _check_command(started, run.command)
     check_config(run.folder / "request.json", run.stored)
+    if run.guarded:
+        refuse_other_result(run.folder, run.made)
     before = _digests(started) if begun else {}
     try:
         inputs = run.inputs()
@@ -220,9 +252,25 @@ def _check_begun(run: Run) -> dict[str, str]:
     if changed:
         raise TrainError(
             f"{run.folder} holds a run on another {changed[0]}, whose content has changed since; "
-            "restore it to resume, or give another name to start a new run."
+            f"{_mend(run, changed[0])}."
         )
     return inputs
+
+
+def _mend(run: Run, changed: str) -> str:
+    """Return what to do if an input of a run has changed since.
+
+    Args:
+        run: the run.
+        changed: name of the input.
+    """
+    is_expert = run.command == "expert train" and run.folder.parent == located(home() / "runs")
+    if changed == "text" and is_expert and (run.folder / "result.json").is_file():
+        return (
+            f"continue it with `deepseek expert train --update {run.folder.name}`, or give "
+            "another name to start a new run"
+        )
+    return "restore it to resume, or give another name to start a new run"
 
 
 def _check_command(started: Path, command: str) -> None:
@@ -246,30 +294,6 @@ def _digests(started: Path) -> dict[str, str]:
     return inputs
 
 
-def _begin(run: Run, inputs: dict[str, str]) -> None:
-    """Note what the run begins with; delete the early stages of one that never began on it."""
-    started = run.folder / "start.json"
-    request = json.loads(json.dumps(run.stored))
-    start = {"command": run.command, "request": request, "inputs": inputs}
-    begun = (run.folder / "request.json").is_file()
-    if not begun and started.is_file() and read_json(started) != start:
-        _drop_early_stages(run)
-    write_json(started, start)
-
-
-def _withdraw(run: Run) -> None:
-    """Leave no trace of a run that was refused before it had begun."""
-    _drop_early_stages(run)
-    (run.folder / "start.json").unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else
-        run.folder.rmdir()
-
-
-def _drop_early_stages(run: Run) -> None:
-    for stage in EARLY_STAGES:
-        shutil.rmtree(run.folder / stage, ignore_errors=True)
-
-
 def check_config(path: Path, config: dict[str, Any]) -> None:
     """Compare a configuration with the one stored at `path`, if there is one.
 
@@ -278,7 +302,10 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    before = _leaves(read_object(path))
+    stored = read_object(path)
+    if isinstance(stored.get("base"), str):  # an earlier version stored a relative path
+        stored["base"] = stored_model_name(stored["base"])
+    before = _leaves(stored)
     now = _leaves(json.loads(json.dumps(config)))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:

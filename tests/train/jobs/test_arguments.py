@@ -302,6 +302,11 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
             "minutes: Input should be a finite number",
         ),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
+        (
+            arguments.AlignArguments,
+            {"layers": "0-2"},
+            "layers='0-2' are not the last layers, which alone can be aligned; write all or last:N",
+        ),
         (PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
         (
             PretrainArguments,
@@ -369,6 +374,28 @@ def test_the_stored_request_has_the_keys_that_runs_were_started_with(
             "seed",
             "questions",
         }
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "field"),
+    [
+        (arguments.ExpertArguments, {"name": "x", "from_git": "/git"}, "base"),
+        (arguments.AdaptArguments, {"name": "x", "from_git": "/git"}, "base"),
+        (arguments.AlignArguments, {}, "base"),
+        (PretrainArguments, PRETRAINING, "tokenizer"),
+    ],
+)
+def test_a_local_model_is_stored_by_its_absolute_path(
+    declaration: type[Declaration],
+    given: dict[str, Any],
+    field: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, stored in {"m": str(tmp_path / "m"), "owner/m": "owner/m"}.items():
+        assert declaration.read(**given, **{field: name}).as_json()[field] == stored
 
 
 def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:

@@ -148,6 +148,22 @@ def test_declared_widths_are_those_of_packs() -> None:
     assert limit == MAX_WIDTH and MOMENTS
 
 
+@pytest.mark.parametrize(
+    ("declaration", "name", "about"),
+    [
+        (ExpertArguments, "row_length", "at least 2, at most 1,048,576; default: 512."),
+        (ExpertArguments, "learning_rate", "more than 0, at most 10; default: 4e-3 for an expert"),
+        (PretrainArguments, "warmup", "less than 1; default: 0.05."),
+        (PretrainArguments, "samples", 'default: "The ", "def ".'),
+        (PretrainArguments, "model", 'default: {"preset": "deepseek-nano"}.'),
+    ],
+)
+def test_limits_and_defaults_are_shown_as_a_user_writes_them(
+    declaration: type[Declaration], name: str, about: str
+) -> None:
+    assert about in arguments_of(declaration)[name].about
+
+
 def test_a_number_too_long_to_print_is_refused_like_any_other() -> None:
     with pytest.raises(ConfigError, match="method"):
         AlignArguments.read(method=10**5000)

@@ -61,6 +61,15 @@ def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) 
         )
 
 
+def test_a_result_of_another_is_found_before_anything_runs(domains: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapted").mkdir()
+    write_json(tmp_path / "adapted" / "config.json", {})
+    stages = {**recipe(domains, tmp_path), "name": "replacing"}
+    with pytest.raises(ConfigError, match=r"stage 2 \(adapt\): .*adapted exists already; give an"):
+        train_recipe(stages, quiet=True)
+    assert not (home() / "runs" / "replacing-1-pretrain").exists()
+
+
 def test_a_dry_run_estimates_what_it_can_and_leaves_no_trace(
     domains: Path,
     tiny_base: Path,
@@ -122,6 +131,10 @@ def test_a_run_comes_before_a_folder_of_its_name(
 ) -> None:
     (tmp_path / "manual").mkdir()
     monkeypatch.chdir(tmp_path)
+    for name in ("manual", "./manual"):
+        with pytest.raises(DataError, match="manual holds no run; see `deepseek runs list`"):
+            find_run(name)
+    (tmp_path / "manual" / "start.json").touch()
     assert find_run("manual") == Path("manual")
     (home() / "runs" / "manual").mkdir(parents=True)
     assert find_run("manual") == home() / "runs" / "manual"

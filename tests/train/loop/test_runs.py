@@ -1,7 +1,9 @@
 """A run folder is resumed by the same request on the same inputs, and by nothing else."""
 
 import json
+import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -9,56 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from train.loop.fake_job import FakeJob, FakeRequest, KilledError, PoorJob, asked, guarded
 
-from deepseek.checkpoint.store import read_json, write_json
+from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.errors import ConfigError, DataError, TrainError, UserError
 from deepseek.train.loop.past_runs import summary
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.loop.runs import Run, run_once
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-class FakeRequest(dict[str, Any]):
-    """Arguments of the fake job."""
-
-    lighter = "less text"
-
-
-class FakeJob:
-    """Stores its text in an early and a late stage, and is killed before a stage."""
-
-    def __init__(self, request: dict[str, Any], folder: Path, out: Path, progress: object) -> None:
-        self.request = request
-        self.folder = folder
-        self.out = out
-
-    def stage(self, name: str) -> str:
-        """Return the text of a stage, from an earlier call if there was one."""
-        if self.request["killed"] == name:
-            raise KilledError
-        path = self.folder / name / "text.json"
-        if not path.is_file():
-            write_json(path, self.request["text"])
-        return str(read_json(path))
-
-    def run(self) -> dict[str, Any]:
-        """Run both stages and write what they hold."""
-        texts = [self.stage("corpus")]
-        if self.request["killed"] == "request":
-            raise KilledError
-        write_json(self.folder / "request.json", {"seed": self.request["seed"]})
-        texts.append(self.stage("training"))
-        if self.request["killed"] == "end":
-            raise KilledError
-        write_json(self.out, texts)
-        return {}
-
-    def estimate(self) -> str:
-        """Return nothing."""
-        return ""
+from deepseek.train.loop.runs import Run, check_config, run_once
 
 
 def call(folder: Path, text: str, seed: int = 0, killed: str = "", dry_run: bool = False) -> Any:
@@ -69,15 +28,6 @@ def call(folder: Path, text: str, seed: int = 0, killed: str = "", dry_run: bool
     run = Run({"seed": seed}, out, folder / "run", True, dry_run, lambda: inputs, makes_file=True)
     run_once(FakeJob, request, run)
     return read_json(out) if out.is_file() else None
-
-
-class PoorJob(FakeJob):
-    """Refuses a short text before it has begun."""
-
-    def run(self) -> dict[str, Any]:
-        if self.stage("corpus") == "short":
-            raise DataError("There is too little text; give more.")
-        return super().run()
 
 
 def test_a_text_that_was_not_enough_is_read_again(tmp_path: Path) -> None:
@@ -129,6 +79,37 @@ def test_a_run_of_an_older_version_states_no_command(tmp_path: Path) -> None:
     run = Run({"seed": 0}, out, started.parent, True, False, lambda: inputs, True, "adapt")
     run_once(FakeJob, FakeRequest({"text": "one", "seed": 0, "killed": ""}), run)
     assert read_json(started)["command"] == "adapt"
+
+
+def test_an_expert_whose_text_has_changed_is_to_be_updated(tmp_path: Path) -> None:
+    folder = home() / "runs" / "poems"
+    for killed, mend in (
+        ("training", "restore it to resume"),
+        ("", "expert train --update poems`"),
+    ):
+        with suppress(KilledError):
+            run_once(FakeJob, asked(killed=killed), guarded(folder, tmp_path / "x", "expert train"))
+        with pytest.raises(TrainError, match=mend):
+            run_once(FakeJob, asked(), guarded(folder, tmp_path / "x", "expert train", "two"))
+    elsewhere = guarded(tmp_path / "run", tmp_path / "y", "expert train")
+    run_once(FakeJob, asked(), elsewhere)
+    with pytest.raises(TrainError, match="restore it to resume"):  # it has no name to update
+        run_once(FakeJob, asked(), replace(elsewhere, inputs=lambda: {"text": "two"}))
+
+
+def test_a_base_means_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions stored a relative path as it was given."""
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "request.json"
+    write_json(path, {"base": "m"})
+    check_config(path, {"base": os.fspath(tmp_path / "m")})
+    with pytest.raises(TrainError, match="another base"):
+        check_config(path, {"base": "gpt2"})
+    write_json(path, {"base": "gpt2"})
+    check_config(path, {"base": "gpt2"})
 
 
 STARTS = st.lists(
