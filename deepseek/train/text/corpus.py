@@ -290,7 +290,7 @@ def known_documents(folder: Path) -> KnownDocuments:
     if not (isinstance(train, list) and isinstance(held_out, list)):
         raise DataError(
             f"{folder} does not say which documents it has, as an earlier version built it; train "
-            "the expert anew, under the same name with another --run-folder."
+            "the expert anew, under another name."
         )
     # Earlier versions noted no texts, or no names of training documents.
     fields = ("learnt", "tested", "validated", "train_names", "held_out_names")

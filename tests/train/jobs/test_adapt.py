@@ -262,6 +262,7 @@ def test_a_dry_run_estimates_and_writes_nothing(
         from_folder=text_folder,
         out=tmp_path / "o",
         run_folder=tmp_path / "r",
+        row_length=64,
         dry_run=True,
     )
     assert re.search(r"trainable parameters, about \d+\.\d minutes", capsys.readouterr().err)
