@@ -43,11 +43,11 @@ def is_ours(folder: Path) -> bool:
     learn from: its metrics, and its held-out questions with their answers.
     """
     started = folder / RUN_STARTED
-    if started.is_file():
-        try:
+    try:
+        if started.is_file():
             return read_object(started).keys() >= {"inputs", "request"}
-        except CheckpointError:
-            return False
+    except (CheckpointError, PermissionError):  # the latter: the folder may not be entered
+        return False
     return folder.resolve() == home().resolve()
 
 

@@ -188,7 +188,8 @@ def checked_origin(text: str) -> str:
         ConfigError: no browser would ever send it.
     """
     origin = text.rstrip("/").lower()
-    if origin != "*" and not ORIGIN.fullmatch(origin):
+    # Pages of files and of sandboxed frames send "null".
+    if origin not in ("*", "null") and not ORIGIN.fullmatch(origin):
         raise ConfigError(
             f"--allow-origin {text!r} is no origin of a page; write scheme://host or "
             "scheme://host:port, such as https://chat.example, or * for all."

@@ -8,6 +8,7 @@ import pytest
 
 from deepseek.cli.main import main
 from deepseek.cli.messages import with_options
+from deepseek.cli.serve import checked_origin
 
 Capture = pytest.CaptureFixture[str]
 OPTIONS = {"from_git": "--from-git", "name": "--name", "row_length": "--row-length"}
@@ -26,6 +27,11 @@ def refused(capsys: Capture, *words: str) -> str:
     output = capsys.readouterr()
     assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1), output
     return output.err
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "https://a.example", "http://[::1]:80/"])
+def test_what_browsers_send_is_an_origin(origin: str) -> None:
+    assert checked_origin(origin) == origin.rstrip("/")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ of these files, so that no held-out text is trained on.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
@@ -50,7 +51,8 @@ def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
     # Git compares the content of a thousand files at most, so those that are the same are found
     # before. The flags are given, lest the user's settings count.
     diff.find_similar(flags=exact, rename_limit=MOST_MOVED)
-    diff.find_similar(flags=DiffFind.FIND_RENAMES)
+    with suppress(pygit2.GitError):  # libgit2 fails at some diffs of files that are split
+        diff.find_similar(flags=DiffFind.FIND_RENAMES)
     for delta in diff.deltas:
         if delta.status_char() == "R":
             yield delta.old_file.path, delta.new_file.path

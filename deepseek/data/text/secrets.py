@@ -98,12 +98,12 @@ PASSWORD = re.compile(
 AWS_UNQUOTED = r"(?i)aws_secret_access_key[\"']?\s*[=:]\s*([a-z0-9/+]{40})(?![a-z0-9/+=])"
 """Without quotes, as in `~/.aws/credentials`; with quotes it is a published pattern."""
 
-JWT = r"(?m)(?:(?<![\w-])|(?<=^-))eyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?"
+JWT = r"(?<![\w-])(?:[\w-]{0,64}?-)?(eyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]+)?)"
 """Header, payload and signature. The first two are JSON objects in base64, so they begin with
 `eyJ`, which alone occurs in names such as `keyJson.getString`.
 
-A match begins where a run of its letters does, or after the sign of a removed line in a diff. If it
-began at every `eyJ` of `eyJ-eyJ-`, the time would be quadratic.
+A token may stand behind a hyphen, as in `session-eyJ...` and in a removed line of a diff. The bound
+keeps the time of `eyJ-eyJ-` linear.
 """
 
 OPENAI = r"sk-[\w-]{20,200}?T3BlbkFJ[\w-]{20,}"
@@ -144,7 +144,7 @@ RULES = (
     own("npm-token", "npm_", r"\bnpm_[A-Za-z0-9]{36,}"),
     *published("discord-token", ".", "Discord Bot Token"),
     *published("telegram-token", ":", "Telegram Bot Token"),
-    own("jwt", "eyJ", JWT),
+    own("jwt", "eyJ", JWT, 1),
     Rule("password", ("://",), ADDRESS, 1),
     Rule("password", ('"', "'"), ASSIGNED, 1),
     Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1),

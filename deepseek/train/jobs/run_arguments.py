@@ -6,23 +6,14 @@ from typing import Any, ClassVar, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deepseek.checkpoint.files import (
-    existing_path,
-    located,
-    stored_model_name,
-    writable_file,
-    writable_folder,
-)
+from deepseek.checkpoint.files import existing_path, located, writable_file, writable_folder
 from deepseek.device.names import Dtype
 from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.device_arguments import DeviceArguments, PrecisionArguments
 from deepseek.train.jobs.limits import MAX_SEED
-from deepseek.train.loop.run_folder import refuse_other_result
+from deepseek.train.loop.run_folder import refuse_other_result, with_absolute_models
 
 AnyPath = str | Path | None
-
-MODELS = ("base", "tokenizer")
-"""Arguments that name a model, which may be a local folder."""
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -80,6 +71,4 @@ class RunArguments(JobArguments, PrecisionArguments):
 
     def as_json(self) -> dict[str, Any]:
         """Return the arguments that decide the result, with absolute paths for local models."""
-        stored = super().as_json()
-        models = {name: stored_model_name(stored[name]) for name in MODELS if stored.get(name)}
-        return stored | models
+        return with_absolute_models(super().as_json())

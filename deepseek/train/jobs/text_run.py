@@ -142,13 +142,30 @@ def load_base(
     return load_language_model(folder, dtype=dtype, device=device)
 
 
+def evaluation_interval(plan: TrainingPlan, folder: Path) -> int:
+    """Return the steps from one evaluation to the next; a training that has begun keeps its own.
+
+    Args:
+        plan: steps and evaluations.
+        folder: folder of the training loop.
+    """
+    begun = folder / "config.json"
+    stored = read_object(begun) if begun.is_file() else {}
+    if stored.get("steps") == plan.steps and isinstance(stored.get("evaluate_every"), int):
+        return int(stored["evaluate_every"])
+    return plan.evaluate_every
+
+
 class TextRun:
     """One training in its run folder, with its model.
 
     Attributes:
+        may_choose_rows: whether the user can give `row_length`.
         clock: measures the run.
         paces: learning rates of single parameters as shares of the others', see `OptimConfig`.
     """
+
+    may_choose_rows = True
 
     def __init__(
         self,
@@ -180,7 +197,9 @@ class TextRun:
         self.model = load_base(self.base, weights or dtype, self.device, frozen=frozen)
         self.model.compute_dtype = dtype
         context = context_length(self.model)
-        if request.row_length > context:
+        # What an earlier version has begun goes on, and so does an update of its expert.
+        is_new = not (folder / "request.json").is_file() and self.may_choose_rows
+        if request.row_length > context and is_new:
             raise ConfigError(
                 f"row_length={request.row_length} is impossible; {request.base} has a context of "
                 f"{context} tokens: give at most that."
@@ -299,7 +318,7 @@ class TextRun:
             OptimConfig(learning_rate=self._request.learning_rate, paces=self.paces),
             steps=steps,
             seed=self._request.seed,
-            evaluate_every=plan.evaluate_every,
+            evaluate_every=evaluation_interval(plan, self.folder / "training"),
             checkpoint_every=max(10, steps // 10),
             keep_best="held_out_loss",
             patience=PATIENCE,

@@ -37,6 +37,7 @@ from deepseek.train.jobs.text_run import Texts, text_inputs
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.past_runs import find_run, finished_runs
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_folder import with_absolute_models
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.text.corpus import Corpus, KnownDocuments, Source, build_corpus, known_documents
@@ -189,6 +190,8 @@ class UpdateRun(ExpertRun):
         expert: the expert to continue.
     """
 
+    may_choose_rows = False  # those of the expert's training
+
     def __init__(
         self,
         request: ExpertRequest,
@@ -291,9 +294,11 @@ def _stored_state(run: Path) -> str:
 def _drop_other(folder: Path, request: ExpertRequest) -> None:
     """Delete an unfinished update that was begun with other arguments, such as fewer minutes."""
     begun = folder / "start.json"
-    if begun.is_file() and read_object(begun).get("request") != json.loads(
-        json.dumps(request.as_json())
-    ):
+    if not begun.is_file():
+        return
+    before = read_object(begun).get("request")
+    now = json.loads(json.dumps(request.as_json()))
+    if not isinstance(before, dict) or with_absolute_models(before) != now:
         shutil.rmtree(folder)
 
 

@@ -6,11 +6,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from deepseek.checkpoint.files import stored_model_name
 from deepseek.checkpoint.store import RUN_STARTED, read_object, write_json
 from deepseek.errors import ConfigError
 
 EARLY_STAGES = ("corpus", "tokenizer")
 """Folders that a job may fill before it writes `request.json`."""
+
+
+MODELS = ("base", "tokenizer")
+"""Arguments that name a model, which may be a local folder."""
+
+
+def with_absolute_models(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a request with absolute paths for local models, so that they mean the same from any
+    working folder; an earlier version stored relative ones.
+    """
+    models = {name: request[name] for name in MODELS if isinstance(request.get(name), str)}
+    return request | {name: stored_model_name(model) for name, model in models.items()}
 
 
 def refuse_other_files(folder: Path) -> None:

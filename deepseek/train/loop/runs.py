@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from jinja2 import Environment
 
-from deepseek.checkpoint.files import located, stored_model_name, writable_file, writable_folder
+from deepseek.checkpoint.files import located, writable_file, writable_folder
 from deepseek.checkpoint.store import (
     RUN_STARTED,
     atomic_write,
@@ -21,13 +21,14 @@ from deepseek.checkpoint.store import (
     write_json,
 )
 from deepseek.device.memory import out_of_memory_explained
-from deepseek.errors import CheckpointError, DataError, TrainError, UserError
+from deepseek.errors import CheckpointError, ConfigError, DataError, TrainError, UserError
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_folder import (
     begin,
     is_begun,
     refuse_other_files,
     refuse_other_result,
+    with_absolute_models,
     withdraw,
 )
 from deepseek.train.loop.run_lock import run_lock
@@ -220,7 +221,8 @@ def _record(
         # Text that was not enough is read again: a git history that has grown since has the same
         # digest. What an earlier call has stored is not lost to any other mistake.
         may_withdraw = run.main and not is_begun(run.folder)
-        if may_withdraw and (is_first or isinstance(error, DataError)):
+        was_mistaken = is_first and isinstance(error, ConfigError)
+        if may_withdraw and (was_mistaken or isinstance(error, DataError)):
             withdraw(run.folder)
         raise
 
@@ -302,10 +304,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    stored = read_object(path)
-    if isinstance(stored.get("base"), str):  # an earlier version stored a relative path
-        stored["base"] = stored_model_name(stored["base"])
-    before = _leaves(stored)
+    before = _leaves(with_absolute_models(read_object(path)))
     now = _leaves(json.loads(json.dumps(config)))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:

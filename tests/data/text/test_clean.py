@@ -159,6 +159,11 @@ def test_secrets_are_looked_for_in_linear_time(piece: str) -> None:
     assert time.process_time() - started < 5
 
 
+def test_a_token_behind_a_name_with_hyphens_goes() -> None:
+    token = ".".join(["eyJ" + "a1B2" * 5] * 3)
+    assert redact(f"cookie: my-session-{token};")[0] == "cookie: my-session-<REDACTED:jwt>;"
+
+
 @pytest.mark.parametrize("before", ["", "+", "-", "key = ", "{'a':'"])
 def test_tokens_in_the_lines_of_a_diff_go(before: str) -> None:
     token = ".".join(["eyJ" + "a1B2" * 5] * 2)

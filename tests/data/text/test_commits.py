@@ -5,14 +5,23 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
+import pygit2
 import pytest
 from git_history import Files, History
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.data import Document, clean, read_git, split
-from deepseek.data.text.commits import FileSides, follow_files, renamed_files, with_later_names
+from deepseek.data.text.commits import (
+    FileSides,
+    follow_files,
+    moved,
+    renamed_files,
+    with_later_names,
+)
 from deepseek.data.text.document import KnownNames, Rule, draw_lots
 
 LINE = re.compile(r"line_\d+")
@@ -30,8 +39,8 @@ def sides(history: History, *held_out: str) -> tuple[list[Document], list[Docume
     test = frozenset(d for d in documents if d.name.removeprefix("engine/") in held_out)
     train = [document for document in documents if document not in test]
     lots = draw_lots(documents, 0.1, "file", 0)
-    moved = renamed_files(history.repository, history.head)
-    files = FileSides(train, test, lots, moved, report.duplicates)
+    names = renamed_files(history.repository, history.head)
+    files = FileSides(train, test, lots, names, report.duplicates)
     return follow_files(documents, test, files)
 
 
@@ -218,6 +227,23 @@ def test_a_merge_that_puts_another_project_into_a_folder_renames_its_files(
         train, test = sides(history, held_out)
         assert lines_of(test) >= lines_of_text(project[held_out.removeprefix("lib/")])
         assert not lines_of(train) & lines_of(test)
+
+
+class UncomparableDiff:
+    """A diff of which libgit2 only finds equal files, as of a commit of `click`."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Any] = []
+
+    def find_similar(self, flags: int, rename_limit: int = 0) -> None:
+        if not rename_limit:
+            raise pygit2.GitError("unrecoverable internal error: 'delta_is_split(tgt)'")
+        files = {"old_file": SimpleNamespace(path="b.py"), "new_file": SimpleNamespace(path="a.py")}
+        self.deltas = [SimpleNamespace(status_char=lambda: "R", **files)]
+
+
+def test_where_git_cannot_compare_contents_equal_files_are_followed() -> None:
+    assert list(moved(UncomparableDiff())) == [("b.py", "a.py")]  # type: ignore[arg-type]
 
 
 def test_a_merge_renames_alone_what_it_has_at_a_new_path(history: History) -> None:

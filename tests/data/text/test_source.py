@@ -97,7 +97,15 @@ def test_folders_that_are_not_entered_are_counted(
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
+    is_file = Path.is_file
+
+    def guarded_is_file(path: Path) -> bool:
+        if path.parent.name == "locked":  # its files cannot be asked for either
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
     monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(Path, "is_file", guarded_is_file)
     skipped = Skipped()
     assert [d.text for d in read_folder(tmp_path, skipped)] == ["name = 'src'\n"]
     assert skipped == {"vendored or built": 2, "unreadable": 1}

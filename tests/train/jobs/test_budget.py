@@ -1,9 +1,13 @@
 """Plans use the time that the text is worth and no more."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek.checkpoint.store import write_json
 from deepseek.errors import TrainError
 from deepseek.train.jobs.plan import (
     EVALUATION_SHARE,
@@ -17,6 +21,7 @@ from deepseek.train.jobs.plan import (
     make_plan,
     passes_for,
 )
+from deepseek.train.jobs.text_run import evaluation_interval
 
 # Seconds a row of 512 tokens: from a fast card to a busy laptop.
 SPEEDS = st.builds(
@@ -83,6 +88,14 @@ def test_a_token_dial_fixes_rows_and_passes(speed: Speed, tokens: int, epochs: i
 def test_more_text_needs_fewer_passes(fewer: int, more: int) -> None:
     fewer, more = sorted((fewer, more))
     assert MOST_PASSES >= passes_for(fewer) >= passes_for(more) >= FEWEST_PASSES
+
+
+def test_a_training_that_has_begun_keeps_its_interval(tmp_path: Path) -> None:
+    plan = replace(plan_of(Speed(0.0, 1.0, 0.3), 2_000, 500), steps=98, evaluations=17)
+    assert evaluation_interval(plan, tmp_path) == 7
+    write_json(tmp_path / "config.json", {"steps": 98, "evaluate_every": 6})
+    assert evaluation_interval(plan, tmp_path) == 6
+    assert evaluation_interval(replace(plan, steps=99), tmp_path) == 7
 
 
 def test_more_minutes_never_mean_less_training() -> None:
