@@ -9,6 +9,7 @@ be unregistered, so tests that use it have a process of their own (see `tests/gp
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -190,6 +191,13 @@ def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
 
 
 @cache
+def _inference_mode(mode: Any = True) -> Any:
+    """Stand for `torch.inference_mode`, a decorator or a context."""
+    if callable(mode):
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else nullcontext()
+
+
 def register() -> FakeModule:
     """Register the device with PyTorch, for the rest of this process, and return its module."""
     module = FakeModule()
@@ -203,7 +211,7 @@ def register() -> FakeModule:
     torch.tensor = tensor  # type: ignore[assignment]
     torch.arange = arange  # type: ignore[assignment]
     # Wrapper tensors cannot be created in inference mode.
-    torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]
+    torch.inference_mode = _inference_mode  # type: ignore[assignment,misc]
     for name in CAST:
         aten.impl(name, _casting(getattr(torch.ops.aten, name)))
     module.libraries = (anything, aten, creating)  # type: ignore[attr-defined] - they last as long as this

@@ -82,7 +82,6 @@ EXCEPTIONS = {
         "train/jobs/language.py LanguageTask.evaluate",
         "train/jobs/language.py LanguageTask.loss_on",
         "train/loop/backends/fsdp2.py FSDP2.any",
-        "train/loop/backends/fsdp2.py FSDP2.load",
         "train/loop/backends/fsdp2.py FSDP2.weigh",
         "train/rl/reward.py RewardModel.quality",
         "train/rl/rlpo.py Learner.__init__",

@@ -404,10 +404,7 @@ manifest_case(
     "base_other_weights", "another base.*weights c", base={"weights": "c" * 64}, resealed=True
 )
 manifest_case(
-    "base_other_tokenizer",
-    "another base.*tokenizer c",
-    base={"tokenizer": "c" * 64},
-    resealed=True,
+    "base_other_tokenizer", "another base.*tokenizer c", base={"tokenizer": "c" * 64}, resealed=True
 )
 manifest_case("base_no_tokenizer", "tokenizer none", base={"tokenizer": ""}, resealed=True)
 manifest_case("base_wider", "hidden_size 64", base={"hidden_size": 64}, resealed=True)

@@ -198,7 +198,7 @@ def test_a_pack_made_beside_a_folder_names_its_base(family: str, tmp_path: Path)
     module = expert_beside(model, "code", layers_in(tmp_path)[-1:], 8)
     model.experts.plug(module.to_pack(model.experts.base, "Apache-2.0"))
     other = model.experts.base.model_copy(update={"attached": "Other: mlp"})
-    with pytest.raises(PackError, match="whose attached is"):
+    with pytest.raises(PackError, match="its attached"):
         model.experts.plug(module.to_pack(other, "Apache-2.0"))
 
 

@@ -52,7 +52,7 @@ def _allocate_moments(state: TrainingState, stored: Container[str]) -> None:
     for name, parameter in state.parameters.items():
         if f"optimizer.{name}.step" in stored:
             state.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device="cpu"),  # where AdamW counts
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
