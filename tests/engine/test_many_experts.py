@@ -73,7 +73,10 @@ def test_it_measures_all_that_it_says(
         row = figures[count]
         assert row["plug"]["first_ms"] > 0
         for kind in ("conversation", "document"):
-            assert row["overhead"][kind]["own"]["step_over_named"] > 0
+            timed = row["overhead"][kind]
+            # Of five, jittered copies may be chosen in place of the passages' own ones.
+            assert count == "5" or "own" in timed
+            assert all(one["step_over_named"] > 0 for one in timed.values())
             assert 0 <= row["routing"][kind]["right"] <= 100
         assert 0 <= row["routing"]["embeddings"]["right"] <= 100
     assert figures["room"]["experts"] == 5
