@@ -211,7 +211,8 @@ class Service:
     async def change(self, apply: Callable[[Engine | Fleet], T]) -> T:
         """Call `apply` with the owner of the experts, in a thread, and return its result.
 
-        Changes run one after another: a fleet refuses one whose state another has changed meanwhile.
+        Changes run one after another: a fleet refuses one if another has changed its state
+        meanwhile.
         """
 
         def locked() -> T:

@@ -202,7 +202,9 @@ def encode_rendered(
         False: dict(zip(texts, encoded, strict=True)),
         True: dict(zip(plain_texts, encode_continued(tokenizer, plain_texts), strict=True)),
     }
-    ids = [token for part in parts for token in ids_of[part.is_plain][part.text]]
+    ids: list[int] = []
+    for part in parts:
+        ids += ids_of[part.is_plain][part.text]
     return ids[1:] if before and not is_continued else ids
 
 

@@ -1,6 +1,7 @@
 """Control tokens: what chat templates and training layouts write, and no user's text may."""
 
 from functools import lru_cache
+from itertools import chain
 
 from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +52,7 @@ def _control_tokens(
         _size: number of its tokens, with which the result is cached.
         template: source of its chat templates.
     """
-    markers = {marker for family in FIM_TOKENS for marker in family}
+    markers = set(chain.from_iterable(FIM_TOKENS))
     texts = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()

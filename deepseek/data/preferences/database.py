@@ -271,7 +271,8 @@ class PreferenceDatabase:
         if parts:
             conditions.append(CONTAINS_ALL)
             values.append(json.dumps(parts))
-        found = f"SELECT rowid FROM words WHERE {' AND '.join(conditions)}"  # noqa: S608 - constants
+        where = " AND ".join(conditions)  # constants: what was given stands in `values`
+        found = f"SELECT rowid FROM words WHERE {where}"  # noqa: S608
         rows = self._rows(
             f"SELECT * FROM shown WHERE id IN ({found} ORDER BY rowid DESC LIMIT ?) "  # noqa: S608
             "ORDER BY id DESC",

@@ -90,7 +90,7 @@ def _checked_settings(config: str | Path | Mapping[str, Any]) -> ExpertsSettings
 
 
 def _is_session_open() -> bool:
-    """Return whether this process has a Ray session, without importing Ray, which may be missing."""
+    """Return whether this process has an open Ray session; does not import Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 

@@ -272,6 +272,11 @@ def _mend(run: Run, changed: str) -> str:
             f"continue it with `deepseek expert train --update {run.folder.name}`, or give "
             "another name to start a new run"
         )
+    if changed == "tokenizer":
+        return (
+            "restore it to resume; if it is the same, this version encodes text with it in another "
+            "way, so give another name to start a new run"
+        )
     return "restore it to resume, or give another name to start a new run"
 
 

@@ -28,6 +28,13 @@ def logits_of(model, ids, **kwargs):
         return model(ids, **kwargs).logits
 
 
+def assert_only(model, ids, allowed):
+    """The logits are those of one of the whole states, however often they are asked for."""
+    for _ in range(30):
+        seen = logits_of(model, ids)
+        assert any(torch.equal(seen, one) for one in allowed)
+
+
 def test_armed_experts_change_the_logits_and_nothing_else_does(model, make_pack, ids):
     before = logits_of(model, ids)
     model.experts.plug(make_pack(bias=0.5))
@@ -199,9 +206,7 @@ def test_plugging_while_other_threads_run_gives_only_whole_states(model, make_pa
     for thread in threads:
         thread.start()
     try:
-        for _ in range(30):
-            seen = logits_of(model, ids)
-            assert any(torch.equal(seen, one) for one in allowed)
+        assert_only(model, ids, allowed)
     finally:
         stop.set()
         for thread in threads:
@@ -225,9 +230,7 @@ def test_at_no_moment_of_a_replacement_is_there_none_or_two(model, make_pack, id
     thread = threading.Thread(target=replace)
     thread.start()
     try:
-        for _ in range(30):
-            seen = logits_of(model, ids)
-            assert any(torch.equal(seen, one) for one in allowed)
+        assert_only(model, ids, allowed)
     finally:
         stop.set()
         thread.join()
