@@ -3,6 +3,7 @@
 Models from the Hugging Face hub are in its own cache, which `hf cache` manages.
 """
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,20 @@ class StoredModel:
 def models_folder() -> Path:
     """Return the folder of this user's models, which may not exist yet."""
     return home() / "models"
+
+
+def model_name(path: str | Path) -> str:
+    """Return the name of a model by its folder or hub id.
+
+    The hub's cache names the folder of a model's files by their commit; the model's name is that
+    of a folder above.
+
+    Args:
+        path: folder of the model, or its id on the hub.
+    """
+    path = Path(path)
+    cached = re.search(r"(?:^|/)models--(?:.+--)?([^/]+)/snapshots/[^/]+$", path.as_posix())
+    return cached[1] if cached else path.name
 
 
 def stored_models() -> list[StoredModel]:

@@ -202,13 +202,14 @@ def verify(
 ) -> None:
     """Check a pack: structure, digest, values, signature, and the base if --base is given."""
     from deepseek.checkpoint.hub import resolve
+    from deepseek.checkpoint.models import model_name
     from deepseek.packs.library import find_pack
     from deepseek.packs.manifest import BaseDescription
     from deepseek.packs.pack import read_pack
     from deepseek.packs.policy import PackPolicy
 
     folder = resolve(base) if base else None
-    description = BaseDescription.of(folder, folder.name) if folder else None
+    description = BaseDescription.of(folder, model_name(folder)) if folder else None
     manifest = read_pack(find_pack(pack), PackPolicy(signature=signature), description).manifest
     signer = (
         f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek import checks
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.store import read_json
 from deepseek.errors import PackError
 from deepseek.model.config import ModelConfig
@@ -69,7 +70,7 @@ def import_adapter(
     signing_key = None if key is None else load_key(Path(key))
     model_folder = resolve(base)
     title = _name_of(Path(folder)) if name is None else name
-    description = BaseDescription.of(model_folder, Path(base).name)
+    description = BaseDescription.of(model_folder, model_name(base))
     pack = _pack(adapter, title, description, licence, domain, auto)
     assert isinstance(pack.manifest, LoraManifest)
     match_sites(pack.manifest, linear_layers(_skeleton(model_folder)))

@@ -105,6 +105,7 @@ def _of_base(
     """
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
+    from deepseek.checkpoint.models import model_name
 
     if not manifests:
         return {}, []  # without packs, the base need not be fetched
@@ -119,7 +120,7 @@ def _of_base(
     for file, manifest in manifests.items():
         if digests is not None and is_made_for(manifest, digests):
             experts[file] = manifest.name
-        elif manifest.base.name in (Path(base).name, base_folder.name):
+        elif manifest.base.name in (model_name(base), model_name(base_folder)):
             problems.append(
                 f"{file}{SUFFIX} is left out: it was made for another base of the name "
                 f"{manifest.base.name}; load that base, or train the expert on this one."

@@ -18,6 +18,7 @@ from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.licence import copy_terms, read_licence
+from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.store import file_digest, temporary_path
 from deepseek.cli.pull import fetch
 from deepseek.errors import CheckpointError, HubError
@@ -237,6 +238,21 @@ def test_a_model_trained_here_is_found_by_its_name(
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
     shutil.copytree(converted, tmp_path / "models" / "house")
     assert hub.resolve("house") == tmp_path / "models" / "house"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("house", "house"),
+        ("models/house", "house"),
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/cache/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f", "SmolLM2-135M"),
+        ("/cache/hub/models--gpt2/snapshots/607a30d", "gpt2"),
+        ("/backup/snapshots/house", "house"),
+    ],
+)
+def test_a_model_of_the_hub_has_its_own_name_and_not_that_of_a_commit(path: str, name: str) -> None:
+    assert model_name(Path(path)) == name
 
 
 def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepseek import checks
+from deepseek.checkpoint.models import model_name
 from deepseek.errors import ConfigError, PackError, shown
 from deepseek.model.attached.sites import ExpertSites
 from deepseek.model.experts.adapter import AdapterModule
@@ -100,7 +101,7 @@ class ExpertSet:
                     "model.experts.base."
                 )
             model = self._live_model()
-            base = BaseDescription.of(self.base_folder, Path(str(model.config.name_or_path)).name)
+            base = BaseDescription.of(self.base_folder, model_name(model.config.name_or_path))
             attached = "" if self.sites is None else self.sites.describe(model)
             self._base = base.model_copy(update={"attached": attached})
         return self._base

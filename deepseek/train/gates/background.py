@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.builders.everyday import Conversation
-from deepseek.data.text.document import Progress, silent, uniform
+from deepseek.data.text.document import Progress, silent
 from deepseek.model.experts.relevance import PASSAGE
 from deepseek.model.language_model import LanguageModel
 from deepseek.packs.manifest import PAIR_SLOTS
@@ -27,7 +27,7 @@ from deepseek.train.gates.conversations import (
     expected_frequencies,
     without_reserved,
 )
-from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place
+from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place, pseudorandom
 from deepseek.train.gates.relevance import Background, count_pairs
 
 LARGEST = 1_000_000
@@ -167,7 +167,7 @@ def installed_source() -> Iterator[str]:
     """
     folders = _source_files(lambda parts: parts[:2] if len(parts) > 2 else parts[:1])
     files = chain.from_iterable(paths[:FILES_OF_A_PACKAGE] for paths in folders)
-    yield from _middles(sorted(files, key=_drawn)[:FILES])
+    yield from _middles(sorted(files, key=pseudorandom)[:FILES])
 
 
 def installed_packages() -> list[list[Path]]:
@@ -191,12 +191,7 @@ def _source_files(folder: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[
             parts = path.relative_to(root).parts
             if len(parts) > 1 and parts[0] != "site-packages":
                 folders.setdefault(folder(parts), []).append(path)
-    return [sorted(paths, key=_drawn) for _, paths in sorted(folders.items())]
-
-
-def _drawn(path: Path) -> float:
-    """Return a pseudorandom number that depends on the end of a path."""
-    return uniform("/".join(path.parts[-3:]))
+    return [sorted(paths, key=pseudorandom) for _, paths in sorted(folders.items())]
 
 
 def _beginnings(paths: Iterable[Path]) -> Iterator[str]:

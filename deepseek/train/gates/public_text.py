@@ -248,8 +248,8 @@ def installed_texts() -> list[Iterator[str]]:
             key = (path.relative_to(root).parts[0], path.suffix)
             for files, endings in zip(found, FILE_KINDS, strict=True):
                 if path.suffix in endings and key[0] != "site-packages":
-                    files[key] = min(path, files.get(key, path), key=_pseudo_random)
-    return [_middles(sorted(files.values(), key=_pseudo_random)) for files in found]
+                    files[key] = min(path, files.get(key, path), key=pseudorandom)
+    return [_middles(sorted(files.values(), key=pseudorandom)) for files in found]
 
 
 def sampled_rows(
@@ -350,8 +350,8 @@ def kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Te
     return tensors
 
 
-def _pseudo_random(path: Path) -> float:
-    """Return a pseudo-random number in [0, 1) that depends on the end of the path only."""
+def pseudorandom(path: Path) -> float:
+    """Return a number in [0, 1) that depends on the end of a path alone, by which files are drawn."""
     return uniform("/".join(path.parts[-3:]))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.checkpoint.store import RUN_STARTED, home, read_object, write_json
 from deepseek.errors import CheckpointError, ConfigError, PackError
 from deepseek.packs.library import experts_folder, find_pack, index_folder, installed, prompts_file
 from deepseek.packs.manifest import explain
@@ -139,7 +139,7 @@ def _move_prompts(old: Path, new: Path, before: "ExpertPack", after: "ExpertPack
 
 def _rename_in(run: Path, old: str, new: str, pack: Path) -> None:
     """Write the new name into the records of a run, so that the same command resumes it."""
-    for name in ("request.json", "start.json"):
+    for name in ("request.json", RUN_STARTED):
         path = run / name
         if not path.is_file():
             continue

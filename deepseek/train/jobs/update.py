@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from deepseek.checkpoint.store import atomic_write, read_object, write_json
+from deepseek.checkpoint.store import RUN_STARTED, atomic_write, read_object, write_json
 from deepseek.data import RowLoader
 from deepseek.data.text.git import find_commit, open_repository
 from deepseek.errors import DataError, PackError
@@ -286,14 +286,14 @@ def _state(text: str, commit: str) -> str:
 
 def _stored_state(run: Path) -> str:
     """Return the digest of what the source held when a run read it."""
-    inputs: dict[str, str] = read_object(run / "start.json").get("inputs", {})
+    inputs: dict[str, str] = read_object(run / RUN_STARTED).get("inputs", {})
     commit = read_object(run / "corpus" / "corpus.json").get("commit")
     return _state(inputs.get("text", ""), commit or "")
 
 
 def _drop_other(folder: Path, request: ExpertRequest) -> None:
     """Delete an unfinished update that was begun with other arguments, such as fewer minutes."""
-    begun = folder / "start.json"
+    begun = folder / RUN_STARTED
     if not begun.is_file():
         return
     before = read_object(begun).get("request")
