@@ -10,7 +10,7 @@ held out: by the next token, by whole lines and by needles (`long_rows.py`). Lea
 at 4,096.
 
 "yarn" is the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and
-"dpe+yarn" that of "dpe" likewise. "drope" (arXiv:2512.12167) is trained with rotary positions for
+"dpe+yarn" that of "dpe" likewise; "dpe+scale" is that of "dpe" with scaled scores, as below. "drope" (arXiv:2512.12167) is trained with rotary positions for
 seven eighths of the steps, and without positions for the last eighth, with a warm-up and decay of
 the learning rate of its own. "drope+" costs little beside "rope", from whose finished model it
 starts, but has an eighth more steps than the others. Both are tested with the scores multiplied by
@@ -105,6 +105,7 @@ RIVALS = {
     "none": Rival("none"),
     "dpe": Rival("dpe"),
     "dpe+yarn": Rival("dpe", yarn=True),
+    "dpe+scale": Rival("dpe", scaled=True),
     "drope": Rival("drope", scaled=True),
     "drope+": Rival("drope+", scaled=True),
 }
