@@ -1,14 +1,14 @@
 """How many experts dynamic routing gives to code and to prose, in mixtures trained here on both.
 
     python benchmarks/corpora.py public-code prose final-public-code final-public-prose
-    python benchmarks/code_routing.py CORPORA [--tokens 800000] [--seeds 3] [--json FILE]
+    python benchmarks/code_routing.py CORPORA [--tokens 800000] [--seeds 0 1 2] [--json FILE]
 
 A small mixture with the article's threshold of 0.7 and at most five experts a token is trained from
 scratch on Python code and English prose in equal parts, once for each seed and each of two
-settings: `controlled`, in which a temperature holds the mean over all tokens at four experts, and
-`free`, without a target. Nothing tells the router what code is. Then documents of other code bases
-and other prose are read, and the experts of a document are its mean over tokens and layers. `p` is
-that of a permutation test, two-sided, of the difference between the means over documents.
+settings: `controlled`, in which a temperature holds the mean over all tokens at `--target` experts,
+and `free`, without a target. Nothing tells the router what code is. Then documents of other code
+bases and other prose are read, and the experts of a document are its mean over tokens and layers.
+`p` is that of a permutation test, two-sided, of the difference between the means over documents.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 
 TRAINED = {"public-code": 1, "prose": 1}
-READ = {"code": "final-public-code", "prose": "final-public-prose"}
+KINDS = ("code", "prose")
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -43,7 +43,7 @@ MODEL = {
     "routing_threshold": 0.7,
     "max_experts": 5,
 }
-SETTINGS: dict[str, dict[str, float]] = {"controlled": {"target_experts": 4.0}, "free": {}}
+SETTINGS = ("controlled", "free")
 LENGTH, DOCUMENTS, PERMUTATIONS = 256, 200, 20_000
 SHORTEST = 64
 """Tokens of a document worth reading."""
@@ -55,19 +55,28 @@ def main() -> None:
     )
     parser.add_argument("corpora", type=Path)
     parser.add_argument("--tokens", type=int, default=800_000, help="tokens of each training")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--target", type=float, default=4.0, help="mean experts of `controlled`")
+    parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=SETTINGS)
+    parser.add_argument(
+        "--read",
+        nargs=2,
+        default=("final-public-code", "final-public-prose"),
+        metavar=("CODE", "PROSE"),
+        help="corpora of the documents",
+    )
     add_output(parser, "code_routing")
     options = parser.parse_args()
     runs = []
-    for setting in SETTINGS:
-        for seed in range(options.seeds):
+    for setting in options.settings:
+        for seed in options.seeds:
             with tempfile.TemporaryDirectory() as name:
                 model = trained(options, setting, seed, Path(name))
-                runs.append(run(model, Path(name) / "model", options.corpora, setting, seed))
+                runs.append(run(model, Path(name) / "model", options, setting, seed))
             print(runs[-1], flush=True)
     figures = {
         setting: summary([found for found in runs if found["setting"] == setting])
-        for setting in SETTINGS
+        for setting in options.settings
     }
     print(figures)
     write(options.json, {"figures": figures, "runs": runs})
@@ -75,6 +84,7 @@ def main() -> None:
 
 def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) -> DeepSeekModel:
     """Return a mixture that was trained from scratch."""
+    target = {"target_experts": options.target} if setting == "controlled" else {}
     settings = {
         "name": "routing",
         "tokens": options.tokens,
@@ -86,7 +96,7 @@ def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) 
             name: {"folder": str(options.corpora / name), "weight": weight}
             for name, weight in TRAINED.items()
         },
-        "model": MODEL | SETTINGS[setting],
+        "model": MODEL | target,
         "seed": seed,
         "checkpoint_every": 10_000,
         "held_out_tokens": 4096,
@@ -99,13 +109,13 @@ def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) 
 
 
 def run(
-    model: DeepSeekModel, folder: Path, corpora: Path, setting: str, seed: int
+    model: DeepSeekModel, folder: Path, options: argparse.Namespace, setting: str, seed: int
 ) -> dict[str, Any]:
     """Return what one mixture gives to documents of each kind."""
     tokenizer = load_tokenizer(folder)
     experts = {
-        kind: np.array(list(documents_experts(model, tokenizer, corpora / name)))
-        for kind, name in READ.items()
+        kind: np.array(list(documents_experts(model, tokenizer, options.corpora / name)))
+        for kind, name in zip(KINDS, options.read, strict=True)
     }
     return {
         "setting": setting,

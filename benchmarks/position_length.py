@@ -10,11 +10,12 @@ held out: by the next token, by whole lines and by needles (`long_rows.py`). Lea
 at 4,096.
 
 "yarn" is the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and
-"dpe+yarn" that of "dpe" likewise; "dpe+scale" is that of "dpe" with scaled scores, as below. "drope" (arXiv:2512.12167) is trained with rotary positions for
-seven eighths of the steps, and without positions for the last eighth, with a warm-up and decay of
-the learning rate of its own. "drope+" costs little beside "rope", from whose finished model it
-starts, but has an eighth more steps than the others. Both are tested with the scores multiplied by
-the factor that suits the length best on training text.
+"dpe+yarn" that of "dpe" likewise; "dpe+scale" is that of "dpe" with scaled scores, as below.
+"drope" (arXiv:2512.12167) is trained with rotary positions for seven eighths of the steps, and
+without positions for the last eighth, with a warm-up and decay of the learning rate of its own.
+"drope+" costs little beside "rope", from whose finished model it starts, but has an eighth more
+steps than the others. Both are tested with the scores multiplied by the factor that suits the
+length best on training text.
 
 Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as one unknown token,
 which is no target. A run that was stopped goes on where it was, and one that is finished is not
