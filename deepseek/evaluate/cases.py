@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Document, Kind, uniform
 from deepseek.data.text.encode import header
-from deepseek.text.infilling import infill_layout
-from deepseek.text.tokenizer import document_start_ids, plain_encoder
+from deepseek.text.infilling import encode_around_gap, infill_layout
+from deepseek.text.tokenizer import document_start_ids, encode_continued, plain_encoder
 
 LEAST_LINES = 10
 """Lines that must precede a target line, as context."""
@@ -167,11 +167,11 @@ class CaseEncoder:
         """
         if not self.layout.has_tokens:
             return None
-        texts = [context + self._shortened(case.before), case.after, case.target]
-        prefix, suffix, middle = (
-            each.ids for each in self._encoder.encode_batch(texts, add_special_tokens=False)
+        around = encode_around_gap(
+            self.tokenizer, self.layout, context + self._shortened(case.before), case.after
         )
-        ids = self.layout.join(prefix, suffix)
+        (middle,) = encode_continued(self.tokenizer, [case.target])
+        ids = self.layout.join(around.prefix, around.suffix)
         return Prompt((*self.start, *ids), tuple(middle))
 
     def _shortened(self, text: str) -> str:

@@ -16,7 +16,10 @@ from deepseek.errors import CheckpointError, DataError
 from deepseek.retrieval.passages import Passage, passages
 from deepseek.retrieval.words import search_words
 
-FORMAT = 2
+FORMAT = 3
+"""Changes with the files, and with the words that `search_words` makes of a text or a query."""
+REBUILD = "build it again (an expert's with `deepseek expert index NAME`)"
+"""The mend for an index that cannot be used."""
 DEFAULT_PASSAGES = 4
 """Passages to retrieve by default."""
 CANDIDATES = 8
@@ -141,8 +144,12 @@ class Index:
         folder = Path(folder)
         try:
             meta = read_json(folder / "meta.json")
-            if meta["format"] != FORMAT:
-                raise DataError(f"The index in {folder} is of another version; build it again.")
+            if not isinstance(meta, dict):
+                raise ValueError("its meta.json is no JSON object")
+            if meta.get("format") != FORMAT:
+                raise DataError(f"The index in {folder} is of another version; {REBUILD}.")
+            if not isinstance(meta.get("source"), str):
+                raise ValueError("its meta.json names no source")
             lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
             loaded = [Passage(*json.loads(line)) for line in lines]
             ranking = bm25s.BM25.load(str(folder), show_progress=False, allow_pickle=False)
@@ -151,9 +158,7 @@ class Index:
         except CheckpointError:
             raise DataError(f"There is no index in {folder}; build one first.") from None
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"The index in {folder} is damaged ({error}); build it again."
-            ) from None
+            raise DataError(f"The index in {folder} is damaged ({error}); {REBUILD}.") from None
         return cls(loaded, ranking, meta["source"])
 
 

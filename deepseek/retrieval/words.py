@@ -1,9 +1,13 @@
 """Tokenise text for search: identifiers as a whole and in parts."""
 
 import re
+import unicodedata
+
+import regex
 
 WORD = re.compile(r"[^\W_]+(?:_+[^\W_]+)*")
-PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_a-zA-Z]+")
+PART = regex.compile(r"\p{Lu}+(?=\p{Lu}\p{Ll})|\p{Lu}?\p{Ll}+|\p{Lu}+|\d+|[^\p{Lu}\p{Ll}\d_]+")
+"""Part of a word: capitals, a capitalised or lower-case run, digits, or letters without case."""
 WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
@@ -12,10 +16,11 @@ def search_words(text: str) -> list[str]:
 
     An identifier yields itself and its parts: `parseHeader_v2` gives `parseheader_v2`, `parse`,
     `header`, `v`, `2`. Chinese, Japanese and Korean yield character bigrams, since their words are
-    not separated by spaces.
+    not separated by spaces. An accent is part of its letter, however it is encoded.
     """
     words: list[str] = []
-    for match in WORD.finditer(text):
+    # A combining accent is no letter to `WORD`, which would split the word there.
+    for match in WORD.finditer(unicodedata.normalize("NFC", text)):
         word = match[0]
         if WITHOUT_SPACES.search(word):
             words += [pair for run in WITHOUT_SPACES.findall(word) for pair in _pairs(run)]

@@ -18,8 +18,8 @@ from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
 from deepseek.text.chat_template import ControlTokens, encode_rendered, render, user_ids
-from deepseek.text.infilling import infill_layout
-from deepseek.text.tokenizer import document_start_ids, encode_plain
+from deepseek.text.infilling import encode_around_gap, infill_layout
+from deepseek.text.tokenizer import document_start_ids, encode_continued, encode_plain
 
 PIECE = 1 << 15
 """Characters of a long text that are encoded at a time while its length is checked."""
@@ -157,9 +157,9 @@ class PromptWriter:
             raise ApiError(400, "suffix needs a prompt of text, not of ids.", param="suffix")
         self.check_text(prompt)
         self.check_text(suffix, "suffix")
-        prefix_ids, suffix_ids = encode_plain(self.tokenizer, [prompt, suffix])
+        around = encode_around_gap(self.tokenizer, self.layout, prompt, suffix)
         before = document_start_ids(self.tokenizer)
-        return self.check([*before, *self.layout.join(prefix_ids, suffix_ids)])
+        return self.check([*before, *self.layout.join(around.prefix, around.suffix)])
 
     def gap(self, gap: EditorGap, answer_tokens: int) -> list[int]:
         """Return the ids of an editor's text with a gap, shortened to what fits.
@@ -173,14 +173,17 @@ class PromptWriter:
         """
         most = self.context * GAP_CHARACTERS
         files = "".join(f"{header(Document(text, name))}{text}\n" for name, text in gap.others)
-        texts = [gap.prefix[-most:], gap.suffix[:most], gap.line[-most:], files[-most:]]
-        prefix, suffix, line, others = encode_plain(self.tokenizer, texts)
+        around = encode_around_gap(
+            self.tokenizer, self.layout, gap.prefix[-most:], gap.suffix[:most]
+        )
+        (line,) = encode_continued(self.tokenizer, [gap.line[-most:]])
+        (others,) = encode_plain(self.tokenizer, [files[-most:]])
         before = document_start_ids(self.tokenizer)
         used = answer_tokens + len(before) + self.layout.markers
         free = max(LEAST_AROUND, self.context - used - 1)
-        suffix = suffix[: free // 4]
+        suffix = around.suffix[: free // 4]
         line = last(line, free - len(suffix))
-        prefix = last(prefix, free - len(suffix) - len(line))
+        prefix = last(around.prefix, free - len(suffix) - len(line))
         others = last(others, free - len(suffix) - len(line) - len(prefix))
         # The cursor's line begins the middle: it comes after all else, wherever the prefix is.
         return self.check([*before, *others, *self.layout.join(prefix, suffix), *line])

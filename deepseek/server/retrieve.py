@@ -16,7 +16,8 @@ from deepseek.retrieval.prompt import before_text, in_question, query_of
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage, GenerationFields
 from deepseek.server.service import Service
-from deepseek.text.tokenizer import document_start_ids, encode_plain
+from deepseek.text.chat_template import encode_rendered
+from deepseek.text.tokenizer import document_start_ids, encode_plain, puts_space_before
 
 MOST_TOKENS = 384
 """Token budget of all passages in a prompt; smaller if the context has less free."""
@@ -99,7 +100,7 @@ class Retrieval:
         return chosen
 
     def before(
-        self, ids: Sequence[int], service: Service, answer: int
+        self, ids: Sequence[int], service: Service, answer: int, text: str = ""
     ) -> tuple[list[int], list[Passage]]:
         """Return a plain prompt with passages put before it, and the passages.
 
@@ -107,6 +108,7 @@ class Retrieval:
             ids: token ids of the prompt.
             service: the server's state.
             answer: tokens to leave free for the answer.
+            text: the prompt's text, if it was sent as text; default: it was sent as ids.
         """
         tokenizer = service.engine.tokenizer
         query = query_of(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
@@ -116,11 +118,12 @@ class Retrieval:
         # The passages go behind the tokens that start a document, if the prompt has them.
         start = document_start_ids(tokenizer)
         split = len(start) if list(ids[: len(start)]) == start else 0
-        return [
-            *ids[:split],
-            *encode_plain(tokenizer, [before_text(passages)])[0],
-            *ids[split:],
-        ], passages
+        (inserted,) = encode_plain(tokenizer, [before_text(passages)])
+        continued = list(ids[split:])
+        if inserted and text and puts_space_before(tokenizer):
+            # The prompt's own ids begin with the space that the tokenizer puts before a text.
+            continued = encode_rendered(tokenizer, text, previous=inserted[-1])
+        return [*ids[:split], *inserted, *continued], passages
 
     def in_chat(
         self, messages: Sequence[ChatMessage], service: Service, budget: int

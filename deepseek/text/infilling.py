@@ -15,7 +15,7 @@ from itertools import chain
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.text.control import FIM_TOKENS
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.tokenizer import encode_continued, encode_plain
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,45 @@ def infill_layout(tokenizer: PreTrainedTokenizerFast) -> InfillLayout:
         if all(name in vocabulary for name in names):
             prefix, suffix, middle = ([vocabulary[name]] for name in names)
             return InfillLayout(prefix, suffix, middle, True)
-    prefix, suffix, middle = encode_plain(tokenizer, FIM_TOKENS[1])
+    prefix_name, suffix_name, middle_name = FIM_TOKENS[1]
+    # The suffix's marker comes first. It keeps these ids behind other files too, as in training.
+    (suffix,) = encode_plain(tokenizer, [suffix_name])
+    prefix, middle = encode_continued(tokenizer, [prefix_name, middle_name])
     return InfillLayout(prefix, suffix, middle, False)
+
+
+@dataclass(frozen=True)
+class AroundGap:
+    """Token ids of the texts before and after a gap.
+
+    Attributes:
+        prefix: ids of the text before it.
+        suffix: ids of the text after it.
+    """
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+def encode_around_gap(
+    tokenizer: PreTrainedTokenizerFast, layout: InfillLayout, prefix: str, suffix: str
+) -> AroundGap:
+    """Return the ids of the texts around a gap, without control tokens, for `InfillLayout.join`.
+
+    A suffix continues the middle, and a prefix behind a marker that is spelled as text continues
+    the marker: only a prefix behind a control token begins a text, before which many SentencePiece
+    tokenizers put a space. The middle always continues its prefix; `encode_continued` encodes it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        layout: its layout.
+        prefix: the text before the gap.
+        suffix: the text after it.
+
+    Raises:
+        DataError: a text holds a lone surrogate, half of a character.
+    """
+    encode_prefix = encode_plain if layout.has_tokens else encode_continued
+    (prefix_ids,) = encode_prefix(tokenizer, [prefix])
+    (suffix_ids,) = encode_continued(tokenizer, [suffix])
+    return AroundGap(prefix_ids, suffix_ids)

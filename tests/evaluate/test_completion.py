@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_model
+from tiny_sentencepiece import SCHEMES, tiny_sentencepiece
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document
@@ -120,6 +121,18 @@ def test_infilling_is_asked_only_where_the_tokenizer_knows_it() -> None:
         FIM.decode(prompt.ids) == f"<fim_prefix>{case.before}<fim_suffix>{case.after}<fim_middle>"
     )
     assert FIM.decode(prompt.target_ids) == case.target
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(seed=st.integers(0, 20))
+def test_infilling_has_no_spaces_around_the_gap(scheme: str, seed: int) -> None:
+    tokenizer = tiny_sentencepiece(scheme, ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+    (case,) = next_line_cases([CODE], 1, seed)
+    prompt = CaseEncoder(tokenizer, 999).infill(case)
+    assert prompt is not None
+    text = tokenizer.decode([*prompt.ids, *prompt.target_ids], clean_up_tokenization_spaces=False)
+    ending = f"{case.before}<fim_suffix>{case.after}<fim_middle>{case.target}"
+    assert text.endswith(ending)
 
 
 def test_the_loss_is_that_of_the_model_and_the_line_its_likeliest() -> None:

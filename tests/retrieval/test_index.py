@@ -1,5 +1,8 @@
 """The index finds what was asked for, keeps it on disk, and never shows what was held out."""
 
+import json
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek.data import Document
 from deepseek.errors import DataError
-from deepseek.retrieval.index import Index
+from deepseek.retrieval.index import FORMAT, Index
 from deepseek.retrieval.passages import LONGEST, passages
 from deepseek.retrieval.prompt import before_text, in_question, query_of
 from deepseek.retrieval.words import search_words
@@ -50,12 +53,38 @@ def test_pieces_of_one_long_line_are_found_beside_each_other() -> None:
         ("HTTPServer", ["http", "server", "httpserver"]),
         ("to_be or NOT", ["to", "be", "to_be", "or", "not"]),
         ("路由器 x", ["路由", "由器", "x"]),
-        ("Größe", ["gr", "öß", "e", "größe"]),
+        ("Größe", ["größe"]),
+        (
+            "Größenänderung_übernehmen",
+            ["größenänderung", "übernehmen", "größenänderung_übernehmen"],
+        ),
+        ("élève naïf: œuvre", ["élève", "naïf", "œuvre"]),
+        ("¿Cuántos años? ÑANDÚ", ["cuántos", "años", "ñandú"]),
+        ("lireÉlève2", ["lire", "élève", "2", "lireélève2"]),
+        ("XMLÜbersicht", ["xml", "übersicht", "xmlübersicht"]),
+        ("parseДанныеHTTP", ["parse", "данные", "http", "parseданныеhttp"]),
+        ("東京タワー", ["東京", "京タ", "タワ", "ワー"]),
+        ("한국어 x²", ["한국", "국어", "x", "²", "x²"]),
         ("+ - __ ()", []),
     ],
 )
 def test_identifiers_are_words_whole_and_in_parts(text: str, words: list[str]) -> None:
     assert search_words(text) == words
+
+
+@given(st.text("éèüößñçœab", min_size=1).map(str.capitalize))
+def test_a_word_with_accents_is_one_word_however_they_are_encoded(word: str) -> None:
+    decomposed = unicodedata.normalize("NFD", word)
+    assert search_words(word) == search_words(decomposed) == [word.lower()]
+
+
+@given(st.text("aBc9_ -路由器日本語かナー한국", max_size=40))
+def test_ascii_chinese_and_japanese_are_split_as_by_ascii_patterns(text: str) -> None:
+    ascii_part = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_a-zA-Z]+")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek.retrieval.words.PART", ascii_part)
+        expected = search_words(text)
+    assert search_words(text) == expected
 
 
 @given(st.text(max_size=200))
@@ -168,6 +197,23 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="damaged"):
             Index.load(tmp_path / "x")
         array.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"source": None}, "of another version"),
+        ({"format": 2, "source": "s"}, "of another version"),
+        ({"format": FORMAT}, "names no source"),
+        ({"format": FORMAT, "source": 5}, "names no source"),
+        ([FORMAT], "no JSON object"),
+    ],
+)
+def test_a_foreign_index_is_one_sentence(tmp_path: Path, fields: object, cause: str) -> None:
+    Index.build(DOCUMENTS).save(tmp_path / "x")
+    (tmp_path / "x" / "meta.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=rf"^The index in .* {cause}.*; build it again .*\.$"):
+        Index.load(tmp_path / "x")
 
 
 def test_the_best_passage_stands_next_to_the_text() -> None:

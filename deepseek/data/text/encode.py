@@ -80,12 +80,14 @@ class DocumentEncoder:
         flat: list[str] = []
         begins: list[bool] = []  # whether each piece begins a text instead of continuing one
         for document, parts in zip(documents, sections, strict=True):
-            is_begun = False
+            # The texts around a gap are encoded one by one, as `encode_around_gap` does for the
+            # server: without tokens for it, a marker that is spelled as text begins the document.
+            has_gap = document.kind == "infill"
+            is_begun = has_gap and not self.layout.has_tokens
             for part in parts:
-                # The texts around a gap are encoded one by one, as the server encodes them.
-                begins += [document.kind == "infill" or not is_begun] + [False] * (len(part) - 1)
+                begins += [not is_begun] + [False] * (len(part) - 1)
                 flat += part
-                is_begun = is_begun or part != [""]
+                is_begun = is_begun or has_gap or part != [""]
         encoded = iter(self._encode_pieces(flat, begins))
         for document, parts in zip(documents, sections, strict=True):
             ids = [[identity for _ in part for identity in next(encoded)] for part in parts]

@@ -18,7 +18,7 @@ from deepseek.checkpoint.store import atomic_folder, read_json, write_json
 from deepseek.data.text.document import Document, Progress, silent
 from deepseek.data.text.encode import DocumentEncoder, EncodeOptions
 from deepseek.errors import CheckpointError, DataError
-from deepseek.text.tokenizer import tokenizer_digest
+from deepseek.text.tokenizer import puts_space_before, tokenizer_digest
 
 FORMAT = 1
 META = {"digest": str, "source": str, "tokens": int, "documents": int}
@@ -174,8 +174,11 @@ def source_digest(
     digest = hashlib.sha256(
         json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode()
     )
+    # Earlier versions let these tokenizers put spaces around gaps. The digests of all other data
+    # are those of before, so that it stays valid.
+    kinds = {"infill": "infill without spaces"} if puts_space_before(tokenizer) else {}
     for document in documents:
-        for field in (document.kind, document.name, document.text):
+        for field in (kinds.get(document.kind, document.kind), document.name, document.text):
             data = field.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()

@@ -103,7 +103,8 @@ def plan(
         writer = service.writer
         ids = writer.infill(prompt, body.suffix) if body.suffix else writer.text(prompt)
         if retrieval is not None:
-            ids, passages = retrieval.before(ids, service, limit)
+            text = prompt if isinstance(prompt, str) else ""
+            ids, passages = retrieval.before(ids, service, limit, text)
             retrieved += passages
         requests += [
             ask(

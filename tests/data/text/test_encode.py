@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from tiny_sentencepiece import SCHEMES, tiny_sentencepiece
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from deepseek.data import Document, EncodeOptions
 from deepseek.data.text import encode as encode_module
 from deepseek.data.text.document import conversation
 from deepseek.data.text.encode import CONTEXT_BIT, DocumentEncoder, pieces
+from deepseek.server.prompt import PromptWriter
+from deepseek.text.tokenizer import encode_continued
 
 TOKENIZER = tiny_tokenizer()
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -107,6 +110,30 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_inside(
         prose = text_of(Document(f"b{text}", "a"), options, tokenizer)
     assert code == f"file: a.py\n\n{text}</s>"
     assert prose == f"b{text}</s>"
+
+
+GAP_TOKENIZERS = [tiny_sentencepiece(scheme, names) for scheme in SCHEMES for names in ((), FIM)]
+
+
+@pytest.mark.parametrize("tokenizer", [*GAP_TOKENIZERS, TOKENIZER, FIM_TOKENIZER])
+@given(texts=st.tuples(*[st.text("abe(\n", max_size=9)] * 3))
+def test_training_lays_out_a_gap_as_the_server_does_without_spaces(
+    tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]
+) -> None:
+    prefix, suffix, middle = texts
+    gap = json.dumps({"prefix": prefix, "suffix": suffix, "middle": middle})
+    encoder = DocumentEncoder(tokenizer, EncodeOptions())
+    (stored,) = encoder.encode([Document(gap, "a:0", "infill")])
+    ids = (stored & ~CONTEXT_BIT).tolist()[:-1]
+    prompt = PromptWriter(tokenizer, 999).infill(prefix, suffix)
+    written = str(tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
+    if encoder.layout.has_tokens:
+        assert ids == [*prompt, *encode_continued(tokenizer, [middle])[0]]
+        # Behind its control token the prefix begins a text, so that a space may stand there.
+        assert written.endswith(f"{prefix}<fim_suffix>{suffix}<fim_middle>")
+    else:
+        assert ids == PromptWriter(tokenizer, 999).infill(prefix + middle, suffix)
+        assert written == f"<fim_suffix>{suffix}<fim_prefix>{prefix}"
 
 
 def test_a_file_that_mentions_a_marker_trains_on_its_characters() -> None:

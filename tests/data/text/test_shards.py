@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_sentencepiece import tiny_sentencepiece
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document, EncodeOptions, TokenShards
 from deepseek.data.text import shards as shards_module
 from deepseek.data.text.encode import DocumentEncoder
+from deepseek.data.text.shards import source_digest
 from deepseek.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -65,6 +67,23 @@ def test_any_change_builds_them_anew(
     second = TokenShards.build(documents, tokenizer, tmp_path / "s", options)
     assert second.source != source
     assert np.array_equal(second.ids_N[: len(expected)], expected)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "kind", "same"),
+    [
+        (TOKENIZER, "infill", True),
+        (tiny_sentencepiece("first"), "text", True),
+        (tiny_sentencepiece("first"), "infill", False),
+    ],
+)
+def test_only_gaps_that_earlier_versions_stored_with_spaces_are_stored_anew(
+    tokenizer: object, kind: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document('{"prefix": "a", "suffix": "c", "middle": "b"}', "a:0", kind)]
+    digest = source_digest(documents, tokenizer, EncodeOptions())
+    monkeypatch.setattr(shards_module, "puts_space_before", lambda _: False)
+    assert (source_digest(documents, tokenizer, EncodeOptions()) == digest) is same
 
 
 def test_the_digest_names_the_content(tmp_path: Path) -> None:

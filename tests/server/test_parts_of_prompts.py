@@ -1,0 +1,94 @@
+"""A prompt that is encoded in parts has no spaces between them, with tokenizers that put a space
+before a text; others encode as before.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_sentencepiece import SCHEMES, tiny_sentencepiece
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.data import Document
+from deepseek.retrieval.index import Index
+from deepseek.server.prompt import EditorGap, PromptWriter
+from deepseek.server.retrieve import Retrieval
+from deepseek.text.control import FIM_TOKENS
+from deepseek.text.infilling import encode_around_gap, infill_layout
+from deepseek.text.tokenizer import encode_plain, puts_space_before
+
+SPACED = [tiny_sentencepiece(scheme) for scheme in SCHEMES]
+SPACED_WITH_TOKENS = [tiny_sentencepiece(scheme, FIM_TOKENS[1]) for scheme in SCHEMES]
+BYTE_LEVEL = [tiny_tokenizer(), tiny_tokenizer(FIM_TOKENS[1])]
+PASSAGE = "file: a.py\n\nthe router = 1\n\n"
+"""What stands before a prompt that finds the only passage of `INDEX`."""
+INDEX = Index.build([Document("the router = 1\n", "a.py", "code")])
+texts = st.text("ae the(\n", max_size=12)
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def with_passages(tokenizer: PreTrainedTokenizerFast, prompt: str | list[int]) -> list[int]:
+    """Return the ids of a plain prompt with the passages that it finds before it."""
+    writer = PromptWriter(tokenizer, 999)
+    service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=tokenizer), writer=writer)
+    text = prompt if isinstance(prompt, str) else ""
+    ids, passages = Retrieval([INDEX], 1).before(writer.text(prompt), service, 9, text)
+    assert len(passages) == 1
+    return ids
+
+
+@pytest.mark.parametrize("tokenizer", [*SPACED, *SPACED_WITH_TOKENS, *BYTE_LEVEL])
+@given(prefix=texts, line=texts, suffix=texts)
+def test_a_gap_is_the_text_of_the_editor(
+    tokenizer: PreTrainedTokenizerFast, prefix: str, line: str, suffix: str
+) -> None:
+    ids = PromptWriter(tokenizer, 999).gap(EditorGap(prefix, line, suffix), 9)
+    if infill_layout(tokenizer).has_tokens:
+        written = f"<fim_suffix>{suffix}<fim_middle>{line}"
+        assert decoded(tokenizer, ids).endswith(f"{prefix}{written}")
+    else:
+        assert decoded(tokenizer, ids) == f"<fim_suffix>{suffix}<fim_prefix>{prefix}{line}"
+
+
+@pytest.mark.parametrize("tokenizer", BYTE_LEVEL)
+@given(prefix=texts, line=texts, suffix=texts)
+def test_byte_level_tokenizers_encode_a_gap_as_before(
+    tokenizer: PreTrainedTokenizerFast, prefix: str, line: str, suffix: str
+) -> None:
+    assert not puts_space_before(tokenizer)
+    layout = infill_layout(tokenizer)
+    around = encode_around_gap(tokenizer, layout, prefix, suffix)
+    plain_prefix, plain_suffix, plain_line = encode_plain(tokenizer, [prefix, suffix, line])
+    assert (around.prefix, around.suffix) == (plain_prefix, plain_suffix)
+    expected = [*layout.join(plain_prefix, plain_suffix), *plain_line]
+    assert PromptWriter(tokenizer, 999).gap(EditorGap(prefix, line, suffix), 9) == expected
+    if not layout.has_tokens:
+        markers = [layout.prefix, layout.suffix, layout.middle]
+        assert markers == encode_plain(tokenizer, FIM_TOKENS[1])
+
+
+@pytest.mark.parametrize("tokenizer", [*SPACED, *BYTE_LEVEL])
+@given(prompt=st.text("ae (\n", max_size=12).map("{}the router".format))
+def test_passages_put_no_space_before_the_prompt(
+    tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    assert decoded(tokenizer, with_passages(tokenizer, prompt)) == f"{PASSAGE}{prompt}"
+
+
+@pytest.mark.parametrize("tokenizer", [*SPACED, *BYTE_LEVEL])
+def test_ids_of_a_prompt_stay_and_control_tokens_stay_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = f"the router{tokenizer.eos_token}a"
+    ids = list(tokenizer(text).input_ids)
+    assert with_passages(tokenizer, ids)[-len(ids) :] == ids
+    retrieved = with_passages(tokenizer, text)
+    assert retrieved.count(tokenizer.eos_token_id) == 1
+    if not puts_space_before(tokenizer):
+        assert retrieved == with_passages(tokenizer, ids)
