@@ -101,7 +101,7 @@ class ExpertSet:
                     "model.experts.base."
                 )
             model = self._live_model()
-            base = BaseDescription.of(self.base_folder, model_name(model.config.name_or_path))
+            base = BaseDescription.of(self.base_folder, model_name(str(model.config.name_or_path)))
             attached = "" if self.sites is None else self.sites.describe(model)
             self._base = base.model_copy(update={"attached": attached})
         return self._base
