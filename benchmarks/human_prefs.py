@@ -56,7 +56,7 @@ from deepseek.evaluate.safety import helpfulness
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
 from deepseek.text.tokenizer import encode_plain
-from deepseek.train.jobs.align import align
+from deepseek.train.jobs.align import UPDATES, align
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 from deepseek.train.rl.policy import Policy
@@ -375,6 +375,8 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
 
 def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
     """Align the base by one method, unless that was done before."""
+    # TRL's methods have no target.
+    target = {"target_kl": options.target_kl} if method in UPDATES else {}
     align(
         options.base,
         prefs=prefs,
@@ -388,7 +390,7 @@ def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) ->
         new_tokens=NEW_TOKENS,
         temperature=TEMPERATURE,
         learning_rate=options.learning_rate,
-        target_kl=options.target_kl,
+        **target,
     )
 
 

@@ -28,7 +28,7 @@ from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.text.public import public_documents
 from deepseek.engine.load import load
 from deepseek.evaluate.safety import helpfulness, safety
-from deepseek.train.jobs.align import align
+from deepseek.train.jobs.align import UPDATES, align
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 
@@ -141,6 +141,8 @@ def main():
     for method in options.methods:
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
+        # TRL's methods have no target.
+        target = {"target_kl": options.target_kl} if method in UPDATES else {}
         align(
             options.base,
             prefs=path,
@@ -154,7 +156,7 @@ def main():
             new_tokens=NEW_TOKENS,
             temperature=TEMPERATURE,
             learning_rate=options.learning_rate,
-            target_kl=options.target_kl,
+            **target,
         )
         seconds[method] = time.perf_counter() - started
         details[method] = json.loads((run / "result.json").read_text())

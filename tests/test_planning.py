@@ -12,6 +12,9 @@ from deepseek.errors import ConfigError
 from deepseek.kernels import int8_layout
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.cross_entropy import CHUNK_LOGITS
+from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.far_field import BLOCK
+from deepseek.model.attention.lsh import LshAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.positions.dynamic import CONTEXTS
 from deepseek.model.presets import PRESETS
@@ -209,6 +212,35 @@ def test_keys_spread_over_as_many_devices_as_there_are_groups() -> None:
     plans = {gpus: plan_inference({**DENSE, "num_key_value_heads": 2}, gpus) for gpus in (1, 2, 8)}
     keys = {gpus: made.memory.keys_values for gpus, made in plans.items()}
     assert keys[1] == 2 * keys[2] == 2 * keys[8]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 1, "lsh_rounds": 2, "lsh_exact_layers": []},
+        {"lsh_bucket_window": 2, "lsh_sinks": 6, "lsh_exact_layers": [0]},
+        {"lsh_far_field": True, "lsh_exact_layers": [0]},
+    ],
+)
+def test_lsh_attention_caches_codes_and_rings_beside_keys_and_values(
+    changes: dict[str, object],
+) -> None:
+    config = ModelConfig(**{**DENSE, "num_hidden_layers": 4, "attention": "lsh", **changes})
+    layers = [LshAttention(config, layer) for layer in range(4)]
+    buckets = sum(
+        BucketCache.most_bytes(layer.windows, layer.groups, layer.head_dim, 200)
+        for layer in layers
+        if not layer.exact
+    )
+    assert buckets > 0
+    lsh, flash = (
+        plan_inference(config, length=200, batch=3, attention=attention).memory.keys_values
+        for attention in ("lsh", "flash")
+    )
+    assert lsh - flash == 3 * buckets
+    assert lsh == 3 * sum(layer.state_bytes(200, 2) for layer in layers)
+    assert sizes.FAR_FIELD_BLOCK == BLOCK
 
 
 def test_inference_reads_what_a_token_uses() -> None:

@@ -30,7 +30,7 @@ from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.jobs.equal_time import adapt_for_equal_time
+from deepseek.train.jobs.equal_time import adapt_for_equal_time, drop_resume_state
 from deepseek.train.jobs.expert_index import expert_index, index_source
 from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.progress import ProgressBar
@@ -199,7 +199,8 @@ class Against:
         """Return the scores of `rows`, and write them to the folder, whose lock is held."""
         scores: dict[str, CompletionScores] = {}
         for model in dict.fromkeys(row.model for row in rows):
-            if model != "base":
+            rows_of_model = [row for row in rows if row.model == model]
+            if model != "base" and not self._is_scored(rows_of_model):
                 adapt_for_equal_time(
                     self.run,
                     "lora" if model == "lora" else "full",
@@ -208,7 +209,10 @@ class Against:
                     device=str(self.device),
                     dtype=self.dtype,
                 )
-            scores |= self._scores([row for row in rows if row.model == model], quiet)
+            scores |= self._scores(rows_of_model, quiet)
+            if model != "base":
+                # Gigabytes for full fine-tuning; the stored answers need neither them nor the model.
+                drop_resume_state(self.folder / model)
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}
         seconds = self._training_seconds(rows)
@@ -270,6 +274,12 @@ class Against:
             for row, row_answers in answers.items()
             if row_answers is not None
         }
+
+    def _is_scored(self, rows: Sequence[Row]) -> bool:
+        """Return whether a rival's training is finished and the answers of its rows are stored."""
+        folder = self.folder / rows[0].model
+        is_finished = all((folder / name).is_file() for name in ("effort.json", "result.json"))
+        return is_finished and all(self._path(row).is_file() for row in rows)
 
     def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Completion]:
         """Compute and store the answers of a row."""

@@ -55,6 +55,7 @@ class Architecture:
     lsh_bucket_window: int = 96
     lsh_local_window: int = 128
     lsh_sinks: int = 4
+    lsh_far_field: bool = False
     lsh_exact_layers: tuple[int, ...] | None = None
 
     @staticmethod

@@ -17,6 +17,7 @@ from deepseek.planning.sizes import (
     Parameters,
     WeightBytes,
     attention_flops,
+    bucket_bytes,
     parameters,
     score_bytes,
     weight_bytes,
@@ -38,7 +39,8 @@ class InferenceMemory:
 
     Attributes:
         weights: weights.
-        keys_values: keys and values of all sequences at full length.
+        keys_values: keys and values of all sequences at full length, with the hash codes and rings
+            of LSH attention.
         activations: hidden states and logits of the largest batch of tokens: a chunk of a prompt,
             or one token of each sequence.
         attention: scores of one layer; with "flash" and "lsh" what takes their place.
@@ -108,7 +110,7 @@ class InferencePlan:
         share = chunk / self.length if self.attention == "exact" else 1.0
         return InferenceMemory(
             weights=self.weights.total / self.gpus,
-            keys_values=self.key_value_bytes * self.length * self.batch / self._key_shares,
+            keys_values=self.batch * self._sequence_bytes / self._key_shares,
             activations=hidden + logits,
             attention=one_layer * share / model.num_hidden_layers / self.gpus,
         )
@@ -118,6 +120,11 @@ class InferencePlan:
         """Bytes of keys and values of one token, over all layers."""
         model = self.architecture
         return 2.0 * model.num_hidden_layers * model.groups * model.head_width * self.compute_bytes
+
+    @property
+    def _sequence_bytes(self) -> float:
+        """Bytes that one sequence takes in the cache at full length."""
+        return self.key_value_bytes * self.length + bucket_bytes(self._attending, self.length)
 
     @property
     def fits(self) -> bool:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 DISTANCE_BUCKETS = 32
 """Distances of dynamic positions (`kernels/bias/distance.py`); a test compares."""
 
+FAR_FIELD_BLOCK = 64
+"""Keys per block of LSH attention's far field (`kernels/lsh/far_field.py`); a test compares."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -292,3 +295,25 @@ def copy_bytes(architecture: Architecture, *, mixed: bool, processor: bool = Fal
     widened = mixed and architecture.positional_encoding == "rope"
     copies = 4 * queries * (widened or not processor) + (2 * queries + 4 * keys) * widened
     return architecture.attending("lsh").lsh_layers * copies
+
+
+def bucket_bytes(architecture: Architecture, length: int) -> float:
+    """Return the most bytes that LSH attention caches of one sequence beside its keys and values,
+    over all layers.
+
+    They are the keys' codes with capacity to double, each bucket's ring of positions and its
+    counter, the number of real tokens, and the block sums of a far field
+    (`BucketCache.most_bytes` of `kernels/lsh/decode.py`; a test compares).
+
+    Args:
+        architecture: the model.
+        length: tokens of the sequence.
+    """
+    ring = 1 + max(architecture.lsh_bucket_window, architecture.lsh_sinks)
+    # Two buckets more than the hash has: sinks, and keys that no query probes.
+    rings = 8.0 * (architecture.lsh_num_buckets + 2) * ring
+    one_layer = architecture.groups * architecture.lsh_rounds * (2 * 4.0 * length + rings) + 8
+    if architecture.lsh_far_field:
+        blocks = length // FAR_FIELD_BLOCK + 1
+        one_layer += blocks * 8.0 * (architecture.groups * 2 * architecture.head_width + 1)
+    return architecture.lsh_layers * one_layer

@@ -26,11 +26,12 @@ from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs import expert_index
-from deepseek.train.jobs.adapt import add_lora
+from deepseek.train.jobs.adapt import AdaptRun, add_lora
 from deepseek.train.jobs.equal_time import (
     EVALUATION_COST,
     Effort,
     adapt_for_equal_time,
+    drop_resume_state,
     fit,
     for_training,
 )
@@ -100,6 +101,36 @@ def test_every_row_answers_the_same_cases_and_stays(
     monkeypatch.setattr(against_module, "start_engine", None)  # nothing is computed again
     assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
     assert "full fine-tuning" not in capsys.readouterr().out
+
+
+def test_a_scored_rival_keeps_no_training_states_and_is_not_trained_again(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("eval", "own", "--against", "full", "--cases", "3") == 0
+    folder = trained / "runs" / "own" / "against"
+    before = json.loads((folder / "result.json").read_text())
+    left = {path.name for path in (folder / "full" / "training").iterdir()}
+    assert "metrics.jsonl" in left and not left & {"checkpoints", "best"}
+    weights = folder / "full" / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaptRun, "run", None)  # nothing is trained
+        assert call("eval", "own", "--against", "full", "--cases", "2") == 0  # by the model
+        shutil.rmtree(weights.parent)
+        assert call("eval", "own", "--against", "full", "--cases", "3") == 0  # by stored answers
+    assert json.loads((folder / "result.json").read_text()) == before
+    assert call("eval", "own", "--against", "full", "--cases", "4") == 0
+    assert weights.read_bytes() == content, "other cases need the model, which is trained again"
+
+
+def test_states_stay_while_they_are_all_that_is_left_of_a_model(tmp_path: Path) -> None:
+    states = tmp_path / "training" / "best"
+    states.mkdir(parents=True)
+    drop_resume_state(tmp_path)
+    assert states.is_dir()
+    (tmp_path / "model").mkdir()
+    drop_resume_state(tmp_path)
+    assert not states.exists()
 
 
 def test_commits_of_held_out_files_are_noted_for_runs_of_earlier_versions(trained: Path) -> None:

@@ -36,7 +36,7 @@ from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, make_plan, timed
-from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
+from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, row_length_for, text_inputs
 from deepseek.train.loop.layers import trained_prefixes
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.packed import begin_rows
@@ -80,6 +80,7 @@ def adapt_request(arguments: AdaptArguments) -> AdaptRequest:
     """Return the arguments with the defaults that depend on the mode filled in."""
     resolved = {
         "name": arguments.named(),
+        "row_length": row_length_for(arguments),
         "batch_rows": arguments.batch_rows or BATCH_ROWS,
         "learning_rate": arguments.learning_rate or LEARNING_RATES[arguments.mode],
     }

@@ -10,7 +10,7 @@ docstring of a class is the title of its group of arguments.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 Mode = Literal["last-n", "lora", "full", "expert"]
 Method = Literal["ppo", "grpo", "gspo", "dpo", "rloo"]
+Reward = Literal["model", "clean", "willing", "varied"]
+"""A reward model that is fitted, or a judge; a test compares them with `JUDGES`."""
+
+UNUSED: dict[Method, tuple[str, ...]] = {"dpo": ("reward", "target_kl"), "rloo": ("target_kl",)}
+"""Arguments that a method of alignment has no use for."""
 
 LAST = 3
 """Default number of last layers to train."""
@@ -90,8 +95,8 @@ class TextArguments(RunArguments):
     held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
     """Most held-out tokens in the report, and most validation tokens for choosing the best state"""
 
-    row_length: int = Field(default=512, ge=2, le=MAX_LENGTH)
-    """Tokens per packed row"""
+    row_length: int | None = Field(default=None, ge=2, le=MAX_LENGTH)
+    """Tokens per packed row; default: 512, or the base's context if that is shorter"""
 
     batch_rows: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Rows per batch; default: 4, or 2 for an expert that begins at layer 0"""
@@ -301,7 +306,7 @@ class AlignArguments(RunArguments):
     method: Method = "ppo"
     """Algorithm: ppo, grpo and gspo are RLPO's; dpo and rloo are TRL's"""
 
-    reward: str = "model"
+    reward: Reward = "model"
     """Reward: model fits a reward model to the pairs; clean (a classifier), willing and varied
     (rules) are judges
     """
@@ -333,8 +338,20 @@ class AlignArguments(RunArguments):
     """Folder of the new model; default: `models/<name>` in the library's home"""
 
     def check(self) -> None:
-        """Raise `ConfigError` if `layers` are not the last ones, with or without a number."""
+        """Raise `ConfigError` if `layers` are not the last ones, with or without a number, or the
+        method would ignore an argument.
+        """
         super().check()
+        declared = arguments_of(AlignArguments)
+        for name in UNUSED.get(self.method, ()):
+            if getattr(self, name) != declared[name].default:
+                users = [
+                    method for method in get_args(Method) if name not in UNUSED.get(method, ())
+                ]
+                raise ConfigError(
+                    f"{name} has no effect with method {self.method}; leave it out, or take method "
+                    f"{' or '.join(users)}."
+                )
         if not LAST_LAYERS.fullmatch(self.layers):
             raise ConfigError(
                 f"layers={self.layers!r} are not the last layers, which alone can be aligned; "

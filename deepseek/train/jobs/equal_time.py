@@ -83,6 +83,21 @@ def adapt_for_equal_time(
     return run_once(AdaptRun, request, Run(request.as_json(), model, folder, quiet, dry_run=False))
 
 
+def drop_resume_state(folder: Path) -> None:
+    """Delete what only a training that goes on reads: its checkpoints, its best states and the time
+    that it has taken so far, to which a training from the start must not add.
+
+    Args:
+        folder: run folder of a rival. Without its model, nothing is deleted: a training that writes
+            the model again reads all of it.
+    """
+    if not (folder / "model").is_dir():
+        return
+    for states in ("checkpoints", "best"):
+        shutil.rmtree(folder / "training" / states, ignore_errors=True)
+    (folder / "elapsed.json").unlink(missing_ok=True)
+
+
 def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:
     """Time a step of `mode` on the corpus in `folder` and return the effort that fits into
     `seconds`.

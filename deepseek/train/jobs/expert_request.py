@@ -8,7 +8,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.model.language_model import layers_in
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import DECLARED
-from deepseek.train.jobs.text_run import TextRequest
+from deepseek.train.jobs.text_run import TextRequest, row_length_for
 from deepseek.train.loop.layers import parse_layers
 
 DEFAULT_MINUTES = 5.0
@@ -60,6 +60,7 @@ def expert_request(arguments: ExpertArguments) -> ExpertRequest:
         "name": arguments.named(),
         "width": arguments.width or recipe.width,
         "minutes": minutes,
+        "row_length": row_length_for(arguments),
         "batch_rows": arguments.batch_rows or recipe.batch_rows,
         "learning_rate": arguments.learning_rate or recipe.learning_rate,
     }

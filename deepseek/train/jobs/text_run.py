@@ -13,15 +13,19 @@ from pathlib import Path
 import torch
 from pydantic.dataclasses import dataclass as declaration
 from torch import Tensor
+from transformers import AutoConfig
 
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import read_object, write_json
+from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import total_memory
 from deepseek.engine.memory import memory_need
 from deepseek.errors import CheckpointError, ConfigError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.model.attached.load import UNREADABLE
+from deepseek.model.config import ModelConfig
 from deepseek.model.language_model import (
     LanguageModel,
     context_length,
@@ -30,7 +34,7 @@ from deepseek.model.language_model import (
     output_head,
 )
 from deepseek.model.precision import compute_dtype
-from deepseek.model.pretrained import load_stored
+from deepseek.model.pretrained import load_stored, read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
@@ -56,6 +60,9 @@ LOADED_SHARE = 1 / 4
 stay in its files.
 """
 
+ROW_LENGTH = 512
+"""Default number of tokens per row, if the base's context has as many."""
+
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
@@ -72,8 +79,39 @@ best state.
 class TextRequest(TextArguments):
     """Resolved arguments of a training on text, stored as `request.json`."""
 
+    row_length: int
     batch_rows: int
     learning_rate: float
+
+
+def row_length_for(arguments: TextArguments) -> int:
+    """Return the tokens per row that are asked for, or the default, at most the base's context.
+
+    A run that an earlier version has begun with longer rows than the context keeps them.
+    """
+    if arguments.row_length is not None:
+        return arguments.row_length
+    run_folder = located(arguments.run_folder or home() / "runs" / arguments.named())
+    begun = run_folder / "request.json"
+    if begun.is_file() and read_object(begun).get("row_length") == ROW_LENGTH:
+        return ROW_LENGTH
+    return min(ROW_LENGTH, context_in(resolve(arguments.base)))
+
+
+def context_in(folder: Path) -> int:
+    """Return the context of the model in a folder, in tokens, without loading its weights.
+
+    Raises:
+        CheckpointError: the family is unknown.
+    """
+    if is_own(read_object(folder / "config.json")):
+        return ModelConfig(**read_config(folder)).max_position_embeddings
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except UNREADABLE:
+        return ROW_LENGTH  # loading the model says what is wrong
+    text_config = config.get_text_config(decoder=True)
+    return int(getattr(text_config, "max_position_embeddings", None) or ROW_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -204,6 +242,8 @@ class TextRun:
                 f"row_length={request.row_length} is impossible; {request.base} has a context of "
                 f"{context} tokens: give at most that."
             )
+        if request.row_length == context < ROW_LENGTH and is_new:
+            progress.say(f"rows have {context} tokens, the whole context of {request.base}")
         self.tokenizer = load_tokenizer(self.base)
         self.paces: dict[str, float] = {}
         self._request = request

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.licence import read_licence, write_card
+from deepseek.checkpoint.store import read_json, write_json
 from deepseek.errors import ConfigError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
-from deepseek.train.jobs.adapt import add_lora, largest_rank
+from deepseek.train.jobs.adapt import adapt_request, add_lora, largest_rank
+from deepseek.train.jobs.arguments import AdaptArguments
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +48,13 @@ def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(base: Path, text: Path, folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    given = {"epochs": 4, "row_length": 64, "learning_rate": 1e-2, **changes}
+    given = {"epochs": 4, "row_length": 64, "learning_rate": 1e-2, "quiet": True, **changes}
     out = deepseek.adapt(
         str(base),
         name="x",
         from_folder=text,
         out=folder / "out",
         run_folder=folder / "run",
-        quiet=True,
         **given,
     )
     return out, json.loads((folder / "run" / "result.json").read_text())
@@ -251,6 +252,31 @@ def test_mistakes_are_one_sentence(llama: Path, text_folder: Path, tmp_path: Pat
         adapted(llama, text_folder, tmp_path, mode="lorra")
     with pytest.raises(ConfigError, match="last=4 is impossible; the model has 4 layers"):
         adapted(llama, text_folder, tmp_path, last=4)
+
+
+def test_by_default_rows_are_no_longer_than_the_context(
+    llama: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted(llama, text_folder, tmp_path, epochs=1, row_length=None, quiet=False)
+    stored = read_json(tmp_path / "run" / "request.json")
+    assert stored["row_length"] == 128
+    line = f"rows have 128 tokens, the whole context of {llama}"
+    assert line in " ".join(capsys.readouterr().err.split())
+    adapted(llama, text_folder, tmp_path, epochs=1, row_length=128)  # the same run
+    with pytest.raises(ConfigError, match=r"row_length=512 is impossible; .* a context of 128"):
+        adapted(llama, text_folder, tmp_path / "other", row_length=512)
+
+
+def test_the_default_of_a_begun_run_stays(llama: Path, tmp_path: Path) -> None:
+    """Earlier versions took 512 tokens whatever the context."""
+    places = {"from_folder": tmp_path, "run_folder": tmp_path}
+    asked = AdaptArguments(base=str(llama), name="x", **places)
+    lengths = []
+    for stored in (None, 512, 64):
+        if stored:
+            write_json(tmp_path / "request.json", {"row_length": stored})
+        lengths.append(adapt_request(asked).row_length)
+    assert lengths == [128, 512, 128]
 
 
 def test_a_dry_run_estimates_and_writes_nothing(

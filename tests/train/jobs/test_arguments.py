@@ -28,12 +28,14 @@ from deepseek.train.jobs import (
     expert,
     expert_request,
     pretrain,
+    text_run,
 )
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, train_recipe
 from deepseek.train.loop.runs import Run
+from deepseek.train.rl.judge import JUDGES
 
 PRETRAINING = {"name": "x", "domains": {"a": {"folder": "b"}}, "tokens": 5}
 """Valid arguments of a pre-training."""
@@ -93,6 +95,8 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
     for module in (adapt, align, expert, pretrain):
         monkeypatch.setattr(module, "run_once", run_once)
     monkeypatch.setattr(expert_request, "resolve", Path)
+    monkeypatch.setattr(text_run, "resolve", Path)
+    monkeypatch.setattr(text_run, "context_in", lambda _: 2048)
     monkeypatch.setattr(expert_request, "layers_in", lambda _: tuple(range(30)))
     monkeypatch.setattr(job_command, "fetch", lambda _: None)
     for name, result in {
@@ -307,6 +311,27 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
             {"layers": "0-2"},
             "layers='0-2' are not the last layers, which alone can be aligned; write all or last:N",
         ),
+        (
+            arguments.AlignArguments,
+            {"method": "dpo", "reward": "clean"},
+            "reward has no effect with method dpo; leave it out, or take method ppo or grpo or gspo "
+            "or rloo.",
+        ),
+        (
+            arguments.AlignArguments,
+            {"method": "dpo", "target_kl": 6},
+            "target_kl has no effect with method dpo; leave it out, or take method ppo or grpo or gspo.",
+        ),
+        (
+            arguments.AlignArguments,
+            {"method": "rloo", "target_kl": 6},
+            "target_kl has no effect with method rloo",
+        ),
+        (
+            arguments.AlignArguments,
+            {"reward": "foo"},
+            "reward 'foo' is unknown; valid: clean, model, varied, willing.",
+        ),
         (PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
         (
             PretrainArguments,
@@ -329,6 +354,26 @@ def test_a_wrong_value_is_one_sentence(
     with pytest.raises(ConfigError) as error:
         declaration.read(**given)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method dpo --reward clean", "--reward has no effect with method dpo; leave it out"),
+        ("--method rloo --target-kl 6", "--target-kl has no effect with method rloo; leave it out"),
+    ],
+)
+def test_a_command_refuses_what_its_method_would_ignore(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["align", "x", *options.split()])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_rewards_are_a_model_and_the_judges() -> None:
+    assert set(get_args(arguments.Reward)) == {"model", *JUDGES}
 
 
 def test_arguments_beside_a_configuration_win(record: Record, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_declared_widths_are_those_of_packs() -> None:
 @pytest.mark.parametrize(
     ("declaration", "name", "about"),
     [
-        (ExpertArguments, "row_length", "at least 2, at most 1,048,576; default: 512."),
+        (ExpertArguments, "row_length", "at least 2, at most 1,048,576; default: 512, or"),
         (ExpertArguments, "learning_rate", "more than 0, at most 10; default: 4e-3 for an expert"),
         (PretrainArguments, "warmup", "less than 1; default: 0.05."),
         (PretrainArguments, "samples", 'default: "The ", "def ".'),
