@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--limit", type=int, help="conversations to ask; default: all")
     parser.add_argument(
+        "--together", action="store_true", help="leave out the replies with each expert alone"
+    )
+    parser.add_argument(
         "--show", action="store_true", help="print the replies that changed (never for a final set)"
     )
     add_output(parser, "chat_neutrality")
@@ -61,10 +64,8 @@ def main() -> None:
         messages = [one["messages"] for one in asked]
         base = replies(engine, messages, ExpertChoice(()))
         rows = {}
-        for name, plugged in {
-            "all together": list(packs),
-            **{pack: [pack] for pack in packs},
-        }.items():
+        alone = {} if options.together else {pack: [pack] for pack in packs}
+        for name, plugged in {"all together": list(packs), **alone}.items():
             for pack in plugged:
                 engine.plug(packs[pack])
             found = replies(engine, messages, ExpertChoice())
