@@ -277,7 +277,7 @@ ALIGN_JOB = {
     "base": V("smollm2-135m"),
     "prefs": V(None),
     "name": NAME,
-    "method": st.sampled_from(["ppo", "grpo", "gspo", "dpo", "rloo"]),
+    "method": st.sampled_from(["ppo", "grpo", "gspo"]),
     "reward": V("model"),
     "layers": V("last:6"),
     "rollouts": COUNT,
@@ -287,6 +287,11 @@ ALIGN_JOB = {
     "temperature": st.floats(0.1, 2),
     "target_kl": RATE,
     "seed": COUNT,
+}
+
+# TRL's methods have no target.
+TRL_JOB = {name: values for name, values in ALIGN_JOB.items() if name != "target_kl"} | {
+    "method": st.sampled_from(["dpo", "rloo"])
 }
 
 PRETRAIN_JOB = {
@@ -394,6 +399,7 @@ PURE = [
     Target("train_expert", ExpertArguments.read, EXPERT_JOB, 100),
     Target("adapt", AdaptArguments.read, ADAPT_JOB, 60),
     Target("align", AlignArguments.read, ALIGN_JOB, 60),
+    Target("align by TRL", AlignArguments.read, TRL_JOB, 40),
     Target("pretrain", PretrainArguments.read, PRETRAIN_JOB, 80),
     Target("distill_hash", DistillHashArguments.read, HASH_JOB, 40),
     Target("PackPolicy", PackPolicy, POLICY, 40),
