@@ -211,7 +211,7 @@ class Against:
                 )
             scores |= self._scores(rows_of_model, quiet)
             if model != "base":
-                # Gigabytes for full fine-tuning; the stored answers need neither them nor the model.
+                # Gigabytes after full fine-tuning, which the stored answers do not need.
                 drop_resume_state(self.folder / model)
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}

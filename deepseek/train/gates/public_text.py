@@ -351,7 +351,7 @@ def kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Te
 
 
 def pseudorandom(path: Path) -> float:
-    """Return a number in [0, 1) that depends on the end of a path alone, by which files are drawn."""
+    """Return a number in [0, 1) to draw files by, which depends on the end of the path alone."""
     return uniform("/".join(path.parts[-3:]))
 
 
