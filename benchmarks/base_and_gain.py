@@ -84,16 +84,16 @@ ROW_LENGTH, BATCH_ROWS = 2048, 1
 
 
 class Everywhere:
-    """Armed experts without gates: every module at every token, its output times `weight`."""
+    """Armed experts without gates: every module at every token, its output times its weight."""
 
     adapts = False
     """No module changes another layer than a feed-forward network."""
 
-    def __init__(self, modules: Sequence[ExpertModule], weight: float) -> None:
-        self.modules, self.weight = modules, weight
+    def __init__(self, modules: Sequence[ExpertModule], *weights: float) -> None:
+        self.pairs = list(zip(modules, weights, strict=True))
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, _: Any) -> Tensor:
-        return y_BTD + self.weight * sum(module(layer_idx, x_BTD) for module in self.modules)
+        return y_BTD + sum(weight * module(layer_idx, x_BTD) for module, weight in self.pairs)
 
 
 Variant = Callable[[], Any]
@@ -216,7 +216,7 @@ def score(
     variants: dict[str, Variant] = {
         "base": lambda: None,
         "set": model.experts.armed,
-        "averaging": lambda: Everywhere(everyone, 1.0 / len(everyone)),
+        "averaging": lambda: Everywhere(everyone, *[1.0 / len(everyone)] * len(everyone)),
         "soup": lambda: Everywhere([soup], 1.0),
     } | {f"alone {name}": lambda name=name: Everywhere([modules[name]], 1.0) for name in forced}
     with model.experts.record() as trace:

@@ -18,6 +18,9 @@ that no expert was trained on, from one pass through the frozen trunk:
     pair      both armed by name; the gates decide at every token
     both      both forced on everywhere, their outputs added
     union     the expert of the union alone, forced on everywhere
+    gated     the language's expert forced on everywhere, the domain's where its gate opens
+    merged    the expert that `deepseek expert merge` makes of both, forced on everywhere
+    + 0.5     both forced on everywhere, the domain's output times 0.5, and other weights
 
 An expert's own held-out text is scored beside each partner in the same way, for the gain that it
 keeps. An interrupted run goes on, and finished experts are kept.
@@ -32,6 +35,7 @@ from typing import Any
 
 from base_and_gain import Everywhere, Text, Variant, losses_of
 from results import add_output, write
+from torch import Tensor
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
@@ -41,6 +45,7 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs.merge import Part, fitted
 
 LANGUAGES = ("french", "spanish")
 MANUALS = {
@@ -50,6 +55,8 @@ MANUALS = {
 """Corpus of each domain in each language; the domain's expert is trained on the English one."""
 
 EPOCHS = 2
+WEIGHTS = (0.25, 0.5, 0.75)
+"""Weights of the domain's output beside the language's whole one."""
 
 
 def main() -> None:
@@ -114,6 +121,24 @@ def copy(source: Path, target: Path) -> None:
             place.write_bytes(path.read_bytes())
 
 
+class Beside:
+    """Armed experts with their gates, and one module more at every token.
+
+    Args:
+        module: the module without a gate.
+        armed: makes the others.
+    """
+
+    adapts = False
+
+    def __init__(self, module: ExpertModule, armed: Variant) -> None:
+        self.module, self.armed = module, armed()
+
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, context: Any) -> Tensor:
+        gated_BTD: Tensor = self.armed.apply(layer_idx, x_BTD, y_BTD, context)
+        return gated_BTD + self.module(layer_idx, x_BTD)
+
+
 class Comparison:
     """All experts beside one base, and the losses of any text."""
 
@@ -137,7 +162,12 @@ class Comparison:
             "pair": self._armed(language, domain),
             "both": self._forced(language, domain),
             "union": self._forced(union(language, domain)),
+            "gated": partial(Beside, self.modules[language], self._armed(domain)),
+            "merged": partial(Everywhere, [self._merged(language, domain)], 1.0),
         }
+        for weight in WEIGHTS:
+            modules = [self.modules[language], self.modules[domain]]
+            variants[f"+ {weight}"] = partial(Everywhere, modules, 1.0, weight)
         losses = self._losses(text, variants)
         single = min(losses["language"], losses["domain"])
         return {
@@ -176,7 +206,13 @@ class Comparison:
         return TokenShards.build(documents, self.tokenizer, folder)
 
     def _forced(self, *names: str) -> Variant:
-        return partial(Everywhere, [self.modules[name] for name in names], 1.0)
+        return partial(Everywhere, [self.modules[name] for name in names], *[1.0] * len(names))
+
+    def _merged(self, *names: str) -> ExpertModule:
+        """Return one module of both experts' units, which adds what each adds on its own text."""
+        parts = [Part(str(self.options.work / "runs" / name), self.model) for name in names]
+        width = sum(part.manifest.width for part in parts)
+        return fitted(self.model, parts, "merged", width).to(self.model.dtype)
 
     def _armed(self, *names: str) -> Variant:
         def variant() -> Any:
