@@ -42,6 +42,7 @@ OF_DEEPSPEED = (
             "adapt --from-folder notes --mode lora --last 2",
             "--last goes with mode last-n or expert; leave it out.",
         ),
+        ("adapt --from-folder notes --rank 4", "--rank goes with mode lora; leave it out."),
         ("plan --inference --precision float32", f"--precision {OF_TRAINING}"),
         ("plan --inference --tokens 5e9", f"--tokens {OF_TRAINING}"),
         ("plan --inference --zero 1", f"--zero {OF_TRAINING}"),

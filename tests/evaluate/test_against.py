@@ -26,7 +26,7 @@ from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs import expert_index
-from deepseek.train.jobs.adapt import AdaptRun, add_lora
+from deepseek.train.jobs.adapt import AdaptRun, largest_rank
 from deepseek.train.jobs.equal_time import (
     EVALUATION_COST,
     Effort,
@@ -81,7 +81,9 @@ def call(*arguments: str) -> int:
 def test_every_row_answers_the_same_cases_and_stays(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
+    monkeypatch.setattr(
+        "deepseek.train.jobs.adapt.largest_rank", lambda model: largest_rank(model, 0.1)
+    )
     assert call("eval", "own", "--against", "rag,lora,full", "--cases", "3") == 0
     out = capsys.readouterr().out
     assert "expert against base: " in out and "not supported" in out
@@ -152,7 +154,9 @@ def test_commits_of_held_out_files_are_noted_for_runs_of_earlier_versions(traine
 def test_a_rival_that_was_cut_short_is_named(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
+    monkeypatch.setattr(
+        "deepseek.train.jobs.adapt.largest_rank", lambda model: largest_rank(model, 0.1)
+    )
     record = trained / "runs" / "own" / "result.json"
     before = record.read_text()
     assert call("eval", "own", "--against", "lora", "--cases", "3") == 0

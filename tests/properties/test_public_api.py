@@ -269,6 +269,7 @@ EXPERT_JOB = TEXT_JOB | {
 ADAPT_JOB = TEXT_JOB | {
     "mode": st.sampled_from(["last-n", "lora", "full", "expert"]),
     "last": V(3),  # with lora and full only the default goes
+    "rank": V(None),  # likewise with all but lora
     "tokens": COUNT,
     "epochs": COUNT,
 }

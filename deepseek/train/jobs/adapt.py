@@ -174,7 +174,7 @@ class AdaptRun(TextRun):
     def adapters(self, texts: Texts) -> "TaskAndTest":
         """Return the task for low-rank adapters."""
         torch.manual_seed(self.request.seed)
-        self.adapter = add_lora(self.model)
+        self.adapter = add_lora(self.model, self.request.rank)
         return self.whole(texts)
 
     def whole(self, texts: Texts) -> "TaskAndTest":
@@ -289,7 +289,7 @@ def stream_into(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
 
 
 SHARE = 1e-3
-"""Largest share of the model's parameters that adapters may have."""
+"""Largest share of the model's parameters that adapters have by default."""
 
 TARGETS = ("v_proj", "o_proj", "down_proj")
 """Projections that get an adapter. With so few parameters, adapting every feed-forward network
@@ -297,19 +297,19 @@ gains more than a higher rank in the attention alone.
 """
 
 
-def add_lora(model: DeepSeekModel, share: float = SHARE) -> Any:
+def add_lora(model: DeepSeekModel, rank: int | None = None) -> Any:
     """Freeze `model`, add adapters and return the PEFT model; `merge_and_unload` merges them.
 
     Args:
         model: model to adapt, changed in place.
-        share: largest share of the parameters that the adapters may have.
+        rank: rank of the adapters; default: the largest within `SHARE` of the parameters.
 
     Raises:
-        ConfigError: even rank 1 exceeds the share.
+        ConfigError: no rank is given, and even rank 1 exceeds the share.
     """
     from peft import LoraConfig, get_peft_model
 
-    rank = largest_rank(model, share)
+    rank = rank or largest_rank(model)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM"
     )
@@ -332,6 +332,6 @@ def largest_rank(model: nn.Module, share: float = SHARE) -> int:
     if not each or budget < each:
         raise ConfigError(
             f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; "
-            "use mode last-n or expert."
+            "give a rank, or use mode last-n or expert."
         )
     return int(budget // each)

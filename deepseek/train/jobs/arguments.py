@@ -239,13 +239,18 @@ class AdaptArguments(TextArguments):
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"name"}
 
     mode: Mode = "last-n"
-    """What to train: last-n trains the last layers on a cached trunk; lora trains adapters of at
-    most 0.1 % of the parameters and merges them; full trains all parameters; expert trains a module
-    beside the model, as `train_expert` does
+    """What to train: last-n trains the last layers on a cached trunk; lora trains low-rank adapters
+    and merges them; full trains all parameters; expert trains a module beside the model, as
+    `train_expert` does
     """
 
     last: int = Field(default=LAST, ge=1, le=1024)
     """Number of last layers to train in the modes last-n and expert"""
+
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    """Rank of the adapters of mode lora; default: the largest for which they have at most 0.1 % of
+    the model's parameters
+    """
 
     tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     """Distinct tokens to train on, 0 for all"""
@@ -264,10 +269,12 @@ class AdaptArguments(TextArguments):
             super().check_paths()
 
     def check(self) -> None:
-        """Raise `ConfigError` if `last` would be ignored, or the name is not possible."""
+        """Raise `ConfigError` if `last` or `rank` would be ignored, or the name is not possible."""
         super().check()
         if self.mode in ("lora", "full") and self.last != LAST:
             raise ConfigError("last goes with mode last-n or expert; leave it out.")
+        if self.mode != "lora" and self.rank is not None:
+            raise ConfigError("rank goes with mode lora; leave it out.")
         if self.mode != "expert":
             try:
                 model_name(self.named())

@@ -22,7 +22,7 @@ from deepseek.errors import ConfigError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
-from deepseek.train.jobs.adapt import adapt_request, add_lora, largest_rank
+from deepseek.train.jobs.adapt import adapt_request, largest_rank
 from deepseek.train.jobs.arguments import AdaptArguments
 
 
@@ -185,13 +185,11 @@ def test_a_mixture_is_adapted_with_its_pools_and_its_balance(
     assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
 
 
-def test_lora_is_merged(
-    llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of a model this small a thousandth is less than rank 1.
-    monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
-    out, result = adapted(llama, text_folder, tmp_path, mode="lora", learning_rate=3e-2)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lora_is_merged(llama: Path, text_folder: Path, tmp_path: Path, rank: int) -> None:
+    out, result = adapted(llama, text_folder, tmp_path, mode="lora", rank=rank, learning_rate=3e-2)
     figures = result["figures"]
+    assert figures["trained_parameters"] == rank * 832
     assert figures["held_out_loss"] < figures["held_out_loss_before"] - 0.1
     before, after = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
