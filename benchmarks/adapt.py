@@ -41,6 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
     parser.add_argument("--modes", default="last-n,lora,full")
@@ -59,7 +60,12 @@ def main() -> None:
                 "from_jsonl": str(write_exercises(options.folder, Path(name) / "exercises.jsonl"))
             }
         training = json.dumps(
-            {"tokens": options.tokens, "epochs": options.epochs, "learning_rate": options.rate}
+            {
+                "base": options.base,
+                "tokens": options.tokens,
+                "epochs": options.epochs,
+                "learning_rate": options.rate,
+            }
         )
         for mode in options.modes.split(","):
             folder = Path(name) / mode
@@ -79,13 +85,14 @@ def main() -> None:
             print(mode, figures[mode], flush=True)
         if options.functions:
             for mode in ("base", *options.modes.split(",")):
-                model = "smollm2-135m" if mode == "base" else str(Path(name) / mode / "model")
+                model = options.base if mode == "base" else str(Path(name) / mode / "model")
                 figures.setdefault(mode, {})["bodies"] = bodies(
                     model, options.folder, options.functions
                 )
                 print(mode, figures[mode]["bodies"], flush=True)
     if options.json:
-        write(options.json, {"exercises": options.exercises, "figures": figures})
+        settings = {"base": options.base, "exercises": options.exercises}
+        write(options.json, settings | {"figures": figures})
 
 
 def functions_of(folder: Path) -> tuple[list[Any], list[Any]]:
