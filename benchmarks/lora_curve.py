@@ -93,7 +93,9 @@ class Curve:
         self.ways = {share: way_within(model, share) for share in options.shares}
 
     def figures(self) -> dict[str, Any]:
-        """Return the rates that were chosen, and what every way gains on the second text."""
+        """Return the rates that were chosen and what each way gains on the second text, by the name
+        of its mode or by the least share that its adapters fit into.
+        """
         searched = [share for share in self.ways if share in SEARCHED] or list(self.ways)[:1]
         ways = [Way("full"), Way("last-n"), *(self.ways[share] for share in searched)]
         rates = {way: self.rate(way) for way in ways}
@@ -176,16 +178,16 @@ def draw(bases: dict[str, Any], path: Path) -> None:
     """Plot the part of full fine-tuning's gain by the share of the parameters."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for base, figures in bases.items():
-        adapters = [row for row in figures["rows"] if row["mode"] == "lora"]
+        adapters = [row for row in figures.values() if row["mode"] == "lora"]
+        adapters.sort(key=lambda row: row["share"])
         axes.plot(
             [100 * row["share"] for row in adapters],
             [row["of_full"] for row in adapters],
             marker="o",
             label=f"{base}, LoRA",
         )
-        for row in figures["rows"]:
-            if row["mode"] == "last-n":
-                axes.plot(100 * row["share"], row["of_full"], "s", label=f"{base}, last layers")
+        last = figures["last-n"]
+        axes.plot(100 * last["share"], last["of_full"], "s", label=f"{base}, last layers")
     share, percent = ARTICLE
     axes.plot(100 * share, percent, "k*", markersize=12, label="the article")
     axes.axhline(100, color="gray", linewidth=0.8, linestyle="--")
