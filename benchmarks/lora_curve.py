@@ -104,11 +104,17 @@ class Curve:
             rates[way] = rates[self.ways[nearest]]
         outcomes = {way: self.trained(self.options.reported, way, rates[way], 1) for way in rates}
         full = outcomes[Way("full")]["gain"]
-        rows = [
-            {**asdict(way), **outcome, "rate": rates[way], "of_full": 100 * outcome["gain"] / full}
+        names = {Way("full"): "full", Way("last-n"): "last-n"}
+        names |= {way: f"{share:g}" for share, way in reversed(self.ways.items())}
+        return {
+            names[way]: {
+                **asdict(way),
+                **outcome,
+                "rate": rates[way],
+                "of_full": 100 * outcome["gain"] / full,
+            }
             for way, outcome in outcomes.items()
-        ]
-        return {"rows": sorted(rows, key=lambda row: row["share"])}
+        }
 
     def rate(self, way: Way) -> float:
         """Return the rate with the lowest loss on the first text."""
