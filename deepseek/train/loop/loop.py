@@ -264,7 +264,8 @@ class _Run:
 
         At a high learning rate the figure stalls long before the text is used up, and a decaying
         rate still lowers it from the best state. A run whose best state is its start has nothing to
-        cool down from.
+        cool down from. It ends at half of its steps at the earliest: the first ones, at the highest
+        rates, can raise the figure above that of the start, and later ones lower it again.
         """
         position = self.position
         config = self.config
@@ -272,7 +273,7 @@ class _Run:
             return False
         steps = round(config.cooldown * position.best_step)
         if steps == 0:
-            return True
+            return position.step >= config.steps / 2
         self.load_best()
         position.cooling = [position.step, min(config.steps, position.step + steps)]
         self.progress.say(

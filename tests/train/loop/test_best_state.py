@@ -76,8 +76,31 @@ START = [parameter.detach().clone() for parameter in Regression().parameters.val
 def test_without_any_gain_the_start_is_given_back_and_time_is_not_wasted(tmp_path: Path) -> None:
     task = Hopeless()
     result = run(tmp_path, task, patience=3)
-    assert (result.position.best_step, result.position.step) == (0, 6)
+    assert (result.position.best_step, result.position.step) == (0, STEPS / 2)
     assert all(torch.equal(p, q) for p, q in zip(task.parameters.values(), START, strict=True))
+
+
+class BetterLater(Hopeless):
+    """Worse than its start until a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.better, self.made = step, 0
+
+    def loss(self, batch: torch.Tensor, step: int) -> LossOutput:
+        self.made = step + 1
+        return super().loss(batch, step)
+
+    def evaluate(self) -> dict[str, float]:
+        worse = 1.0 if 0 < self.made < self.better else 0.0
+        return {"held_out_loss": 1.0 + worse - self.made / STEPS}
+
+
+@pytest.mark.parametrize("step", [4, 8, 18])
+def test_first_steps_that_harm_do_not_end_a_run(tmp_path: Path, step: int) -> None:
+    task = BetterLater(step)
+    result = run(tmp_path, task, patience=3)
+    assert result.position.best_step == STEPS
 
 
 class KilledError(Exception):
