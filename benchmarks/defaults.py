@@ -96,7 +96,8 @@ def trained(path: Path, change: str, seed: int, options: argparse.Namespace) -> 
             if first.is_dir() and not (folder / part).is_dir():
                 shutil.copytree(first, folder / part)
         with ProgressBar() as progress:
-            request = changed(path, change, seed, options)
+            usual = read_object(place / CHANGES[0] / "outcome.json") if change != CHANGES[0] else {}
+            request = changed(path, change, seed, options, usual.get("learning_rate", 0.0))
             run = ExpertRun(request, folder, folder / "unused.safetensors", progress)
             write_json(result, outcome(run))
             if change != CHANGES[0]:
@@ -104,8 +105,10 @@ def trained(path: Path, change: str, seed: int, options: argparse.Namespace) -> 
     return read_object(result)
 
 
-def changed(path: Path, change: str, seed: int, options: argparse.Namespace) -> ExpertRequest:
-    """Return the request of a training with one setting changed."""
+def changed(
+    path: Path, change: str, seed: int, options: argparse.Namespace, rate: float
+) -> ExpertRequest:
+    """Return the request of a training with one setting changed, where `rate` is the usual rate."""
     plain = {
         "base": options.base,
         "name": "defaults",
@@ -117,8 +120,8 @@ def changed(path: Path, change: str, seed: int, options: argparse.Namespace) -> 
     usual = expert_request(ExpertArguments(**plain))
     changes: dict[str, dict[str, Any]] = {
         "defaults": {},
-        "half the rate": {"learning_rate": usual.learning_rate / 2},
-        "twice the rate": {"learning_rate": usual.learning_rate * 2},
+        "half the rate": {"learning_rate": rate / 2},
+        "twice the rate": {"learning_rate": rate * 2},
         "half the width": {"width": usual.width // 2},
         "twice the width": {"width": usual.width * 2},
         "2 passes": {"epochs": 2},
@@ -138,6 +141,7 @@ def outcome(run: ExpertRun) -> dict[str, Any]:
         "after": round(reported.after, 4),
         "gain": round(1 - reported.after / reported.before, 4),
         "train_tokens": plan.rows * run.request.row_length,
+        "learning_rate": run.peak_rate(plan),
         "held_out_tokens": plan.held_out_rows * run.request.row_length,
         "story": found.story,
     }

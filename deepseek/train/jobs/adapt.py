@@ -59,6 +59,15 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 class AdaptRequest(TextRequest, AdaptArguments):
     """Resolved arguments of an adaptation, stored as `request.json`."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the arguments as JSON values; without a rank, runs from before that argument can
+        be resumed.
+        """
+        values = super().as_json()
+        if self.rank is None:
+            del values["rank"]
+        return values
+
 
 @job(AdaptArguments)
 def adapt(arguments: AdaptArguments) -> Path:

@@ -338,6 +338,10 @@ class TextRun:
         cache.place(self.device)
         return lambda batch: cache.read(batch.row_ids)
 
+    def peak_rate(self, plan: TrainingPlan) -> float:
+        """Return the peak learning rate of a plan: that of the request."""
+        return self._request.learning_rate
+
     def loop(
         self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]
     ) -> Outcome:
@@ -355,7 +359,7 @@ class TextRun:
             write_json(path, {"loss": test()})
         steps = plan.steps
         config = LoopConfig(
-            OptimConfig(learning_rate=self._request.learning_rate, paces=self.paces),
+            OptimConfig(learning_rate=self.peak_rate(plan), paces=self.paces),
             steps=steps,
             seed=self._request.seed,
             evaluate_every=evaluation_interval(plan, self.folder / "training"),

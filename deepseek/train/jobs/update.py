@@ -88,6 +88,12 @@ class TrainedExpert:
     def name(self) -> str:
         return self.request.name
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of its training."""
+        config = read_object(self.folder / "training" / "config.json")
+        return float(config["optim"]["learning_rate"])
+
     def state(self) -> str:
         """Return a digest of what the expert's source holds now.
 
@@ -128,7 +134,7 @@ def update_expert(arguments: ExpertArguments) -> Path:
                 f"nothing is new in the source of {expert.name}; {expert.pack} stays as it is"
             )
         return expert.pack
-    request = continued(expert.request, arguments)
+    request = continued(expert, arguments)
     folder = expert.folder / "updates" / state[:16]
     run = Run(
         request.as_json(),
@@ -158,15 +164,16 @@ def stored_request(path: Path) -> ExpertRequest:
     return ExpertRequest(**stored, **paths, **text, **shares)
 
 
-def continued(first: ExpertRequest, arguments: ExpertArguments) -> ExpertRequest:
+def continued(expert: TrainedExpert, arguments: ExpertArguments) -> ExpertRequest:
     """Return the request of an update.
 
     Args:
-        first: request of the expert's training.
+        expert: the expert to continue.
         arguments: what was asked for; all that goes with `update` and is given replaces the
             former.
     """
-    rate = arguments.learning_rate or RATE * first.learning_rate
+    first = expert.request
+    rate = arguments.learning_rate or RATE * expert.learning_rate
     asked = replace(
         first,
         minutes=arguments.minutes,

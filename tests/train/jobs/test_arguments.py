@@ -61,6 +61,9 @@ TO_BEGIN: dict[str | None, dict[str, Any]] = {
 }
 """What each job is given beside the argument in question."""
 
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {("adapt", "rank"): {"mode": "lora"}}
+"""What some arguments go with, by job and argument."""
+
 Record = list[str]
 
 
@@ -196,7 +199,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("job", "argument"), cases())
 def test_an_argument_reaches_its_job(job: PublicJob, argument: Argument, record: Record) -> None:
-    given = TO_BEGIN[job.function]
+    given = TO_BEGIN[job.function] | NEEDED.get((job.function, argument.name), {})
     by_python(job, given)
     without = record.copy()
     changed = {**given, argument.name: another_value(argument)}
@@ -210,7 +213,9 @@ def test_an_argument_reaches_its_job(job: PublicJob, argument: Argument, record:
         assert record == with_it, way.__name__
 
 
-@pytest.mark.parametrize("name", sorted(arguments_of(arguments.AdaptArguments).keys() - {"mode"}))
+@pytest.mark.parametrize(
+    "name", sorted(arguments_of(arguments.AdaptArguments).keys() - {"mode", "rank"})
+)
 def test_an_argument_of_adapt_reaches_the_expert_of_mode_expert(name: str, record: Record) -> None:
     given = {**TO_BEGIN["adapt"], "mode": "expert"}
     by_python(the_job("adapt"), given)

@@ -24,6 +24,7 @@ from deepseek.packs.pack import read_pack
 from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs import text_run
 from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.expert_request import CACHED, WHOLE
 from deepseek.train.loop.layers import parse_layers
 
 DIALS: dict[str, Any] = {
@@ -255,6 +256,22 @@ def test_too_little_text_is_refused_before_training(
         (few / file.name).write_text(file.read_text()[:200])
     with pytest.raises(DataError, match="at least 256 of each"):
         run(tiny_base, few, tmp_path)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 2e-3), (4e-3, 4e-3)])
+def test_little_text_has_a_lower_rate_unless_one_is_asked_for(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, asked: float | None, used: float
+) -> None:
+    run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=asked)
+    folder = tmp_path / "run"
+    assert read_json(folder / "training" / "config.json")["optim"]["learning_rate"] == used
+    stored = read_json(folder / "request.json")
+    assert stored["learning_rate"] == 4e-3, "that of enough text, as in runs of earlier versions"
+
+
+def test_the_rate_follows_from_the_text() -> None:
+    assert [CACHED.peak_rate(tokens) for tokens in (1, 39_999, 40_000)] == [2e-3, 2e-3, 4e-3]
+    assert WHOLE.peak_rate(1) == WHOLE.peak_rate(10**6) == 3e-3
 
 
 def test_another_setting_in_the_same_run_folder_is_refused(

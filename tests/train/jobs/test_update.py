@@ -125,6 +125,8 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
     (folder,) = words.updates()
     new = documents(folder) - documents(words.run)
     assert 1 <= len(new) <= 5
+    rate = read_json(folder / "training" / "config.json")["optim"]["learning_rate"]
+    assert rate == 0.25 * DIALS["learning_rate"]
     assert read_pack(folder / "before.safetensors").manifest.digest == before.digest
     assert read_json(folder / "result.json")["best_step"] > 0
     metric = after.metrics["held-out"]
