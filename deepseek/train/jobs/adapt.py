@@ -36,7 +36,8 @@ from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, Speed, TrainingPlan, make_plan, timed
-from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, row_length_for, text_inputs
+from deepseek.train.jobs.text_request import TextRequest, row_length_for
+from deepseek.train.jobs.text_run import TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import trained_prefixes
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.packed import begin_rows
@@ -48,6 +49,9 @@ LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
 """Peak learning rates by mode. Rank-1 adapters need forty times that of full fine-tuning
 (docs/log/adaptation.md, 2026-11-26).
 """
+
+LITTLE_TEXT_RATES = LEARNING_RATES | {"last-n": 5e-4}
+"""The same for little text (see `TextRequest`; docs/log/adaptation.md, 2026-11-29)."""
 
 BATCH_ROWS = 4
 
@@ -92,6 +96,7 @@ def adapt_request(arguments: AdaptArguments) -> AdaptRequest:
         "row_length": row_length_for(arguments),
         "batch_rows": arguments.batch_rows or BATCH_ROWS,
         "learning_rate": arguments.learning_rate or LEARNING_RATES[arguments.mode],
+        "little_text_rate": arguments.learning_rate or LITTLE_TEXT_RATES[arguments.mode],
     }
     return AdaptRequest(**{**vars(arguments), **resolved})
 

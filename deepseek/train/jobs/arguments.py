@@ -102,8 +102,9 @@ class TextArguments(RunArguments):
     """Rows per batch; default: 4, or 2 for an expert that begins at layer 0"""
 
     learning_rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
-    """Peak learning rate; default: 4e-3 for an expert, 2e-3 if it has fewer than 40,000 tokens, 3e-3
-    for one that begins at layer 0; otherwise 1e-3 for last-n, 8e-3 for lora and 2e-4 for full
+    """Peak learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0;
+    otherwise 1e-3 for last-n, 8e-3 for lora and 2e-4 for full; of fewer than 40,000 distinct
+    tokens, 2e-3 for an expert above layer 0 and 5e-4 for last-n
     """
 
     def text_paths(self) -> list[str | Path]:

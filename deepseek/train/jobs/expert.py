@@ -241,15 +241,6 @@ class ExpertRun(TextRun):
         """Return the folders of all text that the expert has learnt."""
         return [self.folder / "corpus"]
 
-    def peak_rate(self, plan: TrainingPlan) -> float:
-        """Return the peak learning rate of a plan: that of the request, or the recipe's for so much
-        text.
-        """
-        request = self.request
-        if not request.rate_by_text:
-            return request.learning_rate
-        return recipe_from(self.first).peak_rate(plan.rows * request.row_length)
-
     def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:
         """Fill the trunk caches and run the training loop."""
         texts = texts.planned(plan)

@@ -1,7 +1,6 @@
 """What an expert's training is asked for: its arguments with the defaults filled in."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pydantic.dataclasses import dataclass as declaration
 
@@ -9,15 +8,11 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.model.language_model import layers_in
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import DECLARED
-from deepseek.train.jobs.text_run import TextRequest, row_length_for
+from deepseek.train.jobs.text_request import TextRequest, row_length_for
 from deepseek.train.loop.layers import parse_layers
 
 DEFAULT_MINUTES = 5.0
 """Time budget if neither `minutes` nor `tokens` is given."""
-
-
-LITTLE_TEXT = 40_000
-"""Distinct tokens below which a high learning rate fits the training text and little else."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Recipe:
             it.
         batch_rows: rows per step; small, since the number of steps is the bottleneck.
         learning_rate: peak learning rate.
-        little_text_rate: the same for fewer than `LITTLE_TEXT` distinct tokens.
+        little_text_rate: the same for little text (see `TextRequest`).
     """
 
     width: int
@@ -38,10 +33,6 @@ class Recipe:
     batch_rows: int
     learning_rate: float
     little_text_rate: float
-
-    def peak_rate(self, tokens: int) -> float:
-        """Return the peak learning rate for so many distinct tokens."""
-        return self.little_text_rate if tokens < LITTLE_TEXT else self.learning_rate
 
 
 CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3, little_text_rate=2e-3)
@@ -55,18 +46,9 @@ rates were not tried with little text.
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class ExpertRequest(TextRequest, ExpertArguments):
-    """Resolved arguments of an expert, stored as `request.json`.
-
-    Attributes:
-        width: width of its feed-forward networks.
-        rate_by_text: the learning rate is that of the recipe, which may have another for the text
-            that there turns out to be.
-    """
-
-    unstored: ClassVar[frozenset[str]] = ExpertArguments.unstored | {"rate_by_text"}
+    """Resolved arguments of an expert, stored as `request.json`."""
 
     width: int
-    rate_by_text: bool = False
 
 
 def expert_request(arguments: ExpertArguments) -> ExpertRequest:
@@ -85,7 +67,7 @@ def expert_request(arguments: ExpertArguments) -> ExpertRequest:
         "row_length": row_length_for(arguments),
         "batch_rows": arguments.batch_rows or recipe.batch_rows,
         "learning_rate": arguments.learning_rate or recipe.learning_rate,
-        "rate_by_text": arguments.learning_rate is None,
+        "little_text_rate": arguments.learning_rate or recipe.little_text_rate,
     }
     return ExpertRequest(**{**vars(arguments), **resolved})
 

@@ -1,4 +1,4 @@
-"""What all trainings on a user's text share: request, corpus, trunk cache and loop.
+"""What all trainings on a user's text share: corpus, trunk cache and loop.
 
 Held-out text has two parts. The loop chooses the best state by the validation part. The other part
 influences nothing; it is scored exactly before the first and after the last step, and the report
@@ -11,21 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic.dataclasses import dataclass as declaration
 from torch import Tensor
-from transformers import AutoConfig
 
-from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import total_memory
 from deepseek.engine.memory import memory_need
 from deepseek.errors import CheckpointError, ConfigError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
-from deepseek.model.attached.load import UNREADABLE
-from deepseek.model.config import ModelConfig
 from deepseek.model.language_model import (
     LanguageModel,
     context_length,
@@ -34,14 +29,13 @@ from deepseek.model.language_model import (
     output_head,
 )
 from deepseek.model.precision import compute_dtype
-from deepseek.model.pretrained import load_stored, read_config
+from deepseek.model.pretrained import load_stored
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.jobs.arguments import TextArguments
-from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.outcome import Outcome, tell
 from deepseek.train.jobs.plan import RowCounts, TrainingPlan
+from deepseek.train.jobs.text_request import ROW_LENGTH, TextRequest
 from deepseek.train.loop.loop import Hooks, LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
@@ -60,9 +54,6 @@ LOADED_SHARE = 1 / 4
 stay in its files.
 """
 
-ROW_LENGTH = 512
-"""Default number of tokens per row, if the base's context has as many."""
-
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
@@ -73,45 +64,6 @@ PATIENCE = 4
 """Consecutive evaluations without a lower loss, about one pass, after which a run returns to its
 best state.
 """
-
-
-@declaration(kw_only=True, frozen=True, config=DECLARED)
-class TextRequest(TextArguments):
-    """Resolved arguments of a training on text, stored as `request.json`."""
-
-    row_length: int
-    batch_rows: int
-    learning_rate: float
-
-
-def row_length_for(arguments: TextArguments) -> int:
-    """Return the tokens per row that are asked for, or the default, at most the base's context.
-
-    A run that an earlier version has begun with longer rows than the context keeps them.
-    """
-    if arguments.row_length is not None:
-        return arguments.row_length
-    run_folder = located(arguments.run_folder or home() / "runs" / arguments.named())
-    begun = run_folder / "request.json"
-    if begun.is_file() and read_object(begun).get("row_length") == ROW_LENGTH:
-        return ROW_LENGTH
-    return min(ROW_LENGTH, context_in(resolve(arguments.base)))
-
-
-def context_in(folder: Path) -> int:
-    """Return the context of the model in a folder, in tokens, without loading its weights.
-
-    Raises:
-        CheckpointError: the family is unknown.
-    """
-    if is_own(read_object(folder / "config.json")):
-        return ModelConfig(**read_config(folder)).max_position_embeddings
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except UNREADABLE:
-        return ROW_LENGTH  # loading the model says what is wrong
-    text_config = config.get_text_config(decoder=True)
-    return int(getattr(text_config, "max_position_embeddings", None) or ROW_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -338,10 +290,6 @@ class TextRun:
         cache.place(self.device)
         return lambda batch: cache.read(batch.row_ids)
 
-    def peak_rate(self, plan: TrainingPlan) -> float:
-        """Return the peak learning rate of a plan: that of the request."""
-        return self._request.learning_rate
-
     def loop(
         self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]
     ) -> Outcome:
@@ -359,7 +307,7 @@ class TextRun:
             write_json(path, {"loss": test()})
         steps = plan.steps
         config = LoopConfig(
-            OptimConfig(learning_rate=self.peak_rate(plan), paces=self.paces),
+            OptimConfig(learning_rate=self._request.peak_rate(plan.rows), paces=self.paces),
             steps=steps,
             seed=self._request.seed,
             evaluate_every=evaluation_interval(plan, self.folder / "training"),

@@ -197,6 +197,23 @@ def test_lora_is_merged(llama: Path, text_folder: Path, tmp_path: Path, rank: in
     assert changed == {"v_proj", "o_proj", "down_proj"}
 
 
+@pytest.mark.parametrize(
+    ("mode", "asked", "little", "enough"),
+    [
+        ("last-n", None, 5e-4, 1e-3),
+        ("lora", None, 8e-3, 8e-3),
+        ("full", None, 2e-4, 2e-4),
+        ("last-n", 1e-2, 1e-2, 1e-2),
+    ],
+)
+def test_the_rate_follows_from_the_text_unless_it_is_asked_for(
+    llama: Path, mode: str, asked: float | None, little: float, enough: float
+) -> None:
+    arguments = {"base": str(llama), "name": "words", "from_folder": ".", "row_length": 100}
+    request = adapt_request(AdaptArguments(**arguments, mode=mode, learning_rate=asked))
+    assert [request.peak_rate(rows) for rows in (1, 399, 400)] == [little, little, enough]
+
+
 def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
     model = deepseek.load(llama, dtype="float32").model
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -28,7 +28,7 @@ from deepseek.train.jobs import (
     expert,
     expert_request,
     pretrain,
-    text_run,
+    text_request,
 )
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
@@ -98,8 +98,8 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
     for module in (adapt, align, expert, pretrain):
         monkeypatch.setattr(module, "run_once", run_once)
     monkeypatch.setattr(expert_request, "resolve", Path)
-    monkeypatch.setattr(text_run, "resolve", Path)
-    monkeypatch.setattr(text_run, "context_in", lambda _: 2048)
+    monkeypatch.setattr(text_request, "resolve", Path)
+    monkeypatch.setattr(text_request, "context_in", lambda _: 2048)
     monkeypatch.setattr(expert_request, "layers_in", lambda _: tuple(range(30)))
     monkeypatch.setattr(job_command, "fetch", lambda _: None)
     for name, result in {

@@ -23,8 +23,9 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
 from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs import text_run
+from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert import train_expert
-from deepseek.train.jobs.expert_request import CACHED, WHOLE
+from deepseek.train.jobs.expert_request import expert_request
 from deepseek.train.loop.layers import parse_layers
 
 DIALS: dict[str, Any] = {
@@ -269,9 +270,16 @@ def test_little_text_has_a_lower_rate_unless_one_is_asked_for(
     assert stored["learning_rate"] == 4e-3, "that of enough text, as in runs of earlier versions"
 
 
-def test_the_rate_follows_from_the_text() -> None:
-    assert [CACHED.peak_rate(tokens) for tokens in (1, 39_999, 40_000)] == [2e-3, 2e-3, 4e-3]
-    assert WHOLE.peak_rate(1) == WHOLE.peak_rate(10**6) == 3e-3
+@pytest.mark.parametrize(
+    ("asked", "little", "enough"),
+    [({}, 2e-3, 4e-3), ({"layers": "all"}, 3e-3, 3e-3), ({"learning_rate": 0.1}, 0.1, 0.1)],
+)
+def test_the_rate_follows_from_the_text_unless_it_is_asked_for(
+    tiny_base: Path, asked: dict[str, Any], little: float, enough: float
+) -> None:
+    arguments = {"base": str(tiny_base), "name": "words", "from_folder": ".", "row_length": 100}
+    request = expert_request(ExpertArguments(**arguments, **asked))
+    assert [request.peak_rate(rows) for rows in (1, 399, 400)] == [little, little, enough]
 
 
 def test_another_setting_in_the_same_run_folder_is_refused(
