@@ -53,6 +53,9 @@ LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
 LITTLE_TEXT_RATES = LEARNING_RATES | {"last-n": 5e-4}
 """The same for little text (see `TextRequest`; docs/log/adaptation.md, 2026-11-29)."""
 
+FULL_RATE_RANK = 5
+"""Largest rank of adapters at the whole rate; above it, the rate falls with the root of the rank."""
+
 BATCH_ROWS = 4
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -90,13 +93,15 @@ def adapt(arguments: AdaptArguments) -> Path:
 
 
 def adapt_request(arguments: AdaptArguments) -> AdaptRequest:
-    """Return the arguments with the defaults that depend on the mode filled in."""
+    """Return the arguments with the defaults that depend on mode and rank filled in."""
+    factor = min(1.0, FULL_RATE_RANK / (arguments.rank or 1)) ** 0.5
+    asked = arguments.learning_rate
     resolved = {
         "name": arguments.named(),
         "row_length": row_length_for(arguments),
         "batch_rows": arguments.batch_rows or BATCH_ROWS,
-        "learning_rate": arguments.learning_rate or LEARNING_RATES[arguments.mode],
-        "little_text_rate": arguments.learning_rate or LITTLE_TEXT_RATES[arguments.mode],
+        "learning_rate": asked or factor * LEARNING_RATES[arguments.mode],
+        "little_text_rate": asked or factor * LITTLE_TEXT_RATES[arguments.mode],
     }
     return AdaptRequest(**{**vars(arguments), **resolved})
 

@@ -214,6 +214,14 @@ def test_the_rate_follows_from_the_text_unless_it_is_asked_for(
     assert [request.peak_rate(rows) for rows in (1, 399, 400)] == [little, little, enough]
 
 
+@pytest.mark.parametrize(("rank", "rate"), [(None, 8e-3), (1, 8e-3), (5, 8e-3), (20, 4e-3)])
+def test_the_rate_of_adapters_falls_with_their_rank(
+    llama: Path, rank: int | None, rate: float
+) -> None:
+    arguments = AdaptArguments(base=str(llama), name="x", from_folder=".", mode="lora", rank=rank)
+    assert adapt_request(arguments).learning_rate == rate
+
+
 def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
     model = deepseek.load(llama, dtype="float32").model
     total = sum(parameter.numel() for parameter in model.parameters())
