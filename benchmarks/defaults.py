@@ -141,7 +141,7 @@ def outcome(run: ExpertRun) -> dict[str, Any]:
         "after": round(reported.after, 4),
         "gain": round(1 - reported.after / reported.before, 4),
         "train_tokens": plan.rows * run.request.row_length,
-        "learning_rate": run.request.peak_rate(plan.rows),
+        "learning_rate": run.request.peak_rate(plan),
         "held_out_tokens": plan.held_out_rows * run.request.row_length,
         "story": found.story,
     }

@@ -104,7 +104,8 @@ class TextArguments(RunArguments):
     learning_rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
     """Peak learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0;
     otherwise 1e-3 for last-n, 8e-3 for lora, less for ranks above 5, and 2e-4 for full; of fewer
-    than 40,000 distinct tokens, 2e-3 for an expert above layer 0 and 5e-4 for last-n
+    than 40,000 distinct tokens, 5e-4 for last-n and, in four or more passes, 2e-3 for an expert
+    above layer 0
     """
 
     def text_paths(self) -> list[str | Path]:

@@ -1,6 +1,7 @@
 """What an expert's training is asked for: its arguments with the defaults filled in."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass as declaration
 
@@ -47,6 +48,11 @@ rates were not tried with little text.
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class ExpertRequest(TextRequest, ExpertArguments):
     """Resolved arguments of an expert, stored as `request.json`."""
+
+    little_text_passes: ClassVar[float] = 4.0
+    """In the three passes of a run that the time limits, the lower rate learns too little
+    (docs/log/experts.md, 2026-11-29).
+    """
 
     width: int
 

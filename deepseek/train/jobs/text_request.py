@@ -1,7 +1,7 @@
 """What a training on text is asked for: its arguments with the defaults filled in."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass as declaration
 from transformers import AutoConfig
@@ -15,6 +15,7 @@ from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import read_config
 from deepseek.train.jobs.arguments import TextArguments
 from deepseek.train.jobs.declaration import DECLARED
+from deepseek.train.jobs.plan import TrainingPlan
 
 ROW_LENGTH = 512
 """Default number of tokens per row, if the base's context has as many."""
@@ -30,16 +31,21 @@ class TextRequest(TextArguments):
     Attributes:
         learning_rate: peak learning rate.
         little_text_rate: the same for fewer than `LITTLE_TEXT` distinct tokens; 0: the same rate.
+        little_text_passes: fewest passes over little text that call for its rate.
     """
+
+    little_text_passes: ClassVar[float] = 0.0
 
     row_length: int
     batch_rows: int
     learning_rate: float
     little_text_rate: float = 0.0
 
-    def peak_rate(self, rows: int) -> float:
-        """Return the peak learning rate for so many rows of text."""
-        if self.little_text_rate and rows * self.row_length < LITTLE_TEXT:
+    def peak_rate(self, plan: TrainingPlan) -> float:
+        """Return the peak learning rate of a plan."""
+        is_little = plan.rows * self.row_length < LITTLE_TEXT
+        passes = plan.steps * self.batch_rows / plan.rows
+        if self.little_text_rate and is_little and passes >= self.little_text_passes:
             return self.little_text_rate
         return self.learning_rate
 

@@ -307,7 +307,7 @@ class TextRun:
             write_json(path, {"loss": test()})
         steps = plan.steps
         config = LoopConfig(
-            OptimConfig(learning_rate=self._request.peak_rate(plan.rows), paces=self.paces),
+            OptimConfig(learning_rate=self._request.peak_rate(plan), paces=self.paces),
             steps=steps,
             seed=self._request.seed,
             evaluate_every=evaluation_interval(plan, self.folder / "training"),

@@ -24,6 +24,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text
 from deepseek.train.jobs.adapt import adapt_request, largest_rank
 from deepseek.train.jobs.arguments import AdaptArguments
+from deepseek.train.jobs.plan import TrainingPlan
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +198,10 @@ def test_lora_is_merged(llama: Path, text_folder: Path, tmp_path: Path, rank: in
     assert changed == {"v_proj", "o_proj", "down_proj"}
 
 
+def plan_of(rows: int, steps: int) -> TrainingPlan:
+    return TrainingPlan(rows, 1, 1, steps, 2, 1.0)
+
+
 @pytest.mark.parametrize(
     ("mode", "asked", "little", "enough"),
     [
@@ -211,7 +216,8 @@ def test_the_rate_follows_from_the_text_unless_it_is_asked_for(
 ) -> None:
     arguments = {"base": str(llama), "name": "words", "from_folder": ".", "row_length": 100}
     request = adapt_request(AdaptArguments(**arguments, mode=mode, learning_rate=asked))
-    assert [request.peak_rate(rows) for rows in (1, 399, 400)] == [little, little, enough]
+    rates = [request.peak_rate(plan_of(rows, steps=rows // 2)) for rows in (2, 398, 400)]
+    assert rates == [little, little, enough]
 
 
 @pytest.mark.parametrize(("rank", "rate"), [(None, 8e-3), (1, 8e-3), (5, 8e-3), (20, 4e-3)])

@@ -26,6 +26,7 @@ from deepseek.train.jobs import text_run
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_request import expert_request
+from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.layers import parse_layers
 
 DIALS: dict[str, Any] = {
@@ -259,11 +260,18 @@ def test_too_little_text_is_refused_before_training(
         run(tiny_base, few, tmp_path)
 
 
-@pytest.mark.parametrize(("asked", "used"), [(None, 2e-3), (4e-3, 4e-3)])
-def test_little_text_has_a_lower_rate_unless_one_is_asked_for(
-    tiny_base: Path, text_folder: Path, tmp_path: Path, asked: float | None, used: float
+@pytest.mark.parametrize(
+    ("passes", "asked", "used"), [(5, None, 2e-3), (3, None, 4e-3), (5, 4e-3, 4e-3)]
+)
+def test_many_passes_over_little_text_have_a_lower_rate_unless_one_is_asked_for(
+    tiny_base: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    passes: int,
+    asked: float | None,
+    used: float,
 ) -> None:
-    run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=asked)
+    run(tiny_base, text_folder, tmp_path, epochs=passes, learning_rate=asked)
     folder = tmp_path / "run"
     assert read_json(folder / "training" / "config.json")["optim"]["learning_rate"] == used
     stored = read_json(folder / "request.json")
@@ -279,7 +287,8 @@ def test_the_rate_follows_from_the_text_unless_it_is_asked_for(
 ) -> None:
     arguments = {"base": str(tiny_base), "name": "words", "from_folder": ".", "row_length": 100}
     request = expert_request(ExpertArguments(**arguments, **asked))
-    assert [request.peak_rate(rows) for rows in (1, 399, 400)] == [little, little, enough]
+    plans = [TrainingPlan(rows, 1, 1, 5 * rows, 2, 1.0) for rows in (2, 399, 400)]
+    assert [request.peak_rate(plan) for plan in plans] == [little, little, enough]
 
 
 def test_another_setting_in_the_same_run_folder_is_refused(
