@@ -30,8 +30,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,7 @@ from rlpo import helpful_batches
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.store import home
+from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.data import Batch
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import read_preferences
@@ -172,12 +173,18 @@ class Pairs:
 
 
 class Final:
-    """The second half, and all that is measured on it."""
+    """The second half, and all that is measured on it.
+
+    Figures of a model are kept, so that an interrupted run measures the others alone.
+    """
 
     def __init__(self, options: argparse.Namespace, pairs: list[Preference]) -> None:
+        self.options = options
         self.name = options.base
-        self.base, self.tokenizer = load(self.name)
+        base, self.tokenizer = load(self.name)
+        self.base = base.float()  # every model answers in one dtype
         self.pairs = Pairs.of(self.tokenizer, pairs)
+        self.sides = (self.pairs.chosen, self.pairs.rejected)
         self.asked = self.pairs.prompts[: options.answers]
         self.batches: list[Batch] = helpful_batches(
             self.tokenizer, options.work / "helpful", options.helpful_tokens
@@ -187,27 +194,53 @@ class Final:
             for subject in SUBJECTS
             for question in QUESTIONS
         ]
-        sides = (self.pairs.chosen, self.pairs.rejected)
-        self.judge = RewardModel.choose(
+
+    @cached_property
+    def judge(self) -> RewardModel:
+        """The second judge."""
+        layer = self.options.judge_layer
+        return RewardModel.choose(
             self.base,
-            options.judge_layer,
-            *(features_of(self.base, options.judge_layer, self.pairs.prompts, s) for s in sides),
+            layer,
+            *(features_of(self.base, layer, self.pairs.prompts, side) for side in self.sides),
             prompts=list(range(len(self.pairs.prompts))),
         )
-        self.base_logprobs = self.logprobs(self.base)
-        self.base_scores: Tensor | None = None
+
+    @cached_property
+    def base_logprobs(self) -> tuple[Tensor, Tensor]:
+        """What `logprobs` returns for the base."""
+        return self.logprobs(self.base)
+
+    @cached_property
+    def base_scores(self) -> Tensor:
+        """Scores of the base's answers by the second judge, `[N]`."""
+        return self.scores(self.answers(self.base, self.asked))
+
+    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return figures that were kept with the same settings, or else measure and keep them."""
+        path = self.options.work / "figures" / f"{name}.json"
+        names = ("base", "answers", "helpful_tokens", "judge_layer")
+        settings = {name: getattr(self.options, name) for name in names}
+        found = read_object(path) if path.exists() else {}
+        if found.get("settings") != settings:
+            found = {"settings": settings, "figures": measure()}
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, found)
+        figures: dict[str, Any] = found["figures"]
+        return figures
 
     def reward(self, folder: Path) -> dict[str, Any]:
         """Return the quality of a run's reward model."""
         fitted = RewardModel.load(self.base, folder)
-        sides = (self.pairs.chosen, self.pairs.rejected)
-        found = (features_of(self.base, fitted.layer, self.pairs.prompts, side) for side in sides)
+        found = (
+            features_of(self.base, fitted.layer, self.pairs.prompts, side) for side in self.sides
+        )
         return asdict(fitted.quality(*found))
 
-    def measure(self, name: str) -> dict[str, float]:
-        """Return the figures of one model; the base comes first."""
+    def measure(self, name: str) -> dict[str, Any]:
+        """Return the figures of one model."""
         started = time.perf_counter()
-        model, _ = load(name)
+        model = load(name)[0].float()
         chosen, rejected = self.base_logprobs if name == self.name else self.logprobs(model)
         gained_chosen = chosen - self.base_logprobs[0]
         gained_rejected = rejected - self.base_logprobs[1]
@@ -233,16 +266,18 @@ class Final:
     @torch.no_grad()
     def logprobs(self, model: DeepSeekModel) -> tuple[Tensor, Tensor]:
         """Return the mean log-probability a token of the better and of the worse answers."""
-        policy = Policy(model.float(), "last:1")
+        policy = Policy(model, "last:1")
         sides = []
-        for answers in (self.pairs.chosen, self.pairs.rejected):
-            parts = []
-            for start in range(0, len(answers), ROWS):
-                rows = slice(start, start + ROWS)
-                responses = given(model, self.pairs.prompts[rows], answers[rows])
+        for answers in self.sides:
+            lengths = torch.tensor([len(answer) for answer in answers])
+            lengths += torch.tensor([len(prompt) for prompt in self.pairs.prompts])
+            mean_N = torch.empty(len(answers))
+            for rows in lengths.argsort().split(ROWS):  # of like length, so that few are padded
+                prompts = [self.pairs.prompts[row] for row in rows]
+                responses = given(model, prompts, [answers[row] for row in rows])
                 scored = policy.score(responses, policy.trunk(responses))
-                parts.append(scored.logprobs_BT.sum(1) / responses.mask_BT.sum(1))
-            sides.append(torch.cat(parts))
+                mean_N[rows] = scored.logprobs_BT.sum(1) / responses.mask_BT.sum(1)
+            sides.append(mean_N)
         return sides[0], sides[1]
 
     def answers(self, model: DeepSeekModel, prompts: list[list[int]]) -> list[Responses]:
@@ -258,15 +293,17 @@ class Final:
         ids = [row for part in answers for row in part.answers()]
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def scores(self, answers: list[Responses]) -> Tensor:
+        """Return the second judge's scores of answers, `[N]`."""
+        layer = self.judge.layer
+        parts = [features(self.base, layer, part) @ self.judge.weight_D for part in answers]
+        return torch.cat(parts)
+
     def preferred(self, answers: list[Responses]) -> float:
         """Return the share of answers that the second judge prefers to the base's; ties count
         half.
         """
-        layer = self.judge.layer
-        parts = [features(self.base, layer, part) @ self.judge.weight_D for part in answers]
-        scores = torch.cat(parts)
-        if self.base_scores is None:
-            self.base_scores = scores
+        scores = self.scores(answers)
         wins = (scores > self.base_scores).float() + 0.5 * (scores == self.base_scores).float()
         return float(wins.mean())
 
@@ -312,16 +349,24 @@ def main() -> None:
             runs[f"{method}, refusals lose"] = f"{method}-with-refusals"
             aligned(options, method, f"{method}-with-refusals", more)
     final = Final(options, [pair for pair in usable(pairs) if is_final(pair)])
-    models = {"base": final.measure(options.base)}
+    models = {"base": final.kept("base", lambda: final.measure(options.base))}
     curves = {}
     for label, name in runs.items():
-        models[label] = final.measure(str(options.work / name))
+        measure = partial(final.measure, str(options.work / name))
+        models[label] = final.kept(name, measure)
         run = options.work / f"{name}-run"
         if label.startswith(("ppo", "grpo", "gspo")):
             models[label]["kl"] = json.loads((run / "result.json").read_text())["kl"]
             curves[label] = curve(run)
     rewards = [options.work / f"{name}-run" / "reward" for name in runs.values()]
-    reward = next((final.reward(folder) for folder in rewards if folder.is_dir()), None)
+    reward = next(
+        (
+            final.kept("reward", partial(final.reward, folder))
+            for folder in rewards
+            if folder.is_dir()
+        ),
+        None,
+    )
     write(options.json, {"reward": reward, "models": models, "curves": curves})
     draw_curves(curves, options.json.with_suffix(".png"))
 
@@ -365,12 +410,12 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
         source=f"sampled from {base}",
         refusals=True,
     )
-    partial = out.with_suffix(".partial")
-    shutil.copyfile(learnt, partial)
-    store = PreferenceDatabase(partial)
+    unfinished = out.with_suffix(".partial")
+    shutil.copyfile(learnt, unfinished)
+    store = PreferenceDatabase(unfinished)
     print(f"{store.add_all(found).new} pairs of answers to {len(asked)} harmless questions")
     store.close()
-    partial.replace(out)
+    unfinished.replace(out)
 
 
 def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
