@@ -54,7 +54,9 @@ LITTLE_TEXT_RATES = LEARNING_RATES | {"last-n": 5e-4}
 """The same for little text (see `TextRequest`; docs/log/adaptation.md, 2026-11-29)."""
 
 FULL_RATE_RANK = 5
-"""Largest rank of adapters at the whole rate; above it, the rate falls with the root of the rank."""
+"""Largest rank of adapters that learn at the whole rate, which falls with the root of a larger one
+(docs/log/adaptation.md, 2026-11-29).
+"""
 
 BATCH_ROWS = 4
 
