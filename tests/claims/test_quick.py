@@ -4,10 +4,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from deepseek.claims.declaration import CHECKOUT, read_declaration
@@ -28,15 +28,8 @@ WITHOUT = {
 
 
 def run(words: list[str], home: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=CHECKOUT,
-        env=os.environ | {"DEEPSEEK_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = os.environ | {"DEEPSEEK_HOME": str(home)}
+    done = processes.run([sys.executable, *words], cwd=CHECKOUT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from new_home import new_home
 from pdf_files import pdf_of
+from processes import run
 from tiny_expert import save_base
 
 APPLICATIONS = Path(__file__).parents[2] / "examples" / "applications"
@@ -30,9 +30,7 @@ def figures(name: str, base: Path, *options: object) -> dict[str, Any]:
     out = base.parent / "figures.json"
     environment = {**os.environ, "DEEPSEEK_HOME": str(new_home(base.parent / "home"))}
     command = [sys.executable, APPLICATIONS / name, *options, "--base", base, "--json", out]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, check=False
-    )
+    result = run(list(map(str, command)), env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout
     found: dict[str, Any] = json.loads(out.read_text())

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from live_server import CONTEXT, Live, live
 from starlette.requests import Request as HttpRequest
 from starlette.types import Message
+from waiting import wait_for
 
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.engine import Engine
@@ -135,14 +136,6 @@ def hurried(served_folder: Path) -> Iterator[Live]:
     with live(served_folder, Settings(request_seconds=0.05)) as running:
         without_ends(running)
         yield running
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def send_and_leave(server: Live, sent: Sent) -> socket.socket:

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import uvicorn
 from live_server import save_model
+from waiting import wait_for
 
 from deepseek.server import run
 from deepseek.server.app import create_app
@@ -73,8 +74,7 @@ def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
     try:
         found = re.search(r"http://127\.0\.0\.1:\d+", running.stdout.readline())
         assert found, running.communicate()[1]
-        while httpx.get(f"{found[0]}/ready", timeout=60).status_code != 200:
-            time.sleep(0.05)
+        wait_for(lambda: httpx.get(f"{found[0]}/ready", timeout=60).status_code == 200)
         yield running, found[0]
     finally:
         running.kill()

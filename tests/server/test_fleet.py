@@ -4,8 +4,7 @@ process.
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from live_server import save_model
 from tiny_expert import save_base, save_expert
+from waiting import wait_for
 
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import load
@@ -110,13 +110,6 @@ def box(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     one = Box(folder)
     yield one
     one.close()
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def refuse(*_: object, **__: object) -> ExpertInfo:
@@ -219,7 +212,7 @@ def test_a_replica_that_cannot_go_back_ends(box: Box, monkeypatch: pytest.Monkey
     monkeypatch.setattr(second._engine, "plug", refuse)
     with pytest.raises(ApiError, match="nothing has changed"):
         first.plug(box.pack("one"))
-    wait(lambda: box.lost == ["a"])
+    wait_for(lambda: box.lost == ["a"])
     second.unplug("two")
 
 
@@ -254,7 +247,7 @@ def test_a_replica_that_hangs_is_struck_off_and_the_change_undone(
     first.plug(box.pack("one"))
     assert box.lost == []
     go_on.set()
-    wait(lambda: box.lost == ["b"])
+    wait_for(lambda: box.lost == ["b"])
 
 
 def test_many_changes_at_once_leave_all_with_the_same(box: Box) -> None:

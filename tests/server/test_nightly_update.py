@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from live_server import Live, live, save_model
 from new_home import new_home
@@ -37,14 +38,8 @@ def write_text(source: Path, numbers: range) -> None:
 def run(server: Live, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the script as the user whose home is `folder`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", "-c", script(server.url)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": path, "HOME": str(folder), "NO_PROXY": "*"},
-        timeout=300,
-        check=False,
-    )
+    environment = {**os.environ, "PATH": path, "HOME": str(folder), "NO_PROXY": "*"}
+    return processes.run(["bash", "-c", script(server.url)], env=environment)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ import httpx
 import psutil
 import pytest
 from live_server import save_model
+from processes import kill_with_children
 from tiny_expert import save_expert
+from waiting import wait_for
 
 from deepseek.cli.main import main
 from deepseek.engine.load import load
@@ -118,21 +119,8 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         assert line.startswith("http://127.0.0.1:"), log.read_text()
         yield Fleet(process, line.strip(), folder)
     finally:
-        below = (
-            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        )
-        process.kill()
+        kill_with_children(process)
         process.communicate()
-        for child in below:
-            if child.is_running():
-                child.kill()
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def repeated(fleet: Fleet, ask: Callable[[httpx.Client], Any], key: str = "") -> list[Any]:
@@ -220,7 +208,9 @@ def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(
 
     first = set(fleet.figures("deepseek_running"))
     fleet.workers()[0].kill()
-    soon(lambda: len(now := set(fleet.figures("deepseek_running"))) == 2 and now != first)
+    wait_for(
+        lambda: len(now := set(fleet.figures("deepseek_running"))) == 2 and now != first, PATIENCE
+    )
     assert (set(repeated(fleet, shown, USER)), set(repeated(fleet, answer, USER))) == before
     assert set(fleet.figures("deepseek_experts_plugged").values()) == {1.0}
 

@@ -22,6 +22,7 @@ import pytest
 from live_server import Live, live, save_model
 from tiny_expert import save_expert
 from tiny_tokenizer import tiny_tokenizer
+from waiting import wait_for
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
@@ -552,14 +553,8 @@ def test_a_client_that_leaves_frees_its_place(keyed: Live, stream: bool) -> None
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {USER}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
         )
-        while not keyed.engine.stats().running:
-            time.sleep(0.002)
-    deadline = time.monotonic() + 20
-    while (
-        keyed.engine.stats().finished.get("cancelled", 0) == before and time.monotonic() < deadline
-    ):
-        time.sleep(0.02)
-    assert keyed.engine.stats().finished.get("cancelled", 0) == before + 1
+        wait_for(lambda: keyed.engine.stats().running)
+    wait_for(lambda: keyed.engine.stats().finished.get("cancelled", 0) == before + 1)
 
 
 def test_metrics_count_replies_tokens_and_experts(keyed: Live) -> None:
@@ -624,8 +619,8 @@ def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
 def first_state(server: Live) -> dict[str, Any]:
     """Return the lesson that the server began by itself."""
     with server.http() as http:
-        while (told := http.get("/v1/teach").json())["state"] == "none":
-            time.sleep(0.05)
+        wait_for(lambda: http.get("/v1/teach").json()["state"] != "none")
+        told = http.get("/v1/teach").json()
         if told["state"] == "running":
             told = http.delete("/v1/teach").json()
     return dict(told)
@@ -727,17 +722,21 @@ def command(
     try:
         found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
         assert found
-        loading = set()
-        while (ready := httpx.get(f"{found[0]}/ready", timeout=30)).status_code != 200:
-            loading.add(
-                (ready.status_code, ready.json()["error"]["code"], ready.headers["retry-after"])
-            )
-            time.sleep(0.02)
-        assert loading <= {(503, "loading", "1")}  # empty where the model was quicker
+        wait_for(lambda: is_ready(found[0]))
         yield process, found[0]
     finally:
         process.kill()
         process.communicate()
+
+
+def is_ready(url: str) -> bool:
+    """Return whether the model is loaded; until then the server must say so."""
+    reply = httpx.get(f"{url}/ready", timeout=30)
+    if reply.status_code == 200:
+        return True
+    told = (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"])
+    assert told == (503, "loading", "1")
+    return False
 
 
 def test_a_signal_lets_answers_end_and_takes_no_more(

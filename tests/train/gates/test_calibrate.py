@@ -258,8 +258,10 @@ def test_the_model_writes_the_same_public_text_whatever_is_armed(
 
 
 def test_public_statistics_are_kept_and_mended(
-    model: DeepSeekModel, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    model: DeepSeekModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The tests' own home is shared by those that run at the same time.
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
     tokenizer = load_tokenizer(tiny_base)
     rows = torch.randint(0, 300, (16, ROW_LENGTH), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(public_module, "public_rows", lambda *_: rows)

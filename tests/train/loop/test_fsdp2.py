@@ -4,13 +4,13 @@ of processes.
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -57,9 +57,7 @@ def launch(
         *end,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    done = run(command, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
