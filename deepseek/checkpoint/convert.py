@@ -59,7 +59,7 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 )
 # In blocks with four norms, that name is of a norm of the attention's output.
 _POST_NORM = (r"\.post_attention_layernorm\.", ".attention_post_norm.")
-_ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+_ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj)\.weight$")
 # Older checkpoints hold these frequencies, which follow from the config.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
@@ -338,10 +338,14 @@ def _stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 torch.cat((matrices[i, "gate_proj"], matrices[i, "up_proj"])) for i in range(count)
             ]
             down = [matrices[i, "down_proj"] for i in range(count)]
+            output[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
+            output[f"{prefix}.down_proj"] = torch.stack(down)
+        except RuntimeError:
+            raise CheckpointError(
+                f"The matrices of {prefix} differ in shape; fetch the checkpoint again."
+            ) from None
         except KeyError as error:
             raise CheckpointError(
                 f"The checkpoint lacks a matrix of {prefix} {error.args[0]}; fetch it again."
             ) from None
-        output[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        output[f"{prefix}.down_proj"] = torch.stack(down)
     return output

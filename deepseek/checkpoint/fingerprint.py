@@ -42,18 +42,18 @@ class Fingerprint:
 def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
-    Some folders hold the same weights twice in different layouts. The shards of an index take
-    precedence over `model.safetensors`, and that over any other safetensors files.
+    Some folders hold weights twice. As `transformers` does, `model.safetensors` is taken before
+    the shards of an index, and those before any other safetensors files.
 
     Raises:
         CheckpointError: there are no weights, or a shard is missing.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in _shards(index)]
-    elif (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
+    elif index.is_file():
+        files = [folder / name for name in _shards(index)]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -71,8 +71,8 @@ def weight_files(folder: str | Path) -> list[Path]:
 def fingerprint(folder: str | Path) -> Fingerprint:
     """Return the fingerprint of a model folder.
 
-    The result is cached on disk. The cache key covers path, size and modification time of the
-    files.
+    The result is cached on disk if that can be written. The cache key covers path, inode, size and
+    the times of modification and change of the files.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -100,10 +100,8 @@ def cached_digest(path: Path) -> str:
 def _cached(
     sources: list[Path], names: tuple[str, ...], compute: Callable[[], dict[str, str]]
 ) -> dict[str, str]:
-    """Return digests of files by name, computed again only if path, size or time of one changed."""
-    states = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources
-    ]
+    """Return digests of files by name, computed again only if the state of one has changed."""
+    states = [_state(file) for file in sources]
     cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
     with suppress(CheckpointError):  # a spoilt cache is written anew
@@ -111,8 +109,16 @@ def _cached(
         if cached.keys() == {*names} and all(isinstance(each, str) for each in cached.values()):
             return cached
     digests = compute()
-    write_json(cache_file, digests)
+    with suppress(OSError):  # a home that is full or read-only
+        write_json(cache_file, digests)
     return digests
+
+
+def _state(file: Path) -> tuple[str, int, int, int, int]:
+    """Return what changes with a file's content: a copy may keep its size and its time."""
+    found = file.stat()
+    path = os.fsencode(file.resolve()).hex()
+    return path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def weights_digest(files: list[Path]) -> str:

@@ -189,3 +189,8 @@ def _pull_hub(name: str, report: Progress) -> Path:
             f"the hub cannot be reached for {name!r} ({unreachable}); check the network, or give a "
             "local model folder."
         ) from unreachable
+    except CheckpointError:
+        raise HubError(
+            f"the download of {name!r} broke off ({unreachable}); run the same command again, and "
+            "what has arrived is kept."
+        ) from unreachable

@@ -45,6 +45,9 @@ MALFORMED = (
 )
 """Errors of a card that cannot be read."""
 
+FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+"""The fields at the start of a card, between two lines of dashes."""
+
 RESTRICTED = re.compile(r"^(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.IGNORECASE)
 """Parts of Hugging Face licence ids whose terms restrict the use of derivatives."""
 
@@ -66,8 +69,9 @@ def read_licence(folder: Path) -> Licence:
     A card without front matter, or with one that is no YAML, or none at all, gives `Licence()`.
     """
     try:
-        text = (folder / CARD).read_bytes()[:LONGEST_CARD].decode(errors="replace")
-        fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+        with (folder / CARD).open("rb") as card:
+            front = FRONT_MATTER.match(card.read(LONGEST_CARD).decode(errors="replace"))
+        fields = yaml.safe_load(front[1]) if front else None
     except MALFORMED:
         return Licence()
     if not isinstance(fields, dict) or not isinstance(fields.get("license"), str):
@@ -85,11 +89,20 @@ def copy_terms(source: Path, target: Path) -> None:
 
     Args:
         source: folder of the model.
-        target: the other folder; a file that it has is left as it is.
+        target: the other folder; a file that it has is left as it is. Links that lead out of the
+            model are not followed.
     """
+    # The hub's cache keeps files as links to its blobs.
+    inside = source.resolve()
+    inside = inside.parents[1] if inside.parent.name == "snapshots" else inside
     for path in source.iterdir():
         copied = target / path.name
-        if TERMS.fullmatch(path.name) and path.is_file() and not copied.exists():
+        if (
+            TERMS.fullmatch(path.name)
+            and path.is_file()
+            and path.resolve().is_relative_to(inside)
+            and not copied.exists()
+        ):
             shutil.copyfile(path, copied)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import home, read_object
+from deepseek.checkpoint.store import home, read_object, remove_leftovers, temporary_path
 from deepseek.errors import CheckpointError, HubError
 from deepseek.registry import nearest
 
@@ -85,8 +85,8 @@ def remove_model(model: StoredModel) -> None:
             model.folder.unlink()
             return
         # Renamed first, as a half-deleted folder must not look like a model.
-        doomed = model.folder.with_name(f".{model.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_leftovers(model.folder)
+        doomed = temporary_path(model.folder)
         model.folder.rename(doomed)
         shutil.rmtree(doomed)
 

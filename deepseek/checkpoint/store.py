@@ -5,6 +5,7 @@ state is a folder `step-00001200/` with `state.safetensors` and `meta.json`. The
 digest over both, so that a damaged state is detected and training can resume from an older one.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,12 +75,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`.
+    """Yield an empty temporary folder beside `path`, or beside what `path` links to.
 
     The temporary folder replaces `path` when the block succeeds, and is deleted when it fails. The
-    block may create files in it, but no folders.
+    block may create files in it, but no folders. A link stays, and the folder that it leads to is
+    replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     temporary.mkdir()
@@ -112,17 +115,39 @@ def install(temporary: Path, path: Path) -> None:
         _open_to_readers(file)
         _sync(file)
     _sync(temporary)
+    if _exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        _replace_folder(temporary, path)
+    _sync(path.parent)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Rename a folder to `path` by way of moving away what is there."""
     while temporary.exists():
         replaced = temporary_path(path)
         with suppress(FileNotFoundError):
             path.replace(replaced)
         try:
             temporary.replace(path)
-        except OSError as error:  # another process has put its folder there meanwhile
+        except OSError as error:
+            # Another process may have put its folder there meanwhile.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                with suppress(OSError):
+                    replaced.replace(path)
                 raise
         shutil.rmtree(replaced, ignore_errors=True)
-    _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders so that none is missing at any moment, even after a kill; return False
+    where `other` does not exist or the system cannot.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class BaseDescription(Strict):
         digests = fingerprint(folder)
         try:
             return BaseDescription(
-                name=name,
+                name="".join(letter for letter in name if letter.isprintable())[:200],
                 weights=digests.weights,
                 tokenizer=digests.tokenizer,
                 hidden_size=size,
@@ -135,7 +135,7 @@ def shape_of(folder: Path) -> tuple[int, int]:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         parsed = parsed.get_text_config(decoder=True)
         return parsed.hidden_size, parsed.num_hidden_layers
-    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+    except Exception:  # each family's config has errors of its own, such as of division
         raise _no_shape(folder) from None
 
 

@@ -6,6 +6,7 @@ which may be a regular expression, is never evaluated.
 """
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ MAX_WEIGHTS = 4 << 30  # bytes
 PREFIX = "base_model.model."
 PATTERN_SECONDS = 1.0
 """Time that matching all patterns of `rank_pattern` or `alpha_pattern` may take."""
+FUZZY = re.compile(r"\{[^{}]*[a-z][^{}]*\}", re.IGNORECASE)
+"""Approximate matching, which `regex` knows and PEFT's `re` takes for plain text."""
+
 MAX_PATTERN = 500
 """Longest pattern in characters."""
 
@@ -285,17 +289,25 @@ def _by_pattern(
     try:
         # The first pattern that matches counts, so it is applied last.
         for pattern, value in reversed(patterns.items()):
-            compiled = regex.compile(rf"(.*\.)?({pattern})$")
+            compiled = _compiled(pattern)
             for layer in layers:
                 seconds = deadline - time.monotonic()
                 if seconds <= 0:
                     raise TimeoutError
                 if compiled.match(layer, timeout=seconds) is not None:
                     values[layer] = float(value)
-    except TimeoutError:
+    except (TimeoutError, MemoryError):
         raise PackError(
             f"its {field} takes longer than {PATTERN_SECONDS:g} s to match; name the layers in it"
         ) from None
-    except regex.error:
+    except (re.error, regex.error, RecursionError, OverflowError):
         raise PackError(f"its {field} has a pattern that is no regular expression") from None
     return values
+
+
+def _compiled(pattern: str) -> "regex.Pattern[str]":
+    """Return a pattern of PEFT's syntax, which is that of `re`, for matching within a time."""
+    re.compile(pattern)
+    if FUZZY.search(pattern):
+        raise re.error("braces around letters")
+    return regex.compile(rf"(.*\.)?({pattern})$")

@@ -47,10 +47,11 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     """
     words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
     # SPDX identifiers do not differ by case, and that of the base comes as its card spells it.
-    denied = {name.lower() for name in policy.deny}
-    allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
+    # "+", or a later version, is accepted with the version.
+    denied = {_identifier(name) for name in policy.deny}
+    allowed = None if policy.allow is None else {_identifier(name) for name in policy.allow}
     for licence in words:
-        name = licence.lower()
+        name = _identifier(licence)
         if name in ("", "and", "or", "with"):
             continue
         if name in denied or (allowed is not None and name not in allowed):
@@ -94,3 +95,7 @@ def check_base(manifest: PackManifest, base: BaseDescription) -> None:
                 f"it was made for another base ({manifest.base.name or 'unnamed'}): its {field} "
                 f"{required}, this model's {actual}; load that base or train the expert on this one"
             )
+
+
+def _identifier(licence: str) -> str:
+    return licence.lower().removesuffix("+")

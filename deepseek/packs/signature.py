@@ -139,6 +139,10 @@ def _public_hex(path: Path) -> str:
 def _create(path: Path, content: bytes, mode: int) -> None:
     """Create a file with mode `mode` from the start; raise `FileExistsError` if it exists."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+    except OSError:  # half a key could neither be used nor be written again
+        path.unlink()
+        raise

@@ -3,6 +3,7 @@ on nothing else.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,12 +128,14 @@ def truncate(folder: Path) -> None:
 
 
 def point_outside(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../model.safetensors"}}'
     )
 
 
 def forget_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
     )
@@ -154,3 +157,31 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None
     damage(folder)
     with pytest.raises(CheckpointError, match="model"):
         fingerprint(folder)
+
+
+def test_weights_held_twice_are_those_that_transformers_loads(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", WEIGHTS, TOKENIZER, shards=2)
+    shards = fingerprint(folder)
+    other = {**WEIGHTS, "c": torch.tensor(8)}
+    save_file(other, folder / "model.safetensors")
+    assert fingerprint(folder) != shards
+    assert fingerprint(folder) == fingerprint(save(tmp_path / "other", other, TOKENIZER))
+
+
+def test_weights_of_the_same_size_and_time_are_read_again(tmp_path: Path) -> None:
+    """As images with clamped times have them."""
+    prints = set()
+    for value in (7, 8):
+        folder = save(tmp_path / "model", {"c": torch.tensor(value)}, TOKENIZER)
+        os.utime(folder / "model.safetensors", ns=(0, 0))
+        prints.add(fingerprint(folder))
+    assert len(prints) == 2
+
+
+def test_a_home_that_cannot_be_written_costs_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fingerprint(save(tmp_path / "model", WEIGHTS, TOKENIZER))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "file"))
+    assert fingerprint(tmp_path / "model") == expected

@@ -279,6 +279,22 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     assert hub.resolve("owner/name") == converted
 
 
+def test_a_download_that_breaks_off_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def snapshot(name: str, *, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            raise ConnectionError("connection reset by peer")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(HubError, match=r"'owner/name' broke off \(connection reset by peer\)"):
+        hub.resolve("owner/name")
+
+
 TERMS = [
     "README.md",
     "LICENSE",
@@ -305,6 +321,19 @@ def test_the_terms_of_a_model_are_downloaded_and_go_along(tmp_path: Path) -> Non
     copy_terms(source, target)
     assert {path.name for path in target.iterdir()} == {*TERMS}
     assert [*filter_repo_objects(TERMS, allow_patterns=hub.HUB_FILES)] == TERMS
+
+
+def test_links_out_of_a_model_are_not_followed_those_of_the_hub_are(tmp_path: Path) -> None:
+    snapshot, target = tmp_path / "models--a--b" / "snapshots" / "93efa2f", tmp_path / "target"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot, target, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1f0e").write_text("Be kind.")
+    (tmp_path / "secret_key").write_text("PRIVATE")
+    (snapshot / "LICENSE").symlink_to(blobs / "1f0e")
+    (snapshot / "NOTICE").symlink_to(tmp_path / "secret_key")
+    copy_terms(snapshot, target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"LICENSE": "Be kind."}
 
 
 def test_a_pull_keeps_the_licence_and_the_terms(

@@ -1,9 +1,11 @@
 """Files and states are whole or absent, and damage is noticed."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,58 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
             (temporary / name).touch()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["second"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def write_folder(path: Path, name: str) -> None:
+    with store.atomic_folder(path) as temporary:
+        (temporary / name).touch()
+
+
+def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", "first")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write_folder(tmp_path / "link", "second")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["second"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
+    folder, end = tmp_path / "folder", threading.Event()
+    write_folder(folder, "0")
+    missing = []
+
+    def look() -> None:
+        while not end.is_set():
+            missing.append(not folder.exists())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(200):
+        write_folder(folder, str(number))
+    end.set()
+    reader.join()
+    assert not any(missing)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where folders cannot be exchanged."""
+    monkeypatch.setattr(store, "_exchange", lambda *_: False)
+    write_folder(tmp_path / "folder", "first")
+    rename = Path.replace
+
+    def fail(path: Path, target: Path) -> Path:
+        if (path / "second").exists():
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_folder(tmp_path / "folder", "second")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["first"]
 
 
 def test_leftovers_of_one_name_are_removed(tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ def test_a_damaged_key_in_the_trust_folder_is_named(tmp_path):
         ("MIT", PackPolicy(allow=frozenset({"MIT"}), deny=frozenset({"MIT"})), False),
         ("MIT", PackPolicy(allow=frozenset({"mit"})), True),
         ("GPL-3.0-only", PackPolicy(deny=frozenset({"gpl-3.0-only"})), False),
+        ("GPL-2.0+", PackPolicy(deny=frozenset({"GPL-2.0"})), False),
+        ("GPL-2.0+", PackPolicy(allow=frozenset({"GPL-2.0+"})), True),
         ("LicenseRef-Own", PackPolicy(deny=frozenset({"licenseref-own"})), False),
         (
             "GPL-2.0-only WITH Classpath-exception-2.0",

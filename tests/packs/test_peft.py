@@ -191,6 +191,15 @@ def test_the_first_pattern_that_matches_counts(tmp_path: Path) -> None:
     assert [changes[name].scaling for name in LAYERS] == [2.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(?:q_proj){e<=1}", r"q_\p{L}roj", "((?:a*)*)*(?2)", "(?R)", "(q_proj"]
+)
+def test_patterns_that_peft_does_not_have_are_refused(pattern: str, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", LAYERS, alpha_pattern={pattern: 8})
+    with pytest.raises(PackError, match="no regular expression"):
+        read_adapter(folder)
+
+
 def test_many_slow_patterns_end_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a millisecond after it for each pattern and layer."""
     monkeypatch.setattr(peft, "PATTERN_SECONDS", 0.05)

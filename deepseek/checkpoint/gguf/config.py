@@ -174,7 +174,7 @@ def _shortest(value: Any) -> Any:
     """Return a number as the original config had it: GGUF stores fp32, whose shortest decimal form
     is that number.
     """
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _rope(file: GgufFile) -> dict[str, Any]:

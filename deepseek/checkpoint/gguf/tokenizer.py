@@ -25,6 +25,21 @@ GPT2_SPLITS = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
 DIGIT_SPLITS = ("codeshell", "command-r", "refact", "smollm", "starcoder")
 """Names of the rule that splits off each digit, and then splits as GPT-2 does."""
 
+WHOLE_WORDS = (
+    "falcon-h1",
+    "falcon3",
+    "lfm2",
+    "llama-bpe",
+    "llama-v3",
+    "llama3",
+    "midm-2.0",
+    "pixtral",
+    "tekken",
+)
+"""Names of the rules under which llama.cpp takes a word of the vocabulary whole, whatever the
+merges make of it, and begins a text with the BOS token, unless the file says otherwise.
+"""
+
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -47,6 +62,9 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             f"{file.path} has a tokenizer of kind {shown(kind)}; "
             f"{nearest(shown(kind), GGUF_TOKENIZER_TYPES)}."
         )
+    begins = kind == "llama" or (
+        kind == "gpt2" and file.facts.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    )
     template = file.facts.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise CheckpointError(
@@ -80,7 +98,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         chat_template=template,
         model_max_length=file.facts.get(f"{file.architecture}.context_length"),
-        add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", begins)),
         add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),
         **special,
     )
@@ -108,6 +126,8 @@ def _remove_prefix(backend: Tokenizer) -> None:
 def _set_split_rule(file: GgufFile, backend: Tokenizer) -> None:
     """Set the rule of a byte-level tokenizer that `transformers` does not know."""
     rule = str(file.fact("tokenizer.ggml.pre"))
+    if rule in WHOLE_WORDS:
+        backend.model.ignore_merges = True
     if rule in DIGIT_SPLITS:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError
 from deepseek.model.attached.model import AttachedModel, attach
 from deepseek.model.attached.sites import find_sites
@@ -38,6 +39,11 @@ def load_attached(folder: Path, dtype: torch.dtype | str, device: torch.device) 
         CheckpointError: the folder is damaged, or its weights do not match its config.
         ConfigError: experts cannot attach to the model.
     """
+    if "transformers_weights" in read_object(folder / "config.json"):
+        raise CheckpointError(
+            f"{folder}/config.json names its weights itself (transformers_weights), so that their "
+            "fingerprint could be that of others; remove the field."
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -217,7 +217,7 @@ def test_experts_are_saved_one_by_one_as_transformers_saves_them(tmp_path: Path)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
 def test_the_tokenizer_is_the_one_of_transformers(architecture: str, tmp_path: Path) -> None:
     model = tiny_gguf.tiny_model(architecture)
-    file = tiny_gguf.write_gguf(model, tmp_path / "t.gguf", architecture, split_rule="llama-bpe")
+    file = tiny_gguf.write_gguf(model, tmp_path / "t.gguf", architecture, split_rule="qwen2")
     ours = AutoTokenizer.from_pretrained(converted(file))
     original = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     text = "the ape  had a\nbad gem 12345<|im_end|>"
@@ -226,6 +226,34 @@ def test_the_tokenizer_is_the_one_of_transformers(architecture: str, tmp_path: P
     chat = ours.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "hi<|im_end|>"
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("rule", ["llama-bpe", "tekken", "qwen2"])
+@pytest.mark.parametrize("begins", [None, True, False])
+def test_some_rules_take_words_whole_and_begin_a_text_as_llama_cpp_does(
+    rule: str, begins: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp was asked for the same files: no merge makes "cat", a token."""
+    written = gguf.GGUFWriter.add_token_list
+
+    def with_a_word(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+        written(writer, [*tokens[:-2], "cat", tokens[-1]])
+        if begins is not None:
+            writer.add_add_bos_token(begins)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", with_a_word)
+    file = tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / "t.gguf", split_rule=rule)
+    ids = AutoTokenizer.from_pretrained(converted(file))("cat").input_ids
+    whole = rule != "qwen2"
+    assert (ids[0] == 1) is (whole if begins is None else begins)
+    assert (ids[-1] == 258) is whole
+
+
+@pytest.mark.parametrize("theta", [10000.0, 1e-05, 3580165449.0, 283461213.0, 0.1])
+def test_a_number_is_the_shortest_that_rounds_to_it(theta: float) -> None:
+    stored = float(np.float32(theta))
+    assert np.float32(config._shortest(stored)) == np.float32(theta)
+    assert len(repr(config._shortest(stored))) <= len(repr(theta))
 
 
 def test_a_turn_may_end_otherwise_than_a_document(tmp_path: Path) -> None:
@@ -296,6 +324,20 @@ def test_a_licence_id_becomes_an_spdx_expression(
     assert (licence.name, licence.link) == (expected, "https://example.org/terms")
     assert licence.restricted is restricted
     assert ("use restrictions" in str(licence)) is restricted
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\nbase_model: acme/my---model\nlicense: gemma\n---\n",
+        "---\n# ---- card ----\nlicense: gemma\n---\n",
+        "---\nwidget:\n- text: 'a --- b'\nlicense: gemma\n---\n",
+        "\ufeff---\r\nlicense: gemma\r\n---\r\n# A model",
+    ],
+)
+def test_dashes_within_a_card_hide_no_licence(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert read_licence(tmp_path).restricted
 
 
 @pytest.mark.parametrize("card", ["", "# A model", "---\n- x\n---\n", "---\nlicense: [", "---"])
