@@ -28,7 +28,7 @@ from pathlib import Path
 
 from deepseek.checkpoint.store import home
 from deepseek.data.text.filters import decode
-from deepseek.data.text.source import html_to_text
+from deepseek.data.text.pages import html_to_text
 from deepseek.errors import DataError, UserError
 from deepseek.registry import pick
 

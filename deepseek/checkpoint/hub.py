@@ -103,7 +103,7 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)
-    known = [*KNOWN, *(model.name for model in stored_models())]
+    known = sorted({*KNOWN, *(model.name for model in stored_models())})
     raise HubError(
         f"{name!r} is neither a folder nor a GGUF file nor a model name nor a hub id (owner/name); "
         f"{nearest(name, known)}."

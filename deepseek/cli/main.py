@@ -40,7 +40,7 @@ COMMANDS = {
     "data": ("data:app", "Make training text: functions with tests, questions, checked problems."),
     "train": ("train:train", "Run a recipe of several training stages and write a model card."),
     "runs": ("runs:app", "List, show and compare training runs."),
-    "plan": ("plan:plan", "Estimate memory, traffic and time of a training run on many devices."),
+    "plan": ("plan:plan", "Estimate memory, traffic and time of training or inference."),
     "eval": ("eval:evaluate", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("distill_hash:distill_hash", "Fit the hashes of LSH attention to a model."),
     "inspect": ("inspect:app", "Draw how much attention LSH attention keeps."),
@@ -53,7 +53,7 @@ COMMANDS = {
     "quantize": ("quantize:quantize", "Quantise a model's weights to 8 bits or fewer."),
     "export": (
         "export:export",
-        "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",
+        "Export a model to GGUF, ONNX, OpenVINO, TensorRT or stock transformers.",
     ),
     "serve": ("serve:app", "Serve a model: OpenAI's API, hot-pluggable experts, a web page."),
     "watch": ("watch:watch", "Update an expert whenever its source changes, and plug it live."),

@@ -311,11 +311,16 @@ def turns(
             continue
         before = render(tokenizer, messages[:index], open_turn=True)
         after = render(tokenizer, messages[: index + 1])
-        if not (whole.startswith(before) and whole.startswith(after) and len(before) >= position):
+        start = len(before)
+        if not after.startswith(before):
+            # Templates of reasoning models open a thought that a finished turn does not have.
+            start = len(commonprefix([before, after]))  # noqa: RUF071 - of characters, too
+            if start <= len(render(tokenizer, messages[:index])):
+                continue
+        if not whole.startswith(after) or start < position:
             continue
-        answer = after[len(before) :]
         # The line break that the template writes after a turn is not part of the answer.
-        end = len(before) + len(answer.rstrip("\n"))
-        parts += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
+        end = start + len(after[start:].rstrip("\n"))
+        parts += [(whole[position:start], False), (whole[start:end], True)]
         position = end
     return [part for part in [*parts, (whole[position:], False)] if part[0]]

@@ -216,6 +216,18 @@ def test_plain_text_has_no_control_tokens_and_round_trips(text: str) -> None:
     assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+def test_a_template_that_opens_a_thought_has_the_answer_as_target() -> None:
+    """A finished turn has no thought, as with DeepSeek-R1."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    chat = encode_chat(tokenizer, [QUESTION, ANSWER])
+    target = [i for i, is_target in zip(chat.ids, chat.is_target, strict=True) if is_target]
+    assert tokenizer.decode(target) == f"{ANSWER['content']}<|im_end|>"
+
+
 def test_a_template_that_rewrites_earlier_turns_keeps_the_last_answer_as_target() -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

@@ -191,7 +191,7 @@ LONGEST_SUBJECT = 120
 """Most characters of a commit's subject line; a longer one does not fit into a question."""
 
 CHANGED = re.compile(
-    r"^([+-])\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*)", re.MULTILINE
+    r"^([+-])[ \t]*(?:async[ \t]+)?(?:def|function|func|fn)[ \t]+([A-Za-z_]\w*)", re.MULTILINE
 )
 """Sign and name of a function that a changed line defines."""
 

@@ -17,6 +17,7 @@ from deepseek.data.builders.facts import Check, Fact, is_right
 from deepseek.data.builders.phrasings import ask
 from deepseek.data.builders.prose_facts import commit_facts, prose_facts
 from deepseek.data.text.document import Document, conversation, uniform
+from deepseek.terminal import is_unicode
 
 MOST_PER_DOCUMENT = 200
 """Most questions about one document, selected by hash, so that a generated reference does not
@@ -96,8 +97,11 @@ def facts_of(document: Document) -> list[Fact]:
 
 
 def is_sayable(fact: Fact) -> bool:
-    """Return whether the answer to a fact passes its own check."""
-    return is_right(fact.answer, fact.check)
+    """Return whether a fact can be written as Unicode, and its answer passes its own check.
+
+    A literal of a program may hold half of a surrogate pair.
+    """
+    return is_unicode(fact.what + fact.argument + fact.answer) and is_right(fact.answer, fact.check)
 
 
 def _lot(document: Document, fact: Fact) -> float:
@@ -111,14 +115,14 @@ def all_questions(documents: Iterable[Document]) -> list[Question]:
     For a name defined in several places, questions name the file, and its location is not asked.
     Questions that give their own answer away are dropped.
     """
-    stated = {document.name: facts_of(document) for document in documents}
-    places = Counter(what for facts in stated.values() for what in {fact.what for fact in facts})
+    stated = [(document.name, facts_of(document)) for document in documents]
+    places = Counter(what for _, facts in stated for what in {fact.what for fact in facts})
     return list(
         chain.from_iterable(
             questions_about(
                 [fact for fact in facts if fact.place or places[fact.what] == 1], name, places
             )
-            for name, facts in stated.items()
+            for name, facts in stated
         )
     )
 

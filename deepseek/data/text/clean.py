@@ -60,7 +60,8 @@ def near_duplicates(documents: Sequence[Document], progress: Progress = silent) 
         near = [
             other
             for other in index.query(sketch)
-            if jaccard(shingles, retained[other]) >= THRESHOLD
+            if may_be_alike(len(shingles), len(retained[other]))
+            and jaccard(shingles, retained[other]) >= THRESHOLD
         ]
         if near:
             dropped[number] = min(near)
@@ -110,8 +111,15 @@ def shingle_hashes(text: str) -> NDArray[np.uint32]:
 
 def jaccard(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:
     """Return the Jaccard similarity of two sets of hashes, each sorted and distinct."""
-    shared = len(np.intersect1d(left, right, assume_unique=True))
+    smaller, larger = sorted((left, right), key=len)
+    places = np.searchsorted(larger, smaller).clip(max=len(larger) - 1)
+    shared = int(np.count_nonzero(larger[places] == smaller))
     return shared / (len(left) + len(right) - shared)
+
+
+def may_be_alike(size: int, other: int) -> bool:
+    """Return whether sets of these sizes can be as similar as near duplicates are."""
+    return min(size, other) >= THRESHOLD * max(size, other)
 
 
 @dataclass

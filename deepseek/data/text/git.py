@@ -67,7 +67,9 @@ def repository_name(repository: pygit2.Repository) -> str:
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
             url = PurePosixPath(remote.url.replace("\\", "/").rstrip("/"))
-            return document_name(url.name.removesuffix(".git"))
+            # `git@host:shop.git` has no slash.
+            if name := url.name.rpartition(":")[2].removesuffix(".git"):
+                return document_name(name)
     folder = Path(repository.workdir or repository.path).resolve()
     return document_name(folder.name.removesuffix(".git"))
 

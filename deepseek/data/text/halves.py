@@ -3,13 +3,15 @@ which results are reported.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
 from pathlib import PurePosixPath
 from typing import Any
 
 from deepseek.data.text.document import Document, Rule, characters, uniform
+from deepseek.data.text.patches import message_and_patches
 
 SMALLEST_PART = 0.25
 """Share of the text that each part should have. If whole documents cannot give it, every document
@@ -34,7 +36,8 @@ def halve(
         documents: the held-out documents.
         by: rule of the split; default: `file`.
 
-            - `file`: whole documents, in an order drawn from name and seed.
+            - `file`: whole documents, in an order drawn from name and seed; a commit goes with the
+              first file that it changes, without the changes of files in the other half.
             - `directory`: whole directories, so that neighbours stay together.
             - `time`: the test part is the later one.
         seed: seed of the order; unused by `time`.
@@ -43,14 +46,45 @@ def halve(
     def key(document: Document) -> tuple[float, str]:
         if by == "time":
             return float(document.time), ""
-        name = str(PurePosixPath(document.name).parent) if by == "directory" else document.name
+        name = changed_files(document)[0] if document.kind == "commit" else document.name
+        name = str(PurePosixPath(name).parent) if by == "directory" else name
         return uniform(f"validation:{seed}:{name}"), name
 
     groups = [list(group) for _, group in groupby(sorted(documents, key=key), key)]
     whole = between_groups(groups)
+    if by != "time":
+        first, last = map(named, whole)
+        whole = (
+            [without_files(document, last) for document in whole[0]],
+            [without_files(document, first) for document in whole[1]],
+        )
     if smaller_part(whole) >= SMALLEST_PART * characters(documents):
         return whole
     return max(cut_each(documents), whole, key=smaller_part)
+
+
+def changed_files(commit: Document) -> list[str]:
+    """Return the names of the documents of the files that a commit changes; its own if it changes
+    none.
+    """
+    repository = commit.name.rsplit("@", 1)[0]
+    _, patches = message_and_patches(commit.text)
+    return [f"{repository}/{patch.path}" for patch in patches] or [commit.name]
+
+
+def named(documents: Iterable[Document]) -> set[str]:
+    """Return the names of all documents but commits."""
+    return {document.name for document in documents if document.kind != "commit"}
+
+
+def without_files(document: Document, names: AbstractSet[str]) -> Document:
+    """Return a commit without the changes of these files; other documents unchanged."""
+    if document.kind != "commit" or names.isdisjoint(changed_files(document)):
+        return document
+    message, patches = message_and_patches(document.text)
+    files = changed_files(document)
+    left = [patch.text for patch, file in zip(patches, files, strict=True) if file not in names]
+    return replace(document, text="".join([message, *left]))
 
 
 def between_groups(groups: Sequence[list[Document]]) -> tuple[list[Document], list[Document]]:

@@ -79,19 +79,28 @@ PRIVATE_KEY = re.compile(
     # Cut off: headers of an encrypted key, then what is left of it.
     r"|(?:\s*(?:Proc-Type|DEK-Info|Version|Comment): [^\n]*\n)*[A-Za-z0-9+/=\s\\]*)"
 )
-ASSIGNED = re.compile(
-    r"""(?ix)
-    (?:secret|secret_?(?:access_?)?key|api_?key|access_?key|auth_?token|access_?token|private_?key)
-    ["']? \s* (?:=|:|=>) \s*
-    ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{16,200}) ["']"""
-)
-"""A quoted value with letters and digits, assigned to a name such as `api_key`. Plain words and
-format strings do not match.
+IS_SET_TO = r"""
+    (?:\\?["'`])? \]? (?:\s{0,9}:\s{0,9}[\w.&\[\]|][\w.&\[\]| ]{0,40})?
+    \s{0,9} (?::=|=>|=|:) \s{0,9} [bruf]{0,2}\\?["'`]
+"""
+"""What stands between a name and its quoted value: the end of a subscript or of a quoted key, a
+type, the sign, the prefix of a string; quotes may be escaped. The bounds keep the time linear.
 """
 
+VALUE = r"((?=[^\"'`\s]*\d)(?=[^\"'`\s]*[a-z])[\w+/=.~@!$^&*\#%?-]{BOUNDS})\\?[\"'`]"
+"""A value with letters and digits, of so many characters. Plain words and format strings do not
+match.
+"""
+
+ASSIGNED = re.compile(
+    r"(?:secret|secret[_-]?(?:access[_-]?)?key|api[_-]?key|access[_-]?key|auth[_-]?token"
+    r"|access[_-]?token|private[_-]?key)" + IS_SET_TO + VALUE.replace("BOUNDS", "16,200"),
+    re.IGNORECASE | re.VERBOSE,
+)
+"""A quoted value that is assigned to a name such as `api_key`."""
+
 PASSWORD = re.compile(
-    r"""(?ix) passw(?:or)?d ["']? \s* (?:=|:|=>) \s*
-    ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{8,200}) ["']"""
+    "passw(?:or)?d" + IS_SET_TO + VALUE.replace("BOUNDS", "8,200"), re.IGNORECASE | re.VERBOSE
 )
 """The same for passwords, which people choose and which are shorter."""
 
@@ -113,11 +122,15 @@ NPM_SETTING = r"/:_authToken=\s*(npm_.+|[A-Fa-f0-9-]{36})"
 """As in `~/.npmrc`, after the address of a registry."""
 
 ADDRESS = re.compile(
-    r"""://[^:/?#\[\]@!$&'()*+,;=\s]*:(?!\{+[^{}@]*\}+@|%s@)([^/?#\[\]$'"`()<>*,;\s]+)@"""
+    r"""://[^:/?#\[\]@!$&'()*+,;=\s]*:(?!\{+[^{}@]*\}+@|%s@|\$)"""
+    r"""((?:[^/?#\[\]$'"`()<>*,;\s]|\$(?![{(]))+)@"""
 )
 """The password in an address, up to the last `@` before the host: people write one into a password
 as it is. It is no placeholder of a format string, a shell or a page of documentation.
 """
+
+BEGIN = r"(?:(?<!\w)|(?<=\\[nrt]))"
+"""The begin of a word, or what follows an escaped end of a line."""
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 
@@ -129,19 +142,20 @@ RULES = (
     *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),
     own("github-token", "github_pat_", r"github_pat_\w{22,}"),
     *published("gitlab-token", GITLAB_PREFIXES, "GitLab Token"),
-    own("google-key", "AIza ya29.", r"\bAIza[\w-]{35,}|\bya29\.[\w-]{20,}"),
-    own("anthropic-key", "sk-ant-", r"\bsk-ant-[\w-]{20,}"),
-    own("openai-key", "sk-", r"\bsk-(?:proj|svcacct|admin)-[\w-]{20,}"),
+    own("google-key", "AIza ya29.", BEGIN + r"(?:AIza[\w-]{35,}|ya29\.[\w-]{20,})"),
+    own("anthropic-key", "sk-ant-", BEGIN + r"sk-ant-[\w-]{20,}"),
+    own("openai-key", "sk-", BEGIN + r"sk-(?:proj|svcacct|admin)-[\w-]{20,}"),
     own("openai-key", "T3BlbkFJ", OPENAI),
-    own("huggingface-token", "hf_", r"\bhf_[A-Za-z0-9]{34,}"),
+    own("huggingface-token", "hf_", BEGIN + r"hf_[A-Za-z0-9]{34,}"),
     *published("slack-token", "xox hooks.slack.com", "Slack Token"),
+    own("slack-token", "xapp-", BEGIN + r"xapp-\d-\w{5,40}-\d{5,20}-\w{20,}"),
     *published("stripe-key", "_live_", "Stripe Access Key"),
     *published("sendgrid-key", "SG.", "SendGrid API Key"),
     *published("mailchimp-key", "-us", "Mailchimp Access Key"),
     *published("square-token", "sq0csp-", "Square OAuth Secret"),
     *published("pypi-token", "pypi-AgE", "PyPI Token"),
     own("npm-token", "_authToken", NPM_SETTING, 1),
-    own("npm-token", "npm_", r"\bnpm_[A-Za-z0-9]{36,}"),
+    own("npm-token", "npm_", BEGIN + r"npm_[A-Za-z0-9]{36,}"),
     *published("discord-token", ".", "Discord Bot Token"),
     *published("telegram-token", ":", "Telegram Bot Token"),
     own("jwt", "eyJ", JWT, 1),

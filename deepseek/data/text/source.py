@@ -5,12 +5,9 @@ readable text.
 import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from html import unescape
-from html.parser import HTMLParser
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from deepseek.data.text.filters import (
     folder_reason,
     largest_size,
     reason_by_path,
-    words,
 )
+from deepseek.data.text.pages import html_to_text
 from deepseek.data.text.pdf import pdf_to_text
 from deepseek.data.text.pdf_pages import UnreadablePdfError
 from deepseek.errors import DataError, shown
@@ -35,95 +32,6 @@ LATEST = 10**15
 """Latest time of a record, in seconds since 1970; milliseconds fit too."""
 
 PARQUET_ROWS = 1024
-
-SILENT = words(
-    "script style head nav header footer aside noscript template svg math button select form iframe"
-)
-"""HTML elements to skip: not readable text, or navigation, which repeats on every page."""
-
-BREAKS = words(
-    "p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre"
-)
-"""HTML elements that begin and end a line."""
-
-
-def html_to_text(page: str) -> str:
-    """Return the text of an HTML page: one line per paragraph, list item or table row, with
-    preformatted text unchanged.
-    """
-    reader = PageReader()
-    reader.feed(page)
-    reader.end()
-    lines = "".join(reader.parts).split("\n")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
-
-
-class PageReader(HTMLParser):
-    """Collects the text outside the elements in `SILENT`."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.silent: list[str] = []
-        self.num_silent: Counter[str] = Counter()
-        self.preformatted = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Enter an element."""
-        if tag == "body":
-            self.silent.clear()  # the end tag of <head> is optional
-            self.num_silent.clear()
-        elif tag in SILENT:
-            self.silent.append(tag)
-            self.num_silent[tag] += 1
-        elif tag == "pre":
-            self.preformatted += 1
-        self.begin(tag)
-
-    def begin(self, tag: str) -> None:
-        """Start a new line, list item or table cell if the element has one."""
-        if tag in BREAKS:
-            self.parts.append("\n")
-        if self.silent:
-            return
-        if tag == "li":
-            self.parts.append("- ")
-        elif tag in ("td", "th"):
-            self.parts.append("  ")
-
-    def handle_endtag(self, tag: str) -> None:
-        """Leave an element; ignore end tags without a start tag."""
-        if self.num_silent[tag]:
-            while self.num_silent[tag]:
-                self.num_silent[self.silent.pop()] -= 1
-        elif tag == "pre":
-            self.preformatted = max(0, self.preformatted - 1)
-        if tag in BREAKS:
-            self.parts.append("\n")
-
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
-        """Return the end of a marked section, such as Word's `<![if ...]>`, which is skipped."""
-        return self.rawdata.find(">", i) + 1 or -1
-
-    def end(self) -> None:
-        """Read what is left: text up to an unfinished entity is text, unfinished markup is dropped.
-
-        `HTMLParser.close` would look for the end of each unfinished tag again, in quadratic time.
-        """
-        if self.rawdata and not self.rawdata.startswith("<"):
-            self.handle_data(unescape(self.rawdata))
-
-    def handle_data(self, data: str) -> None:
-        """Collect readable text; outside <pre>, collapse white space into single spaces."""
-        if self.silent:
-            return
-        if self.preformatted:
-            self.parts.append(data)
-            return
-        at_line_start = not self.parts or self.parts[-1].endswith("\n")
-        text = re.sub(r"\s+", " ", data)
-        self.parts.append(text.lstrip() if at_line_start else text)
-
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -163,8 +71,11 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
     """Yield the files under `root` in sorted order, without entering folders that are vendored, or
     that this library writes.
 
-    A folder that is not entered, or cannot be read, counts once in `skipped`.
+    A folder that is not entered, or cannot be read, counts once in `skipped`. So does a link to a
+    file outside of `root`, or to one that would be skipped itself: texts of others could hold links
+    to the reader's private files.
     """
+    inside = root.resolve()
 
     def count_unreadable(_error: OSError) -> None:
         skipped["unreadable"] += 1
@@ -174,11 +85,16 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
         skipped.update(filter(None, reasons.values()))
         folders[:] = sorted(name for name in folders if reasons[name] is None)
         for name in sorted(names):
+            file = Path(folder, name)
             reason = reason_by_path(name)
+            if reason is None and file.is_symlink():
+                target = file.resolve()
+                is_inside = target.is_relative_to(inside)
+                reason = reason_by_path(target.name) if is_inside else "link out of the folder"
             if reason:
                 skipped[reason] += 1
             else:
-                yield Path(folder, name)
+                yield file
 
 
 def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Document | None:
@@ -324,6 +240,8 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
     elif "prompt" in record and "chosen" in record:
         messages = preferred(record["prompt"], record["chosen"], where)
         document = conversation(messages, where, name, time)
+    elif "text" in record:
+        raise DataError(f"{where}: `text` is {shown(record['text'])}, no text; correct it.")
     else:
         raise DataError(
             f"{where} has no `text`, `messages` or `prompt` with `chosen` but "
@@ -342,11 +260,13 @@ def field_names(record: Mapping[str, Any]) -> str:
 
 
 def record_time(value: object, where: str) -> int:
-    """Return a record's time in whole seconds since 1970; 0 if it is no number.
+    """Return a record's time in whole seconds since 1970; 0 if it is neither a number nor a date.
 
     Raises:
         DataError: it is infinite, NaN or beyond `LATEST`; the message names `where`.
     """
+    if isinstance(value, datetime):
+        return int(value.timestamp())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
     if not -LATEST <= value <= LATEST or math.isnan(value):

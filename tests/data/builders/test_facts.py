@@ -82,6 +82,11 @@ def test_a_function_whose_signature_changed_is_not_new() -> None:
     assert fact.check == ("wait",)
 
 
+def test_a_blank_line_before_a_function_adds_none() -> None:
+    text = "As PEP 8 asks\n\n--- a.py\n+++ a.py\n@@\n x = 1\n+\n+\n def save():\n     pass\n"
+    assert of_kind(commit_facts, Document(text, "r@1", "commit"), "commit functions") == []
+
+
 names = st.lists(st.sampled_from("abcdef"), max_size=4, unique=True)
 
 

@@ -3,6 +3,7 @@ breaks nothing.
 """
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,19 @@ def test_every_kind_keeps_a_way_for_evaluation() -> None:
         *(ways for languages in PROSE.values() for ways in languages.values()),
     ]:
         assert len(set(ways)) == len(ways) > RESERVED + 1
+
+
+def test_a_literal_that_is_no_unicode_text_makes_no_question() -> None:
+    source = 'def is_half(text):\n    """Return whether \\ud800 occurs in the text."""\n'
+    for question in all_questions([Document(source, "a.py", "code")]):
+        json.dumps(question.messages(), ensure_ascii=False).encode()
+
+
+def test_documents_of_the_same_name_are_all_asked_about() -> None:
+    sources = [SOURCE, SOURCE.replace("class ", "class Other").replace("def ", "def other_")]
+    alone = [len(all_questions([Document(source, "a.py", "code")])) for source in sources]
+    both = all_questions([Document(source, "a.py", "code") for source in sources])
+    assert len(both) > max(alone) > 0
 
 
 def test_the_command_writes_conversations(

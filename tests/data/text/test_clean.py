@@ -7,6 +7,7 @@ import string
 import time
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +114,17 @@ def test_nothing_is_left_of_the_password_in_an_address(password: str, after: str
         ("SECRET_KEY = '", "abc123def456ghi789jkl012", "'"),
         ('"SecretAccessKey": "', "wJalrXUtnFEMI7K7MDENGbPxRfiCYEXAMPLEKEYa", '"'),
         ('password = "', "hunter2-prod-9", '"'),
+        ('password := "', "hunter2hunter2", '"'),
+        ('API_KEY: str = "', "abcdef0123456789abcdef", '"'),
+        ('const apiKey: string = "', "abcdef0123456789abcdef", '"'),
+        ('os.environ["API_KEY"] = "', "abcdef0123456789abcdef", '"'),
+        ("$config['password'] = '", "hunter2hunter2", "'"),
+        ('{"x-api-key": "', "abcdef0123456789abcdef", '"}'),
+        ("const password = `", "hunter2hunter2", "`"),
+        ('api_key = b"', "abcdef0123456789abcdef", '"'),
+        (r'"{\"password\": \"', "hunter2hunter2", r'\"}"'),
+        ('password = "', "S3cr3t#2024!", '"'),
+        ("postgres://admin:", "P4$$w0rd", "@db.host/x"),
     ],
 )
 def test_short_passwords_and_keys_of_frameworks_go(before: str, secret: str, after: str) -> None:
@@ -148,6 +160,7 @@ HOSTILE = sorted(
     {hint for rule in RULES for hint in rule.hints}
     | {"eyJ-", "\n-eyJ-", "eyJaaaaaaaaaa.", f"sk-{'a' * 30}", "T3BlbkFJ", "xoxb-1-", "://a:"}
     | {"/:_authToken= ", "-----BEGIN A ", "aws key'", "password = '1a", "https://hooks.slack.com/"}
+    | {"password: a ", "password:  ", "api_key: a|", 'password["', "://a:$"}
 )
 
 
@@ -199,6 +212,12 @@ def as_documents(texts: list[str]) -> list[Document]:
 def words(count: int, seed: int) -> str:
     draw = random.Random(seed)
     return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
+
+
+@given(st.sets(st.integers(0, 60), min_size=1), st.sets(st.integers(0, 60), min_size=1))
+def test_the_similarity_is_that_of_the_sets(left: set[int], right: set[int]) -> None:
+    hashes = [np.array(sorted(one), dtype=np.uint32) for one in (left, right)]
+    assert jaccard(*hashes) == len(left & right) / len(left | right)
 
 
 @given(st.integers(20, 200), st.integers(0, 99), st.floats(0, 1))

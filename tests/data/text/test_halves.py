@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.text.document import Document
-from deepseek.data.text.halves import LONGEST_WORD, SMALLEST_PART, halve
+from deepseek.data.text.halves import LONGEST_WORD, SMALLEST_PART, changed_files, halve
 from deepseek.text.chat_template import encode_chat
 
 LINES = st.lists(
@@ -148,3 +148,20 @@ def test_half_a_note_is_no_validation_where_whole_conversations_are_more() -> No
     documents = [conversation_of(10, 0), conversation_of(900, 1), Document("two words", "note.txt")]
     parts = halve(documents)
     assert min(sum(len(document.text) for document in part) for part in parts) > 50
+
+
+def test_a_commit_is_in_the_half_of_the_files_that_it_changes() -> None:
+    def patch(number: int) -> str:
+        return f"--- {number}.py\n+++ {number}.py\n@@\n+line {number}\n"
+
+    files = [Document(f"line {number}\n" * 9, f"r/{number}.py", "code") for number in range(12)]
+    commits = [
+        Document(f"Change\n\n{patch(n)}{patch((n + 1) % 12)}", f"r@{n}", "commit")
+        for n in range(12)
+    ]
+    halves = halve([*files, *commits])
+    names = [{one.name for one in half if one.kind == "code"} for half in halves]
+    for half, other in zip(halves, names[::-1], strict=True):
+        changed = {name for one in half if one.kind == "commit" for name in changed_files(one)}
+        assert changed.isdisjoint(other)
+    assert sum(len(half) for half in halves) == 24

@@ -20,7 +20,8 @@ from deepseek.data import read_folder, read_git, read_records
 from deepseek.data.preferences.files import read_preferences
 from deepseek.data.text.git import open_repository
 from deepseek.data.text.git_stores import _is_whole
-from deepseek.data.text.source import html_to_text, record_document
+from deepseek.data.text.pages import html_to_text
+from deepseek.data.text.source import record_document
 from deepseek.errors import DataError
 from deepseek.terminal import is_unicode
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepseek.data import read_folder, read_records
 from deepseek.data.text.filters import Skipped, decode, file_document
-from deepseek.data.text.source import html_to_text
+from deepseek.data.text.pages import html_to_text
 from deepseek.errors import DataError
 
 
@@ -111,6 +112,20 @@ def test_folders_that_are_not_entered_are_counted(
     assert skipped == {"vendored or built": 2, "unreadable": 1}
 
 
+def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (tmp_path / "private.txt").write_text("PRIVATE\n")
+    (shelf / "a.txt").write_text("text\n")
+    (shelf / ".netrc").write_text("machine x password y\n")
+    (shelf / "b.txt").symlink_to("a.txt")
+    (shelf / "c.txt").symlink_to("../private.txt")
+    (shelf / "d.txt").symlink_to(".netrc")
+    skipped = Skipped()
+    assert [d.name for d in read_folder(shelf, skipped)] == ["shelf/a.txt", "shelf/b.txt"]
+    assert skipped == {"credentials": 2, "link out of the folder": 1}
+
+
 CREDENTIALS = [".env", ".env.production", ".netrc", ".pgpass", ".npmrc", ".git-credentials"]
 NO_CREDENTIALS = [".env.example", ".env.sample", ".env.local.template", "env.py", ".envrc.md"]
 
@@ -151,7 +166,7 @@ def test_jsonl_knows_text_messages_and_preferences(tmp_path: Path) -> None:
         ('{"txt": "x"}', "line 2 has no `text`.*but txt"),
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2 is a list"),
-        ('{"text": 3}', "line 2 has no `text`"),
+        ('{"text": 3}', "line 2: `text` is 3, no text"),
         ('{"messages": ["hi"]}', "line 2: message 1 needs"),
         ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 needs"),
         ('{"prompt": 3, "chosen": "x"}', "line 2: message 1 needs"),
@@ -211,12 +226,25 @@ def test_html_keeps_reading_order_and_drops_furniture() -> None:
     assert "\n".join(line.rstrip() for line in html_to_text(page).splitlines()) + "\n" == expected
 
 
+@pytest.mark.parametrize(
+    ("page", "lines"),
+    [
+        ("<form><h1>Title</h1><p>All of it</p></form>", ["Title", "All of it"]),
+        ("<p>a</p><table><form><tr><td>x</td></tr></table><p>rest</p>", ["a", "x", "rest"]),
+        ("<article><header><h1>Title</h1></header><p>text</p></article>", ["Title", "text"]),
+        ("<header>menu</header><main><p>text</p></main><header>menu</header>", ["text"]),
+    ],
+)
+def test_forms_and_heads_of_articles_are_text(page: str, lines: list[str]) -> None:
+    assert [line.strip() for line in html_to_text(page).splitlines() if line.strip()] == lines
+
+
 @given(st.text("ab &;#T\n", min_size=1))
 def test_the_last_text_of_a_page_needs_no_end_tag(text: str) -> None:
     assert html_to_text(f"<p>First</p><p>{text}") == html_to_text(f"<p>First</p><p>{text}</p>")
 
 
-@pytest.mark.parametrize("tag", ["nav", "footer", "aside", "form"])
+@pytest.mark.parametrize("tag", ["nav", "footer", "aside", "header"])
 def test_lists_and_tables_in_furniture_leave_no_marks(tag: str) -> None:
     inside = "<ul><li><a href=x>Home</a><li>About</ul><table><tr><td>x</td><th>y</table>"
     page = f"<{tag}>{inside}</{tag}><p>Hello</p><{tag}>{inside}</{tag}><ul><li>kept</ul>"
@@ -237,3 +265,9 @@ def test_what_the_library_writes_is_no_text(
     names = [document.name for document in read_folder(tmp_path, skipped)]
     assert names == [f"{tmp_path.name}/start/{file}" for file in ("questions.jsonl", "start.json")]
     assert skipped == {"written by deepseek": 2}
+
+
+def test_dates_of_parquet_files_are_times(tmp_path: Path) -> None:
+    column = pa.array([datetime(2026, 11, 29, tzinfo=UTC)], pa.timestamp("us", "UTC"))
+    pq.write_table(pa.table({"text": ["text"], "time": column}), tmp_path / "t.parquet")
+    assert [one.time for one in read_records(tmp_path / "t.parquet")] == [1795910400]

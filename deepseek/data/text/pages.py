@@ -1,0 +1,104 @@
+"""HTML pages as readable text."""
+
+import re
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+
+from deepseek.data.text.filters import words
+
+SILENT = words(
+    "script style head nav header footer aside noscript template svg math button select iframe"
+)
+"""HTML elements to skip: not readable text, or navigation, which repeats on every page."""
+
+CONTENT = words("article main")
+"""HTML elements whose header is the head of a text, not that of the site."""
+
+BREAKS = words(
+    "p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre"
+)
+"""HTML elements that begin and end a line."""
+
+
+def html_to_text(page: str) -> str:
+    """Return the text of an HTML page: one line per paragraph, list item or table row, with
+    preformatted text unchanged.
+    """
+    reader = PageReader()
+    reader.feed(page)
+    reader.end()
+    lines = "".join(reader.parts).split("\n")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
+
+
+class PageReader(HTMLParser):
+    """Collects the text outside the elements in `SILENT`."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.silent: list[str] = []
+        self.num_silent: Counter[str] = Counter()
+        self.preformatted = 0
+        self.articles = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Enter an element."""
+        if tag == "body":
+            self.silent.clear()  # the end tag of <head> is optional
+            self.num_silent.clear()
+        elif tag in SILENT and not (tag == "header" and self.articles):
+            self.silent.append(tag)
+            self.num_silent[tag] += 1
+        elif tag == "pre":
+            self.preformatted += 1
+        elif tag in CONTENT:
+            self.articles += 1
+        self.begin(tag)
+
+    def begin(self, tag: str) -> None:
+        """Start a new line, list item or table cell if the element has one."""
+        if tag in BREAKS:
+            self.parts.append("\n")
+        if self.silent:
+            return
+        if tag == "li":
+            self.parts.append("- ")
+        elif tag in ("td", "th"):
+            self.parts.append("  ")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Leave an element; ignore end tags without a start tag."""
+        if self.num_silent[tag]:
+            while self.num_silent[tag]:
+                self.num_silent[self.silent.pop()] -= 1
+        elif tag == "pre":
+            self.preformatted = max(0, self.preformatted - 1)
+        elif tag in CONTENT:
+            self.articles = max(0, self.articles - 1)
+        if tag in BREAKS:
+            self.parts.append("\n")
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """Return the end of a marked section, such as Word's `<![if ...]>`, which is skipped."""
+        return self.rawdata.find(">", i) + 1 or -1
+
+    def end(self) -> None:
+        """Read what is left: text up to an unfinished entity is text, unfinished markup is dropped.
+
+        `HTMLParser.close` would look for the end of each unfinished tag again, in quadratic time.
+        """
+        if self.rawdata and not self.rawdata.startswith("<"):
+            self.handle_data(unescape(self.rawdata))
+
+    def handle_data(self, data: str) -> None:
+        """Collect readable text; outside <pre>, collapse white space into single spaces."""
+        if self.silent:
+            return
+        if self.preformatted:
+            self.parts.append(data)
+            return
+        at_line_start = not self.parts or self.parts[-1].endswith("\n")
+        text = re.sub(r"\s+", " ", data)
+        self.parts.append(text.lstrip() if at_line_start else text)
