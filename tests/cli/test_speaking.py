@@ -13,7 +13,7 @@ from tiny_expert import save_base, save_expert
 
 from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
-from deepseek.cli.speak import Palette, speak
+from deepseek.cli.speak import Palette, emit, speak
 from deepseek.data import Document, TokenShards
 from deepseek.engine.adapters import import_adapter
 from deepseek.engine.engine import Engine
@@ -214,6 +214,17 @@ def test_chat_survives_mistakes(
     assert "error: " in shown and "/unplug" in shown and "Unplug an expert by name" in shown
 
 
+def test_tabs_stay_tabs() -> None:
+    pieces = (("all:", "cyan"), ("\t", "cyan"), ("cc\x1b", ""), (" a.c\n", ""))
+    for terminal in (False, True):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, width=4, color_system="standard")
+        for text, style in pieces:
+            emit(console, text, style)
+        colour, end = ("\x1b[36m", "\x1b[0m") if terminal else ("", "")
+        assert file.getvalue() == f"{colour}all:{end}{colour}\t{end}cc\\x1b a.c\n"
+
+
 class Interrupted(Console):
     """A terminal at which Ctrl-C is pressed while the fourth token is printed."""
 
@@ -238,7 +249,7 @@ def test_an_interrupted_answer_costs_nothing_more(
     with start_engine(base_folder) as engine:
         request = Request((5, 17), Sampling(60), ignore_end=True)
         with pytest.raises(KeyboardInterrupt):
-            speak(engine, request, Interrupted(), Palette())
+            speak(engine, request, Interrupted(force_terminal=True), Palette())
         assert engine.drain(timeout=30)
         assert engine.stats().finished["cancelled"] == 1
 
