@@ -158,10 +158,19 @@ def test_eval_against_has_a_file_of_its_own(capsys: Capture) -> None:
     assert "result.json" in capsys.readouterr().err
 
 
-def test_a_file_whose_name_is_no_utf_8_is_listed(home: Path, capsys: Capture) -> None:
-    (home / "experts" / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"x")
-    with pytest.raises(SystemExit) as stop:
-        main(["expert", "list", "--json"])
-    assert (stop.value.code or 0) == 0
-    rows = json.loads(capsys.readouterr().out)["experts"]
-    assert "caf\ufffd" in [row["name"] for row in rows]
+@pytest.mark.parametrize(
+    ("command", "key", "file"),
+    [
+        ("expert list", "experts", b"experts/caf\xe9.safetensors"),
+        ("models list", "models", b"models/caf\xe9/config.json"),
+        ("runs list", "runs", b"runs/caf\xe9/request.json"),
+        ("runs list", "runs", b"runs/caf\xe9/result.json"),
+    ],
+)
+def test_a_file_whose_name_is_no_utf_8_is_listed(
+    command: str, key: str, file: bytes, home: Path, capsys: Capture
+) -> None:
+    path = home / os.fsdecode(file)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[")
+    assert "caf\ufffd" in [row["name"] for row in output(capsys, command)[key]]
