@@ -91,6 +91,25 @@ def test_a_claim_in_full_has_protocol_sides_machine_commit_and_command(
     assert json.loads(capsys.readouterr().out)["why"] == "Too little text."
 
 
+@pytest.mark.parametrize("spoilt", ['{"rounds": {"ou', "[]", "null"])
+def test_a_spoilt_result_is_named(
+    spoilt: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "benchmarks" / "results" / "speed.json").write_text(spoilt)
+    for words in ((), ("show", "better"), ("run", "fast")):
+        assert call(*words) == 2
+        said = capsys.readouterr().err
+        assert "results/speed.json" in said and "restore it or delete it" in said
+
+
+def test_json_before_the_subcommand_is_refused(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--json", "show", "fast") == 2
+    told = capsys.readouterr()
+    assert "write `deepseek claims show NAME --json`" in told.err and not told.out
+
+
 @pytest.mark.parametrize("words", [("show", "fats"), ("run", "fats"), ("run", "fats", "--quick")])
 def test_a_misspelt_name_is_answered(
     words: tuple[str, ...], checkout: Path, capsys: pytest.CaptureFixture[str]
