@@ -58,6 +58,7 @@ def opened(
         dtype: option `--dtype`.
     """
     choose_dtype(dtype, choose_device(device))  # before a base is fetched
+    armed = arming(arm or "auto")
     fetch(base)
     packs = expert_packs(experts, base)
     with ProgressBar(quiet=not sys.stderr.isatty()) as progress:
@@ -66,7 +67,7 @@ def opened(
         )
     with engine:
         if arm:
-            engine.arm(arming(arm))
+            engine.arm(armed)
         yield engine
 
 

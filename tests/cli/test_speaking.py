@@ -141,6 +141,10 @@ def test_a_weight_scales_an_expert(base_folder: Path, pack: Path, capsys: Captur
         (("--experts", "nope"), "nope"),
         (("--experts", "always=much"), "'much'"),
         (("--experts", "always=3"), "at most 2"),
+        (("--experts", "always,always=0.5"), "'always' is given twice"),
+        (("--experts", "always", "--arm", "always=1, always"), "'always' is given twice"),
+        (("--experts", "always", "--arm", " "), "names no expert"),
+        (("--experts", "always", "--arm", ","), "names no expert"),
         (("--experts", "always", "--arm", "always=-1"), "above 0"),
         (("--experts", "always", "--arm", "alwys"), "alwys"),
         (("--temperature", "99"), "Invalid value for '--temperature'"),
@@ -205,7 +209,7 @@ def test_chat_plugs_arms_and_unplugs(
     assert "unplugged always" in shown and "always 4" in shown
 
 
-@pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope"])
+@pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope", "/arm ,"])
 def test_chat_survives_mistakes(
     line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
