@@ -142,8 +142,8 @@ class RunRow(JsonShape):
     state: str
     """`finished`, `unfinished` or `damaged`"""
 
-    figures: dict[str, str | int | float | bool] = {}
-    """Figures of a finished run: seconds, bytes, nats per token"""
+    figures: dict[str, str | int | float | bool | None] = {}
+    """Figures of a finished run: seconds, bytes, nats per token; null: not finite"""
 
     problem: str | None = None
     """Why a damaged one cannot be read"""

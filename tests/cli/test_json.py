@@ -140,6 +140,13 @@ def test_a_spoilt_pack_says_why(home: Path, capsys: Capture) -> None:
     assert row["kind"] is None
 
 
+def test_a_figure_that_is_not_finite_is_null(home: Path, capsys: Capture) -> None:
+    (home / "runs" / "poems" / "result.json").write_text('{"after": NaN, "before": Infinity}')
+    printed = output(capsys, "runs show poems")
+    jsonschema.validate(printed, SHAPES["runs show"].model_json_schema())
+    assert printed["figures"] == {"after": None, "before": None}
+
+
 def test_an_evaluation_has_the_documented_shape() -> None:
     rows = [Comparison("poems", 100, 3.0, 2.0, 1.5), Comparison("prose", 50, 3.0, 3.0)]
     shape = evaluation("tiny", ["poems"], rows, (0.1, 0.2), 10)
