@@ -28,7 +28,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
         name: the unknown name.
         names: the valid names.
     """
-    known = sorted(names)
+    known = sorted(set(names))
     close = _most_similar(name, known)
     if close is None:
         return f"valid: {', '.join(known)}"

@@ -35,6 +35,10 @@ def test_what_is_like_nothing_gets_the_list(name: str) -> None:
     assert nearest(name, NAMES) == f"valid: {', '.join(NAMES)}"
 
 
+def test_a_name_is_listed_once() -> None:
+    assert nearest("", ["b", "a", "b"]) == "valid: a, b"
+
+
 @given(st.text(max_size=12))
 def test_a_suggestion_is_a_valid_name(name: str) -> None:
     hint = nearest(name, NAMES)

@@ -1,6 +1,5 @@
 """The claims with their figures: what `deepseek claims` and `docs/claims.md` show."""
 
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deepseek.checkpoint.store import read_object
 from deepseek.claims.declaration import (
     YES_OR_NO,
     Claim,
@@ -224,11 +224,14 @@ class Evaluator:
             ) from None
 
     def record(self, result: str) -> Mapping[str, Json] | None:
-        """Return the content of a result file; None: there is no such file."""
+        """Return the content of a result file; None: there is no such file.
+
+        Raises:
+            CheckpointError: the file cannot be read, or holds no JSON object.
+        """
         if result not in self._records:
             path = results_folder(self.checkout) / f"{result}.json"
-            text = path.read_text(encoding="utf-8") if path.is_file() else "null"
-            self._records[result] = json.loads(text)
+            self._records[result] = read_object(path) if path.exists() else None
         return self._records[result]
 
     def source(self, result: str, record: Mapping[str, Json]) -> Provenance:
@@ -254,6 +257,7 @@ def claim_table(checkout: Path) -> ClaimTable:
     """Return the claims of a checkout with their figures.
 
     Raises:
+        CheckpointError: a result cannot be read.
         ConfigError: there is no checkout, or its declaration does not fit its results.
     """
     return Evaluator(checkout, read_declaration(checkout)).table()

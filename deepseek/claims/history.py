@@ -11,6 +11,9 @@ from pathlib import Path
 DIRTY = "-dirty"
 """Mark behind a commit: measured with uncommitted changes."""
 
+UNDECODABLE = "surrogateescape"
+"""What becomes of bytes that are no UTF-8, such as those of a file in Latin-1: they stay distinct."""
+
 NAME = re.compile(r"\w[\w.-]*")
 """A commit as `git describe` names it; others could be several lines or an option."""
 
@@ -89,7 +92,7 @@ class History:
         if blob not in self._codes:
             source = self._git("cat-file", "blob", blob)
             code = blob if source is None else python_code(source)
-            self._codes[blob] = hashlib.sha256(code.encode()).hexdigest()
+            self._codes[blob] = hashlib.sha256(code.encode(errors=UNDECODABLE)).hexdigest()
         return self._codes[blob]
 
     def _ask(self, *names: str) -> None:
@@ -109,7 +112,8 @@ class History:
                 cwd=self.checkout,
                 input=text,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors=UNDECODABLE,
                 check=True,
             )
         except (OSError, subprocess.CalledProcessError):

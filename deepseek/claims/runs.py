@@ -2,25 +2,19 @@
 
 import os
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from deepseek.checkpoint.store import home
+from deepseek.claims.child import run_python
 from deepseek.claims.declaration import DeclaredClaims
 from deepseek.claims.evaluation import ClaimRow, results_folder
 from deepseek.errors import ConfigError
 
 MANY = "many"
 """Corpora that `benchmarks/corpora.py` puts into a folder of their own."""
-
-STOPPING_SECONDS = 60.0
-"""Longest time that an interrupted benchmark gets to stop at a safe point."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ def run_commands(
     for number, (name, words) in enumerate(commands.items(), 1):
         say(f"[{number}/{len(commands)}] {name}: python {shlex.join(words)}")
         try:
-            status = _run(words, checkout, os.environ | variables)
+            status = run_python(words, checkout, os.environ | variables)
         except KeyboardInterrupt:
             done = f"finished: {', '.join(finished)}" if finished else "nothing is finished"
             raise KeyboardInterrupt(f"interrupted during {name}, {done}; run it again") from None
@@ -147,36 +141,6 @@ def run_commands(
         else:
             finished.append(name)
     return failed
-
-
-def _run(words: list[str], checkout: Path, environment: dict[str, str]) -> int:
-    """Run Python and return its exit code; an interrupt is passed on once, and waited for."""
-    # A process group of its own: a terminal would interrupt it as well, and it would be twice.
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=checkout,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-    )
-    try:
-        return process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOPPING_SECONDS)
-        finally:
-            _end(process.pid)
-        raise
-
-
-def _end(group: int) -> None:
-    """End what is left of a process group."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def quick_commands(

@@ -1,12 +1,12 @@
 """`deepseek bench`: run one of the repository's benchmarks."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from deepseek.claims.child import run_python
 from deepseek.errors import UserError
 from deepseek.registry import pick
 
@@ -72,6 +72,4 @@ def bench(
         return
     pick(known, name, "measurement")
     script = FOLDER / f"{ALIASES.get(name, name)}.py"
-    raise typer.Exit(
-        subprocess.run([sys.executable, script, *context.args], check=False).returncode
-    )
+    raise typer.Exit(run_python([str(script), *context.args], Path.cwd(), os.environ))

@@ -12,7 +12,7 @@ from deepseek.claims.declaration import CHECKOUT, read_declaration
 from deepseek.claims.evaluation import ClaimRow, ClaimTable, MeasuredFigure, claim_table
 from deepseek.cli.options import Json
 from deepseek.cli.output import echo, plain, print_table
-from deepseek.errors import UserError
+from deepseek.errors import ConfigError, UserError
 from deepseek.registry import pick
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ QUICK_NOTE = "quick: tiny models and few steps, to see that the commands work; n
 def table(context: typer.Context, as_json: Json = False) -> None:
     """Print the claims, what was measured for each, and whether they are reached."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise ConfigError(
+                "--json belongs behind show; write `deepseek claims show NAME --json`."
+            )
         return
     found = claim_table(CHECKOUT)
     if as_json:

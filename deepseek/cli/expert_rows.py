@@ -7,7 +7,6 @@ from deepseek.cli.units import size
 from deepseek.errors import PackError
 from deepseek.packs.listing import read_manifest
 from deepseek.packs.lora import LoraManifest
-from deepseek.terminal import unicode_only
 
 
 def expert_row(name: str, path: Path) -> ExpertRow:
@@ -17,22 +16,19 @@ def expert_row(name: str, path: Path) -> ExpertRow:
         name: name of the expert, which is that of the file.
         path: the file, which may be damaged.
     """
-    # A file's name may have bytes that are no UTF-8, which no JSON text can hold.
-    row = ExpertRow(
-        name=unicode_only(name), path=unicode_only(str(path)), bytes=path.lstat().st_size
-    )
+    num_bytes = path.lstat().st_size
     try:
         manifest = read_manifest(path)
     except (PackError, OSError) as error:
-        return row.model_copy(update={"problem": unicode_only(str(error))})
+        return ExpertRow(name=name, path=str(path), bytes=num_bytes, problem=str(error))
     losses = {
         text: Loss(before=metric.before, after=metric.after)
         for text, metric in manifest.metrics.items()
     }
     return ExpertRow(
-        name=row.name,
-        path=row.path,
-        bytes=row.bytes,
+        name=name,
+        path=str(path),
+        bytes=num_bytes,
         kind="lora" if isinstance(manifest, LoraManifest) else "module",
         base=manifest.base.name,
         layers=list(manifest.layers),

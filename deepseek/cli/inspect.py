@@ -37,6 +37,7 @@ def attention(
     """
     import torch
 
+    from deepseek.checkpoint.files import writable_file
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.text.encode import long_texts
@@ -54,6 +55,7 @@ def attention(
     from deepseek.model.language_model import own_model
     from deepseek.train.loop.progress import ProgressBar
 
+    writable_file(out)
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
     loaded, tokenizer = load(base, device=device, dtype="float32")

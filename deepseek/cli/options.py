@@ -123,32 +123,44 @@ def arming(text: str) -> str | dict[str, float] | None:
     """Return the argument of `model.experts.arm` for a value of the option `--arm`.
 
     Raises:
-        ConfigError: a weight is not a number.
+        ConfigError: it names nothing, a name comes twice, or a weight is not a number.
     """
     if text.strip() in ("auto", "none"):
         return {"auto": "auto", "none": None}[text.strip()]
-    return {name: 1.0 if weight is None else weight for name, weight in weights(text).items()}
+    weighted = weights(text)
+    if not weighted:
+        raise ConfigError(f"{text!r} names no expert to arm; give names, auto or none.")
+    return {name: 1.0 if weight is None else weight for name, weight in weighted.items()}
 
 
 def weights(text: str) -> dict[str, float | None]:
     """Return the names in a comma-separated option with their weights, None without "=WEIGHT".
 
     Raises:
-        ConfigError: a weight is not a number.
+        ConfigError: a weight is not a number, or a name comes twice.
     """
     weighted: dict[str, float | None] = {}
     for part in names(text):
-        name, equals, number = part.rpartition("=")
-        try:
-            weighted[name.strip() if equals else part] = float(number) if equals else None
-        except ValueError:
-            if Path(part).is_file():  # a path with "=" in it
-                weighted[part] = None
-                continue
-            raise ConfigError(
-                f"The weight {number!r} of {name!r} is not a number; write NAME=0.7."
-            ) from None
+        name, weight = _weighted(part)
+        if name in weighted:
+            raise ConfigError(f"The expert {name!r} is given twice in {text!r}; name it once.")
+        weighted[name] = weight
     return weighted
+
+
+def _weighted(part: str) -> tuple[str, float | None]:
+    """Return the name and the weight of NAME=WEIGHT; None: there is no weight."""
+    name, equals, number = part.rpartition("=")
+    if not equals:
+        return part, None
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        if Path(part).is_file():  # a path with "=" in it
+            return part, None
+        raise ConfigError(
+            f"The weight {number!r} of {name!r} is not a number; write NAME=0.7."
+        ) from None
 
 
 def expert_packs(
@@ -167,7 +179,7 @@ def expert_packs(
 
     Raises:
         CheckpointError, HubError: "all" experts are asked for, and the base cannot be loaded.
-        ConfigError: a weight is not a number.
+        ConfigError: a weight is not a number, or a name comes twice.
         PackError: there is no such expert.
     """
     from deepseek.packs.library import find_pack, packs_for

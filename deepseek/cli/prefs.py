@@ -60,7 +60,10 @@ def add(
     """Add one pair."""
     from deepseek.data.preferences.files import preference
 
-    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": label or []}
+    labels = label or []
+    if not all(one.strip() for one in labels):
+        raise ConfigError("--label is empty; give a topic or flag, or leave it out.")
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": labels}
     with opened(database) as store:
         number = store.add(preference(record, "the pair", source))
     echo(f"preference {number}" if number else "this pair is already in the database")
@@ -134,7 +137,7 @@ def search(
     words: Annotated[
         str, typer.Argument(help="Words that must all occur; default: show all pairs.")
     ] = "",
-    limit: Annotated[int, typer.Option(help="Maximum number of pairs.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of pairs.")] = 10,
     database: Database = None,
     as_json: Json = False,
 ) -> None:
@@ -192,6 +195,8 @@ def split(
     """Set the share of held-out prompts. All pairs of a prompt are in the same split, and the
     assignment is deterministic.
     """
+    if not 0 <= share < 1:  # NaN too
+        raise ConfigError(f"SHARE {share:g} must be at least 0 and less than 1.")
     with existing(database) as store:
         store.set_eval_share(share)
         splits = store.statistics().splits

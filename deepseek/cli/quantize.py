@@ -7,6 +7,7 @@ import typer
 
 from deepseek.cli.options import Device
 from deepseek.cli.output import echo
+from deepseek.errors import ConfigError
 
 
 def quantize(
@@ -32,6 +33,8 @@ def quantize(
     from deepseek.export.quantize import quantize_model
     from deepseek.train.loop.progress import ProgressBar
 
+    if not 4 <= bits <= 8:  # NaN too
+        raise ConfigError(f"--bits {bits:g} must be from 4 to 8.")
     choose_device(device)  # a wrong one is told before anything is loaded
     with ProgressBar() as progress:
         result = quantize_model(model, out, bits=bits, device=device, progress=progress)

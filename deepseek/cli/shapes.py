@@ -5,16 +5,29 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from deepseek.claims.evaluation import ClaimRow, ClaimTable
 from deepseek.cli.output import echo
+from deepseek.terminal import unicode_only
 
 
 class JsonShape(BaseModel):
-    """Base of all shapes: no further fields, docstrings of fields in the schema."""
+    """Base of all shapes: no further fields, docstrings of fields in the schema, Unicode alone."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unicode(cls, value: object) -> object:
+        """Replace what no JSON text can hold: a file's name may have bytes that are no UTF-8."""
+        if isinstance(value, str):
+            return unicode_only(value)
+        if isinstance(value, dict):
+            return {cls._unicode(key): cls._unicode(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [cls._unicode(part) for part in value]
+        return value
 
 
 def print_json(shape: BaseModel) -> None:
@@ -129,8 +142,8 @@ class RunRow(JsonShape):
     state: str
     """`finished`, `unfinished` or `damaged`"""
 
-    figures: dict[str, str | int | float | bool] = {}
-    """Figures of a finished run: seconds, bytes, nats per token"""
+    figures: dict[str, str | int | float | bool | None] = {}
+    """Figures of a finished run: seconds, bytes, nats per token; null: not finite"""
 
     problem: str | None = None
     """Why a damaged one cannot be read"""

@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from deepseek.cli.options import arming, expert_packs
@@ -16,6 +18,7 @@ from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.start import start_engine
+from deepseek.terminal import visible
 from deepseek.train.loop.progress import ProgressBar
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
@@ -55,6 +58,7 @@ def opened(
         dtype: option `--dtype`.
     """
     choose_dtype(dtype, choose_device(device))  # before a base is fetched
+    armed = arming(arm or "auto")
     fetch(base)
     packs = expert_packs(experts, base)
     with ProgressBar(quiet=not sys.stderr.isatty()) as progress:
@@ -63,7 +67,7 @@ def opened(
         )
     with engine:
         if arm:
-            engine.arm(arming(arm))
+            engine.arm(armed)
         yield engine
 
 
@@ -84,11 +88,8 @@ def speak(
         The text, and the number of tokens written by each expert (None: the base alone).
     """
 
-    def emit(text: str, style: str) -> None:
-        console.print(plain(text, style), end="", soft_wrap=True)
-
     generation = engine.submit(request)
-    wrap = WordWrap.on(console, emit)
+    wrap = WordWrap.on(console, partial(emit, console))
     texts = []
     try:
         for event in generation:
@@ -101,6 +102,24 @@ def speak(
         wrap.close()
     console.print()
     return "".join(texts), generation.usage.experts
+
+
+def emit(console: Console, text: str, style: str) -> None:
+    """Print a piece of generated text as it is: Rich's `Text` would make spaces of its tabs, which
+    Makefiles and tables need.
+
+    Args:
+        console: where to print; what is no terminal gets no colour.
+        text: text, whose control characters are written out; line breaks and tabs stay.
+        style: Rich style; empty: none.
+    """
+    shown = visible(text, lines=True)
+    if not console.is_terminal:
+        console.file.write(shown)
+        console.file.flush()
+        return
+    segment = Segment(shown, console.get_style(style) if style else None)
+    console.print(Segments([segment]), end="", soft_wrap=True)
 
 
 def legend(shares: Mapping[str | None, int], palette: Palette) -> Text:

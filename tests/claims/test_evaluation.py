@@ -193,6 +193,15 @@ def test_comments_docstrings_and_layout_are_no_code(
     assert History(checkout).changed(commit, paths) == (paths if changed else [])
 
 
+def test_code_that_is_no_utf_8_is_compared(checkout: Path) -> None:
+    step = checkout / "package" / "engine" / "step.py"
+    step.write_bytes(b"# -*- coding: latin-1 -*-\nname = 'caf\xe9'\n")
+    commit = commit_all(checkout)
+    step.write_bytes(b"# -*- coding: latin-1 -*-\nname = 'caf\xe8'\n")
+    commit_all(checkout)
+    assert History(checkout).changed(commit, ["package/engine"]) == ["package/engine"]
+
+
 def test_a_new_or_removed_file_changes_its_folder(checkout: Path) -> None:
     commit = commit_all(checkout)
     (checkout / "package" / "engine" / "empty.py").write_text("")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from claim_files import commit_all, make_checkout, write_result
 
+from deepseek.claims.child import STOPS, run_python
 from deepseek.claims.declaration import read_declaration
 from deepseek.claims.evaluation import claim_table
 from deepseek.claims.history import History
@@ -88,6 +89,25 @@ def test_a_claim_in_full_has_protocol_sides_machine_commit_and_command(
         assert part in printed
     assert call("show", "better", "--json") == 0
     assert json.loads(capsys.readouterr().out)["why"] == "Too little text."
+
+
+@pytest.mark.parametrize("spoilt", ['{"rounds": {"ou', "[]", "null"])
+def test_a_spoilt_result_is_named(
+    spoilt: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "benchmarks" / "results" / "speed.json").write_text(spoilt)
+    for words in ((), ("show", "better"), ("run", "fast")):
+        assert call(*words) == 2
+        said = capsys.readouterr().err
+        assert "results/speed.json" in said and "restore it or delete it" in said
+
+
+def test_json_before_the_subcommand_is_refused(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("--json", "show", "fast") == 2
+    told = capsys.readouterr()
+    assert "write `deepseek claims show NAME --json`" in told.err and not told.out
 
 
 @pytest.mark.parametrize("words", [("show", "fats"), ("run", "fats"), ("run", "fats", "--quick")])
@@ -202,7 +222,17 @@ def test_what_an_interrupted_run_keeps_is_not_found_after_a_change(checkout: Pat
     assert History(checkout).version(paths, "x.py WORK") != before
 
 
-def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 0, "interrupted during slow, nothing is finished"),
+        (signal.SIGTERM, 128 + signal.SIGTERM, ""),
+        (signal.SIGHUP, 128 + signal.SIGHUP, ""),
+    ],
+)
+def test_a_benchmark_that_is_told_to_stop_does_so_at_a_safe_point(
+    number: signal.Signals, status: int, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "slow.py").write_text(STOPS_SAFELY)
     note = tmp_path / "note"
     program = (
@@ -210,6 +240,7 @@ def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
         "from deepseek.claims.runs import run_commands\n"
         # Background jobs of a shell are started with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "try:\n run_commands({'slow': ['slow.py', sys.argv[1]]}, Path(sys.argv[2]), print)\n"
         "except KeyboardInterrupt as stop:\n print(stop)"
     )
@@ -218,7 +249,23 @@ def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not note.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         printed, _ = process.communicate(timeout=60)
     assert note.read_text() == "stopped safely"
-    assert "interrupted during slow, nothing is finished" in printed
+    assert said in printed
+    assert process.returncode == status
+
+
+def test_an_ignored_hang_up_stays_ignored_and_handlers_come_back(tmp_path: Path) -> None:
+    (tmp_path / "hang_up.py").write_text("import os, signal; os.kill(os.getppid(), signal.SIGHUP)")
+    before = [signal.getsignal(number) for number in STOPS]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+        assert run_python(["hang_up.py"], tmp_path, os.environ) == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit):
+            run_python(["hang_up.py"], tmp_path, os.environ)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        for number, handler in zip(STOPS, before, strict=True):
+            signal.signal(number, handler)

@@ -1,6 +1,10 @@
 """`deepseek bench` lists the measurements and hands their options on."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +38,32 @@ def test_measurements_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_are_handed_on(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("preferences", "--help") == 0
     assert "--json" in capfd.readouterr().out
+
+
+def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    (tmp_path / "slow.py").write_text(
+        '"""Waits."""\nimport time\nfrom pathlib import Path\n\n\n'
+        "def main(note):\n"
+        "    try:\n        note.write_text('started')\n        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n"
+        "        time.sleep(1)  # longer than `subprocess.run` would wait\n"
+        f"        note.write_text('stopped safely')\n\n\nmain(Path({str(note)!r}))\n"
+    )
+    program = (
+        "import signal, sys\nfrom pathlib import Path\n"
+        "from deepseek.cli import bench\nfrom deepseek.cli.main import main\n"
+        # Background jobs of a shell are started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "bench.FOLDER = Path(sys.argv[1])\nmain(['bench', 'slow'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) as process:
+        deadline = time.monotonic() + 60
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert note.read_text() == "stopped safely"
 
 
 def test_a_misspelt_name_is_answered(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,13 @@ def test_a_spoilt_pack_says_why(home: Path, capsys: Capture) -> None:
     assert row["kind"] is None
 
 
+def test_a_figure_that_is_not_finite_is_null(home: Path, capsys: Capture) -> None:
+    (home / "runs" / "poems" / "result.json").write_text('{"after": NaN, "before": Infinity}')
+    printed = output(capsys, "runs show poems")
+    jsonschema.validate(printed, SHAPES["runs show"].model_json_schema())
+    assert printed["figures"] == {"after": None, "before": None}
+
+
 def test_an_evaluation_has_the_documented_shape() -> None:
     rows = [Comparison("poems", 100, 3.0, 2.0, 1.5), Comparison("prose", 50, 3.0, 3.0)]
     shape = evaluation("tiny", ["poems"], rows, (0.1, 0.2), 10)
@@ -158,10 +165,19 @@ def test_eval_against_has_a_file_of_its_own(capsys: Capture) -> None:
     assert "result.json" in capsys.readouterr().err
 
 
-def test_a_file_whose_name_is_no_utf_8_is_listed(home: Path, capsys: Capture) -> None:
-    (home / "experts" / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"x")
-    with pytest.raises(SystemExit) as stop:
-        main(["expert", "list", "--json"])
-    assert (stop.value.code or 0) == 0
-    rows = json.loads(capsys.readouterr().out)["experts"]
-    assert "caf\ufffd" in [row["name"] for row in rows]
+@pytest.mark.parametrize(
+    ("command", "key", "file"),
+    [
+        ("expert list", "experts", b"experts/caf\xe9.safetensors"),
+        ("models list", "models", b"models/caf\xe9/config.json"),
+        ("runs list", "runs", b"runs/caf\xe9/request.json"),
+        ("runs list", "runs", b"runs/caf\xe9/result.json"),
+    ],
+)
+def test_a_file_whose_name_is_no_utf_8_is_listed(
+    command: str, key: str, file: bytes, home: Path, capsys: Capture
+) -> None:
+    path = home / os.fsdecode(file)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[")
+    assert "caf\ufffd" in [row["name"] for row in output(capsys, command)[key]]

@@ -100,6 +100,8 @@ def test_version(capsys: Capture) -> None:
         (["expert", "sign", "x"], ["--key"]),
         (["align", "--method", "gprpo"], ["Invalid value for '--method': 'gprpo' is not one of"]),
         (["expert", "keygen", "../key"], ["letters"]),
+        (["quantize", "tiny", "--out", "x", "--bits", "3"], ["--bits 3 must be from 4 to 8"]),
+        (["quantize", "tiny", "--out", "x", "--bits", "nan"], ["--bits nan must be"]),
     ],
     ids=" ".join,
 )

@@ -17,6 +17,7 @@ COMMANDS = (
     "data code TEXT OUT",
     "data questions --out OUT --from-folder TEXT",
     "data mathematics OUT --count 1000000000",
+    "inspect attention OUT.png --base BASE",
     "prefs export OUT.jsonl --database TEXT/prefs.db",
     "prefs export OUT.parquet --database TEXT/prefs.db",
 )

@@ -56,6 +56,22 @@ def test_a_mistyped_database_is_refused_and_not_created(
     assert Path("pairs.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("search --limit -1", "Invalid value for '--limit'"),
+        ("split nan", "SHARE nan must be at least 0 and less than 1."),
+        ("split 1", "SHARE 1 must be"),
+        ("add --prompt Hi --chosen Yes --rejected No --label=", "--label is empty"),
+    ],
+)
+def test_a_wrong_value_is_told_by_the_name_of_its_option(
+    words: str, told: str, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*words.split(), "--database", str(database)) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_an_export_without_pairs_leaves_the_file(
     database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from tiny_expert import save_base, save_expert
 
 from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
-from deepseek.cli.speak import Palette, speak
+from deepseek.cli.speak import Palette, emit, speak
 from deepseek.data import Document, TokenShards
 from deepseek.engine.adapters import import_adapter
 from deepseek.engine.engine import Engine
@@ -141,6 +141,10 @@ def test_a_weight_scales_an_expert(base_folder: Path, pack: Path, capsys: Captur
         (("--experts", "nope"), "nope"),
         (("--experts", "always=much"), "'much'"),
         (("--experts", "always=3"), "at most 2"),
+        (("--experts", "always,always=0.5"), "'always' is given twice"),
+        (("--experts", "always", "--arm", "always=1, always"), "'always' is given twice"),
+        (("--experts", "always", "--arm", " "), "names no expert"),
+        (("--experts", "always", "--arm", ","), "names no expert"),
         (("--experts", "always", "--arm", "always=-1"), "above 0"),
         (("--experts", "always", "--arm", "alwys"), "alwys"),
         (("--temperature", "99"), "Invalid value for '--temperature'"),
@@ -205,13 +209,24 @@ def test_chat_plugs_arms_and_unplugs(
     assert "unplugged always" in shown and "always 4" in shown
 
 
-@pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope"])
+@pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope", "/arm ,"])
 def test_chat_survives_mistakes(
     line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
     assert "error: " in shown and "/unplug" in shown and "Unplug an expert by name" in shown
+
+
+def test_tabs_stay_tabs() -> None:
+    pieces = (("all:", "cyan"), ("\t", "cyan"), ("cc\x1b", ""), (" a.c\n", ""))
+    for terminal in (False, True):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, width=4, color_system="standard")
+        for text, style in pieces:
+            emit(console, text, style)
+        colour, end = ("\x1b[36m", "\x1b[0m") if terminal else ("", "")
+        assert file.getvalue() == f"{colour}all:{end}{colour}\t{end}cc\\x1b a.c\n"
 
 
 class Interrupted(Console):
@@ -238,7 +253,7 @@ def test_an_interrupted_answer_costs_nothing_more(
     with start_engine(base_folder) as engine:
         request = Request((5, 17), Sampling(60), ignore_end=True)
         with pytest.raises(KeyboardInterrupt):
-            speak(engine, request, Interrupted(), Palette())
+            speak(engine, request, Interrupted(force_terminal=True), Palette())
         assert engine.drain(timeout=30)
         assert engine.stats().finished["cancelled"] == 1
 
