@@ -1,5 +1,6 @@
 """Figures with their units."""
 
+import math
 from datetime import timedelta
 
 BYTES = ("bytes", "memory", "size")
@@ -29,7 +30,7 @@ def with_unit(name: str, value: object) -> str:
         name: name of the figure in `result.json`, such as `peak_memory`.
         value: its value.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
     words = name.lower().split("_")
     if "seconds" in words:

@@ -21,6 +21,8 @@ from deepseek.cli.waiting import Waiting
         ("learning_rate", 0.004, "0.004"),
         ("verdict", "better by 4.5 %", "better by 4.5 %"),
         ("cooling", True, "True"),
+        ("seconds", float("nan"), "nan"),
+        ("num_bytes", float("inf"), "inf"),
     ],
 )
 def test_a_figure_has_the_unit_that_its_name_implies(name: str, value: object, shown: str) -> None:

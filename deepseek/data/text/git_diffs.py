@@ -14,6 +14,9 @@ MAX_COMMIT_CHARACTERS = 32_000
 nothing.
 """
 
+MESSAGE_ENCODINGS = ("iso-8859-1", "iso-8859-15", "latin1", "windows-1252")
+"""Encodings of messages, beside UTF-8, as git writes their names into commits."""
+
 BLOB_MODES = (FileMode.BLOB, FileMode.BLOB_EXECUTABLE, FileMode.LINK)
 
 
@@ -76,10 +79,18 @@ def commit_document(
     if not changes:
         skipped["commit without text"] += 1
         return None
-    # Not `commit.message`, which takes the name of an encoding from the commit.
-    message = commit.raw_message.decode("utf-8", "replace").strip()
-    text = f"{message}\n\n{changes}"
+    text = f"{message_of(commit)}\n\n{changes}"
     return Document(text, commit_name(name, commit), "commit", commit.commit_time)
+
+
+def message_of(commit: pygit2.Commit) -> str:
+    """Return the message of a commit.
+
+    Not `commit.message`, which takes any encoding that the commit names.
+    """
+    named = (commit.message_encoding or "").lower()
+    encoding = named if named in MESSAGE_ENCODINGS else "utf-8"
+    return commit.raw_message.decode(encoding, "replace").strip()
 
 
 def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:

@@ -9,11 +9,12 @@ import pygit2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pygit2.enums import FileMode, ResetMode
+from pygit2.enums import FileMode, ObjectType, ResetMode
 
 from deepseek.data import read_git, read_git_by_time
 from deepseek.data.text.document import Document
 from deepseek.data.text.filters import Skipped
+from deepseek.data.text.git import repository_name
 from deepseek.errors import DataError
 
 Commit = Callable[..., str]
@@ -57,6 +58,34 @@ def test_commits_are_message_and_diff_newest_first(repository: Path, commit: Com
     assert oldest.text.startswith(
         "Add f\n\nIt returns one.\n\n--- /dev/null\n+++ a.py\n@@\n+def f():\n"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ISO-8859-1", "windows-1252", "utf-8", "idna"])
+def test_a_message_is_read_in_its_encoding(repository: Path, commit: Commit, encoding: str) -> None:
+    made = commit({"a.py": "a = 1\n"}, "one", 100)
+    history = pygit2.Repository(str(repository))
+    raw = history[made].read_raw().partition(b"\n\n")[0]
+    said = "Größe geändert".encode("utf-8" if encoding == "idna" else encoding)
+    other = history.write(
+        ObjectType.COMMIT, raw + f"\nencoding {encoding}\n\n".encode() + said + b"\n"
+    )
+    (document,) = [d for d in read_git(repository, str(other)) if d.kind == "commit"]
+    assert document.text.startswith("Größe geändert\n\n")
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://example.org/shop.git", "shop"),
+        ("git@example.org:shop.git", "shop"),
+        ("git@example.org:team/shop", "shop"),
+        ("https://example.org/.git", "folder"),
+    ],
+)
+def test_a_repository_has_the_name_of_its_origin(url: str, name: str, tmp_path: Path) -> None:
+    repository = pygit2.init_repository(tmp_path / "folder")
+    repository.remotes.create("origin", url)
+    assert repository_name(repository) == name
 
 
 def test_the_form_of_a_diff_does_not_depend_on_git_settings(
