@@ -5,6 +5,7 @@ import torch
 from attached_fixtures import attached, plug_random
 from tiny_families import FAMILIES, tiny_family
 from tiny_tokenizer import tiny_tokenizer
+from waiting import wait_for
 
 from deepseek.engine import attached_runner
 from deepseek.engine.attached_runner import AttachedRunner, AttachedState, tensor_bytes
@@ -125,7 +126,7 @@ def test_without_any_memory_a_batch_ends_and_the_engine_goes_on(
         monkeypatch.setattr(AttachedRunner, "_decode", decode)
         for generation in engine.submit_all([request] * 3):
             assert "out of memory" in (list(generation)[-1].error or "")
-        assert engine.stats().reserved_bytes == 0
+        wait_for(lambda: engine.stats().reserved_bytes == 0)
         assert list(engine.submit(request)) == expected
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_expert import save_expert
 from tiny_model import KINDS, tiny_model
+from waiting import wait_for
 
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
@@ -311,8 +312,7 @@ def test_requests_are_taken_together_or_not_at_all(monkeypatch: pytest.MonkeyPat
         assert [len(list(generation)) for generation in held] == [4] * 4
         for _ in range(20):
             assert [len(list(one)) for one in engine.submit_all([request] * 5)] == [4] * 5
-            while engine.stats().running:
-                time.sleep(0.001)
+            wait_for(lambda: not engine.stats().running)
 
 
 def test_more_requests_than_ever_have_a_place_are_refused_for_good() -> None:
@@ -367,7 +367,7 @@ def test_an_error_after_an_error_does_not_end_the_engine(
                 event = list(generation)[-1]
                 assert event.finish_reason == "error"
                 assert event.error is not None and "out of memory (Tried to" in event.error
-        assert engine.stats().reserved_bytes == 0
+        wait_for(lambda: engine.stats().reserved_bytes == 0)
         assert list(engine.submit(LONG)) == expected
 
 
@@ -381,7 +381,7 @@ def test_a_failing_batch_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch
             "error",
             "ZeroDivisionError: division by zero",
         )
-        assert engine.stats().reserved_bytes == 0
+        wait_for(lambda: engine.stats().reserved_bytes == 0)
         assert list(engine.submit(LONG)) == expected
 
 
