@@ -115,10 +115,12 @@ def _cached(
 
 
 def _state(file: Path) -> tuple[str, int, int, int, int]:
-    """Return what changes with a file's content: a copy may keep its size and its time."""
-    found = file.stat()
+    """Return what changes with a file's content: path in hexadecimal, as it may be no UTF-8, inode,
+    bytes, and both times in ns. A copy may keep size and modification time.
+    """
+    status = file.stat()
     path = os.fsencode(file.resolve()).hex()
-    return path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def weights_digest(files: list[Path]) -> str:

@@ -12,7 +12,7 @@ DIRTY = "-dirty"
 """Mark behind a commit: measured with uncommitted changes."""
 
 UNDECODABLE = "surrogateescape"
-"""What becomes of bytes that are no UTF-8, such as those of a file in Latin-1: they stay distinct."""
+"""Error handler of the codec: bytes that are no UTF-8, as in a file in Latin-1, stay distinct."""
 
 NAME = re.compile(r"\w[\w.-]*")
 """A commit as `git describe` names it; others could be several lines or an option."""

@@ -6,6 +6,7 @@ from deepseek.train.jobs.arguments import AlignArguments
 align = job_command(
     "align:align",
     AlignArguments,
-    "Align a model with preferences. If interrupted, the same command resumes it; dpo and rloo start again.",
+    "Align a model with preferences. If interrupted, the same command resumes it; dpo and rloo "
+    "start again.",
     positional="base",
 )

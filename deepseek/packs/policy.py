@@ -47,14 +47,15 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     """
     words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
     # SPDX identifiers do not differ by case, and that of the base comes as its card spells it.
-    # "+", or a later version, is accepted with the version.
-    denied = {_identifier(name) for name in policy.deny}
-    allowed = None if policy.allow is None else {_identifier(name) for name in policy.allow}
+    denied = {name.lower() for name in policy.deny}
+    allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
     for licence in words:
-        name = _identifier(licence)
+        name = licence.lower()
         if name in ("", "and", "or", "with"):
             continue
-        if name in denied or (allowed is not None and name not in allowed):
+        # "+" offers the version or a later one, and is judged as the version.
+        names = {name, name.removesuffix("+")}
+        if names & denied or (allowed is not None and not names & allowed):
             raise PackError(
                 f"its licence {licence} is not accepted here; change the licence policy to use it"
             )
@@ -95,7 +96,3 @@ def check_base(manifest: PackManifest, base: BaseDescription) -> None:
                 f"it was made for another base ({manifest.base.name or 'unnamed'}): its {field} "
                 f"{required}, this model's {actual}; load that base or train the expert on this one"
             )
-
-
-def _identifier(licence: str) -> str:
-    return licence.lower().removesuffix("+")

@@ -203,6 +203,8 @@ def test_a_damaged_key_in_the_trust_folder_is_named(tmp_path):
         ("GPL-3.0-only", PackPolicy(deny=frozenset({"gpl-3.0-only"})), False),
         ("GPL-2.0+", PackPolicy(deny=frozenset({"GPL-2.0"})), False),
         ("GPL-2.0+", PackPolicy(allow=frozenset({"GPL-2.0+"})), True),
+        ("GPL-2.0+", PackPolicy(allow=frozenset({"GPL-2.0"})), True),
+        ("GPL-2.0", PackPolicy(allow=frozenset({"GPL-2.0+"})), False),
         ("LicenseRef-Own", PackPolicy(deny=frozenset({"licenseref-own"})), False),
         (
             "GPL-2.0-only WITH Classpath-exception-2.0",

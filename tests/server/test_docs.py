@@ -3,13 +3,13 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from live_server import Live
+from processes import run
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
@@ -50,9 +50,7 @@ def shell(lines: str, folder: Path) -> str:
         "NO_PROXY": "*",
     }
     command = ["bash", "-eo", "pipefail", "-c", lines]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    done = run(command, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -84,9 +82,7 @@ def test_llm(server: Live, folder: Path) -> None:
 def test_openai(server: Live) -> None:
     server.engine.plug(server.folder / "one.safetensors")
     for block in blocks("python", "from openai", server.url):
-        done = subprocess.run(
-            [sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run([sys.executable, "-c", block])
         assert done.returncode == 0, done.stderr
         assert re.search(r"\{'one': \d+\}$", done.stdout), done.stdout
     server.engine.unplug("one")

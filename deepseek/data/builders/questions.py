@@ -116,7 +116,9 @@ def all_questions(documents: Iterable[Document]) -> list[Question]:
     Questions that give their own answer away are dropped.
     """
     stated = [(document.name, facts_of(document)) for document in documents]
-    places = Counter(what for _, facts in stated for what in {fact.what for fact in facts})
+    places: Counter[str] = Counter()
+    for _, facts in stated:
+        places.update({fact.what for fact in facts})
     return list(
         chain.from_iterable(
             questions_about(

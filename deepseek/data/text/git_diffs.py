@@ -88,8 +88,9 @@ def message_of(commit: pygit2.Commit) -> str:
 
     Not `commit.message`, which takes any encoding that the commit names.
     """
-    named = (commit.message_encoding or "").lower()
-    encoding = named if named in MESSAGE_ENCODINGS else "utf-8"
+    encoding = (commit.message_encoding or "").lower()
+    if encoding not in MESSAGE_ENCODINGS:
+        encoding = "utf-8"
     return commit.raw_message.decode(encoding, "replace").strip()
 
 

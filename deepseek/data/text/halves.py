@@ -53,7 +53,7 @@ def halve(
     groups = [list(group) for _, group in groupby(sorted(documents, key=key), key)]
     whole = between_groups(groups)
     if by != "time":
-        first, last = map(named, whole)
+        first, last = map(file_names, whole)
         whole = (
             [without_files(document, last) for document in whole[0]],
             [without_files(document, first) for document in whole[1]],
@@ -72,18 +72,18 @@ def changed_files(commit: Document) -> list[str]:
     return [f"{repository}/{patch.path}" for patch in patches] or [commit.name]
 
 
-def named(documents: Iterable[Document]) -> set[str]:
+def file_names(documents: Iterable[Document]) -> set[str]:
     """Return the names of all documents but commits."""
     return {document.name for document in documents if document.kind != "commit"}
 
 
 def without_files(document: Document, names: AbstractSet[str]) -> Document:
     """Return a commit without the changes of these files; other documents unchanged."""
-    if document.kind != "commit" or names.isdisjoint(changed_files(document)):
+    if document.kind != "commit":
         return document
+    repository = document.name.rsplit("@", 1)[0]
     message, patches = message_and_patches(document.text)
-    files = changed_files(document)
-    left = [patch.text for patch, file in zip(patches, files, strict=True) if file not in names]
+    left = [patch.text for patch in patches if f"{repository}/{patch.path}" not in names]
     return replace(document, text="".join([message, *left]))
 
 

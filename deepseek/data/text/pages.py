@@ -16,7 +16,8 @@ CONTENT = words("article main")
 """HTML elements whose header is the head of a text, not that of the site."""
 
 BREAKS = words(
-    "p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre"
+    "p div section article main h1 h2 h3 h4 h5 h6 "
+    "li dt dd tr table ul ol dl br hr blockquote figure pre"
 )
 """HTML elements that begin and end a line."""
 

@@ -160,7 +160,7 @@ RULES = (
     *published("telegram-token", ":", "Telegram Bot Token"),
     own("jwt", "eyJ", JWT, 1),
     Rule("password", ("://",), ADDRESS, 1),
-    Rule("password", ('"', "'"), ASSIGNED, 1),
+    Rule("password", ('"', "'", "`"), ASSIGNED, 1),
     Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1),
 )
 

@@ -121,6 +121,7 @@ def test_nothing_is_left_of_the_password_in_an_address(password: str, after: str
         ("$config['password'] = '", "hunter2hunter2", "'"),
         ('{"x-api-key": "', "abcdef0123456789abcdef", '"}'),
         ("const password = `", "hunter2hunter2", "`"),
+        ("const apiKey = `", "abcdef0123456789abcdef", "`"),
         ('api_key = b"', "abcdef0123456789abcdef", '"'),
         (r'"{\"password\": \"', "hunter2hunter2", r'\"}"'),
         ('password = "', "S3cr3t#2024!", '"'),
