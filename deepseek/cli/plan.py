@@ -68,14 +68,17 @@ def plan(
         int | None, typer.Option(help="8 or 4: quantised weights, in training the frozen ones.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="mixed, float32 or bfloat16.", rich_help_panel=Training)
-    ] = "mixed",
+        str | None,
+        typer.Option(help="mixed, float32 or bfloat16; default: mixed.", rich_help_panel=Training),
+    ] = None,
     zero: Annotated[
-        int, typer.Option(min=0, max=3, help="Stage of ZeRO.", rich_help_panel=Training)
-    ] = 3,
+        int | None,
+        typer.Option(min=0, max=3, help="Stage of ZeRO; default: 3.", rich_help_panel=Training),
+    ] = None,
     trained: Annotated[
-        float, typer.Option(help="Share of trained parameters.", rich_help_panel=Training)
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Share of trained parameters; default: 1.", rich_help_panel=Training),
+    ] = None,
     tokens: Annotated[
         float | None,
         typer.Option(
@@ -83,12 +86,12 @@ def plan(
         ),
     ] = None,
     recompute: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="Recompute activations in the backward pass to save memory.",
+            help="Recompute activations in the backward pass to save memory; default: yes.",
             rich_help_panel=Training,
         ),
-    ] = True,
+    ] = None,
     deepspeed: Annotated[
         Path | None,
         typer.Option(
@@ -96,8 +99,11 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=Inference)
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32; default: bfloat16.", rich_help_panel=Inference
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -126,34 +132,31 @@ def plan(
         print_inference,
         print_training,
         starting_options,
+        without_missing,
     )
 
     if preset and config:
         raise ConfigError("--preset and --config both name the model; give one of them.")
     check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
-    formats = {
-        "zero": None if zero == 3 else zero,
-        "precision": None if precision == "mixed" else precision,
-    }
     if is_inference:
         refuse_ignored(
             "configures training, not --inference or --profile",
-            **formats,
+            zero=zero,
+            precision=precision,
             deepspeed=deepspeed,
             tokens=tokens,
-            trained=None if trained == 1 else trained,
-            no_recompute=None if recompute else True,
+            trained=trained,
+            recompute=recompute or None,
+            no_recompute=True if recompute is False else None,
         )
     else:
-        refuse_ignored(
-            "goes with --inference or --profile",
-            dtype=None if dtype == "bfloat16" else dtype,
-            bandwidth=bandwidth,
-        )
+        refuse_ignored("goes with --inference or --profile", dtype=dtype, bandwidth=bandwidth)
     if deepspeed:
         refuse_ignored(
-            "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision", **formats
+            "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision",
+            zero=None if zero == 3 else zero,
+            precision=None if precision == "mixed" else precision,
         )
         writable_file(deepspeed)
     options = starting_options(profile, inference).overridden(
@@ -169,11 +172,16 @@ def plan(
         model = ModelChoice.of(options.preset, config)
         hardware = options.hardware(memory, teraflops, bandwidth)
         if is_inference:
-            print_inference(model, options, hardware, dtype, as_json)
+            print_inference(model, options, hardware, dtype or "bfloat16", as_json)
             return
-        training = TrainingOptions(
-            model.tokens if tokens is None else tokens, recompute, precision, zero, trained
-        )
+        given = {
+            "tokens": tokens,
+            "recompute": recompute,
+            "precision": precision,
+            "zero": zero,
+            "trained": trained,
+        }
+        training = TrainingOptions(**{"tokens": model.tokens} | without_missing(given))
         print_training(model, options, hardware, training, deepspeed, as_json)
 
 

@@ -23,6 +23,11 @@ LABELS = {"keys_values": "keys and values"}
 """Names of parts of the memory that are not those of their fields."""
 
 
+def without_missing(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options without those that are not given: None and ""."""
+    return {name: value for name, value in options.items() if value not in (None, "")}
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options that plans of training and of inference share.
@@ -47,9 +52,7 @@ class PlanOptions:
 
     def overridden(self, **given: Any) -> "PlanOptions":
         """Return these options with those that the user gives; None and "" are not given."""
-        return replace(
-            self, **{name: value for name, value in given.items() if value not in (None, "")}
-        )
+        return replace(self, **without_missing(given))
 
     def hardware(
         self, memory: float | None, teraflops: float | None, bandwidth: float | None
@@ -125,11 +128,11 @@ class ModelChoice:
 class TrainingOptions:
     """Options that only plans of training have; see `deepseek.planning.plan`."""
 
-    tokens: float
-    recompute: bool
-    precision: str
-    zero: int
-    trained: float
+    tokens: float = TOKENS
+    recompute: bool = True
+    precision: str = "mixed"
+    zero: int = 3
+    trained: float = 1.0
 
 
 def print_inference(

@@ -73,6 +73,7 @@ def export_model(
     target = FORMATS[to]
     dtype = dtype or next(iter(target.limits))
     limit = pick(target.limits, dtype, f"dtype of {to}")
+    target.check()
     # The exported graph is checked on the CPU, whose float16 is slow but exact enough for that.
     progress(0, 0, f"loading {base}")
     weights = DTYPES["float32" if to == "openvino" else dtype]
@@ -146,7 +147,6 @@ def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
     """Write `model.onnx` and its weights, `model.onnx.data`; return how to run them."""
     runtime = package("onnxruntime", EXTRA)
     graph = Graph(model)
-    package("onnxscript", EXTRA)
     graph.write(folder / "model.onnx")
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return _stateless(graph, lambda feeds: session.run(None, feeds))
@@ -177,13 +177,8 @@ def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
     run it.
 
     Raises:
-        ConfigError: there is no GPU.
         CheckpointError: TensorRT cannot read the graph or build the engine.
     """
-    if GPU == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "A TensorRT engine is built on the GPU that will run it; this needs a GPU and tensorrt."
-        )
     trt = package("tensorrt", "tensorrt")
     graph = Graph(model)
     graph.write(folder / "model.onnx")
@@ -246,24 +241,52 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
     return [output.cpu().numpy() for output in outputs]
 
 
+def check_packages(*names: str) -> None:
+    """Raise `ConfigError` unless packages of the extra `export` are installed."""
+    for name in names:
+        package(name, EXTRA)
+
+
+def check_tensorrt() -> None:
+    """Raise `ConfigError` unless there are a GPU and TensorRT."""
+    if GPU == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "A TensorRT engine is built on the GPU that will run it; this needs a GPU and tensorrt."
+        )
+    package("tensorrt", "tensorrt")
+
+
 class Format(NamedTuple):
     """An export format.
 
     Attributes:
+        check: raises `ConfigError`, before anything is loaded, if this machine cannot write it.
         write: writes a model to a folder, with weights in a dtype, and returns how to run the
             result.
         limits: dtype of the weights -> maximum `difference`; the first dtype is the default.
     """
 
+    check: Callable[[], None]
     write: Callable[[DeepSeekModel, Path, str], Step]
     limits: dict[str, float]
 
 
 FORMATS = {
-    "onnx": Format(lambda model, folder, _: write_onnx(model, folder), {"float32": 1e-4}),
-    "openvino": Format(write_openvino, {"float16": 1e-2, "float32": 1e-4, "int8": 2e-1}),
-    "tensorrt": Format(lambda model, folder, _: write_tensorrt(model, folder), {"float16": 2e-2}),
+    "onnx": Format(
+        lambda: check_packages("onnxruntime", "onnxscript"),
+        lambda model, folder, _: write_onnx(model, folder),
+        {"float32": 1e-4},
+    ),
+    "openvino": Format(
+        lambda: check_packages("onnxscript", "openvino", "nncf"),
+        write_openvino,
+        {"float16": 1e-2, "float32": 1e-4, "int8": 2e-1},
+    ),
+    "tensorrt": Format(
+        check_tensorrt, lambda model, folder, _: write_tensorrt(model, folder), {"float16": 2e-2}
+    ),
     "hf": Format(
+        lambda: None,
         lambda model, folder, _: write_stock(model, folder),
         {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5},
     ),

@@ -264,9 +264,18 @@ def test_mistakes_are_told(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
             export_model(
                 *arguments[:3], **dict(zip(("dtype", "experts"), arguments[3:], strict=False))
             )
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"pip install 'deepseek-dmoe\[export\]'"):
-        export_model(base, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("openvino", "nncf")]
+)
+def test_a_missing_package_is_told_before_anything_is_loaded(
+    to: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"{name}.*pip install 'deepseek-dmoe\[export\]'"):
+        export_model(tmp_path / "no such base", tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
