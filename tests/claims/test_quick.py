@@ -21,7 +21,6 @@ WITHOUT = {
     "compiled_kinds_gemma": "compiled_kinds with the weights of gemma3-270m",
     "decode_avx2": "decode on a processor that is imitated",
     "int8_quality_gemma": "int8_quality with the weights of gemma3-270m",
-    "many_experts_24": "many_experts with other counts",
     "scale_1.2b": "scale_8b with another shape",
 }
 """Results without a quick command."""
