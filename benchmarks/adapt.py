@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
 from results import write
 
 HELD_OUT = 0.15
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=existing_path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
@@ -125,4 +126,4 @@ def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from entry import run_main
 from peft import LoraConfig, PeftModel, get_peft_model
 from results import write
 from transformers import AutoModelForCausalLM
@@ -141,4 +142,4 @@ def timed(call: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

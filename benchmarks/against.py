@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
 from results import FOLDER, write
 from rich.console import Console
 
@@ -32,7 +33,9 @@ def main() -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that paths start from")
+    parser.add_argument(
+        "--root", type=existing_path, default=Path(), help="folder that paths start from"
+    )
     parser.add_argument("--against", default="rag,lora,full")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
@@ -133,4 +136,4 @@ def joined(parts: list[CompletionScores]) -> CompletionScores:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from entry import run_main
 from results import add_output, write
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -338,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from entry import existing_path, run_main
 from results import write
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--corpora", type=Path, default=home() / "corpora")
+    parser.add_argument("--corpora", type=existing_path, default=home() / "corpora")
     parser.add_argument(
         "--work",
         type=Path,
@@ -143,7 +144,7 @@ def main() -> None:
         "--experts", nargs="+", help="trained experts to compare in place of the set's eight"
     )
     parser.add_argument(
-        "--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py"
+        "--chats", type=existing_path, help="conversations, one a line, as for chat_neutrality.py"
     )
     parser.add_argument("--only", nargs="*", help="train these experts and stop")
     parser.add_argument("--json", type=Path, help="file to write, and a picture beside it")
@@ -453,4 +454,4 @@ def draw(rows: list[dict[str, Any]], experts: tuple[str, ...], path: Path) -> No
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

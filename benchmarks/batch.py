@@ -32,6 +32,7 @@ import gguf
 import httpx
 from bars import draw
 from decode import write_gguf
+from entry import run_main
 from latency import Prompts, stream
 from results import write
 from served import served
@@ -245,4 +246,4 @@ class LlamaServer:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

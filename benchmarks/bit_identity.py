@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from entry import run_main
 from results import add_output, write
 
 import deepseek
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+from entry import existing_path, run_main
 from results import add_output, write
 
 from deepseek.train.loop.metrics import read_metrics
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="text to train on")
+    parser.add_argument("folder", type=existing_path, help="text to train on")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=24_000)
     parser.add_argument("--turns", type=int, default=2)
@@ -89,4 +90,4 @@ class _BusyProcess:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from entry import existing_path, run_main
 from results import write
 from turns import in_turn
 
@@ -43,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--lengths", nargs="+", type=int, default=[0, 2048, 16384, 65536])
-    parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
+    parser.add_argument("--texts", nargs="+", type=existing_path, default=[Path("docs")])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -122,4 +123,4 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

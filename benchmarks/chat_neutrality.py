@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
 from results import add_output, write
 
 from deepseek.engine.engine import Engine
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("questions", type=Path)
+    parser.add_argument("questions", type=existing_path)
     parser.add_argument("experts", nargs="+", help="names of trained experts, or paths of packs")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--limit", type=int, help="conversations to ask; default: all")
@@ -168,4 +169,4 @@ def show(asked: list[dict[str, Any]], base: list[Answered], found: list[Answered
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

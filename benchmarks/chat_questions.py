@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
+
 
 @dataclass(frozen=True)
 class QuestionSet:
@@ -55,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("clones", type=Path, help="folder of OWNER/NAME clones")
+    parser.add_argument("clones", type=existing_path, help="folder of OWNER/NAME clones")
     parser.add_argument("questions", type=Path, help="file to write, a conversation a line")
     options = parser.parse_args()
     records = [record for one in SETS for record in conversations(one, options.clones)]
@@ -80,4 +82,4 @@ def conversations(questions: QuestionSet, clones: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from entry import existing_path, run_main
 from results import write
 from turns import Turn, in_turn
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkouts", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("checkouts", type=existing_path, nargs="+", metavar="FOLDER")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -120,4 +121,4 @@ def side(folder: Path, options: argparse.Namespace) -> tuple[Turn, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,6 +12,7 @@ import re
 import sys
 from textwrap import fill
 
+from entry import run_main
 from matplotlib.figure import Figure
 from report import ANCHOR, PROCESSORS, PROVENANCE, RESULTS, ROOT, head, line, provenance
 
@@ -209,4 +210,4 @@ def write_or_check() -> None:
 
 
 if __name__ == "__main__":
-    write_or_check()
+    run_main(write_or_check)

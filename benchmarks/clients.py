@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entry import run_main
 from results import write
 from served import served
 
@@ -146,4 +147,4 @@ def asked(python: Path, suite: Suite, url: str, *arguments: str) -> dict[str, An
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from entry import existing_path, run_main
 from numpy.typing import NDArray
 from results import add_output, write
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", type=Path)
+    parser.add_argument("corpora", type=existing_path)
     parser.add_argument("--tokens", type=int, default=800_000, help="tokens of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=4.0, help="mean experts of `controlled`")
@@ -169,4 +170,4 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from decode import STEPS, engine
 from divergence import divergence, same_likeliest
+from entry import existing_path, run_main
 from int8_quality import run
 from results import write
 from turns import in_turn
@@ -60,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["dense", "dpe"])
-    parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
+    parser.add_argument("--texts", nargs="+", type=existing_path, default=[Path("docs")])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--row", type=int, default=256, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=5)
@@ -136,4 +137,4 @@ def measure(sides: dict[tuple[str, str], Runner], rounds: int) -> dict[str, dict
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

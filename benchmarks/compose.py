@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from base_and_gain import Everywhere, Text, Variant, losses_of
+from entry import existing_path, run_main
 from results import add_output, write
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--corpora", type=Path, default=home() / "corpora")
+    parser.add_argument("--corpora", type=existing_path, default=home() / "corpora")
     parser.add_argument(
         "--work", type=Path, default=home() / "compose", help="experts and texts are kept here"
     )
@@ -243,4 +244,4 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

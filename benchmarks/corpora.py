@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from entry import run_main
+
 from deepseek.checkpoint.store import home
 from deepseek.data.text.filters import decode
 from deepseek.data.text.pages import html_to_text
-from deepseek.errors import DataError, UserError
+from deepseek.errors import DataError
 from deepseek.registry import pick
 
 SHARED = 0.1
@@ -401,7 +403,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from entry import run_main
 from results import write
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -183,4 +184,4 @@ def make_pairs(path: Path, base: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from entry import existing_path, run_main
 from results import write
 
 import deepseek
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", type=Path)
+    parser.add_argument("corpora", type=existing_path)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -96,4 +97,4 @@ def curve(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -42,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from bars import draw, installed
+from entry import run_main
 from results import write
 from turns import Turn, add_llama, check_rivals, in_turn, medians
 
@@ -359,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from entry import existing_path, run_main
 from results import COMMIT, add_output, write
 
 from deepseek.checkpoint.store import home, read_object, write_json
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="+", type=Path)
+    parser.add_argument("sources", nargs="+", type=existing_path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--tokens", type=int, default=24_000, help="to train on, of each source")
@@ -148,4 +149,4 @@ def outcome(run: ExpertRun) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

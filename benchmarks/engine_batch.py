@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_main
 from results import write
 
 from deepseek.engine.engine import Engine
@@ -110,4 +111,4 @@ def alone(runner: Runner, length: int, tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

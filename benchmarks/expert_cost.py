@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from engine_batch import prompt_ids
+from entry import run_main
 from results import write
 
 from deepseek.compiled.runner import CompiledRunner
@@ -136,4 +137,4 @@ def decode(engine: Engine, choice: ExpertChoice, streams: int, tokens: int, numb
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

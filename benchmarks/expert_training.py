@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from entry import existing_path, run_main
 from results import write
 
 from deepseek.data import RowLoader, TokenShards
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=existing_path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--minutes", type=float, default=5)
@@ -124,8 +125,8 @@ def speeds(run: Path) -> dict[str, Any]:
 
 
 def tokens_per_second(run: Path) -> float:
-    records = read_metrics(run / "training" / "metrics.jsonl")
     """Return the median over the steps of a run."""
+    records = read_metrics(run / "training" / "metrics.jsonl")
     return median(
         record["tokens_per_second"] for record in records if "tokens_per_second" in record
     )
@@ -171,4 +172,4 @@ def check(base: str, pack: Path, run: Path, tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

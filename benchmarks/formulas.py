@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
+from entry import run_main
 from results import add_output, write
 
 from deepseek.train.loop.optim import OptimConfig, learning_rate
@@ -61,4 +62,4 @@ def plan(*words: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

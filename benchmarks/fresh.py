@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
 from results import write
 
 from deepseek.checkpoint.store import home
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("repository", type=Path)
+    parser.add_argument("repository", type=existing_path)
     parser.add_argument("--commits", type=int, default=50)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=5)
@@ -225,4 +226,4 @@ class Server:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from entry import run_main
 from results import write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

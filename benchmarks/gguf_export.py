@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from divergence import divergence
+from entry import existing_path, run_main
 from int8_quality import rows
 from llama_logits import llama_predictions
 from results import write
@@ -41,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("texts", nargs="+", type=Path, help="folders, .jsonl or .parquet files")
+    parser.add_argument(
+        "texts", nargs="+", type=existing_path, help="folders, .jsonl or .parquet files"
+    )
     parser.add_argument("--base", default="smollm2-135m", help="the model to export")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "q8_0"], choices=ENCODINGS)
     parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens")
@@ -74,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

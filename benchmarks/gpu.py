@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_main
 from results import write
 from torch_batch import Streams, prompt_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -297,4 +298,4 @@ def plugging(model: LanguageModel, folder: Path, sizes: Sizes) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from typing import Any
 
 import llguidance
 import llguidance.hf
+from entry import run_main
 from results import write
 
 from deepseek.checkpoint.hub import resolve
@@ -116,4 +117,4 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from entry import existing_path, run_main
 from results import write
 
 import deepseek
@@ -54,7 +55,7 @@ def written(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("texts", type=existing_path, nargs="+")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--json", type=Path)
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

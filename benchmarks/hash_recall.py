@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from entry import run_main
 from lightning_indexer import Indexer, IndexerSettings, fit_indexer, indexed_keys, rotation
 from results import add_output, write
 
@@ -294,4 +295,4 @@ def draw(figures: dict[int, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

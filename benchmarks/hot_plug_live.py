@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 from engine_batch import prompt_ids
+from entry import run_main
 from expert_cost import SPEAKS
 from expert_cost import save as save_usual
 from results import write
@@ -235,4 +236,4 @@ def is_under_way(generation: Generation) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -40,6 +40,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from entry import existing_path, run_main
 from matplotlib.figure import Figure
 from results import add_output, write
 from rlpo import helpful_batches
@@ -312,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pairs", type=Path)
+    parser.add_argument("pairs", type=existing_path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--with-refusals", nargs="+", choices=METHODS, default=[])
@@ -470,4 +471,4 @@ def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,6 +33,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from entry import existing_path, run_main
 from results import FOLDER, write
 
 import deepseek
@@ -68,12 +69,14 @@ def main() -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that paths start from")
+    parser.add_argument(
+        "--root", type=existing_path, default=Path(), help="folder that paths start from"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--problems", type=Path, help="JSONL file of HumanEval Infilling")
+    parser.add_argument("--problems", type=existing_path, help="JSONL file of HumanEval Infilling")
     parser.add_argument("--count", type=int, default=200, help="of its problems")
     parser.add_argument("--json", type=Path, default=FOLDER / "infilling.json")
     options = parser.parse_args()
@@ -269,4 +272,4 @@ def similarity(lines: Sequence[str], cases: Sequence[Case]) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

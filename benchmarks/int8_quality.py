@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from entry import existing_path, run_main
 from llama_logits import llama_predictions, llama_quantise
 from results import write
 from torch import Tensor
@@ -137,7 +138,7 @@ def greedy(runner: Runner, prompts: list[list[int]], answer_PT: Tensor) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("texts", type=Path, nargs="*")
+    parser.add_argument("texts", type=existing_path, nargs="*")
     parser.add_argument("--base", nargs="+", default=["smollm2-135m"])
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--prompts", type=int, default=200)
@@ -194,4 +195,4 @@ def measured(base: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bars import draw
+from entry import run_main
 from results import write
 from served import WORDS, percentile, served
 from transformers import PreTrainedTokenizerFast
@@ -178,4 +179,4 @@ async def from_server(port: int, texts: list[tuple[int, ...]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

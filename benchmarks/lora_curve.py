@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from entry import existing_path, run_main
 from results import add_output, write
 
 import deepseek
@@ -66,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("chosen", type=Path, help="text on which rates are chosen")
-    parser.add_argument("reported", type=Path, help="text that figures come from")
+    parser.add_argument("chosen", type=existing_path, help="text on which rates are chosen")
+    parser.add_argument("reported", type=existing_path, help="text that figures come from")
     parser.add_argument("--bases", nargs="+", default=["smollm2-135m", "gemma3-270m"])
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--tokens", type=int, default=60_000, help="distinct, of the second text")
@@ -206,4 +207,4 @@ def draw(bases: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

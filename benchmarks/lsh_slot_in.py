@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from entry import run_main
 from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted
 from results import FOLDER, write
 
@@ -200,4 +201,4 @@ def losses(model: Any, ids_T: torch.Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

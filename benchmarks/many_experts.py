@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from entry import existing_path, run_main
 from results import FOLDER, write
 from turns import in_turn
 
@@ -88,7 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--packs", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--texts", type=existing_path, required=True)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--train-tokens", type=int, default=12_000, help="of an expert's text")
     parser.add_argument("--experts", type=int, help="real ones, of the first texts; default: all")
@@ -407,4 +408,4 @@ def asking(engine: Engine, order: Sequence[str], tokens: int) -> Callable[[], fl
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from compiled_kinds import randomise_positions
 from divergence import divergence, same_likeliest
+from entry import run_main
 from results import write
 from turns import in_turn
 
@@ -179,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from typing import Any
 import gguf
 import torch
 from decode import LLAMA, engine, finish_gguf, gguf_writer, rival
+from entry import run_main
 from results import write
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

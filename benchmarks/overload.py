@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from entry import run_main
 from results import write
 from served import WORDS, percentile, served
 
@@ -231,4 +232,4 @@ async def leave(load: Load, count: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

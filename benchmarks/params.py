@@ -36,6 +36,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from entry import existing_path, run_main
 from results import FOLDER, write
 from turns import in_turn
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", type=Path)
+    parser.add_argument("corpora", type=existing_path)
     parser.add_argument("--set", choices=SETS, default="final")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rates", type=float, nargs="+", help="default: the chosen ones")
@@ -296,4 +297,4 @@ def mean_experts(model: DeepSeekModel, ids: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from entry import run_main
 from results import save
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -100,4 +101,4 @@ def router_gradient(model: deepseek.DeepSeekModel, ids: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

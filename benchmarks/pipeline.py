@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import yaml
+from entry import existing_path, run_main
 from results import write
 
 
@@ -54,9 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("code", type=Path)
-    parser.add_argument("prefs", type=Path)
-    parser.add_argument("--git", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("code", type=existing_path)
+    parser.add_argument("prefs", type=existing_path)
+    parser.add_argument("--git", type=existing_path, default=Path(__file__).parent.parent)
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "pipeline-benchmark"
     )
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

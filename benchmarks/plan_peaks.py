@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+from entry import run_main
 
 SHAPES: dict[str, dict[str, int]] = {
     "wide": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6},
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_main
 from results import write
 
 from deepseek.engine.load import load
@@ -134,4 +135,4 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from code_rows import BATCH, SHORT, VOCAB, Corpus, Windows, read_corpus
+from entry import existing_path, run_main
 from long_rows import BIN, needles, score, summary, targets_of
 from results import add_output, write
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("code", nargs="+", type=Path, help="folders of source files")
+    parser.add_argument("code", nargs="+", type=existing_path, help="folders of source files")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=650)
@@ -374,4 +375,4 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

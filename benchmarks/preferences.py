@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from entry import run_main
 from results import write
 
 from deepseek.data.preferences.database import PreferenceDatabase
@@ -105,4 +106,4 @@ def search_time(database: PreferenceDatabase, query: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

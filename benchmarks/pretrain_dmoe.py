@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import existing_path, run_main
 from results import write
 from transformers import (
     AutoModelForCausalLM,
@@ -64,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", type=Path)
+    parser.add_argument("corpora", type=existing_path)
     parser.add_argument("--tokens", type=int, default=700_000)
     parser.add_argument(
         "--parts", nargs="+", choices=["pretrain", "speed"], default=["pretrain", "speed"]
@@ -208,4 +209,4 @@ def theirs(loader: RowLoader, folder: Path) -> float:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    run_main(main)

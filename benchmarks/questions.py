@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from entry import existing_path, run_main
 from results import save, write
 
 from deepseek.data.builders.facts import is_right
@@ -89,11 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("pack", type=Path)
+    parser.add_argument("run", type=existing_path)
+    parser.add_argument("pack", type=existing_path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--each", type=int, default=100, help="questions of each set")
-    parser.add_argument("--questions", type=Path, help="default: RUN/corpus/questions.jsonl")
+    parser.add_argument(
+        "--questions", type=existing_path, help="default: RUN/corpus/questions.jsonl"
+    )
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument(
         "--json", type=Path, help="file to write the figures to; default: results/questions.json"
@@ -224,4 +227,4 @@ def training_retriever(run: Path) -> Retriever | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

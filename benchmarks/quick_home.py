@@ -11,6 +11,7 @@ repository; `pairs.jsonl`, a better and a worse answer to each question; `questi
 conversations; and `problems.jsonl`, a program with a gap.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from entry import run_main
 from git_history import Files, History
 from tiny_expert import save_base, save_expert
 
@@ -165,5 +167,13 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def prepare_from_arguments() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a new folder")
+    prepare(parser.parse_args().folder)
+
+
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    run_main(prepare_from_arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 import rude_prompts
+from entry import run_main
 from results import add_output, write
 
 from deepseek.data import RowLoader, TokenShards
@@ -168,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

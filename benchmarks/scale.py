@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from decode import LLAMA, engine, rival, write_gguf
+from entry import run_main
 from llama_logits import llama_quantise
 from results import ROOT, write
 from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians
@@ -391,4 +392,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--stage"]:
         run_stage(*sys.argv[2:])
     else:
-        main()
+        run_main(main)

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from engine_batch import prompt_ids
+from entry import run_main
 from expert_cost import SPEAKS, save
 from results import write
 
@@ -123,4 +124,4 @@ def answer(engine: Engine, prompt: tuple[int, ...], experts: tuple[str, ...]) ->
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+from entry import existing_path, run_main
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -67,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, help="a checkout of an older commit")
+    parser.add_argument("--before", type=existing_path, help="a checkout of an older commit")
     parser.add_argument("--runs", type=int, default=5, help="runs of each command")
     parser.add_argument("--save", action="store_true", help="write results/start_times.json")
     options = parser.parse_args()
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+from entry import run_main
 from results import write
 from served import served
 
@@ -178,4 +179,4 @@ async def ask_all(url: str, schemas: list[Schema], tokens: int) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_main
 from results import write
 
 from deepseek.engine.load import load
@@ -167,4 +168,4 @@ def prompt_ids(length: int, number: int) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

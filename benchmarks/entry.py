@@ -1,0 +1,41 @@
+"""How benchmarks begin and end on the command line: paths that they read are checked before hours
+of work, and an error that its user can mend is one sentence, with exit code 2.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deepseek.errors import UserError
+
+WRONG_INPUT = 2
+"""Exit code, as that of `argparse`."""
+
+
+def existing_path(text: str) -> Path:
+    """Return the path of a file or folder to read; the `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist; check the path.")
+    return path
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a benchmark and end the process with one sentence where its input is wrong."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    except subprocess.CalledProcessError as error:
+        # The process has said why, unless its messages were captured.
+        said = f": {error.stderr.strip()}" if error.stderr else "; see its messages above"
+        program = Path(str(error.cmd[0])).name
+        print(f"error: {program} ended with {error.returncode}{said}", file=sys.stderr)
+        sys.exit(error.returncode if error.returncode > 0 else 1)
