@@ -15,9 +15,8 @@ dense = DeepSeekModel.from_pretrained("smollm2-135m")
 sparse = DeepSeekModel.from_pretrained("smollm2-135m", config=config)
 ids = torch.randint(0, dense.config.vocab_size, (1, 64))
 with torch.no_grad():
-    print(
-        f"largest logit difference after upcycling: {(sparse(ids).logits - dense(ids).logits).abs().max():.1e}"
-    )
+    difference = (sparse(ids).logits - dense(ids).logits).abs().max()
+print(f"largest logit difference after upcycling: {difference:.1e}")
 
 output = sparse(ids, labels=ids)
 output.loss.backward()

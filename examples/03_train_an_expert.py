@@ -9,10 +9,12 @@ import tempfile
 from pathlib import Path
 
 import deepseek
+from deepseek.errors import UserError
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(sysconfig.get_path("stdlib")) / "asyncio")
 
-with tempfile.TemporaryDirectory() as work:
+
+def main(work: Path) -> None:
     # A few thousand tokens, to see it run; leave `tokens` out for five minutes of real training.
     pack = deepseek.train_expert(
         "smollm2-135m",
@@ -21,8 +23,8 @@ with tempfile.TemporaryDirectory() as work:
         tokens=8192,
         epochs=2,
         held_out_tokens=2048,
-        out=Path(work) / "asyncio.safetensors",
-        run_folder=Path(work) / "run",
+        out=work / "asyncio.safetensors",
+        run_folder=work / "run",
     )
     print(f"one file, {pack.stat().st_size / 1e6:.1f} MB")
 
@@ -42,3 +44,11 @@ with tempfile.TemporaryDirectory() as work:
         print(f"{tokenizer.decode(written[0])!r}\n  the expert fired at {fired:.0%} of the tokens")
 
     model.experts.unplug("asyncio")  # bit for bit the base again
+
+
+with tempfile.TemporaryDirectory() as work:
+    try:
+        main(Path(work))
+    except UserError as error:  # such as a folder without text: one sentence says what is wrong
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -4,6 +4,7 @@ python examples/07_any_model.py [MODEL FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
@@ -13,6 +14,9 @@ from deepseek.model.language_model import expert_beside
 from deepseek.packs.manifest import BaseDescription
 
 if len(sys.argv) > 1:
+    if not (Path(sys.argv[1]) / "config.json").is_file():
+        print(f"error: {sys.argv[1]} is no folder of a model", file=sys.stderr)
+        sys.exit(2)
     stock = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 else:  # random weights, to see it run offline
     torch.manual_seed(0)

@@ -38,6 +38,5 @@ batch = {"prompts": torch.randint(0, 16, (64, 3))}
 for step in range(16):
     metrics = rlpo_update(model, sevens, batch, state=state)
     if step % 5 == 0:
-        print(
-            f"step {step:2}  sevens {metrics['score']:.2f} of 4  KL {metrics['kl']:.2f} nats an answer"
-        )
+        score, kl = metrics["score"], metrics["kl"]
+        print(f"step {step:2}  sevens {score:.2f} of 4  KL {kl:.2f} nats an answer")

@@ -8,22 +8,32 @@ training held out: with the base alone, and with the expert armed. A line is exa
 one but for white space at its ends.
 """
 
-import json
 import time
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from serving import Client, add_tokens, amount_of, parser_of, run, served
+from serving import (
+    Client,
+    add_tokens,
+    amount_of,
+    at_least_one,
+    parser_of,
+    run,
+    served,
+    write_figures,
+)
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
+from deepseek.errors import DataError
 from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs.arguments import source_name
 
 SEEN_LINES = 40
 """Lines before the cursor that the editor sends."""
@@ -33,10 +43,10 @@ def main() -> None:
     parser = parser_of(__doc__, minutes=5.0)
     add_tokens(parser)
     parser.add_argument("repository", nargs="?", type=Path, default=Path())
-    parser.add_argument("--cases", type=int, default=100, help="lines to complete")
+    parser.add_argument("--cases", type=at_least_one, default=100, help="lines to complete")
     options = parser.parse_args()
     repository = options.repository.resolve()
-    name = f"{repository.name.lower()}-editor"
+    name = f"{source_name(repository).lower()}-editor"
     pack = deepseek.train_expert(
         options.base, name=name, from_folder=repository, infill=0.5, **amount_of(options)
     )
@@ -52,14 +62,17 @@ def main() -> None:
         figures = {
             side: {key: mean(values) for key, values in one.items()} for side, one in scores.items()
         }
-        options.json.write_text(json.dumps({"cases": len(cases), **figures}, indent=1))
+        write_figures(options.json, {"cases": len(cases), **figures})
 
 
 def held_out_lines(base: str, name: str, count: int) -> list[Case]:
     """Return lines of code files that the expert's training held out."""
     shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
     documents = decode_documents(shards, load_tokenizer(resolve(base)))
-    return next_line_cases((one for one in documents if one.kind == "code"), count)
+    cases = next_line_cases((one for one in documents if one.kind == "code"), count)
+    if not cases:
+        raise DataError("no file of code was held out; name a repository with more files of code.")
+    return cases
 
 
 def complete(client: Client, case: Case, experts: list[str]) -> dict[str, Any]:

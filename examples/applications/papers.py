@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving import parser_of, run
+from serving import at_least_one, parser_of, run, write_figures
 
 import deepseek
 from deepseek.data.builders.facts import is_right
@@ -39,8 +39,10 @@ def main() -> None:
     parser = parser_of(__doc__, minutes=10.0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", default="papers-asked", help="name of the expert")
-    parser.add_argument("--questions", type=int, default=100, help="questions about either part")
-    parser.add_argument("--cases", type=int, default=200, help="held-out lines to write")
+    parser.add_argument(
+        "--questions", type=at_least_one, default=100, help="questions about either part"
+    )
+    parser.add_argument("--cases", type=at_least_one, default=200, help="held-out lines to write")
     parser.add_argument("--quick", action="store_true", help="train on little, to see it run")
     options = parser.parse_args()
     effort = QUICK if options.quick else {"layers": "all", "minutes": options.minutes}
@@ -76,7 +78,7 @@ def main() -> None:
             }
             show(row.name, figures[row.name])
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+        write_figures(options.json, figures)
 
 
 def drawn(run: Path, part: str, count: int) -> list[Question]:

@@ -15,8 +15,10 @@ from typing import Any
 
 import uvicorn
 
+from deepseek.checkpoint.files import writable_file
 from deepseek.engine.start import start_engine
 from deepseek.errors import UserError
+from deepseek.packs.names import valid_name
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.run import address, listen
@@ -74,7 +76,7 @@ def parser_of(document: str, minutes: float) -> argparse.ArgumentParser:
     )
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=minutes, help="to train each expert")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=new_file, help="file to write the figures to")
     return parser
 
 
@@ -91,11 +93,37 @@ def amount_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """Return name and folder of an argument `NAME=FOLDER`."""
-    name, equals, folder = text.partition("=")
-    if not equals or not Path(folder).is_dir():
+    """Return name and folder of an argument `NAME=FOLDER`; the name is that of an expert."""
+    name, equals, place = text.partition("=")
+    folder = Path(place).expanduser()  # a shell may leave `~` alone behind the sign
+    if not equals or not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder that exists")
-    return name, Path(folder)
+    try:
+        return valid_name(name), folder
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write, checked before hours of training."""
+    try:
+        return writable_file(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures of a program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def at_least_one(text: str) -> int:
+    """Return a count of something that means are taken over."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is too few; give 1 or more")
+    return count
 
 
 def run(main: Callable[[], None]) -> None:

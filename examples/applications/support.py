@@ -16,7 +16,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from serving import MODEL, Client, add_tokens, amount_of, named_folder, parser_of, run, served
+from serving import (
+    MODEL,
+    Client,
+    add_tokens,
+    amount_of,
+    at_least_one,
+    named_folder,
+    parser_of,
+    run,
+    served,
+    write_figures,
+)
 
 import deepseek
 from deepseek.checkpoint.store import home
@@ -40,14 +51,18 @@ def main() -> None:
     parser = parser_of(__doc__, minutes=5.0)
     add_tokens(parser)
     parser.add_argument("texts", nargs="*", type=named_folder, metavar="LANGUAGE=FOLDER")
-    parser.add_argument("--epochs", type=int, default=8, help="over the shop's conversations")
+    parser.add_argument(
+        "--epochs", type=at_least_one, default=8, help="over the shop's conversations"
+    )
     parser.add_argument("--layers", default="all", help="of the shop's expert")
     options = parser.parse_args()
     folders = dict(options.texts)
-    questions, conversations = divided(CONVERSATIONS.read_text().splitlines())
+    if not folders.keys() <= set(LANGUAGES):
+        parser.error(f"the conversations are in {', '.join(LANGUAGES)}; name texts of these")
+    questions, conversations = divided(CONVERSATIONS.read_text(encoding="utf-8").splitlines())
     taught = home() / "applications" / "shop.jsonl"
     taught.parent.mkdir(parents=True, exist_ok=True)
-    taught.write_text("\n".join(conversations) + "\n")
+    taught.write_text("\n".join(conversations) + "\n", encoding="utf-8")
     packs = [
         deepseek.train_expert(
             options.base,
@@ -69,7 +84,7 @@ def main() -> None:
         for side, figures in sides.items():
             print(f"{language:10}{side:20}{figures['right']:8.0%}{figures['similarity']:12.0%}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        write_figures(options.json, found)
 
 
 def divided(lines: list[str]) -> tuple[list[Question], list[str]]:

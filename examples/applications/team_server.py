@@ -20,13 +20,25 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
-from serving import MODEL, Client, add_tokens, amount_of, named_folder, parser_of, run, served
+from serving import (
+    MODEL,
+    Client,
+    add_tokens,
+    amount_of,
+    at_least_one,
+    named_folder,
+    parser_of,
+    run,
+    served,
+    write_figures,
+)
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
+from deepseek.errors import DataError
 from deepseek.evaluate.cases import next_line_cases
 from deepseek.server.service import Settings
 from deepseek.text.tokenizer import load_tokenizer
@@ -39,11 +51,11 @@ def main() -> None:
     parser = parser_of(__doc__, minutes=2.0)
     add_tokens(parser)
     parser.add_argument("sources", nargs="+", type=named_folder, metavar="NAME=FOLDER")
-    parser.add_argument("--asked", type=int, default=16, help="passages of each team")
+    parser.add_argument("--asked", type=at_least_one, default=16, help="passages of each team")
     options = parser.parse_args()
     sources = dict(options.sources)
-    if len(sources) < 2:
-        parser.error("name at least two sources, for two teams")
+    if len(sources) < max(2, len(options.sources)):
+        parser.error("name at least two sources, for two teams, each with a name of its own")
     updated = next(iter(sources))
     kept, sources[updated] = without_newest(sources[updated], updated)
     amount = amount_of(options)
@@ -77,15 +89,15 @@ def main() -> None:
         }
     print(json.dumps(figures, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+        write_figures(options.json, figures)
 
 
 def without_newest(source: Path, name: str) -> tuple[Path, Path]:
     """Return the path of a folder's newest file in it, and a copy of the folder without it."""
-    newest = max(
-        (path for path in source.rglob("*") if path.is_file()),
-        key=lambda path: path.stat().st_mtime,
-    )
+    files = [path for path in source.rglob("*") if path.is_file()]
+    if len(files) < 2:
+        raise DataError(f"{source} holds {len(files)} files; give two or more, one for the update.")
+    newest = max(files, key=lambda path: path.stat().st_mtime)
     copied = home() / "applications" / name
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(source, copied)
@@ -98,7 +110,10 @@ def passages(base: str, name: str, count: int) -> list[str]:
     """Return beginnings of passages that the training of an expert held out."""
     shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
     documents = decode_documents(shards, load_tokenizer(resolve(base)))
-    return [case.before[-CHARACTERS:] for case in next_line_cases(documents, count)]
+    found = [case.before[-CHARACTERS:] for case in next_line_cases(documents, count)]
+    if not found:
+        raise DataError(f"no lines of {name} were held out; give it longer files.")
+    return found
 
 
 def continued(team: Client, passage: str) -> dict[str, Any]:
