@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from entry import existing_path, run_main
+from entry import Source, existing_path, run_main
 from results import FOLDER, write
 from rich.console import Console
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
+    parser.add_argument("sources", nargs="+", type=Source.of, metavar="[NAME=]KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument(
         "--root", type=existing_path, default=Path(), help="folder that paths start from"
@@ -44,24 +44,24 @@ def main() -> None:
         "--json", type=Path, default=FOLDER / "against.json", help="file to write the figures to"
     )
     options = parser.parse_args()
-    results = [one_source(source, options) for source in options.sources]
+    paths = {source: source.path(options.root) for source in options.sources}
+    results = [one_source(source, path, options) for source, path in paths.items()]
     figures = {result.name: summary(result) for result in results}
     if len(results) > 1:
         pooled = pool(results)
         figures["pooled"] = described(pooled, all_sources(results))
         print("pooled", *verdicts(pooled, all_sources(results)), sep="\n")
-    write(options.json, {"sources": options.sources, "tokens": options.tokens, "figures": figures})
+    sources = [source.text for source in options.sources]
+    write(options.json, {"sources": sources, "tokens": options.tokens, "figures": figures})
     if len(results) > 1:
         draw(pooled, f"{len(results)} sources", options.json.with_suffix(".png"))
 
 
-def one_source(source: str, options: argparse.Namespace) -> Result:
+def one_source(source: Source, path: Path, options: argparse.Namespace) -> Result:
     """Train the expert of a source unless it is there, and compare it with its rivals."""
-    title, _, described_text = source.rpartition("=")
-    kind, place = described_text.split(":", 1)
-    path = (options.root / Path(place).expanduser()).resolve()
-    name = title or source_name(path)
-    text: dict[str, Any] = {f"from_{kind}": path, "split": "time" if kind == "git" else "file"}
+    name = source.title or source_name(path)
+    split = "time" if source.kind == "git" else "file"
+    text: dict[str, Any] = {f"from_{source.kind}": path, "split": split}
     deepseek.train_expert(
         options.base, name=name, layers=options.layers, tokens=options.tokens, **text
     )

@@ -320,6 +320,8 @@ def main() -> None:
     figures |= {"forward": {}, "training": {}, "peak": {}, "decode": {}}
     if options.add:
         before = json.loads(options.json.read_text())
+        if before["dtype"] != options.dtype:
+            parser.error(f"{options.json} was measured in {before['dtype']}; name another --json")
         figures |= {name: {int(n): row for n, row in before[name].items()} for name in TABLES}
     for n in options.tokens:
         figures["forward"][n], figures["training"][n] = (

@@ -282,12 +282,8 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
     tokenizer = load_tokenizer(resolve(options.base))
 
     def built(name: str, documents: Callable[[], list[Document]]) -> TokenShards:
-        folder = options.work / "texts" / name
-        return (
-            TokenShards(folder)
-            if folder.is_dir()
-            else TokenShards.build(documents(), tokenizer, folder)
-        )
+        # Opened if it is there, of the same documents and the same tokenizer.
+        return TokenShards.build(documents(), tokenizer, options.work / "texts" / name)
 
     for name in PUBLIC[options.set]:
         yield Text(name, built(name, lambda name=name: list(read_folder(options.corpora / name))))

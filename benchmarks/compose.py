@@ -200,11 +200,9 @@ class Comparison:
         return losses_of(self.model, batches, variants, lowest)
 
     def _shards(self, name: str) -> TokenShards:
-        folder = self.options.work / "texts" / name
-        if folder.is_dir():
-            return TokenShards(folder)
         documents = list(read_folder(self.options.corpora / name))
-        return TokenShards.build(documents, self.tokenizer, folder)
+        # Opened if it is there, of the same documents and the same tokenizer.
+        return TokenShards.build(documents, self.tokenizer, self.options.work / "texts" / name)
 
     def _forced(self, *names: str) -> Variant:
         return partial(Everywhere, [self.modules[name] for name in names], *[1.0] * len(names))

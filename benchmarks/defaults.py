@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -58,6 +59,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=home() / "defaults", help="runs are kept here")
     add_output(parser, "defaults")
     options = parser.parse_args()
+    names = Counter(source.stem for source in options.sources)
+    if max(names.values()) > 1:
+        parser.error(
+            "sources are told apart by their names without suffix; rename one of two alike"
+        )
+    if CHANGES[0] not in options.changes:
+        parser.error(f"--changes needs {CHANGES[0]!r}, which the others are compared with")
     settings = {name: getattr(options, name) for name in SETTINGS}
     former = json.loads(options.json.read_text()) if options.json.exists() else {"sources": {}}
     figures = former["sources"]

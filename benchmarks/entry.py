@@ -6,9 +6,13 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek.errors import UserError
+from deepseek.errors import DataError, UserError
+
+KINDS = ("folder", "git", "jsonl", "parquet")
+"""Kinds of text that an expert is trained on."""
 
 WRONG_INPUT = 2
 """Exit code, as that of `argparse`."""
@@ -24,6 +28,49 @@ def existing_path(text: str) -> Path:
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{text} does not exist; check the path.")
     return path
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text to train an expert on, named as `[NAME=]KIND:PATH`.
+
+    Attributes:
+        text: how it was named.
+        title: name for it; "": none.
+        kind: one of `KINDS`.
+        place: path, from the folder that paths start from.
+    """
+
+    text: str
+    title: str
+    kind: str
+    place: str
+
+    @classmethod
+    def of(cls, text: str) -> "Source":
+        """Return what a word of the command line names; the `type` of an argument.
+
+        Raises:
+            argparse.ArgumentTypeError: it has no kind, or an unknown one.
+        """
+        title, _, named = text.rpartition("=")
+        kind, colon, place = named.partition(":")
+        if not colon or kind not in KINDS:
+            raise argparse.ArgumentTypeError(
+                f"{text} is no source; write KIND:PATH with one of {', '.join(KINDS)}"
+            )
+        return cls(text, title, kind, place)
+
+    def path(self, root: Path) -> Path:
+        """Return the absolute path.
+
+        Raises:
+            DataError: there is none.
+        """
+        path = (root / Path(self.place).expanduser()).resolve()
+        if not path.exists():
+            raise DataError(f"{path} does not exist; check the path.")
+        return path
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ from deepseek.engine import scheduler
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
+from deepseek.errors import DataError
 
 OPENING, ANSWER, MOST = 256, 128, scheduler.MAX_GUESSES
 
@@ -66,14 +67,17 @@ def main() -> None:
         for folder in options.texts:
             for name, temperature in (("greedy", 0.0), ("sampled", 0.7)):
                 sums = {0: [0.0, 0], MOST: [0.0, 0]}
-                for prompt in prompts(tokenizer, folder, options.prompts):
+                asked = prompts(tokenizer, folder, options.prompts)
+                if not asked:
+                    raise DataError(f"{folder} holds no document of {6 * OPENING} characters.")
+                for prompt in asked:
                     texts = []
                     for most, own in sums.items():
                         tokens, seconds, steps = written(engine, prompt, temperature, most)
                         texts.append(tokens)
                         own[0], own[1] = own[0] + seconds, own[1] + steps
                     assert texts[0] == texts[1]
-                count = options.prompts * (ANSWER - 1)
+                count = len(asked) * (ANSWER - 1)  # a folder may hold fewer than were wanted
                 figures[f"{folder.name}, {name}"] = {
                     "tokens a step": count / sums[MOST][1],
                     "tokens a second": count / sums[MOST][0],

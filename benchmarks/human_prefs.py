@@ -43,7 +43,7 @@ import torch
 from entry import existing_path, run_main
 from matplotlib.figure import Figure
 from results import add_output, write
-from rlpo import helpful_batches
+from rlpo import helpful_batches, new_database
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -184,6 +184,7 @@ class Final:
         self.name = options.base
         base, self.tokenizer = load(self.name)
         self.base = base.float()  # every model answers in one dtype
+        self.digest = digest(pairs)
         self.pairs = Pairs.of(self.tokenizer, pairs)
         self.sides = (self.pairs.chosen, self.pairs.rejected)
         self.asked = self.pairs.prompts[: options.answers]
@@ -222,6 +223,7 @@ class Final:
         path = self.options.work / "figures" / f"{name}.json"
         names = ("base", "answers", "helpful_tokens", "judge_layer")
         settings = {name: getattr(self.options, name) for name in names}
+        settings["pairs"] = self.digest
         found = read_object(path) if path.exists() else {}
         if found.get("settings") != settings:
             found = {"settings": settings, "figures": measure()}
@@ -334,16 +336,16 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     pairs = list(read_preferences(options.pairs))
-    learnt = options.work / "preferences.db"
+    to_learn = [pair for pair in usable(pairs) if not is_final(pair)]
+    learnt = options.work / f"preferences-{digest(to_learn)}.db"
     if not learnt.exists():
-        store = PreferenceDatabase(learnt)
-        store.add_all(pair for pair in usable(pairs) if not is_final(pair))
-        store.close()
+        with new_database(learnt) as store:
+            store.add_all(to_learn)
     runs = {method: method for method in options.methods}
     for method, name in runs.items():
         aligned(options, method, name, learnt)
     if options.with_refusals:
-        more = options.work / "preferences-and-refusals.db"
+        more = learnt.with_stem(f"{learnt.stem}-and-refusals")
         if not more.exists():
             add_refusals(options.base, learnt, more)
         for method in options.with_refusals:
@@ -375,6 +377,11 @@ def main() -> None:
 def is_final(pair: Preference) -> bool:
     """Whether a pair's prompt belongs to the second half."""
     return sha256(repr(pair.prompt).encode()).digest()[0] % 2 == 1
+
+
+def digest(pairs: Sequence[Preference]) -> str:
+    """Return a short name of pairs: what was made of others is not taken for theirs."""
+    return sha256("".join(pair.digest for pair in pairs).encode()).hexdigest()[:12]
 
 
 def usable(pairs: list[Preference]) -> list[Preference]:

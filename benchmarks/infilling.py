@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from entry import existing_path, run_main
+from entry import Source, existing_path, run_main
 from results import FOLDER, write
 
 import deepseek
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
+    parser.add_argument("sources", nargs="+", type=Source.of, metavar="KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument(
         "--root", type=existing_path, default=Path(), help="folder that paths start from"
@@ -82,9 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     together: dict[str, list[Outcomes]] = {}
     figures: dict[str, Any] = {}
-    for source in options.sources:
-        found = one_source(source, options)
-        figures[source_name(Path(source.split(":", 1)[1]))] = described(found)
+    paths = {source: source.path(options.root) for source in options.sources}
+    for source, path in paths.items():
+        found = one_source(source, path, options)
+        figures[source_name(path)] = described(found)
         for name, outcomes in found.items():
             together.setdefault(name, []).append(outcomes)
         figures["pooled"] = described({name: pool(parts) for name, parts in together.items()})
@@ -141,11 +142,9 @@ def described(found: dict[str, Outcomes]) -> dict[str, Any]:
     return rows
 
 
-def one_source(source: str, options: argparse.Namespace) -> dict[str, Outcomes]:
+def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[str, Outcomes]:
     """Train the experts of a source unless they are there, and return what each model wrote."""
-    kind, place = source.split(":", 1)
-    path = (options.root / Path(place).expanduser()).resolve()
-    text: dict[str, Any] = {f"from_{kind}": path}
+    text: dict[str, Any] = {f"from_{source.kind}": path}
     names = {share: f"{source_name(path)}-gaps-{round(100 * share)}" for share in options.shares}
     packs = [
         deepseek.train_expert(
@@ -176,7 +175,7 @@ def one_source(source: str, options: argparse.Namespace) -> dict[str, Outcomes]:
             gain = 1 - result["after"] / result["before"]
             scores = scored(engine, cases, problems, ExpertChoice((name,)))
             found[f"gaps {share:g}"] = Outcomes(scores, names_of_cases, gain)
-    print(source, {name: one["exact"] for name, one in described(found).items()}, flush=True)
+    print(source.text, {name: one["exact"] for name, one in described(found).items()}, flush=True)
     return found
 
 

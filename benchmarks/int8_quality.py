@@ -36,6 +36,7 @@ import deepseek
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.data.text.public import documents_at
 from deepseek.engine.torch_runner import TorchRunner
+from deepseek.errors import DataError
 from deepseek.export.gguf import export_gguf
 from deepseek.export.quantize import quantize_model
 from deepseek.model.kv_cache import KVCache
@@ -49,7 +50,10 @@ def rows(tokenizer: Any, texts: list[Path], count: int) -> list[list[int]]:
     documents = [document for document in documents_at(texts) if len(document.text) > 6 * ROW]
     chosen = documents[:: max(1, len(documents) // count)][:count]
     found = [tokenizer(document.text[: 12 * ROW]).input_ids[:ROW] for document in chosen]
-    return [row for row in found if len(row) == ROW]
+    whole = [row for row in found if len(row) == ROW]
+    if not whole:
+        raise DataError(f"the texts hold no document of {ROW} tokens; name longer ones.")
+    return whole
 
 
 def run(runner: Runner, ids: list[int]) -> Tensor:
@@ -137,8 +141,10 @@ def greedy(runner: Runner, prompts: list[list[int]], answer_PT: Tensor) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("texts", type=existing_path, nargs="*")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("texts", type=existing_path, nargs="+")
     parser.add_argument("--base", nargs="+", default=["smollm2-135m"])
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--prompts", type=int, default=200)

@@ -13,6 +13,7 @@ on.
 
 import argparse
 import math
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,7 +136,10 @@ class Curve:
 
     def trained(self, text: Path, way: Way, rate: float, part: int) -> dict[str, Any]:
         """Return what one training gains, with a part of the tokens; it runs unless it did."""
-        folder = self.options.work / self.base / text.name / f"{way.name}-{rate:g}-{part}"
+        base = re.sub(r"[^\w.-]+", "-", self.base)  # a folder's path too is one name
+        budget = f"{self.options.tokens}-tokens-{self.options.epochs}-epochs"
+        place = self.options.work / base / text.name / budget
+        folder = place / f"{way.name}-{rate:g}-{part}"
         outcome = folder / "outcome.json"
         if not outcome.is_file():
             adaptation.TARGETS = way.targets or TARGETS

@@ -19,7 +19,7 @@ on, at the rates of `RATES`. Differences from a dense model are taken seed by se
 dense model's better rate. An interrupted run goes on.
 
 Then the mixture and the dense model of the first seed run in the compiled engine with 8 bits, in
-turn: the prefill of 512 held-out tokens, and decoding of what follows, one token at a time.
+turn: the prefill of 512 tokens, and decoding of what follows, one token at a time.
 
     python benchmarks/params.py CORPORA --speeds [--json FILE]
 
@@ -226,7 +226,9 @@ def losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def trained_speeds(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the speeds of the dense model and the mixture that were trained, on held-out text."""
+    """Return the speeds of the dense model and the mixture that were trained, on text of their
+    corpora; part of it was trained on.
+    """
     text = "".join(
         document.text[:4000]
         for name in SETS[options.set]

@@ -15,8 +15,7 @@ Twenty everyday questions are asked as well: `replies_changed` counts those that
 unlike the first.
 
 `expert` is armed and speaks where its gate fires, `always` at every token. `retrieval` puts
-passages of the training documents before the question for the base, `both` for the armed expert;
-they are left out where `deepseek.retrieval` is missing.
+passages of the training documents before the question for the base, `both` for the armed expert.
 """
 
 import argparse
@@ -39,6 +38,8 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.packs.pack import ExpertPack, read_pack
+from deepseek.retrieval.index import Index
+from deepseek.retrieval.prompt import in_question
 from deepseek.text.chat_template import encode_prompt
 from deepseek.train.text.corpus import NONE_KNOWN, Source, read_sides
 
@@ -102,18 +103,18 @@ def main() -> None:
         "--json", type=Path, help="file to write the figures to; default: results/questions.json"
     )
     options = parser.parse_args()
+    arms = options.arms.split(",")
+    if not set(arms) <= set(ARMS):
+        parser.error(f"--arms takes some of {','.join(ARMS)}, not {options.arms}")
     sets = question_sets(
         options.questions or options.run / "corpus" / "questions.jsonl", options.each
     )
-    arms = options.arms.split(",")
     retriever = training_retriever(options.run) if {"retrieval", "both"} & {*arms} else None
     figures: dict[str, dict[str, Any]] = {}
     sets["everyday"] = [Question(text, text, "", "everyday", (), "") for text in EVERYDAY]
     replies: list[str] = []
     with start_engine(options.base, max_waiting=10_000) as engine:
         for arm in arms:
-            if arm in ("retrieval", "both") and retriever is None:
-                continue
             found = answers_of(engine, sets, options.pack, arm, retriever)
             figures[arm] = {name: summary(sets[name], answers) for name, answers in found.items()}
             everyday = [answer.text for answer in found["everyday"]]
@@ -206,14 +207,8 @@ def summary(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[st
     }
 
 
-def training_retriever(run: Path) -> Retriever | None:
-    """Return a retriever over the training documents of a run, None where the library has none."""
-    try:
-        from deepseek.retrieval.index import Index
-        from deepseek.retrieval.prompt import in_question
-    except ImportError:
-        print("deepseek.retrieval is missing; retrieval is left out")
-        return None
+def training_retriever(run: Path) -> Retriever:
+    """Return a retriever over the training documents of a run."""
     stored = json.loads((run / "request.json").read_text())["source"]
     paths = [stored[name] for name in ("git", "folder", "jsonl", "parquet")]
     source = Source.at(*paths, held_out=stored["held_out"], by=stored["by"], seed=stored["seed"])

@@ -15,8 +15,11 @@ tokens, in points, of ordinary held-out prose that the model ranks first.
 
 import argparse
 import json
+import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -77,7 +80,22 @@ def helpful_batches(tokenizer, folder, tokens):
     return [loader.rows(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
-def plot(name, folder, results, path):
+@contextmanager
+def new_database(path: Path) -> Iterator[PreferenceDatabase]:
+    """Give a database that stands at `path` once the block has ended, and not before: part of the
+    pairs must not pass for all of them in the next run.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        store = PreferenceDatabase(unfinished)
+        try:
+            yield store
+        finally:
+            store.close()
+        unfinished.replace(path)
+
+
+def plot(base, folder, results, path):
     """Draw score, KL and entropy over rollouts of the PPO run."""
     from matplotlib.figure import Figure
 
@@ -89,14 +107,16 @@ def plot(name, folder, results, path):
         axes = figure.add_subplot(1, 3, place + 1, xlabel="rollout", ylabel=label)
         axes.plot([r[name] for r in records])
     figure.suptitle(
-        f"RLPO on {name}: pass rate {results['base']['pass_rate']:.1%} -> "
+        f"RLPO on {base}: pass rate {results['base']['pass_rate']:.1%} -> "
         f"{results['ppo']['pass_rate']:.1%}"
     )
     figure.savefig(path, dpi=120)
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--methods", nargs="+", default=["ppo", "dpo", "rloo"])
     parser.add_argument("--rollouts", type=int, default=40)
@@ -116,13 +136,13 @@ def main():
     )
     model, tokenizer = load(options.base)
     batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
-    results, seconds = {"base": measure(options.base, held_out, batches)}, {}
-
-    started, path = time.perf_counter(), options.work / "preferences.db"
+    results = {"base": measure(options.base, held_out, batches)}
+    seconds = {}  # of what this run began itself
+    base_name = re.sub(r"[^\w.-]+", "-", options.base)
+    path = options.work / f"preferences-{base_name}-{options.prompts}.db"
     if not path.exists():
+        started = time.perf_counter()
         asked = rude_prompts.prompts(rude_prompts.TRAIN, options.prompts, POLITE, seed=0)
-        store = PreferenceDatabase(path)
-        store.set_eval_share(0.2)
         judges = {"unlisted": unlisted, "willing": JUDGES["willing"], "varied": JUDGES["varied"]}
         pairs = generate_pairs(
             model,
@@ -134,14 +154,16 @@ def main():
             source=f"sampled from {options.base}",
             refusals=True,
         )
-        store.add_all(pairs)
-        print(store.statistics(), flush=True)
-        store.close()
-    seconds["pairs"] = time.perf_counter() - started
+        with new_database(path) as store:
+            store.set_eval_share(0.2)
+            store.add_all(pairs)
+            print(store.statistics(), flush=True)
+        seconds["pairs"] = time.perf_counter() - started
     details = {}
     for method in options.methods:
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
+        is_new = not run.exists()
         # TRL's methods have no target.
         target = {"target_kl": options.target_kl} if method in UPDATES else {}
         align(
@@ -159,7 +181,8 @@ def main():
             learning_rate=options.learning_rate,
             **target,
         )
-        seconds[method] = time.perf_counter() - started
+        if is_new:
+            seconds[method] = time.perf_counter() - started
         details[method] = json.loads((run / "result.json").read_text())
         results[method] = measure(str(out), held_out, batches)
     write(options.json, {"models": results, "seconds": seconds, "details": details})

@@ -43,13 +43,14 @@ from results import ROOT, write
 from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians
 
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import atomic_folder
+from deepseek.checkpoint.store import atomic_folder, read_object, write_json
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.device.choose import CPU
 from deepseek.device.memory import peak_memory
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
+from deepseek.errors import ConfigError
 from deepseek.export.calibrate import quantised
 from deepseek.export.quantize import quantize_model
 from deepseek.model.config import ModelConfig
@@ -102,6 +103,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+SETTINGS = ("shape", "nearest", "formats", "train_tokens", "rounds", "threads")
+"""Options that decide the figures of a stage."""
 
 PROMPT, ANSWER = 512, 64
 CACHE = 1 << 28
@@ -289,10 +293,21 @@ STAGES = {
 
 
 class Work:
-    """A folder in which every stage runs once."""
+    """A folder in which every stage runs once.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the folder.
+        settings: what its figures depend on; a folder with others is refused.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "settings.json"
+        if not known.exists():
+            write_json(known, settings)
+        elif read_object(known) != settings:
+            raise ConfigError(f"{folder} has figures of other settings; name another --work.")
 
     def run(self, stage: str, name: str, *arguments: Any) -> dict[str, Any]:
         """Run a stage in a process of its own; return its figures with its peak memory.
@@ -380,8 +395,8 @@ def main() -> None:
     options = parser.parse_args()
     check_rivals(parser, options.json, llama=options.llama)
     with tempfile.TemporaryDirectory() as temporary:
-        work = Work(options.work or Path(temporary))
-        work.folder.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        work = Work(options.work or Path(temporary), settings)
         figures = measure(options, work)
     print(json.dumps(figures, indent=1))
     if options.json:

@@ -38,7 +38,7 @@ def test_what_a_user_can_mend_is_a_sentence(
     def main() -> None:
         raise error
 
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         entry.run_main(main)
     assert capsys.readouterr().err == "error: no text.\n"
 
@@ -49,7 +49,7 @@ def test_a_process_that_fails_gives_its_exit_code(
     def main() -> None:
         subprocess.run([sys.executable, "-c", "exit(3)"], check=True)
 
-    with pytest.raises(SystemExit, match="^3$"):
+    with pytest.raises(SystemExit, match=r"^3$"):
         entry.run_main(main)
     assert "ended with 3; see its messages above" in capsys.readouterr().err
 
@@ -74,3 +74,14 @@ def test_missing_pairs_are_told_before_a_model_is_loaded(tmp_path: Path) -> None
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(f"{missing} does not exist; check the path.")
     assert "Traceback" not in done.stderr
+
+
+def test_a_source_says_its_kind(entry: ModuleType, tmp_path: Path) -> None:
+    source = entry.Source.of(f"notes=folder:{tmp_path.name}")
+    assert (source.title, source.kind) == ("notes", "folder")
+    assert source.path(tmp_path.parent) == tmp_path
+    with pytest.raises(DataError, match="does not exist"):
+        entry.Source.of("git:missing").path(tmp_path)
+    for text in ("texts", "dir:texts"):
+        with pytest.raises(argparse.ArgumentTypeError, match="write KIND:PATH"):
+            entry.Source.of(text)
