@@ -2,11 +2,12 @@
 
     python benchmarks/human_prefs.py PAIRS.jsonl [--methods ppo grpo gspo dpo rloo] [--with-refusals METHOD ...]
 
-PAIRS are pairs that people chose between, such as the harmless part of hh-rlhf. Their prompts are
-split in half by a hash. On the first half the reward model is fitted and the methods learn; nothing
-of the second half is read before the figures at the end. A method of `--with-refusals` learns from
-further pairs too, in which the base's own answer to a harmless question wins over a refusal; the
-questions are about other subjects than those below, in other words.
+PAIRS are pairs that people chose between, such as the harmless part of hh-rlhf. Their conversations
+are split in half by a hash of the first message. On the first half the reward model is fitted and
+the methods learn; nothing of the second half is read before the figures at the end. A method of
+`--with-refusals` learns from further pairs too, in which the base's own answer to a harmless
+question wins over a refusal; the questions are about other subjects than those below, in other
+words.
 
     reward        accuracy and calibration of the reward model on its pairs
     accuracy      share of its pairs in which the model gives more probability a token to the better
@@ -375,8 +376,11 @@ def main() -> None:
 
 
 def is_final(pair: Preference) -> bool:
-    """Whether a pair's prompt belongs to the second half."""
-    return sha256(repr(pair.prompt).encode()).digest()[0] % 2 == 1
+    """Whether a pair's conversation belongs to the second half.
+
+    All its turns do: a later prompt holds the answers to the earlier ones.
+    """
+    return sha256(repr(pair.prompt[0]).encode()).digest()[0] % 2 == 1
 
 
 def digest(pairs: Sequence[Preference]) -> str:

@@ -43,6 +43,15 @@ def test_part_of_the_pairs_does_not_pass_for_all(tmp_path: Path) -> None:
     database.close()
 
 
+def test_a_conversation_stands_on_one_side_of_the_split() -> None:
+    is_final = benchmark("human_prefs").is_final
+    openings = [f"question {number}" for number in range(40)]
+    sides = [is_final(pair(opening)) for opening in openings]
+    longer = [is_final(pair(opening, "an answer", "and then?")) for opening in openings]
+    assert sides == longer
+    assert set(sides) == {False, True}
+
+
 def test_other_pairs_have_another_digest() -> None:
     digest = benchmark("human_prefs").digest
     assert digest([pair("a")]) == digest([pair("a")])
