@@ -295,7 +295,9 @@ def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -322,7 +324,8 @@ def main() -> None:
     }
     turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.keep or Path(temporary)
+        base = model.experts.base_folder
+        folder = (options.keep or Path(temporary)) / base.name  # another base's rivals differ
         folder.mkdir(parents=True, exist_ok=True)
         for kind in ("Q8_0", "BF16") if options.llama else ():
             if not (folder / f"{kind}.gguf").exists():
@@ -331,7 +334,7 @@ def main() -> None:
                 options.llama, LLAMA, folder / f"{kind}.gguf", options.threads
             )
         if options.openvino:
-            base, path = model.experts.base_folder, folder / "openvino"
+            path = folder / "openvino"
             turns["openvino int8"] = rival(options.openvino, OPENVINO, path, options.threads, base)
         found = in_turn(turns, options.rounds)
     rates = medians(found)

@@ -27,9 +27,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from engine_batch import prompt_ids
 from entry import run_main
 from results import write
-from torch_batch import Streams, prompt_ids
+from torch_batch import Streams
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deepseek.checkpoint.hub import resolve

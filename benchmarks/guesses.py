@@ -55,7 +55,9 @@ def written(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("texts", type=existing_path, nargs="+")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=8)

@@ -31,6 +31,7 @@ from entry import run_main
 from expert_cost import SPEAKS
 from expert_cost import save as save_usual
 from results import write
+from served import percentile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -64,10 +65,6 @@ def text(http: Any, body: dict[str, Any]) -> str:
     reply = http.post("/v1/completions", json=body)
     reply.raise_for_status()
     return str(reply.json()["choices"][0]["text"])
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 def main() -> None:

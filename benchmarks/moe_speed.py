@@ -144,7 +144,9 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each timing")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)

@@ -36,13 +36,11 @@ def _cpuinfo() -> list[str]:
 
 def commit() -> str:
     """Return the commit of this checkout, with a mark if it has uncommitted changes."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["git", "describe", "--always", "--dirty"]
+    try:
+        asked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
     return asked.stdout.strip() or "unknown"
 
 

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from engine_batch import prompt_ids
 from entry import run_main
 from results import write
 
@@ -159,12 +160,6 @@ def agreement(
             equal += int(own_V.argmax() == logits_BV[row].argmax())
         together.tokens = logits_BV.argmax(-1).tolist()
     return {"largest_difference": largest, "equal_tokens": equal / (steps * len(single))}
-
-
-def prompt_ids(length: int, number: int) -> tuple[int, ...]:
-    """Return the ids of a prompt; no two numbers share a prefix."""
-    generator = torch.Generator().manual_seed(number)
-    return tuple(torch.randint(1000, 40_000, (length,), generator=generator).tolist())
 
 
 if __name__ == "__main__":
