@@ -25,6 +25,9 @@ OPEN_PATHS = {"/health"}
 UPLOAD_PATH = "/v1/experts/upload"
 LOGIN_PATH = "/login"
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+CLIENT_LEFT = 499
+"""Status in log and metrics of a request whose client left before its reply began, as in nginx."""
+
 BODY_SECONDS = 30.0
 """Time limit for receiving a body, plus one second for each `BODY_RATE` bytes."""
 
@@ -78,7 +81,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        status = 500
+        status = 0
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -92,7 +95,9 @@ class Guard:
         self.service.active += 1
         try:
             await self._guarded(scope, receive, send_with_headers)
+            status = status or CLIENT_LEFT  # nothing failed, and nothing was sent
         finally:
+            status = status or 500
             self.service.active -= 1
             path = str(scope["path"])
             # A request that was refused here has not been routed.

@@ -63,10 +63,10 @@ class GenerationJob(Job):
         first = True
         while left:
             index, event = await self._queue.get()
+            self._check(event)
             if first:
                 self._metrics.first_token.observe(time.perf_counter() - self._started)
             first = False
-            self._check(event)
             left -= event.finish_reason is not None
             yield index, event
 

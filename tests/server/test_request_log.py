@@ -1,11 +1,14 @@
 """The request log: one line a request, without content, keys or names that clients choose."""
 
+import json
 import logging
 import re
+import socket
 import time
 
 import pytest
 from live_server import Live
+from waiting import wait_for
 
 from deepseek.server.request_log import configure
 
@@ -51,6 +54,34 @@ def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptur
         lines = logged(caplog, 2)
     assert sorted(line.split()[1] for line in lines) == ["/v1/models/{model:path}", "other"]
     assert not any("secret" in line for line in lines)
+
+
+def test_a_client_that_leaves_is_no_failure_of_the_server(
+    server: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is sent to it, so its request has no status of its own."""
+    content = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 700, "ignore_eos": True})
+    with caplog.at_level(logging.INFO, "deepseek.server.request_log"):
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+            client.sendall(
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: application/json\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
+            )
+            wait_for(lambda: server.engine.stats().running)
+        lines = logged(caplog, 1)
+    assert lines[0].startswith("POST /v1/completions 499 ")
+    assert '{route="/v1/completions",status="499"} 1.0' in server.service.metrics.text().decode()
+
+
+def test_a_failure_of_the_server_is_one(
+    server: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service, "models", None)
+    with caplog.at_level(logging.INFO, "deepseek.server.request_log"), server.http() as http:
+        assert http.get("/v1/models").status_code == 500
+        lines = [line for line in logged(caplog, 1) if line.startswith("GET")]
+    assert lines[0].startswith("GET /v1/models 500 ")
 
 
 def test_the_level_decides_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:

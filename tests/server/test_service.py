@@ -573,7 +573,9 @@ def test_metrics_count_no_prompt_that_was_never_computed(served_folder: Path) ->
         server.engine.submit(Request((5,), Sampling(max_new_tokens=760), ignore_end=True))
         with server.http() as http:
             assert http.post("/v1/chat/completions", json=CHAT).status_code == 504
-            assert 'deepseek_tokens_total{kind="prompt"}' not in http.get("/metrics").text
+            text = http.get("/metrics").text
+    assert 'deepseek_tokens_total{kind="prompt"}' not in text
+    assert "deepseek_first_token_seconds_count 0.0" in text  # nor a token that never came
 
 
 def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
