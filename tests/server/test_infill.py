@@ -175,6 +175,21 @@ def test_a_grammar_takes_the_prompt_as_it_is(server: Live, client: OpenAI) -> No
     assert re.fullmatch("[ab]{3}", asked.choices[0].text)
 
 
+def test_no_answer_ends_once(server: Live, client: OpenAI) -> None:
+    """Tokens that are sampled in place of the prompt's last one have events of their own."""
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "the rou", "suffix": "x", "max_tokens": 0}
+    chunks = list(client.completions.create(**asked, stream=True))
+    reply = client.completions.create(**asked)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == ["length"]
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_a_reply_does_not_repeat_the_texts(server: Live) -> None:
+    settings = post(server, VSCODE)["generation_settings"]
+    assert settings["n_predict"] == VSCODE["n_predict"]
+    assert not [name for name in settings if name.startswith(("input_", "prompt"))]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -99,6 +99,10 @@ class NativeCompletion(Body):
         )
 
 
+SETTINGS = NativeCompletion.model_fields.keys() - {"prompt"}
+"""Fields that a reply repeats; the texts around a gap (`/infill`) are not among them."""
+
+
 class TokenizeRequest(Body):
     """`POST /tokenize`: llama.cpp's `content`, or vLLM's `prompt` or `messages`."""
 
@@ -191,7 +195,7 @@ class NativeChunks:
         return {
             "model": self._chunks.head["model"],
             "prompt": body.prompt if isinstance(body.prompt, str) else "",
-            "generation_settings": body.model_dump(exclude={"prompt"}, exclude_none=True),
+            "generation_settings": body.model_dump(include=SETTINGS, exclude_none=True),
             "stop_type": kind,
             "stopping_word": reached or "",
             "truncated": False,

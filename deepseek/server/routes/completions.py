@@ -144,7 +144,9 @@ class CompletionChunks(Chunks):
                 yield from self.echoed(index)
         reader = self.readers[index]
         if self.silent:
-            yield self.choice(index, "", self.logprobs(reader, [], 0), "length")
+            # Only its last event counts: tokens in place of the prompt's last one have some too.
+            if event.finish_reason:
+                yield self.choice(index, "", self.logprobs(reader, [], 0), "length")
         elif event.text or event.logprob or event.finish_reason:
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
