@@ -26,6 +26,20 @@ TEMPLATE_TOKENS = 32
 """Tokens reserved for the words around the passages in a chat."""
 
 
+def answer_tokens(service: Service, limit: int | None) -> int:
+    """Return how many tokens passages leave free for an answer.
+
+    A limit above the server's usual one is not reserved whole: many clients always ask for as much
+    as the context holds, and would never get a passage.
+
+    Args:
+        service: the server's state.
+        limit: most tokens of the answer; None: the request sets no limit.
+    """
+    usual = service.settings.answer_tokens
+    return min(limit or usual, usual)
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """The retrieval settings of one request.

@@ -3,6 +3,7 @@ says which.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_a_stream_says_at_its_end_what_was_retrieved(asking: OpenAI) -> None:
 def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
     reply = complete(asking, True, prompt=[99] * 720)
     assert reply.retrieved == [] and reply.usage.prompt_tokens == 720
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_limit_beyond_the_context_leaves_passages_in(
+    asking: OpenAI, indexed: Live, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many clients always ask for as much as there is."""
+    usual = replace(indexed.service.settings, answer_tokens=200)
+    monkeypatch.setattr(indexed.service, "settings", usual)
+    end = str(indexed.engine.tokenizer.eos_token_id)
+    helped = ask(asking, True, max_tokens=2 * CONTEXT, logit_bias={end: 100})
+    assert helped.retrieved == ["repo/router.py:1-9"]
 
 
 @pytest.mark.parametrize("words", [130, 170, 210])

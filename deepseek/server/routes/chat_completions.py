@@ -15,7 +15,7 @@ from deepseek.server.constraints import json_grammar
 from deepseek.server.errors import ApiError
 from deepseek.server.job import GenerationJob
 from deepseek.server.openapi import ChatReply, described
-from deepseek.server.retrieve import Retrieval, described_passages
+from deepseek.server.retrieve import Retrieval, answer_tokens, described_passages
 from deepseek.server.schema import ChatRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
@@ -78,7 +78,7 @@ def plan(
     ids = write(body.messages)
     retrieval = Retrieval.of(service, body)
     if retrieval is not None:
-        budget = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
+        budget = service.writer.context - len(ids) - answer_tokens(service, limit)
         messages, passages = retrieval.in_chat(body.messages, service, budget)
         retrieved += passages
         ids = write(messages)

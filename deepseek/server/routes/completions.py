@@ -16,7 +16,7 @@ from deepseek.server.encoding import PART
 from deepseek.server.errors import ApiError
 from deepseek.server.job import GenerationJob
 from deepseek.server.openapi import CompletionReply, described
-from deepseek.server.retrieve import Retrieval, described_passages
+from deepseek.server.retrieve import Retrieval, answer_tokens, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
@@ -104,7 +104,8 @@ def plan(
         ids = writer.infill(prompt, body.suffix) if body.suffix else writer.text(prompt)
         if retrieval is not None:
             text = prompt if isinstance(prompt, str) else ""
-            ids, passages = retrieval.before(ids, service, limit, text)
+            reserved = answer_tokens(service, limit)
+            ids, passages = retrieval.before(ids, service, reserved, text)
             retrieved += passages
         requests += [
             ask(
