@@ -99,8 +99,8 @@ class PromptWriter:
             if last.role != "assistant" or last.tool_calls or not messages:
                 raise ApiError(
                     400,
-                    "Only an assistant's message after another one can be continued; leave "
-                    "continue_final_message out.",
+                    "Only an assistant's text after another message can be continued; end with a "
+                    "user's message, or leave continue_final_message out.",
                     param="continue_final_message",
                 )
             begun = ControlTokens.of(self.tokenizer).guard(last.text)
@@ -200,7 +200,8 @@ class PromptWriter:
         raise ApiError(400, "The prompt is empty; give some text.", param="prompt")
 
     def check(self, ids: list[int], field: str = "prompt") -> list[int]:
-        """Return `ids`; raise `ApiError` if they fill the context or are not in the vocabulary.
+        """Return `ids`; raise `ApiError` if there are none, or they fill the context or are not in
+        the vocabulary.
 
         Args:
             ids: token ids.
@@ -208,6 +209,8 @@ class PromptWriter:
         """
         if len(ids) >= self.context:
             raise self.too_long(f"{len(ids)} tokens", field)
+        if not ids:  # a template can leave out every message
+            raise ApiError(400, "The prompt is empty; give some text.", param=field)
         if max(ids) >= len(self.tokenizer):
             raise ApiError(
                 400,

@@ -239,7 +239,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[anthropic.APIStatusError], str]] =
     "only_assistant": (
         {"messages": [{"role": "assistant", "content": "a"}]},
         anthropic.BadRequestError,
-        "continue",
+        "end with a user's message",
     ),
 }
 

@@ -14,8 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data import Document
 from deepseek.retrieval.index import Index
+from deepseek.server.errors import ApiError
 from deepseek.server.prompt import EditorGap, PromptWriter
 from deepseek.server.retrieve import Retrieval
+from deepseek.server.schema import ChatMessage
+from deepseek.server.tools import Calling
 from deepseek.text.control import FIM_TOKENS
 from deepseek.text.infilling import encode_around_gap, infill_layout
 from deepseek.text.tokenizer import encode_plain, puts_space_before
@@ -27,6 +30,15 @@ PASSAGE = "file: a.py\n\nthe router = 1\n\n"
 """What stands before a prompt that finds the only passage of `INDEX`."""
 INDEX = Index.build([Document("the router = 1\n", "a.py", "code")])
 texts = st.text("ae the(\n", max_size=12)
+
+
+def test_a_conversation_of_which_a_template_writes_nothing_is_refused() -> None:
+    """Many templates write no turn of the system by itself."""
+    template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    writer = PromptWriter(tiny_tokenizer(chat_template=template), 99)
+    with pytest.raises(ApiError, match="prompt is empty") as refusal:
+        writer.chat([ChatMessage(role="system", content="a")], Calling())
+    assert (refusal.value.status, refusal.value.param) == (400, "messages")
 
 
 def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
