@@ -98,7 +98,7 @@ def create_app(
         if teaching is not None:
             teaching.cancel()
         await app.state.teacher.stop()
-        service.admission.close()
+        service.close()
         gc.unfreeze()  # undoes the freeze in `Service.attach`
 
     app = FastAPI(

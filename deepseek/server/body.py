@@ -101,7 +101,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
+        # Most parts of a body have no null, and a body can have very many parts.
+        if not isinstance(fields, dict) or None not in fields.values():
             return fields
         required = {
             part

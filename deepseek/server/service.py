@@ -2,8 +2,8 @@
 
 import asyncio
 import gc
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -132,7 +132,7 @@ class Service:
         self.admission = Admission()
         self.fleet: Fleet | None = None
         self.licence = ""  # of the base; "" until the engine is attached, or without a folder
-        self._changing = threading.Lock()
+        self._changes = ThreadPoolExecutor(1, "change")
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self._counter: PromptWriter | None = None
@@ -212,14 +212,15 @@ class Service:
         """Call `apply` with the owner of the experts, in a thread, and return its result.
 
         Changes run one after another: a fleet refuses one if another has changed its state
-        meanwhile.
+        meanwhile. They have a thread of their own, so that replies never wait for one behind them.
         """
+        changed = self._changes.submit(lambda: apply(self.experts_owner))
+        return await asyncio.wrap_future(changed)
 
-        def locked() -> T:
-            with self._changing:
-                return apply(self.experts_owner)
-
-        return await asyncio.to_thread(locked)
+    def close(self) -> None:
+        """Let the threads end."""
+        self.admission.close()
+        self._changes.shutdown(wait=False, cancel_futures=True)
 
     @property
     def writer(self) -> PromptWriter:

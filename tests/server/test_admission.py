@@ -31,8 +31,9 @@ from deepseek.runner import Chunk
 from deepseek.server import admission
 from deepseek.server.admission import Admission, ComputingRoute
 from deepseek.server.app import ROUTERS
+from deepseek.server.encoding import encoded_aside
 from deepseek.server.errors import ApiError
-from deepseek.server.service import Settings
+from deepseek.server.service import Service, Settings
 from deepseek.text.tokenizer import encode_plain
 
 TEXT = "the router returns the value of the expert " * 60
@@ -421,6 +422,43 @@ def test_the_event_loop_decodes_nothing(
     with computing.http() as http:
         assert http.post(PLANNED[name].path, json=PLANNED[name].body).status_code == 200
     assert threads and all(thread.startswith("convert") for thread in threads)
+
+
+def test_the_event_loop_checks_no_ids(computing: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for embeddings can have a million."""
+    threads: list[str] = []
+    submit = computing.engine.submit_texts
+
+    def recorded(texts: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return submit(texts)
+
+    monkeypatch.setattr(computing.engine, "submit_texts", recorded)
+    with computing.http() as http:
+        reply = http.post("/v1/embeddings", json={"model": "tiny", "input": "a"})
+    assert reply.status_code == 200
+    assert len(threads) == 1 and threads[0].startswith("plan")
+
+
+def test_changes_of_the_experts_do_not_delay_replies() -> None:
+    """They wait for one another, which takes long where packs are large or replicas are many."""
+    release = threading.Event()
+
+    async def check() -> None:
+        service = Service(Settings())
+        service.fleet = Any
+        changes = [
+            asyncio.create_task(service.change(lambda _: release.wait(30))) for _ in range(40)
+        ]
+        await asyncio.sleep(0.01)
+        try:
+            assert await asyncio.wait_for(encoded_aside(dict), 5) == b"{}"
+        finally:
+            release.set()
+        assert all(await asyncio.gather(*changes))
+        service.close()
+
+    asyncio.run(check())
 
 
 def test_a_planned_result_whose_caller_left_is_given_back() -> None:

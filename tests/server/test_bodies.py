@@ -330,3 +330,10 @@ def test_what_has_no_equivalent_in_our_requests_is_no_failure_of_the_server() ->
         ChatRequest(model="tiny", messages=[])
     refusal = as_api_error(error.value)
     assert (refusal.status, refusal.param) == (400, "messages")
+
+
+def test_parts_without_nulls_are_taken_as_they_are() -> None:
+    """A body can have a hundred thousand, and is validated in the event loop."""
+    part = {"type": "text", "text": "a"}
+    assert schema.TextPart._without_nulls(part) is part
+    assert schema.TextPart._without_nulls({**part, "prompt_cache_breakpoint": None}) == part

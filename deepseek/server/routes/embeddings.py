@@ -61,7 +61,8 @@ async def embed(
     encode: Any = service.writer.beginning if cut else service.writer.text
     # One at a time, so that other requests have their turn, and a client that leaves ends it.
     ids = [await run(partial(encode, text)) for text in texts]
-    return EmbeddingJob(service, service.engine.submit_texts(ids))
+    submit = partial(service.engine.submit_texts, ids)  # it checks every id
+    return EmbeddingJob(service, await run(submit, ActiveEmbedding.cancel))
 
 
 class EmbeddingJob(Job):
