@@ -13,11 +13,11 @@ from deepseek.engine.request import Request, TokenEvent, TokenUsage
 from deepseek.errors import PackError
 from deepseek.server.admission import Admission, Job
 from deepseek.server.errors import ApiError
+from deepseek.server.keys import Experts
 from deepseek.server.metrics import Metrics
 
 TRIES = 8
-"""Most submissions of a request of a key that may use only some experts, while others are plugged.
-"""
+"""Most submissions of requests that all have to see the same experts, while these are changed."""
 
 
 class GenerationJob(Job):
@@ -109,29 +109,32 @@ class GenerationJob(Job):
 
 
 def submit_within(
-    engine: Engine, requests: Sequence[Request], allowed: frozenset[str]
+    engine: Engine, requests: Sequence[Request], allowed: Experts
 ) -> list[Generation]:
-    """Submit requests that use no other experts than the allowed ones, whatever they choose.
+    """Submit requests that choose among the same experts, and use none but the allowed ones.
 
     All other plugged experts are denied to them. One that is plugged at the same moment would not
-    be among these, so the requests are submitted again when the set has changed meanwhile.
+    be among these, and only the later requests would see it, so all are submitted again when the
+    set has changed meanwhile.
 
     Args:
         engine: the engine.
         requests: the requests.
-        allowed: names of the allowed experts.
+        allowed: names of the allowed experts; None: all.
 
     Raises:
-        ApiError: the experts keep changing (503), or one was unplugged just now (404).
+        ApiError: the experts keep changing (503), or an allowed one was unplugged just now (404).
 
     Other errors are raised as by `Engine.submit_all`.
     """
     for _ in range(TRIES):
         plugged = engine.experts()
-        others = [info.name for info in plugged if info.name not in allowed]
+        others = [info.name for info in plugged if allowed is not None and info.name not in allowed]
         try:
             generations = engine.submit_all([denying(request, others) for request in requests])
         except PackError:
+            if allowed is None:
+                raise
             # The engine's message suggests names of plugged experts.
             raise ApiError(
                 404, "An expert of this request is not plugged any more; leave it out."

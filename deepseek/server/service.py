@@ -275,7 +275,7 @@ class Service:
 
     def _submit(self, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
         requests = plan()
-        if self.allowed is None:
+        if self.allowed is None and len(requests) == 1:
             return self.engine.submit_all(requests)
         return submit_within(self.engine, requests, self.allowed)
 

@@ -434,6 +434,30 @@ def test_an_expert_that_is_plugged_at_the_same_moment_is_not_armed(
         keyed.engine.unplug(STORED)
 
 
+def test_all_answers_of_a_request_choose_among_the_same_experts(
+    keyed: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if one is plugged between the first and the second."""
+    experts = keyed.engine.model.experts
+    choose = experts.choose
+    chosen: list[int] = []
+
+    def plug_second(*args: Any, **options: Any) -> Any:
+        chosen.append(len(keyed.engine.experts()))
+        if len(chosen) == 2:
+            keyed.engine.plug(keyed.folder / f"{STORED}.safetensors")
+        return choose(*args, **options)
+
+    monkeypatch.setattr(experts, "choose", plug_second)
+    try:
+        with keyed.http(ALL) as http:
+            reply = http.post("/v1/completions", json={**COMPLETION, "n": 2})
+        assert reply.status_code == 200
+        assert len(chosen) == 4 and chosen[2:] == [chosen[0] + 1] * 2
+    finally:
+        keyed.engine.unplug(STORED)
+
+
 def test_experts_that_never_stay_the_same_are_an_error(
     keyed: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
