@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from deepseek.server.app import create_app
-from deepseek.server.routes.teach import Teacher, command, lesson_fields
+from deepseek.server.routes.teach import Teacher, command, lesson_fields, lines
 from deepseek.server.schema import TAUGHT, TeachRequest
 from deepseek.server.service import Service, Settings
 from deepseek.train.jobs.arguments import ExpertArguments
@@ -82,6 +82,20 @@ def test_the_form_finds_the_arguments_in_the_description_of_the_api() -> None:
     schema = create_app().openapi()["components"]["schemas"]["TeachRequest"]["properties"]
     assert schema.keys() == {"name", "kind", "path", *TAUGHT}
     assert all(schema[name]["description"] for name in TAUGHT)
+
+
+def test_a_progress_bar_without_line_ends_is_read_to_its_end() -> None:
+    """Nobody would follow the training any more, nor empty its pipe."""
+
+    async def read() -> list[str]:
+        output = asyncio.StreamReader(limit=64)
+        output.feed_data(b"first: 1/9\n")
+        output.feed_data(b"a bar |####      |\r" * 99 + b"\n")
+        output.feed_data(b"last: 9/9\n")
+        output.feed_eof()
+        return [line async for line in lines(output)]
+
+    assert asyncio.run(read()) == ["first: 1/9", "last: 9/9"]
 
 
 def test_a_process_that_does_not_start_leaves_no_running_lesson(

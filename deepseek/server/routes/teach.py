@@ -162,8 +162,8 @@ class Teacher:
         """Follow a training to its end and plug the pack that it wrote."""
         assert process.stderr is not None
         try:
-            async for line in process.stderr:
-                lesson.read(line.decode("utf-8", "replace").strip())
+            async for line in lines(process.stderr):
+                lesson.read(line)
             if await process.wait() == 0 and lesson.state == "running":
                 await asyncio.to_thread(lesson.end)
                 plugged = await self.service.change(lambda owner: owner.plug(pack))
@@ -178,6 +178,23 @@ class Teacher:
             lesson.message = as_api_error(error).message
         lesson.state = "failed" if lesson.state == "running" else lesson.state
         await asyncio.to_thread(lesson.look)
+
+
+async def lines(output: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Yield the lines of a process's output.
+
+    The beginning of one that is longer than the reader's buffer is left out, such as that of a
+    progress bar that goes back to the start of its line: a process whose output nobody reads stops
+    at a full pipe.
+    """
+    while True:
+        try:
+            line = await output.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        yield line.decode("utf-8", "replace").strip()
 
 
 async def _teacher_of(request: HttpRequest) -> Any:
