@@ -568,6 +568,14 @@ def test_metrics_count_replies_tokens_and_experts(keyed: Live) -> None:
     assert "deepseek_experts_plugged 0.0" in text
 
 
+def test_metrics_count_the_tokens_of_embeddings(served_folder: Path) -> None:
+    with live(served_folder) as server, server.http() as http:
+        body = {"model": "tiny", "input": ["the value", "a"]}
+        tokens = http.post("/v1/embeddings", json=body).json()["usage"]["prompt_tokens"]
+        counted = f'deepseek_tokens_total{{kind="prompt"}} {tokens:.1f}'
+        wait_for(lambda: counted in http.get("/metrics").text)
+
+
 def test_metrics_count_no_prompt_that_was_never_computed(served_folder: Path) -> None:
     with live(served_folder, Settings(request_seconds=0.2), max_running=1) as server:
         server.engine.submit(Request((5,), Sampling(max_new_tokens=760), ignore_end=True))

@@ -77,10 +77,18 @@ class EmbeddingJob(Job):
         super().__init__(service.admission, [embedding], service.settings.request_seconds)
         self.tokens = sum(map(len, embedding.texts))
         self._embedding = embedding
+        self._metrics = service.metrics
 
     def usage(self) -> TokenUsage:
         """Return the number of tokens."""
         return TokenUsage(self.tokens)
+
+    def close(self) -> None:
+        """Cancel the computation if it is unfinished, else record its usage."""
+        super().close()
+        result = self._embedding.result
+        if result.done() and result.exception() is None:
+            self._metrics.count(self.usage())
 
     async def vectors(self) -> list[list[float]]:
         """Return the vectors.
