@@ -125,6 +125,7 @@ class MessageReply(BaseModel):
     container: None
     usage: dict[str, int | None]
     experts: dict[str, int]
+    retrieved: list[str] = []
 
 
 class TokenCountReply(BaseModel):

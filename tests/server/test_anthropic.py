@@ -4,11 +4,15 @@ a whole reply says.
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
 import pytest
 from live_server import CONTEXT, Live
+
+from deepseek.engine.request import TokenUsage
+from deepseek.server.dialects.anthropic import MessageEvents
 
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
 TOOL: dict[str, Any] = {
@@ -190,6 +194,14 @@ def test_a_stop_text_is_reported(messages: Any) -> None:
     assert reply.stop_reason == "stop_sequence"
     assert reply.stop_sequence == text[4:6]
     assert reply.content[0].text == text[: text.index(text[4:6])]
+
+
+def test_a_call_ends_for_no_stop_text() -> None:
+    job = SimpleNamespace(usage=lambda: TokenUsage(3))
+    chunks: Any = SimpleNamespace(job=job, head={"model": "tiny"}, used=dict)
+    choice = {"finish_reason": "tool_calls", "stop_reason": "</tool_call>"}
+    delta = next(MessageEvents(chunks)._end(choice))["delta"]
+    assert delta == {"stop_reason": "tool_use", "stop_sequence": None}
 
 
 def test_a_prefilled_answer_goes_on_in_its_own_turn(server: Live, messages: Any) -> None:

@@ -77,6 +77,17 @@ def test_a_stream_says_at_its_end_what_was_retrieved(asking: OpenAI) -> None:
     assert list(stream)[-1].retrieved == ["repo/router.py:1-9"]
 
 
+def test_a_message_says_what_was_retrieved(indexed: Live) -> None:
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 2, "retrieve": True}
+    with indexed.http() as http:
+        whole = http.post("/v1/messages", json=body).json()
+        stream = http.post("/v1/messages", json={**body, "stream": True}).text
+        plain = http.post("/v1/messages", json={**body, "retrieve": False}).json()
+    assert whole["retrieved"] == ["repo/router.py:1-9"]
+    assert '"retrieved":["repo/router.py:1-9"]' in stream
+    assert "retrieved" not in plain
+
+
 def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
     reply = complete(asking, True, prompt=[99] * 720)
     assert reply.retrieved == [] and reply.usage.prompt_tokens == 720

@@ -20,7 +20,6 @@ from deepseek.server.body import (
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
-from deepseek.server.metrics import spoken
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.schema import (
     CalledFunction,
@@ -289,7 +288,8 @@ class MessageEvents:
                     blocks[-1]["input"] = json.loads(delta["partial_json"])
         end = next(event for event in events if event["type"] == "message_delta")
         message = self._message(blocks, end["delta"]["stop_reason"], end["delta"]["stop_sequence"])
-        return {**message, "usage": self._usage(), "experts": end["experts"]}
+        used = {name: value for name, value in end.items() if name not in ("type", "delta")}
+        return {**message, **used}
 
     def _text(self, text: str, expert: str | None) -> Iterator[Fields]:
         if not text:
@@ -323,9 +323,11 @@ class MessageEvents:
         reason = STOP_REASONS.get(
             choice["finish_reason"], "end_turn" if reached is None else "stop_sequence"
         )
-        delta = {"stop_reason": reason, "stop_sequence": reached}
-        experts = spoken(self._chunks.job.usage().experts)
-        yield {"type": "message_delta", "delta": delta, "usage": self._usage(), "experts": experts}
+        # A call can end with a stop text, which is not why the message ends then.
+        sequence = reached if reason == "stop_sequence" else None
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        used = {**self._chunks.used(), "usage": self._usage()}
+        yield {"type": "message_delta", "delta": delta, **used}
         yield {"type": "message_stop"}
 
     def _start(self, block: Fields) -> Fields:
