@@ -91,7 +91,7 @@ def test_a_progress_bar_without_line_ends_is_read_to_its_end() -> None:
         output = asyncio.StreamReader(limit=64)
         output.feed_data(b"first: 1/9\n")
         output.feed_data(b"a bar |####      |\r" * 99 + b"\n")
-        output.feed_data(b"last: 9/9\n")
+        output.feed_data(b"last: 1/9\rlast: 9/9\r\n")
         output.feed_eof()
         return [line async for line in lines(output)]
 

@@ -181,7 +181,8 @@ class Teacher:
 
 
 async def lines(output: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Yield the lines of a process's output.
+    """Yield the lines of a process's output as a terminal shows them: after each return to the
+    start of a line, what follows replaces it.
 
     The beginning of one that is longer than the reader's buffer is left out, such as that of a
     progress bar that goes back to the start of its line: a process whose output nobody reads stops
@@ -194,7 +195,7 @@ async def lines(output: asyncio.StreamReader) -> AsyncIterator[str]:
             continue
         if not line:
             return
-        yield line.decode("utf-8", "replace").strip()
+        yield line.decode("utf-8", "replace").strip().rpartition("\r")[2]
 
 
 async def _teacher_of(request: HttpRequest) -> Any:
