@@ -15,6 +15,7 @@ of the same budget, which no choice of keys can beat.
 import argparse
 import time
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_indexer import Indexer, IndexerSettings, fit_indexer, indexed_key
 from results import add_output, write
 
 import deepseek
+import deepseek.train.hash
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
@@ -140,7 +142,7 @@ def fitted(
     base, path = fingerprint(resolve(BASE)).weights, hash_file(kind, count)
     if not path.exists():
         started = time.perf_counter()
-        settings = HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
+        settings = settings_of(kind)
         with ProgressBar() as progress:
             found = distill_hashes(
                 model,
@@ -155,10 +157,22 @@ def fitted(
     return load_hashes(path, base)
 
 
+def settings_of(kind: str) -> HashSettings:
+    """Return how hashes of a kind are fitted; calibrated ones are not solved for."""
+    return HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
+
+
 def hash_file(kind: str, count: int | None) -> Path:
-    """Return the file of the hashes of a kind."""
+    """Return the file of the hashes of a kind.
+
+    Its name tells settings, texts and code of the fitting apart: what was fitted before a change is
+    not taken for fitted after it.
+    """
+    code = sorted(Path(deepseek.train.hash.__path__[0]).glob("*.py"))
+    made_of = [repr(asdict(settings_of(kind))), repr(FIT), *(path.read_text() for path in code)]
+    digest = sha256("\n".join(made_of).encode()).hexdigest()[:12]
     part = "" if count is None else f"-{count}"
-    return home() / "hash-recall" / f"{kind}{part}.safetensors"
+    return home() / "hash-recall" / f"{kind}{part}-{digest}.safetensors"
 
 
 def timed(kind: str, count: int | None) -> Path:

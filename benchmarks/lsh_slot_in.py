@@ -4,9 +4,11 @@ on unseen text.
     python benchmarks/hash_recall.py                  # fits the hashes
     python benchmarks/lsh_slot_in.py
     python benchmarks/lsh_slot_in.py --far-field --skip-random --tune 200
+    python benchmarks/lsh_slot_in.py --test final-public-prose final-scrapy ...    # to report on
 
 The same texts and the same fresh tokens for every model; the change of the loss is paired, text by
-text.
+text. Probes, windows and tuning were chosen on the default texts, so that figures to report come from
+others.
 
 `--tune` trains the projections of attention in the LSH layers, hash and all other weights fixed,
 towards the exact model's own predictions (KL from its distribution at every fourth token), on texts
@@ -43,6 +45,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument(
+        "--test", nargs="+", default=TEST, metavar="CORPUS", help="texts that are scored"
+    )
     parser.add_argument("--texts", type=int, default=1, help="of each corpus")
     parser.add_argument("--window", type=int, help="keys of a bucket looked at")
     parser.add_argument("--local", type=int, help="nearest keys looked at")
@@ -84,7 +89,7 @@ def main() -> None:
         models["random"] = deepseek.load(BASE, config=config, dtype="float32").model
     texts = [
         (name, long_texts(corpus(name), tokenizer, options.texts, options.length, seed=1))
-        for name in TEST
+        for name in options.test
     ]
     figures = {kind: score(kind, model, texts) for kind, model in {"exact": full, **models}.items()}
     if options.tune:
@@ -107,6 +112,7 @@ def main() -> None:
         options.json or FOLDER / f"{name}.json",
         {
             "length": options.length,
+            "test": options.test,
             **looks,
             "tune": options.tune,
             "tune_length": options.tune_length,

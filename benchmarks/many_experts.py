@@ -22,8 +22,9 @@ plugged:
               theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens
 
 `embeddings` is a rival's routing: a ridge classifier over the embeddings of the base, fitted on
-passages of the training text of the experts and of the text of none. It has no text of the copies,
-so it chooses among the experts that are there.
+`--fitting` passages of each expert's training text and of each text of none, by default about as
+many tokens as an expert is trained on. It has no text of the copies, so it chooses among the
+experts that are there.
 
 `room` is the speed of `--room` of the second count, all asked by name by four clients at once, over
 that of an engine with all in memory: asked evenly, and by Zipf's law.
@@ -36,6 +37,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,6 +99,9 @@ def main() -> None:
     parser.add_argument("--room", type=int, default=8)
     parser.add_argument("--width", type=int, default=256, help="of the copies' expert layers")
     parser.add_argument("--passages", type=int, default=4, help="of each text")
+    parser.add_argument(
+        "--fitting", type=int, default=94, help="passages of each text's classifier"
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of a passage")
     parser.add_argument("--tokens", type=int, default=48, help="of a reply that is timed")
     parser.add_argument("--rounds", type=int, default=3)
@@ -174,7 +179,7 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
     expert_bytes = budget(paths, options.room)
     with start_engine(options.base, expert_bytes=expert_bytes) as engine:
         names = [path.stem for path in paths]
-        fitting, held_out = passages(engine, options, set(names))
+        fitting, held_out = passages(engine, options, set(names), options.fitting)
         plugged = 0
         for count in options.counts:
             row: dict[str, Any] = {"plug": plug(engine, paths[plugged:count])}
@@ -199,16 +204,24 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
 
 
 def passages(
-    engine: Engine, options: argparse.Namespace, names: set[str]
+    engine: Engine, options: argparse.Namespace, names: set[str], fitting: int | None = None
 ) -> tuple[list[Passage], list[Passage]]:
-    """Return passages of the training text and of the held-out text of each folder."""
+    """Return passages of the training text and of the held-out text of each folder.
+
+    Args:
+        engine: engine with the tokenizer.
+        options: arguments; `passages` of the held-out text of each folder are returned.
+        names: folders that experts are trained on.
+        fitting: passages of the training text of each folder; None: as many.
+    """
     parts: tuple[list[Passage], list[Passage]] = ([], [])
+    counts = (options.passages if fitting is None else fitting, options.passages)
     for folder in sorted(path for path in options.texts.iterdir() if path.is_dir()):
         documents, _ = clean(read_folder(folder))
         label = folder.name if folder.name in names else None
-        for part, kept in zip(parts, split(documents), strict=True):
+        for part, kept, count in zip(parts, split(documents), counts, strict=True):
             found = pieces(engine, kept, options.length)
-            part += [Passage(ids, label) for ids in found[: options.passages]]
+            part += [Passage(ids, label) for ids in found[:count]]
     return parts
 
 
@@ -355,8 +368,14 @@ def embeddings(
 
 def embedded(engine: Engine, found: Sequence[Passage]) -> np.ndarray:
     """Return the embeddings of passages, `[N, D + 1]`, with a constant for the bias."""
-    rows_ND = np.array([engine.embed(passage.ids) for passage in found])
+    rows_ND = np.array([embedding(engine, passage.ids) for passage in found])
     return np.concatenate([rows_ND, np.ones((len(rows_ND), 1))], 1)
+
+
+@cache
+def embedding(engine: Engine, ids: tuple[int, ...]) -> list[float]:
+    """Return the embedding of a passage: the same passages are asked for with every count."""
+    return engine.embed(ids)
 
 
 def room(options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
