@@ -132,7 +132,7 @@ def plan(
         print_inference,
         print_training,
         starting_options,
-        without_missing,
+        only_given,
     )
 
     if preset and config:
@@ -181,7 +181,7 @@ def plan(
             "zero": zero,
             "trained": trained,
         }
-        training = TrainingOptions(**{"tokens": model.tokens} | without_missing(given))
+        training = TrainingOptions(**{"tokens": model.tokens} | only_given(given))
         print_training(model, options, hardware, training, deepspeed, as_json)
 
 

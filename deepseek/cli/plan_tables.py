@@ -23,8 +23,8 @@ LABELS = {"keys_values": "keys and values"}
 """Names of parts of the memory that are not those of their fields."""
 
 
-def without_missing(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without those that are not given: None and ""."""
+def only_given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the user gives; None and "" are not given."""
     return {name: value for name, value in options.items() if value not in (None, "")}
 
 
@@ -51,8 +51,8 @@ class PlanOptions:
     bits: int | None = None
 
     def overridden(self, **given: Any) -> "PlanOptions":
-        """Return these options with those that the user gives; None and "" are not given."""
-        return replace(self, **without_missing(given))
+        """Return these options with those that the user gives (see `only_given`)."""
+        return replace(self, **only_given(given))
 
     def hardware(
         self, memory: float | None, teraflops: float | None, bandwidth: float | None
