@@ -129,10 +129,10 @@ def plan(
     from deepseek.cli.plan_tables import (
         ModelChoice,
         TrainingOptions,
+        only_given,
         print_inference,
         print_training,
         starting_options,
-        only_given,
     )
 
     if preset and config:
