@@ -12,17 +12,25 @@ from waiting import wait_for
 
 from deepseek.server.request_log import configure
 
+LOGGER = "deepseek.server.request_log"
 SECRET = "a secret of the client"
 
 
 def logged(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
-    """Return the lines once there are so many; each is written after its reply."""
+    """Return the lines once there are so many; each is written after its reply.
+
+    The web server writes a record of its own for an exception, before or after the line.
+    """
     deadline = time.monotonic() + 10
-    while len(caplog.records) < count and time.monotonic() < deadline:
+    while len(lines := request_lines(caplog)) < count and time.monotonic() < deadline:
         time.sleep(0.01)
-    lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == count
     return lines
+
+
+def request_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the lines of the request log."""
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
 
 
 @pytest.mark.parametrize(
@@ -36,10 +44,7 @@ def logged(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
 def test_a_request_is_a_line(
     server: Live, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, object], pattern: str
 ) -> None:
-    with (
-        caplog.at_level(logging.INFO, "deepseek.server.request_log"),
-        server.http(SECRET.replace(" ", "")) as http,
-    ):
+    with caplog.at_level(logging.INFO, LOGGER), server.http(SECRET.replace(" ", "")) as http:
         http.post(path, json={"model": "tiny", **body})
         lines = logged(caplog, 1)
     assert lines[0].startswith(f"POST {path} ")
@@ -48,7 +53,7 @@ def test_a_request_is_a_line(
 
 
 def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "deepseek.server.request_log"), server.http() as http:
+    with caplog.at_level(logging.INFO, LOGGER), server.http() as http:
         http.get("/v1/models/secret-name")
         http.get("/secret-path")
         lines = logged(caplog, 2)
@@ -61,7 +66,7 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(
 ) -> None:
     """Nothing is sent to it, so its request has no status of its own."""
     content = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 700, "ignore_eos": True})
-    with caplog.at_level(logging.INFO, "deepseek.server.request_log"):
+    with caplog.at_level(logging.INFO, LOGGER):
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
             client.sendall(
                 "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -78,15 +83,15 @@ def test_a_failure_of_the_server_is_one(
     server: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.service, "models", None)
-    with caplog.at_level(logging.INFO, "deepseek.server.request_log"), server.http() as http:
+    with caplog.at_level(logging.INFO, LOGGER), server.http() as http:
         assert http.get("/v1/models").status_code == 500
-        lines = [line for line in logged(caplog, 1) if line.startswith("GET")]
+        lines = logged(caplog, 1)
     assert lines[0].startswith("GET /v1/models 500 ")
 
 
 def test_the_level_decides_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure("warning")
-    logging.getLogger("deepseek.server.request_log").info("not written")
+    logging.getLogger(LOGGER).info("not written")
     logging.getLogger("deepseek.server.errors").warning("a warning")
     written = capsys.readouterr().err
     assert "a warning" in written
