@@ -13,6 +13,8 @@ point operations, at each of `--rates`:
     dense, total    a dense model with as many parameters as the mixture
     dense, active   a dense model with as many parameters as the mixture uses for a token
 
+`--kinds` also takes mixtures whose layers share pools in other ways (`SHARED_OTHERWISE`).
+
 `--set design` is for choosing shapes and rates; `final` has other text, and other seeds, which is
 where the figures come from. A model is judged by its loss on documents that no model was trained
 on, at the rates of `RATES`. Differences from a dense model are taken seed by seed, each time at the
@@ -82,7 +84,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense, total": {"intermediate_size": 207},
     "dense, active": {"intermediate_size": 146},
 }
-RATES: dict[str, tuple[float, ...]] = dict.fromkeys(KINDS, (0.004, 0.002)) | {"mixture": (4e-3,)}
+SHARED_OTHERWISE: dict[str, dict[str, Any]] = {
+    "pools of two layers": ROUTED
+    | {"num_experts": 7, "candidate_experts": 7, "expert_dim": 45, "expert_sharing": 2},
+    "narrow experts": ROUTED | {"num_experts": 20, "expert_dim": 26, "expert_sharing": 3},
+    "three at most": KINDS["mixture"] | {"max_experts": 3},
+}
+"""Mixtures with shared pools of other shapes, as large, in search of one that gains by sharing."""
+SHAPES = KINDS | SHARED_OTHERWISE
+RATES: dict[str, tuple[float, ...]] = dict.fromkeys(SHAPES, (0.004, 0.002)) | {"mixture": (4e-3,)}
 """Peak learning rates. 4e-3 was the best on the design set; some seeds of the dense models do better
 at half of it, so that both are tried for them, and the better one counts.
 """
@@ -98,7 +108,7 @@ def main() -> None:
     )
     parser.add_argument("corpora", type=existing_path)
     parser.add_argument("--set", choices=SETS, default="final")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=SHAPES, default=list(KINDS))
     parser.add_argument("--rates", type=float, nargs="+", help="default: the chosen ones")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=500_000, help="of the dense model")
@@ -131,7 +141,7 @@ def main() -> None:
 
 def architecture(kind: str) -> dict[str, Any]:
     """Return the fields of a kind's config."""
-    return BACKBONE | KINDS[kind]
+    return BACKBONE | SHAPES[kind]
 
 
 def sizes(kind: str) -> dict[str, float]:
@@ -163,7 +173,7 @@ def trained(
 
     Args:
         options: the command's options.
-        kind: a key of `KINDS`.
+        kind: a key of `SHAPES`.
         rate: peak learning rate.
         seed: seed of weights, order and held-out text.
         tokenizer: folder of a model with the tokenizer to use; None: train one.
