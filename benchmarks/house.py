@@ -1,10 +1,10 @@
-"""The house as a table and a picture: rooms, floors, lines, and who imports whom, measured from the
+"""The house as a table and a picture: packages, floors, lines, and who imports whom, measured from the
 imports.
 
     make house    # or: python benchmarks/house.py; writes the table into its page, and the picture beside it
 
-A room is a package directly below `deepseek/` (or a file there). Its floor is one above the highest
-room that it imports, so the table cannot say anything else than the code does.
+A package here is one directly below `deepseek/` (or a file there). Its floor is one above the highest
+package that it imports, so the table cannot say anything else than the code does.
 `tests/test_floors.py` holds the floors that are allowed.
 """
 
@@ -21,13 +21,13 @@ BEGIN, END = "<!-- house: begin -->", "<!-- house: end -->"
 
 
 @dataclass
-class Room:
-    """One room.
+class Package:
+    """One package.
 
     Attributes:
         files, lines: how many it has.
-        imports: other rooms that it imports, at module level or within functions.
-        floor: 0 for a room that imports none.
+        imports: other packages that it imports, at module level or within functions.
+        floor: 0 for a package that imports none.
         purpose: first sentence of its docstring.
     """
 
@@ -40,29 +40,29 @@ class Room:
 
 def main() -> None:
     page = house_page()
-    found = rooms()
+    found = packages()
     page.write_text(with_table(page.read_text(encoding="utf-8"), table(found)), encoding="utf-8")
     draw(found, page.with_name("house.svg"))
 
 
-def rooms() -> dict[str, Room]:
-    """Return every room with its floor."""
-    found: dict[str, Room] = {}
+def packages() -> dict[str, Package]:
+    """Return every package with its floor."""
+    found: dict[str, Package] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if name.startswith("__"):
             continue
         source = path.read_text(encoding="utf-8")
-        room = found.setdefault(name, Room())
-        room.files += 1
-        room.lines += source.count("\n")
-        room.imports |= set(imported_rooms(source)) - {name}
+        package = found.setdefault(name, Package())
+        package.files += 1
+        package.lines += source.count("\n")
+        package.imports |= set(imported_packages(source)) - {name}
         if path in (PACKAGE / name / "__init__.py", PACKAGE / f"{name}.py"):
-            room.purpose = purpose(source)
-    for room in found.values():
-        room.imports &= set(found)
+            package.purpose = purpose(source)
+    for package in found.values():
+        package.imports &= set(found)
     for name in TopologicalSorter(
-        {name: room.imports for name, room in found.items()}
+        {name: package.imports for name, package in found.items()}
     ).static_order():
         found[name].floor = 1 + max(
             (found[other].floor for other in found[name].imports), default=-1
@@ -70,8 +70,8 @@ def rooms() -> dict[str, Room]:
     return found
 
 
-def imported_rooms(source: str) -> Iterator[str]:
-    """Yield the rooms that a file imports."""
+def imported_packages(source: str) -> Iterator[str]:
+    """Yield the packages that a file imports."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -90,25 +90,27 @@ def purpose(source: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-def table(found: dict[str, Room]) -> str:
-    """Return the rooms as a Markdown table, the highest floor first."""
+def table(found: dict[str, Package]) -> str:
+    """Return the packages as a Markdown table, the highest floor first."""
     lines = [
-        "| floor | room | what it holds | files | lines | imports |",
+        "| floor | package | what it holds | files | lines | imports |",
         "|---|---|---|---|---|---|",
     ]
-    for name, room in ordered(found):
-        others = ", ".join(sorted(room.imports)) or "-"
+    for name, package in ordered(found):
+        others = ", ".join(sorted(package.imports)) or "-"
         lines.append(
-            f"| {room.floor} | `{name}` | {room.purpose} | {room.files} | {room.lines:,} | {others} |"
+            f"| {package.floor} | `{name}` | {package.purpose} | {package.files} | {package.lines:,} | {others} |"
         )
-    arrows = sum(len(room.imports) for room in found.values())
-    size = sum(room.lines for room in found.values())
-    summary = f"{len(found)} rooms, {size:,} lines, {arrows} arrows between rooms, no cycle."
+    arrows = sum(len(package.imports) for package in found.values())
+    size = sum(package.lines for package in found.values())
+    summary = (
+        f"{len(found)} packages, {size:,} lines, {arrows} dependencies between them, no cycle."
+    )
     return "\n".join([*lines, "", summary])
 
 
-def beyond(found: dict[str, Room], names: set[str]) -> set[str]:
-    """Return the rooms that `names` import, directly or by way of others."""
+def beyond(found: dict[str, Package], names: set[str]) -> set[str]:
+    """Return the packages that `names` import, directly or by way of others."""
     reached: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -118,8 +120,8 @@ def beyond(found: dict[str, Room], names: set[str]) -> set[str]:
     return reached
 
 
-def ordered(found: dict[str, Room]) -> list[tuple[str, Room]]:
-    """Return the rooms from the highest floor down."""
+def ordered(found: dict[str, Package]) -> list[tuple[str, Package]]:
+    """Return the packages from the highest floor down."""
     return sorted(found.items(), key=lambda item: (-item[1].floor, item[0]))
 
 
@@ -141,8 +143,8 @@ def house_page() -> Path:
     return pages[0]
 
 
-def draw(found: dict[str, Room], path: Path) -> None:
-    """Draw the floors: rooms as wide as their lines, arrows to what they import and no lower room
+def draw(found: dict[str, Package], path: Path) -> None:
+    """Draw the floors: packages as wide as their lines, arrows to what they import and no lower package
     imports for them.
     """
     import matplotlib as mpl
@@ -151,11 +153,11 @@ def draw(found: dict[str, Room], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.rcParams["svg.hashsalt"] = "house"  # the same picture, the same bytes
-    floors = sorted({room.floor for room in found.values()})
+    floors = sorted({package.floor for package in found.values()})
     figure, axes = plt.subplots(figsize=(7, 0.9 * len(floors) + 0.6))
     centres: dict[str, tuple[float, float]] = {}
     for floor in floors:
-        names = [name for name, room in sorted(found.items()) if room.floor == floor]
+        names = [name for name, package in sorted(found.items()) if package.floor == floor]
         widths = {name: 6 + found[name].lines ** 0.5 / 3 for name in names}
         left = -(sum(widths.values()) + 3 * (len(names) - 1)) / 2
         for name in names:
@@ -180,8 +182,8 @@ def draw(found: dict[str, Room], path: Path) -> None:
             )
             centres[name] = (left + widths[name] / 2, floor)
             left += widths[name] + 3
-    for name, room in found.items():
-        for other in room.imports - beyond(found, room.imports):
+    for name, package in found.items():
+        for other in package.imports - beyond(found, package.imports):
             start, stop = centres[name], (centres[other][0], centres[other][1] + 0.55)
             axes.annotate(
                 "",

@@ -45,8 +45,8 @@ JOBS = (
 TOP = """# Arguments of the training jobs
 
 An argument has one name everywhere: `learning_rate` in Python and in recipes is `--learning-rate` on the command line.
-The first one of each function may be given by position. A wrong value or a misspelt name stops the job before anything
-is loaded.
+In Python `base` (of `pretrain`: `config`) may be given by position. A wrong value or a misspelt name stops the job
+before anything is loaded.
 
 This page is written by `python -m deepseek.cli.job_reference docs/reference/arguments.md`; do not edit it.
 """

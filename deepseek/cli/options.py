@@ -32,7 +32,7 @@ Arm = Annotated[
         "Default: as --experts says, else 'auto'."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum tokens to generate.")]
 Temperature = Annotated[
     float, typer.Option(min=0, max=10, help="Sampling temperature; 0 takes the most likely token.")
 ]

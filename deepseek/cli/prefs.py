@@ -80,7 +80,7 @@ def generate(
     ] = "clean,willing,varied",
     answers: Annotated[int, typer.Option(min=2, max=64, help="Answers per prompt.")] = 4,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
+        int, typer.Option("--max-tokens", min=1, help="Maximum tokens per answer.")
     ] = 32,
     temperature: Annotated[
         float, typer.Option(min=0.1, max=10, help="Sampling temperature of the answers.")

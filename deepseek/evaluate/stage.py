@@ -46,13 +46,13 @@ class EvaluationArguments(PrecisionArguments):
     """Folder of code whose function bodies are generated and scored by BLEU; default: none"""
 
     most_functions: int = Field(default=20, ge=1, le=MAX_COUNT)
-    """Most functions to generate"""
+    """Maximum functions to generate"""
 
     human_eval: int = Field(default=0, ge=0, le=164)
     """Number of first HumanEval problems to score by pass@1"""
 
     tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
-    """Most tokens per text"""
+    """Maximum tokens per text"""
 
     run_folder: str | Path | None = None
     """Folder of the result; default: `runs/evaluation` in the library's home"""

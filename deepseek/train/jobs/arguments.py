@@ -93,7 +93,7 @@ class TextArguments(RunArguments):
     """Share of the documents that is held out, never trained on"""
 
     held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
-    """Most held-out tokens in the report, and most validation tokens for choosing the best state"""
+    """Maximum held-out tokens in the report, and maximum validation tokens for choosing the best state"""
 
     row_length: int | None = Field(default=None, ge=2, le=MAX_LENGTH)
     """Tokens per packed row; default: 512, or the base's context if that is shorter"""
@@ -335,7 +335,7 @@ class AlignArguments(RunArguments):
     """Peak learning rate"""
 
     new_tokens: int = Field(default=32, ge=1, le=MAX_LENGTH)
-    """Most tokens per answer"""
+    """Maximum tokens per answer"""
 
     temperature: float = Field(default=0.8, ge=0.1, le=100)
     """Sampling temperature of the answers"""

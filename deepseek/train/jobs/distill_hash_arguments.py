@@ -35,7 +35,8 @@ class DistillHashArguments(JobArguments):
     """Key buckets per head; must equal the model's `lsh_num_buckets`"""
 
     window: int = Field(default=40, ge=1, le=MAX_LENGTH)
-    """Keys that a query attends to in each bucket; must equal the model's `lsh_bucket_window`"""
+    """Keys that a query attends to in each bucket; the hash is fitted for so many, so give the model's
+    `lsh_bucket_window`"""
 
     exact: int = Field(default=2, ge=0, le=1024)
     """Number of first layers that keep exact attention"""
