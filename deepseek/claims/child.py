@@ -1,18 +1,21 @@
-"""A benchmark as a process of its own that stops at a safe point when this one is told to stop."""
+"""Benchmarks as processes of their own that stop at a safe point when this one is told to stop."""
 
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 STOPPING_SECONDS = 60.0
 """Longest time that an interrupted benchmark gets to stop at a safe point."""
+
+POLL_SECONDS = 0.05
 
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process and are passed on as an interrupt, beside Ctrl-C."""
@@ -28,25 +31,84 @@ def run_python(words: Sequence[str], folder: Path, environment: Mapping[str, str
         folder: folder to run it in.
         environment: its environment variables.
     """
+    statuses: list[int] = []
+    run_pythons({"": words}, folder, environment, ended=lambda _, status: statuses.append(status))
+    return statuses[0]
+
+
+def run_pythons(
+    programs: Mapping[str, Sequence[str]],
+    folder: Path,
+    environment: Mapping[str, str],
+    ended: Callable[[str, int], None],
+    started: Callable[[str], None] | None = None,
+    at_once: int = 1,
+    output: Mapping[str, Path] | None = None,
+) -> None:
+    """Run Python several times, in order, and stop those that run as `run_python` does.
+
+    Args:
+        programs: arguments of Python by name.
+        folder: folder to run them in.
+        environment: their environment variables.
+        ended: called with the name and the exit code of each that has ended.
+        started: called with the name of each before it starts; None: nothing is.
+        at_once: number that run side by side (default: 1).
+        output: file for what each prints; None: where this process prints.
+    """
+    waiting = list(programs)[::-1]
+    running: dict[str, subprocess.Popen[bytes]] = {}
     with _stops_raised():
-        # A process group of its own: a terminal would interrupt it as well, and it would be twice.
-        process = subprocess.Popen(
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    name = waiting.pop()
+                    if started:
+                        started(name)
+                    file = output[name] if output else None
+                    running[name] = _start(programs[name], folder, environment, file)
+                for name, process in list(running.items()):
+                    status = process.poll()
+                    if status is not None:
+                        del running[name]
+                        ended(name, status)
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _stop_all(list(running.values()))
+            raise
+
+
+def _start(
+    words: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path | None
+) -> subprocess.Popen[bytes]:
+    """Start Python in a process group of its own.
+
+    Else a terminal would interrupt it as well, and it would be interrupted twice.
+    """
+    with output.open("wb") if output else nullcontext() as file:
+        return subprocess.Popen(
             [sys.executable, *words],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
             process_group=0,
         )
-        try:
-            return process.wait()
-        except BaseException:
-            _signal(process.pid, signal.SIGINT)
-            try:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(STOPPING_SECONDS)
-            finally:
-                _signal(process.pid, signal.SIGKILL)
-            raise
+
+
+def _stop_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Interrupt processes, wait until they have stopped at a safe point, and kill what is left."""
+    for process in processes:
+        _signal(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + STOPPING_SECONDS
+    try:
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            _signal(process.pid, signal.SIGKILL)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

@@ -1,17 +1,20 @@
-"""Make results anew: the commands that `benchmarks/claims.yaml` declares, one after another."""
+"""Make results anew by the commands that `benchmarks/claims.yaml` declares."""
 
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from deepseek.checkpoint.store import home
-from deepseek.claims.child import run_python
+from deepseek.claims.child import run_pythons
 from deepseek.claims.declaration import DeclaredClaims
 from deepseek.claims.evaluation import ClaimRow, results_folder
 from deepseek.errors import ConfigError
+
+LAST_LINES = 20
+"""Of what a failed command printed, said again."""
 
 MANY = "many"
 """Corpora that `benchmarks/corpora.py` puts into a folder of their own."""
@@ -113,34 +116,79 @@ def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
 
 
 def run_commands(
-    commands: dict[str, list[str]], checkout: Path, say: Callable[[str], None], **variables: str
+    commands: Mapping[str, Sequence[str]],
+    checkout: Path,
+    say: Callable[[str], None],
+    at_once: int = 1,
+    logs: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Run commands one after another and return the names of those that failed.
+    """Run commands in order and return the names of those that failed.
 
     Args:
         commands: arguments of Python by the name of the result.
         checkout: folder to run them in.
         say: called with a line before each command, and after one that failed.
-        variables: environment variables beside those of this process.
+        at_once: number that run side by side (default: 1).
+        logs: folder for what each prints, of which the end is said if it fails; default: all is
+            printed as it comes.
+        variables: environment variables beside those of this process; default: none.
 
     Raises:
         KeyboardInterrupt: interrupted; says which are finished.
     """
     failed: list[str] = []
     finished: list[str] = []
-    for number, (name, words) in enumerate(commands.items(), 1):
-        say(f"[{number}/{len(commands)}] {name}: python {shlex.join(words)}")
-        try:
-            status = run_python(words, checkout, os.environ | variables)
-        except KeyboardInterrupt:
-            done = f"finished: {', '.join(finished)}" if finished else "nothing is finished"
-            raise KeyboardInterrupt(f"interrupted during {name}, {done}; run it again") from None
-        if status:
-            failed.append(name)
-            say(f"{name} failed (exit code {status})")
-        else:
+    running: list[str] = []
+    output = {name: logs / f"{name}.log" for name in commands} if logs else None
+
+    def started(name: str) -> None:
+        running.append(name)
+        number = len(running) + len(finished) + len(failed)
+        say(f"[{number}/{len(commands)}] {name}: python {shlex.join(commands[name])}")
+
+    def ended(name: str, status: int) -> None:
+        running.remove(name)
+        if not status:
             finished.append(name)
+            return
+        failed.append(name)
+        if output:
+            for line in output[name].read_text(errors="replace").splitlines()[-LAST_LINES:]:
+                say(line)
+        say(f"{name} failed (exit code {status})")
+
+    environment = os.environ | (variables or {})
+    try:
+        run_pythons(commands, checkout, environment, ended, started, at_once, output)
+    except KeyboardInterrupt:
+        done = f"finished: {', '.join(finished)}" if finished else "nothing is finished"
+        during = ", ".join(running)
+        raise KeyboardInterrupt(f"interrupted during {during}, {done}; run it again") from None
     return failed
+
+
+def run_quick_commands(
+    commands: Mapping[str, Sequence[str]], checkout: Path, folder: Path, say: Callable[[str], None]
+) -> list[str]:
+    """Run quick commands, two side by side where there are two cores, as no figure is kept.
+
+    Args:
+        commands: arguments of Python by the name of the result; the first prepares `folder` for the
+            others.
+        checkout: folder to run them in.
+        folder: the library's home for them.
+        say: as in `run_commands`.
+
+    Returns:
+        Names of those that failed.
+    """
+    cores = os.cpu_count() or 1
+    at_once = min(2, cores)
+    environment = {"DEEPSEEK_HOME": str(folder), "OMP_NUM_THREADS": str(cores // at_once)}
+    (first, words), *others = commands.items()
+    failed = run_commands({first: words}, checkout, say, variables=environment)
+    return failed or run_commands(dict(others), checkout, say, at_once, folder, environment)
 
 
 def quick_commands(

@@ -88,6 +88,7 @@ def run(
         due_results,
         quick_commands,
         run_commands,
+        run_quick_commands,
         used_results,
     )
 
@@ -120,7 +121,7 @@ def run(
             _say(f"without a quick command: {', '.join(without)}")
         places = Places.below(Path(folder))
         quick_ones = dict(quick_commands(declared, results, places))
-        _report(run_commands(quick_ones, CHECKOUT, _say, DEEPSEEK_HOME=folder))
+        _report(run_quick_commands(quick_ones, CHECKOUT, Path(folder), _say))
 
 
 def _say(line: str) -> None:

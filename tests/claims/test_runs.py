@@ -187,6 +187,48 @@ def test_a_failure_is_named_and_the_others_run(tmp_path: Path) -> None:
     assert "bad failed (exit code 3)" in said
 
 
+def test_commands_side_by_side_say_what_a_failed_one_printed(tmp_path: Path) -> None:
+    """Each of the first two waits for the other, and a third one for a place."""
+    waits = "import sys, time\nfrom pathlib import Path\nmine, other = map(Path, sys.argv[1:])\n"
+    waits += "mine.touch()\nwhile not other.exists(): time.sleep(0.01)\nprint('met', mine.name)"
+    (tmp_path / "waits.py").write_text(waits)
+    (tmp_path / "bad.py").write_text("print('the cause')\nraise SystemExit(3)")
+    commands = {"one": ["waits.py", "a", "b"], "two": ["waits.py", "b", "a"], "bad": ["bad.py"]}
+    said: list[str] = []
+    assert run_commands(commands, tmp_path, said.append, at_once=2, logs=tmp_path) == ["bad"]
+    assert [line.split(":")[0] for line in said[:3]] == ["[1/3] one", "[2/3] two", "[3/3] bad"]
+    assert said[3:] == ["the cause", "bad failed (exit code 3)"]
+    assert (tmp_path / "one.log").read_text() == "met a\n"
+
+
+def test_a_quick_run_ends_where_its_preparation_fails(
+    checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "benchmarks" / "quick_home.py").write_text("raise SystemExit(1)")
+    assert call("run", "fast", "--quick") == 2
+    said = capfd.readouterr().err
+    assert "preparation failed; see the messages above" in said
+    assert "speed.py" not in said
+
+
+def test_all_that_run_side_by_side_stop_at_a_safe_point(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(STOPS_SAFELY)
+    notes = [tmp_path / "a", tmp_path / "b"]
+    commands = {note.name: ["slow.py", str(note)] for note in notes}
+
+    def interrupted(line: str) -> None:
+        """Raise as a Ctrl-C would while the last command, which has a place, is started."""
+        if line.startswith("[3/3]"):
+            while not all(note.exists() and note.read_text() for note in notes):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    commands["last"] = ["slow.py", str(tmp_path / "c")]
+    with pytest.raises(KeyboardInterrupt, match="interrupted during a, b, last, nothing is"):
+        run_commands(commands, tmp_path, interrupted, at_once=3, logs=tmp_path)
+    assert [note.read_text() for note in notes] == ["stopped safely"] * 2
+
+
 def test_commands_get_their_places(tmp_path: Path) -> None:
     places = Places.below(tmp_path)
     words = places.filled_in("x.py CORPORA/a CORPORA --json RESULT --plot PLOT --work WORK", "r")
