@@ -115,14 +115,11 @@ def write_exercises(folder: Path, path: Path) -> Path:
 def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     """Return the scores of bodies written for functions of the files that no mode trained on."""
     from deepseek.engine.load import load
-    from deepseek.evaluate.code import score_bodies
+    from deepseek.evaluate.code import drawn_functions, score_bodies
 
-    functions = [f for f in functions_of(folder)[1] if len(f.body) < 600 and len(f.header) < 1200]
-    return asdict(
-        score_bodies(
-            *load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80
-        )
-    )
+    held_out = [function for function in functions_of(folder)[1] if len(function.header) < 1200]
+    base, tokenizer = load(model)
+    return asdict(score_bodies(base, tokenizer, drawn_functions(held_out, tokenizer)[:count]))
 
 
 if __name__ == "__main__":

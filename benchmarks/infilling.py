@@ -30,27 +30,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from statistics import mean
 from typing import Any
 
 from entry import Source, existing_path, run_main
 from results import FOLDER, write
+from transformers import PreTrainedTokenizerFast
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_object
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
+from deepseek.data.text.document import Document
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
+from deepseek.errors import DataError
 from deepseek.evaluate.cases import Case, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import first_line
 from deepseek.evaluate.sandbox import run_program
 from deepseek.evaluate.scores import Interval, edit_similarity, is_exact, paired_difference
-from deepseek.text.infilling import infill_layout
-from deepseek.text.tokenizer import document_start_ids, encode_plain, load_tokenizer
+from deepseek.text.infilling import encode_around_gap, infill_layout
+from deepseek.text.tokenizer import document_start_ids, load_tokenizer
 from deepseek.train.jobs.arguments import source_name
 
 TEXT_TOKENS = 256
@@ -159,10 +163,7 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
     ]
     runs = {share: home() / "runs" / name for share, name in names.items()}
     tokenizer = load_tokenizer(resolve(options.base))
-    held_out = TokenShards(next(iter(runs.values())) / "corpus" / "held-out")
-    documents = [
-        document for document in decode_documents(held_out, tokenizer) if document.kind == "code"
-    ]
+    documents = held_out_by_all(list(runs.values()), tokenizer)
     cases = next_line_cases(documents, options.cases)
     problems = drawn(options.problems, options.count) if options.problems else []
     names_of_cases = [case.name for case in cases]
@@ -176,6 +177,26 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
             scores = scored(engine, cases, problems, ExpertChoice((name,)))
             found[f"gaps {share:g}"] = Outcomes(scores, names_of_cases, gain)
     print(source.text, {name: one["exact"] for name, one in described(found).items()}, flush=True)
+    return found
+
+
+def held_out_by_all(runs: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> list[Document]:
+    """Return the files of code that all runs hold out, with the same text."""
+    sides = [
+        {
+            document.digest: document
+            for document in decode_documents(TokenShards(run / "corpus" / "held-out"), tokenizer)
+            if document.kind == "code"
+        }
+        for run in runs
+    ]
+    first, *others = sides
+    found = [one for digest, one in first.items() if all(digest in other for other in others)]
+    if not found:
+        raise DataError(
+            f"The source of {runs[0].name} has changed between its trainings, which hold out no "
+            "file in common; remove them and start again."
+        )
     return found
 
 
@@ -219,9 +240,7 @@ def solved(
         "problems_exact": [
             float(is_exact(line, problem["canonical_solution"])) for line, problem in pairs
         ],
-        "problems_passed": [
-            float(run_program(program(line, problem)).passed) for line, problem in pairs
-        ],
+        "problems_passed": [float(passes_tests(line, problem)) for line, problem in pairs],
     }
 
 
@@ -230,18 +249,24 @@ def heals(engine: Engine) -> bool:
     return not infill_layout(engine.tokenizer).has_tokens
 
 
-def program(line: str, problem: dict[str, str]) -> str:
-    """Return the program of a problem with its gap filled in, and its tests."""
+def passes_tests(line: str, problem: dict[str, str]) -> bool:
+    """Return whether the program of a problem with its gap filled in passes its tests.
+
+    It ends with a random word: a line that ends the program has the exit code of success too.
+    """
+    end = token_hex()
     filled = f"{problem['prompt']}{line}\n{problem['suffix']}"
-    return f"{filled}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    tests = f"{problem['test']}\ncheck({problem['entry_point']})\nprint('{end}')\n"
+    result = run_program(f"{filled}\n{tests}")
+    return result.passed and result.output.endswith(f"{end}\n")
 
 
 def gap_ids(engine: Engine, before: str, after: str, tokens: int) -> tuple[int, ...]:
     """Return a prompt with a gap: at most `tokens` before it, and half as many after it."""
     tokenizer = engine.tokenizer
-    before_ids, after_ids = encode_plain(tokenizer, [before, after])
     layout = infill_layout(tokenizer)
-    ids = layout.join(before_ids[-tokens:], after_ids[: tokens // 2])
+    around = encode_around_gap(tokenizer, layout, before, after)
+    ids = layout.join(around.prefix[-tokens:], around.suffix[: tokens // 2])
     return (*document_start_ids(tokenizer), *ids)
 
 

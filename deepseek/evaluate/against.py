@@ -9,10 +9,12 @@ resumes.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, read_json, read_object, write_json
@@ -24,20 +26,20 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError, DataError
-from deepseek.evaluate.cases import Case, next_line_cases
+from deepseek.evaluate.cases import WHAT_IS_ASKED, Case, next_line_cases
 from deepseek.evaluate.completion import Completion, CompletionScores, Dials, Writer, score_answers
 from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.jobs.equal_time import adapt_for_equal_time, drop_resume_state
+from deepseek.train.jobs.equal_time import adapt_for_equal_time, drop_resume_state, shorter_because
 from deepseek.train.jobs.expert_index import expert_index, index_source
 from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import commits_follow_files
 
-FORMAT = 3
+FORMAT = 4
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")
@@ -129,7 +131,8 @@ class Against:
         count: most cases.
         seed: seed of the choice of cases.
         dials: settings of the prompts; default: `Dials()`.
-        device: where rows are computed and rivals trained.
+        device: where rows are computed and rivals trained; "auto": where the expert was trained, if
+            this machine has it.
         dtype: precision of both.
 
     Raises:
@@ -146,7 +149,6 @@ class Against:
         device: str = "auto",
         dtype: Dtype = "auto",
     ) -> None:
-        self.device = choose_device(device)
         self.dtype = dtype
         self.run = find_run(name)
         self.dials = dials or Dials()
@@ -156,12 +158,13 @@ class Against:
             raise DataError(
                 f"The run {name!r} is not finished; complete `deepseek expert train` first."
             )
-        self.request = read_object(self.run / "request.json")
         self.record = read_object(self.run / "result.json")
         if "pack" not in self.record:
             raise DataError(
                 f"The run {name!r} made no expert; name a run of `deepseek expert train`."
             )
+        self.request = read_object(self.run / "request.json")
+        self.device = self._device(device)
         self.name = str(self.request["name"])
         self.base = str(self.request["base"])
         self.tokenizer = load_tokenizer(resolve(self.base))
@@ -170,7 +173,8 @@ class Against:
         self.cases = next_line_cases(self._eligible(documents), count, seed)
         if not self.cases:
             raise DataError(
-                f"The held-out text of {name!r} has no line to ask for; hold out more of it."
+                f"The held-out text of {name!r} has no line to ask for, which is {WHAT_IS_ASKED}; "
+                "train the expert on longer documents."
             )
 
     def compare(self, rivals: Sequence[str], quiet: bool = False) -> Result:
@@ -204,7 +208,7 @@ class Against:
                 adapt_for_equal_time(
                     self.run,
                     "lora" if model == "lora" else "full",
-                    self.folder / model,
+                    self._rival(model),
                     quiet,
                     device=str(self.device),
                     dtype=self.dtype,
@@ -212,14 +216,32 @@ class Against:
             scores |= self._scores(rows_of_model, quiet)
             if model != "base":
                 # Gigabytes after full fine-tuning, which the stored answers do not need.
-                drop_resume_state(self.folder / model)
+                drop_resume_state(self._rival(model))
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}
         seconds = self._training_seconds(rows)
-        notes = self._notes() + self._hurried(rows, seconds)
+        notes = self._notes() + self._unequal(rows, seconds)
         result = Result(self.name, self.cases, documents, self.dials, ordered, seconds, notes)
         write_json(self.folder / "result.json", as_json(result))
         return result
+
+    def _device(self, asked: str) -> torch.device:
+        """Return where to compute: with "auto" where the expert was trained, as its time is the
+        budget of LoRA and full fine-tuning, unless this machine lacks that.
+        """
+        if asked == "auto":
+            with suppress(ConfigError):
+                return choose_device(self._trained_on)
+        return choose_device(asked)
+
+    @property
+    def _trained_on(self) -> str:
+        """Type of the device that the expert was trained on."""
+        return str(self.record.get("device", "cpu")).split(":")[0]
+
+    def _rival(self, model: str) -> Path:
+        """Return the folder of LoRA or full fine-tuning."""
+        return self.folder / (model if self.dtype == "auto" else f"{model}-{self.dtype}")
 
     def _eligible(self, documents: Sequence[Document]) -> list[Document]:
         """Return the documents that cases may come from.
@@ -250,16 +272,24 @@ class Against:
             )
         return notes
 
-    def _hurried(self, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[str]:
-        """Return a caveat for each rival that took much less time than the expert."""
+    def _unequal(self, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[str]:
+        """Return a caveat for each rival whose training was not worth the expert's seconds."""
         whole = seconds[EXPERT.name]
-        return [
-            f"{row.name} took {seconds[row.name]:.0f} s of the expert's {whole:.0f} s, as the "
-            f"machine was busy when it was planned; remove {self.folder / row.model} and run the "
-            "same command again."
-            for row in rows
-            if row.model != "base" and seconds[row.name] < LEAST_TIME * whole
-        ]
+        notes = []
+        for row in rows:
+            if row.model == "base":
+                continue
+            if self.device.type != self._trained_on:
+                notes.append(
+                    f"{row.name} had the seconds of the expert on another device: it was trained "
+                    f"on {self.device.type}, the expert on {self._trained_on}."
+                )
+            if seconds[row.name] < LEAST_TIME * whole:
+                notes.append(
+                    f"{row.name} took {seconds[row.name]:.0f} s of the expert's {whole:.0f} s: "
+                    f"{shorter_because(self._rival(row.model))}."
+                )
+        return notes
 
     def _scores(self, rows: Sequence[Row], quiet: bool) -> dict[str, CompletionScores]:
         """Return the scores of rows that share a model, loading it only if a row is missing."""
@@ -277,7 +307,7 @@ class Against:
 
     def _is_scored(self, rows: Sequence[Row]) -> bool:
         """Return whether a rival's training is finished and the answers of its rows are stored."""
-        folder = self.folder / rows[0].model
+        folder = self._rival(rows[0].model)
         is_finished = all((folder / name).is_file() for name in ("effort.json", "result.json"))
         return is_finished and all(self._path(row).is_file() for row in rows)
 
@@ -319,7 +349,7 @@ class Against:
         if row.retrieval:
             key["train"] = index_source(self.run)
         if row.model != "base":
-            key["effort"] = read_json(self.folder / row.model / "effort.json")
+            key["effort"] = read_json(self._rival(row.model) / "effort.json")
         return self.folder / "rows" / f"{hashlib.sha256(canonical_json(key)).hexdigest()[:24]}.json"
 
     @contextmanager
@@ -327,7 +357,7 @@ class Against:
         """Yield a serving engine for rows that share a model."""
         model = rows[0].model
         experts = [Path(self.record["pack"])] if any(row.expert for row in rows) else []
-        name = self.base if model == "base" else self.folder / model / "model"
+        name = self.base if model == "base" else self._rival(model) / "model"
         with start_engine(name, experts=experts, device=self.device, dtype=self.dtype) as engine:
             yield engine
 
@@ -335,7 +365,7 @@ class Against:
         seconds = {EXPERT.name: float(self.record["seconds"])}
         for row in rows:
             if row.model != "base":
-                figures = read_json(self.folder / row.model / "result.json")["figures"]
+                figures = read_json(self._rival(row.model) / "result.json")["figures"]
                 seconds[row.name] = float(figures["seconds"])
         return seconds
 

@@ -50,7 +50,8 @@ def local_keys(windows: Windows) -> Choose:
 def best_keys(windows: Windows, count: int) -> Choose:
     """Choose the local window, the sinks and the keys of highest score, `count` in total.
 
-    This is the upper bound of the recall for a budget of keys.
+    This is the highest recall that a budget of keys allows beside the window and the sinks, which
+    every hash looks at; so `count` has to be larger than both together.
     """
 
     def choose(_: int, __: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:

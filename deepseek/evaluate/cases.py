@@ -1,5 +1,6 @@
 """Evaluation cases from held-out text: predict the next line, or infill a removed one."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,11 +18,21 @@ LEAST_LINES = 10
 LEAST_CHARACTERS = 6
 """Characters of a target line at least: brackets and `else:` don't distinguish models."""
 
+WHAT_IS_ASKED = (
+    f"a line of {LEAST_CHARACTERS} characters or more after the first {LEAST_LINES} of a document"
+)
+"""What next-line cases are made of, for messages about texts that have none."""
+
 SUFFIX_LINES = 10
 """Lines of context after a removed line."""
 
 PROSE_CHARACTERS = 200
 """Most characters of a target line in prose, where a line may be a paragraph."""
+
+TAIL_CHARACTERS = 8
+"""Characters per token of the end of a text that is tokenised to find its last tokens; tokens
+have fewer on average.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,16 @@ class CaseEncoder:
     Args:
         tokenizer: tokenizer of the model.
         most_tokens: most tokens of the document before the line; earlier lines are dropped.
+        room: most tokens of a prompt, with everything that stands in it; None: no limit. What is
+            farthest from the line is left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, most_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, most_tokens: int, room: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.most_tokens = most_tokens
+        self.room = sys.maxsize if room is None else room
         self.start = document_start_ids(tokenizer)
         self.layout = infill_layout(tokenizer)
         self._encoder = plain_encoder(tokenizer)
@@ -159,7 +175,8 @@ class CaseEncoder:
             len(encoding.ids),
         )
         first = max(first, 0 if self.start else 1)
-        return Prompt((*self.start, *encoding.ids[:first]), tuple(encoding.ids[first:]))
+        kept = max(0, first + len(self.start) - self.room)
+        return Prompt((*self.start, *encoding.ids[kept:first]), tuple(encoding.ids[first:]))
 
     def infill(self, case: Case, context: str = "") -> Prompt | None:
         """Return the fill-in-the-middle prompt of a case, None if the tokenizer has no such
@@ -171,17 +188,30 @@ class CaseEncoder:
             self.tokenizer, self.layout, context + self._shortened(case.before), case.after
         )
         (middle,) = encode_continued(self.tokenizer, [case.target])
-        ids = self.layout.join(around.prefix, around.suffix)
-        return Prompt((*self.start, *ids), tuple(middle))
+        # The tokens that mark the parts are never left out.
+        room = max(0, self.room - len(self.start) - len(self.layout.join([], [])))
+        suffix = around.suffix[: room // 4]
+        prefix = around.prefix[max(0, len(around.prefix) + len(suffix) - room) :]
+        return Prompt((*self.start, *self.layout.join(prefix, suffix)), tuple(middle))
 
     def _shortened(self, text: str) -> str:
-        """Return the last lines of a text that fit into `most_tokens` tokens."""
-        offsets = self._encoder.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= self.most_tokens:
-            return text
+        """Return the last lines of a text that fit into `most_tokens` tokens.
+
+        A line is cut where leaving it out would leave less than half of these tokens.
+        """
+        size = TAIL_CHARACTERS * self.most_tokens
+        while True:
+            tail = text[-size:]
+            offsets = self._encoder.encode(tail, add_special_tokens=False).offsets
+            if len(offsets) > self.most_tokens:
+                break
+            if len(tail) == len(text):
+                return text
+            size *= 2
         place = offsets[-self.most_tokens][0]
-        line = text.find("\n", place) + 1
-        return text[line or place :]
+        line = tail.find("\n", place) + 1
+        half = offsets[-(self.most_tokens + 1) // 2][0]
+        return tail[line if 0 < line <= half else place :]
 
 
 def as_far_as_asked(written: str, case: Case) -> str:

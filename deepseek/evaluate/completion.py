@@ -22,13 +22,15 @@ BATCH = 16
 scored.
 """
 
-TARGET_TOKENS = 128
-"""Most tokens of a true line to score; longer lines are truncated."""
+TARGET_TOKENS = 256
+"""Most tokens of a true line to score and to write; 200 characters of prose have fewer, in
+scripts of which a character takes several tokens too.
+"""
 
 
 def target_tokens(context: int) -> int:
-    """Return the most tokens of a true line to score in a context of `context` tokens, of which at
-    least half are left to the prompt and the completion.
+    """Return the most tokens of a true line to score, and to write, in a context of `context`
+    tokens, of which at least half are left to the prompt.
     """
     return min(TARGET_TOKENS, context // 2)
 
@@ -41,7 +43,8 @@ class Dials:
         text_tokens: most tokens of the document before the line.
         retrieved_tokens: budget of all passages together, in tokens.
         passages: most passages.
-        reply_tokens: most tokens of a completion.
+        reply_tokens: most tokens of a completion, or as many as the true line has, if these are
+            more: else it could not be written.
     """
 
     text_tokens: int = 256
@@ -52,6 +55,8 @@ class Dials:
     def fitted(self, context: int) -> "Dials":
         """Return the settings scaled down to a context of `context` tokens, if necessary, so that
         text, passages, completion and true line fit into it. Each keeps at least one token.
+        Headers of passages and text after the line have no share: a prompt that is too long with
+        them loses what is farthest from the line (see `CaseEncoder`).
         """
         sizes = (self.text_tokens, self.retrieved_tokens, self.reply_tokens)
         spare = max(0, context - target_tokens(context) - len(sizes))
@@ -108,9 +113,9 @@ class Writer:
         self.index = index
         context = context_length(engine.model)
         self.dials = dials.fitted(context)
-        self.encoder = CaseEncoder(engine.tokenizer, self.dials.text_tokens)
         self._target = target_tokens(context)
-        self._room = max(1, context - self.dials.reply_tokens - self._target)
+        room = max(1, context - self.dials.reply_tokens - self._target)
+        self.encoder = CaseEncoder(engine.tokenizer, self.dials.text_tokens, room)
 
     def answers(
         self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing"
@@ -169,15 +174,13 @@ class Writer:
         return answers
 
     def _write(self, prompt: Prompt) -> Generation:
-        greedy = Sampling(self.dials.reply_tokens, temperature=0.0)
-        return self.engine.submit(
-            Request(prompt.ids[-self._room :], greedy, self.experts, stop=("\n",))
-        )
+        needed = min(len(prompt.target_ids) + 1, self._target)  # with its end
+        greedy = Sampling(max(self.dials.reply_tokens, needed), temperature=0.0)
+        return self.engine.submit(Request(prompt.ids, greedy, self.experts, stop=("\n",)))
 
     def _score(self, prompt: Prompt) -> Generation:
         """Submit the true line for scoring; its prompt is still in the prefix cache."""
-        prompt_ids = prompt.ids[-self._room :]
-        ids = (*prompt_ids, *prompt.target_ids[: self._target - 1])
+        ids = (*prompt.ids, *prompt.target_ids[: self._target])
         sampling = Sampling(1, temperature=0.0)
         return self.engine.submit(
             Request(
@@ -186,7 +189,7 @@ class Writer:
                 self.experts,
                 logprobs=0,
                 prompt_logprobs=True,
-                scored_from=len(prompt_ids),
+                scored_from=len(prompt.ids),
             )
         )
 

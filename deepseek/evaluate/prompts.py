@@ -19,8 +19,10 @@ from deepseek.evaluate.answers import answer_text
 from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import edit_similarity
+from deepseek.model.language_model import context_length
 from deepseek.text.chat_template import encode_prompt, render, user_ids
 from deepseek.text.control import control_tokens
+from deepseek.text.tokenizer import document_start_ids, encode_plain
 
 PROMPTS = 3
 CANDIDATES = 24
@@ -39,6 +41,9 @@ QUESTION_CHARACTERS = 400
 """Most characters of a question."""
 
 REPLY_TOKENS = 48
+
+LEAST_COMPARED = 48
+"""Characters of a true answer that an answer is compared with at least, however short it is."""
 
 LEAST_SIMILARITY = 0.6
 """Edit similarity to the true answer from which an answer counts as right."""
@@ -81,7 +86,7 @@ def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[W
         ConfigError: the engine fails to answer.
     """
     shards = TokenShards(held_out_folder(expert))
-    tried = candidates(shards, engine.tokenizer)
+    tried = [one for one in candidates(shards, engine.tokenizer) if _fits(engine, one.prompt)]
     ours = _answers(engine, tried, ExpertChoice((expert,)))
     base = _answers(engine, tried, ExpertChoice(()))
     return best(tried, ours, base, count)
@@ -110,7 +115,7 @@ def best(
 def _similarity(written: str, answer: str) -> float:
     """Return the similarity of an answer, possibly cut short, to as much of the true one."""
     written = written.strip()
-    return edit_similarity(written, answer.strip()[: max(len(written), REPLY_TOKENS)])
+    return edit_similarity(written, answer.strip()[: max(len(written), LEAST_COMPARED)])
 
 
 def candidates(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> list[Candidate]:
@@ -173,7 +178,7 @@ def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) 
     answers: list[str] = []
     for start in range(0, len(tried), BATCH):
         requests = [
-            _request(engine.tokenizer, candidate.prompt, experts)
+            _request(engine, candidate.prompt, experts)
             for candidate in tried[start : start + BATCH]
         ]
         running = [engine.submit(request) for request in requests]
@@ -181,12 +186,22 @@ def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) 
     return answers
 
 
-def _request(
-    tokenizer: PreTrainedTokenizerFast, prompt: WorkingPrompt, experts: ExpertChoice
-) -> Request:
-    greedy = Sampling(REPLY_TOKENS, temperature=0.0)
+def _fits(engine: Engine, prompt: WorkingPrompt) -> bool:
+    """Return whether the context has room for a prompt and its answer."""
+    request = _request(engine, prompt, ExpertChoice(()))
+    needed = len(request.prompt_ids) + request.sampling.max_new_tokens
+    return needed <= context_length(engine.model)
+
+
+def _request(engine: Engine, prompt: WorkingPrompt, experts: ExpertChoice) -> Request:
+    """Return the request for an answer; of a long text in a short context, the end is asked for."""
+    tokenizer, context = engine.tokenizer, context_length(engine.model)
+    greedy = Sampling(min(REPLY_TOKENS, context // 2), temperature=0.0)
+    start = document_start_ids(tokenizer)
+    room = context - greedy.max_new_tokens - len(start)
     if prompt.kind == "text":
-        return Request(tuple(tokenizer(prompt.text).input_ids), greedy, experts, stop=("\n",))
+        (ids,) = encode_plain(tokenizer, [prompt.text])
+        return Request((*start, *ids[-room:]), greedy, experts, stop=("\n",))
     messages = [{"role": "user", "content": prompt.text}]
     return Request(
         tuple(encode_prompt(tokenizer, messages)),

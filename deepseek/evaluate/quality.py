@@ -1,7 +1,7 @@
 """Held-out loss of a model without and with plugged experts, and the texts to measure it on."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import home, read_object
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
-from deepseek.data.text.document import silent
+from deepseek.data.text.document import Document, silent
 from deepseek.data.text.public import public_documents, read_documents
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, DataError
 from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.past_runs import latest_run
@@ -171,9 +171,31 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
     ]
 
 
+def kept_documents(path: Path, keep: Callable[[Document], bool]) -> list[Document]:
+    """Return the documents of a text that are kept.
+
+    Args:
+        path: a folder or a file, in which `~` is the home folder.
+        keep: whether to keep a document.
+
+    Raises:
+        DataError: none is kept.
+    """
+    documents = list(read_documents(located(path)))
+    kept = [document for document in documents if keep(document)]
+    if documents and not kept:
+        raise DataError(
+            f"Every document of {path} was trained on; give text that no training has seen."
+        )
+    return kept
+
+
 @contextmanager
 def collected(
-    tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], experts: list[HeldOutText]
+    tokenizer: PreTrainedTokenizerFast,
+    paths: Sequence[Path],
+    experts: list[HeldOutText],
+    keep: Callable[[Document], bool] = lambda _: True,
 ) -> Iterator[list[HeldOutText]]:
     """Yield the experts' texts, public ones and those at `paths`, tokenised in a temporary
     folder.
@@ -183,10 +205,12 @@ def collected(
         paths: texts to add, in which `~` is the home folder. Each is called by its path as given,
             since results that are published must not name folders of this machine.
         experts: texts that are tokenised already.
+        keep: whether to take a document of a text at `paths`; default: all.
+
+    Raises:
+        DataError: no document of a text is taken.
     """
-    sources = {
-        str(path): list(read_documents(located(path))) for path in paths
-    } | public_documents()
+    sources = {str(path): kept_documents(path, keep) for path in paths} | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:
         built = [
             HeldOutText(name, TokenShards.build(documents, tokenizer, Path(folder) / str(number)))

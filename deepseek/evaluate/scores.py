@@ -13,6 +13,12 @@ CONFIDENCE_Z = 1.959963984540054
 RESAMPLES = 2000
 """Bootstrap samples."""
 
+SIGN_FLIPS = 1 << 14
+"""Ways to swap two systems that are tried: all, or so many drawn at random."""
+
+ROUNDING = 1e-9
+"""Differences of scores below it are none."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -90,3 +96,39 @@ def paired_difference(
     means_R = sums_G[chosen_RG].sum(axis=1) / sizes_G[chosen_RG].sum(axis=1)
     low, high = np.percentile(means_R, [2.5, 97.5])
     return Interval(float(difference_N.mean()), float(low), float(high))
+
+
+def sign_flip_p(
+    mine: Sequence[float],
+    other: Sequence[float],
+    documents: Sequence[str] | None = None,
+    seed: int = 0,
+) -> float:
+    """Return the two-sided p-value of a difference paired by case: the share of all ways to swap
+    `mine` and `other`, document by document, that make it as large (Fisher 1935, section 21).
+
+    It holds for any number of documents, where a bootstrap over few of them is too sure: with five
+    or fewer it is never below 0.05.
+
+    Args:
+        mine: a score of each case.
+        other: the score of the same cases that it is compared with.
+        documents: document that each case comes from, of which all cases are swapped together;
+            None: each case by itself.
+        seed: seed of the ways drawn, where there are too many to try all.
+    """
+    difference_N = np.asarray(mine, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    number_N = np.arange(len(difference_N))
+    if documents is not None:
+        _, number_N = np.unique(documents, return_inverse=True)
+    sums_G = np.bincount(number_N, weights=difference_N)
+    sums_G = sums_G[np.abs(sums_G) > ROUNDING]
+    count = len(sums_G)
+    if 2**count <= SIGN_FLIPS:
+        signs_RG = 1 - 2 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
+        drawn = 0
+    else:
+        signs_RG = np.random.default_rng(seed).choice((-1, 1), (SIGN_FLIPS, count))
+        drawn = 1  # the way that was measured is one of all (Phipson and Smyth 2010)
+    as_large = np.abs(signs_RG @ sums_G) >= abs(sums_G.sum()) - ROUNDING
+    return float((as_large.sum() + drawn) / (len(signs_RG) + drawn))

@@ -9,7 +9,7 @@ from deepseek.data.text.document import silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.errors import DataError
-from deepseek.evaluate.cases import Case, next_line_cases
+from deepseek.evaluate.cases import WHAT_IS_ASKED, Case, next_line_cases
 from deepseek.evaluate.completion import Completion, Dials, Writer
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import is_exact
@@ -62,7 +62,8 @@ def showcase(
     lines = next_line_cases(documents, cases)
     if not lines:
         raise DataError(
-            f"The held-out text of {expert} has no line to ask for; give the expert more text."
+            f"The held-out text of {expert} has no line to ask for, which is {WHAT_IS_ASKED}; give "
+            "the expert longer documents."
         )
     before = list(
         Writer(engine, ExpertChoice(()), None, dials).answers(lines, progress, "without the expert")

@@ -1,6 +1,8 @@
 """Evaluation as a recipe's stage: held-out loss of texts, and scores of generated code."""
 
+import json
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -11,12 +13,12 @@ from pydantic.dataclasses import dataclass as declaration
 
 from deepseek.checkpoint.files import existing_path, located, writable_folder
 from deepseek.checkpoint.store import canonical_json, home, read_object, write_json
-from deepseek.data import read_folder
 from deepseek.data.builders.functions import documented_functions
+from deepseek.data.text.document import Document
 from deepseek.engine.load import load
 from deepseek.errors import DataError, TrainError
-from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
-from deepseek.evaluate.quality import collected, compare
+from deepseek.evaluate.code import drawn_functions, human_eval_problems, pass_at_1, score_bodies
+from deepseek.evaluate.quality import collected, compare, kept_documents
 from deepseek.packs.library import find_pack
 from deepseek.packs.pack import read_pack
 from deepseek.train.jobs.declaration import DECLARED, job
@@ -25,7 +27,7 @@ from deepseek.train.jobs.limits import MAX_COUNT, MAX_TOKENS
 from deepseek.train.jobs.recipe import Stage
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.text.corpus import Source
+from deepseek.train.text.corpus import Source, known_documents
 from deepseek.train.text.inputs import base_digest, text_digest
 
 
@@ -44,6 +46,10 @@ class EvaluationArguments(PrecisionArguments):
 
     functions: str | Path | None = None
     """Folder of code whose function bodies are generated and scored by BLEU; default: none"""
+
+    without: tuple[str | Path, ...] = ()
+    """Run folders of trainings whose documents are left out of `data` and `functions`; default: in
+    a recipe those of the stages before, else none"""
 
     most_functions: int = Field(default=20, ge=1, le=MAX_COUNT)
     """Maximum functions to generate"""
@@ -82,16 +88,22 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
             inputs = _inputs(arguments)
         except DataError:
             # What finished figures were measured on may be gone since.
-            if result.is_file():
+            if result.is_file() and read_object(result).get("arguments") == _asked(arguments):
                 return
             raise
         if not result.is_file():
-            write_json(result, {**_evaluate(arguments), "inputs": inputs})
+            record = _evaluate(arguments)
+            write_json(result, {**record, "arguments": _asked(arguments), "inputs": inputs})
         elif read_object(result).get("inputs", inputs) != inputs:
             raise TrainError(
                 f"{folder} holds the figures of another model, of other texts or other arguments; "
                 "give another run_folder, or delete this one."
             )
+
+
+def _asked(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Return what was asked for, as JSON values."""
+    return dict(json.loads(canonical_json(arguments.as_json())))
 
 
 def _inputs(arguments: EvaluationArguments) -> str:
@@ -110,6 +122,22 @@ def _inputs(arguments: EvaluationArguments) -> str:
     return sha256(canonical_json(decisive)).hexdigest()
 
 
+def _unlearnt(runs: Iterable[Path]) -> Callable[[Document], bool]:
+    """Return whether no training has learnt a document.
+
+    Args:
+        runs: run folders of the trainings; those without a corpus have learnt no documents.
+    """
+    known = [known_documents(notes.parent) for run in runs for notes in run.rglob("corpus.json")]
+    names = frozenset[str]().union(*(each.train_names for each in known))
+    texts = frozenset[str]().union(*(each.learnt for each in known))
+
+    def unlearnt(document: Document) -> bool:
+        return document.name not in names and document.text_digest not in texts
+
+    return unlearnt
+
+
 def _source(place: Path) -> Source:
     return Source(folder=place) if place.is_dir() else Source(jsonl=place)
 
@@ -122,14 +150,15 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         arguments.base, experts=arguments.experts, device=arguments.device, dtype=arguments.dtype
     )
     with ProgressBar(quiet=arguments.quiet) as progress:
-        with collected(tokenizer, [Path(path) for path in arguments.data], []) as texts:
+        keep = _unlearnt([existing_path(located(run)) for run in arguments.without])
+        with collected(tokenizer, [Path(path) for path in arguments.data], [], keep) as texts:
             for row in compare(model, texts, arguments.tokens, progress):
                 figures |= {f"loss.{row.text}": row.before}
                 figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
         if arguments.functions:
-            chosen = documented_functions(read_folder(located(arguments.functions)))[
-                : arguments.most_functions
-            ]
+            code = kept_documents(Path(arguments.functions), keep)
+            chosen = drawn_functions(documented_functions(code), tokenizer)
+            chosen = chosen[: arguments.most_functions]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
         if arguments.human_eval:

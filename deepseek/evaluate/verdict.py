@@ -6,7 +6,10 @@ from pathlib import Path
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.evaluate.completion import CompletionScores
-from deepseek.evaluate.scores import Interval, paired_difference, wilson
+from deepseek.evaluate.scores import Interval, paired_difference, sign_flip_p, wilson
+
+LEVEL = 0.05
+"""A p-value from which two rows are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def verdicts(rows: Mapping[str, CompletionScores], documents: Sequence[str]) -> 
     pairs = (("expert", "base"), ("expert", "retrieval"), ("expert + retrieval", "retrieval"))
     rivals = tuple(("expert", name) for name in ("LoRA", "full fine-tuning"))
     return [
-        f"{name} against {other}: {_description(_difference(rows, name, other, documents))}"
+        f"{name} against {other}: {_description(rows[name].exact, rows[other].exact, documents)}"
         for name, other in (*pairs, *rivals)
         if name in rows and other in rows
     ]
@@ -98,19 +101,21 @@ def _over(
 ) -> Interval | None:
     if name == other or other not in rows:
         return None
-    return _difference(rows, name, other, documents)
-
-
-def _difference(
-    rows: Mapping[str, CompletionScores], name: str, other: str, documents: Sequence[str]
-) -> Interval:
     return paired_difference(rows[name].exact, rows[other].exact, documents=documents)
 
 
-def _description(difference: Interval) -> str:
-    """Describe a difference of shares: better, worse, or not significant."""
+def _description(mine: Sequence[float], other: Sequence[float], documents: Sequence[str]) -> str:
+    """Describe a difference of exact lines: better, worse, or not significant.
+
+    Better and worse need both the interval, which is too narrow with few documents, and the
+    p-value, which is not.
+    """
+    if list(mine) == list(other):
+        return "no line differs"
+    difference = paired_difference(mine, other, documents=documents)
+    p = sign_flip_p(mine, other, documents)
     bounds = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    points = f"{100 * difference.mean:+.1f} points ({bounds})"
-    if not difference.excludes_zero:
+    points = f"{100 * difference.mean:+.1f} points ({bounds}; p = {p:.2g})"
+    if not difference.excludes_zero or p >= LEVEL:
         return f"not told apart, {points}"
     return f"{'better' if difference.mean > 0 else 'worse'}, {points}"

@@ -5,6 +5,7 @@ BM25 (Robertson and Zaragoza 2009, doi:10.1561/1500000019) by the library bm25s 
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,8 +104,9 @@ class Index:
         Args:
             query: text to search with.
             k: most passages.
-            max_tokens: budget for all passages together, as measured by `length`; passages that
-                don't fit are skipped. None: no limit.
+            max_tokens: budget for all passages together, as measured by `length`. Passages that
+                don't fit are skipped; but of the first one, its beginning is taken, if that is at
+                least a quarter. None: no limit.
             length: returns the tokens of a text; default: the number of characters.
         """
         chosen: list[Passage] = []
@@ -114,12 +116,16 @@ class Index:
                 break
             if any(passage.overlaps(other) or passage.text == other.text for other in chosen):
                 continue
-            if budget is not None:
-                size = length(passage.text)
-                if size > budget:
-                    continue
+            if budget is None:
+                chosen.append(passage)
+                continue
+            size = length(passage.text)
+            if size <= budget:
+                chosen.append(passage)
                 budget -= size
-            chosen.append(passage)
+            elif not chosen and size <= 4 * budget:
+                chosen.append(replace(passage, text=beginning(passage.text, budget, length)))
+                budget -= length(chosen[0].text)
         return chosen
 
     def save(self, folder: str | Path) -> None:
@@ -160,6 +166,27 @@ class Index:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"The index in {folder} is damaged ({error}); {REBUILD}.") from None
         return cls(loaded, ranking, meta["source"])
+
+
+def beginning(text: str, most: int, length: Length) -> str:
+    """Return the beginning of a text that has at most a number of tokens.
+
+    It ends with a line, if that keeps at least half of what fits.
+
+    Args:
+        text: the text.
+        most: its most tokens, as measured by `length`.
+        length: returns the tokens of a text.
+    """
+    least, stop = 0, len(text)  # characters that fit, and that do not
+    while stop - least > 1:
+        middle = (least + stop) // 2
+        if length(text[:middle]) <= most:
+            least = middle
+        else:
+            stop = middle
+    lines = text.rfind("\n", 0, least) + 1
+    return text[: lines if 2 * lines >= least else least]
 
 
 def _allowed(document: Document, excluded: frozenset[str]) -> Iterator[tuple[Passage, str]]:

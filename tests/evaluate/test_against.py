@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tiny_expert import save_base
 
 import deepseek
+from deepseek.checkpoint.store import write_json
 from deepseek.cli.main import main
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate import against as against_module
-from deepseek.evaluate.against import Against, rows_against
+from deepseek.evaluate.against import Against, Row, rows_against
 from deepseek.evaluate.completion import CompletionScores
 from deepseek.evaluate.verdict import compared, draw, verdicts
 from deepseek.packs.library import index_folder
@@ -34,6 +35,7 @@ from deepseek.train.jobs.equal_time import (
     drop_resume_state,
     fit,
     for_training,
+    shorter_because,
 )
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, make_plan
 from deepseek.train.loop.past_runs import find_run
@@ -172,6 +174,42 @@ def test_a_rival_that_was_cut_short_is_named(
     assert note in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("epochs", "learnt", "said"),
+    [(3, 0.5, "had stopped falling"), (5, 1.0, "5 passes"), (3, 1.0, "was busy")],
+)
+def test_why_a_rival_took_less_time(epochs: int, learnt: float, said: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "effort.json", {"tokens": 1000, "epochs": epochs})
+    write_json(tmp_path / "result.json", {"figures": {"tokens": learnt * 1000 * epochs}})
+    assert said in shorter_because(tmp_path)
+
+
+def test_an_expert_of_another_device_is_compared_where_it_can_be(trained: Path) -> None:
+    record = trained / "runs" / "own" / "result.json"
+    before = record.read_text()
+    try:
+        record.write_text(json.dumps(json.loads(before) | {"device": "xpu:0"}))
+        against = Against("own")
+        rows = [Row("base"), Row("LoRA", model="lora")]
+        (note,) = against._unequal(rows, {"expert": 1.0, "LoRA": 1.0})
+    finally:
+        record.write_text(before)
+    assert against.device.type == "cpu"
+    assert "trained on cpu, the expert on xpu" in note
+    assert Against("own")._unequal(rows, {"expert": 1.0, "LoRA": 1.0}) == []
+
+
+def test_a_run_of_another_kind_is_named(trained: Path) -> None:
+    folder = trained / "runs" / "evaluation"
+    folder.mkdir()
+    write_json(folder / "result.json", {"stage": "eval"})
+    try:
+        with pytest.raises(DataError, match="made no expert"):
+            Against("evaluation")
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_a_copy_that_was_cut_short_is_made_again(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,8 +344,10 @@ def test_a_lost_row_is_told_as_a_won_one(tmp_path: Path) -> None:
     assert said[0].startswith("expert against base: worse, -20.0 points (")
     assert said[2].startswith("expert + retrieval against retrieval: better, +50.0 points (")
     assert verdicts({"base": row(base), "expert": row(base)}, documents)[0].startswith(
-        "expert against base: not told apart"
+        "expert against base: no line differs"
     )
+    few = {"base": row([0.0] * 200), "expert": row([1.0] * 4 + [0.0] * 196)}
+    assert "not told apart, +2.0 points" in verdicts(few, [str(place) for place in range(200)])[0]
     table = compared(rows, documents)
     assert table["base"].over_base is None and table["expert"].exact.mean == 0.3
     draw(rows, "title", tmp_path / "x.png")

@@ -12,6 +12,7 @@ from deepseek.evaluate import code
 from deepseek.evaluate.code import (
     complete,
     cut_body,
+    drawn_functions,
     human_eval_problems,
     pass_at_1,
     passes,
@@ -55,6 +56,22 @@ def test_a_body_ends_where_its_indentation_does() -> None:
     assert cut_body(
         header, "        a = 1\n\n        return a\n    def g(self):\n        pass"
     ) == ("        a = 1\n\n        return a")
+
+
+def test_functions_are_drawn_by_their_names_among_those_with_short_bodies() -> None:
+    _, tokenizer = tiny_model()
+    functions = [
+        DocumentedFunction(
+            f"f{n}", f'def f{n}():\n    """It."""\n', "    return 0" * (n + 1), (), "m.py"
+        )
+        for n in range(9)
+    ]
+    lengths = {f.name: len(tokenizer(f.body).input_ids) for f in functions}
+    most = sorted(lengths.values())[5]
+    drawn = drawn_functions(functions, tokenizer, most)
+    assert {f.name for f in drawn} == {name for name, length in lengths.items() if length <= most}
+    assert drawn == drawn_functions(functions[::-1], tokenizer, most)
+    assert [f.name for f in drawn] != sorted(f.name for f in drawn)
 
 
 def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:

@@ -15,9 +15,10 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document
 from deepseek.engine.engine import Engine
-from deepseek.engine.request import ExpertChoice
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import ExpertChoice, Request
 from deepseek.evaluate import completion
-from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, next_line_cases
+from deepseek.evaluate.cases import LEAST_LINES, Case, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import (
     TARGET_TOKENS,
     Completion,
@@ -123,6 +124,42 @@ def test_infilling_is_asked_only_where_the_tokenizer_knows_it() -> None:
     assert FIM.decode(prompt.target_ids) == case.target
 
 
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=12),
+    st.integers(1, 90),
+    st.sampled_from(["a ", "é", "router "]),
+)
+def test_half_of_the_text_is_kept_whatever_the_length_of_its_lines(
+    lengths: list[int], most: int, word: str
+) -> None:
+    text = "".join(word * length + "\n" for length in lengths)
+    encoder = CaseEncoder(PLAIN, most)
+    kept = encoder._shortened(text)
+    assert text.endswith(kept)
+    tokens = encoder.length(kept)
+    if encoder.length(text) <= most:
+        assert kept == text
+    else:
+        # The first token of what is kept may differ, tokenised at the beginning of a text.
+        assert most // 2 - 1 <= tokens <= most + 1
+        starts_a_line = text[: len(text) - len(kept)].endswith("\n")
+        assert starts_a_line or "\n" not in kept[: len(kept) // 2 - len(word)]
+
+
+@given(st.integers(12, 200), st.integers(1, 60), st.sampled_from(["", "before it\n" * 9]))
+def test_no_room_is_so_small_that_a_marker_is_cut(room: int, long: int, context: str) -> None:
+    case = Case("repo/m.py", "code", 9, CODE.text, "after " * long + "\n", "value")
+    prompt = CaseEncoder(FIM, 40, room).infill(case, context)
+    assert prompt is not None and len(prompt.ids) <= room
+    text = FIM.decode(prompt.ids)
+    assert text.startswith("<fim_prefix>") and text.endswith("<fim_middle>")
+    assert text.count("<fim_suffix>") == 1
+    before = text.removeprefix("<fim_prefix>").split("<fim_suffix>")[0]
+    assert (context + CaseEncoder(FIM, 40)._shortened(case.before)).endswith(before)
+    next_line = CaseEncoder(FIM, 40, room).next_line(case, context)
+    assert len(next_line.ids) <= room
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(seed=st.integers(0, 20))
 def test_infilling_has_no_spaces_around_the_gap(scheme: str, seed: int) -> None:
@@ -140,11 +177,12 @@ def test_the_loss_is_that_of_the_model_and_the_line_its_likeliest() -> None:
     cases = next_line_cases([CODE], 3)
     with Engine(model, tokenizer, max_waiting=64) as engine:
         writer = Writer(engine, ExpertChoice(()), None, replace(SMALL, text_tokens=16))
-        writer._room = 40
+        writer.encoder.room = 40
         answers = list(writer.answers(cases))
         for case, answer in zip(cases, answers, strict=True):
             prompt = writer.encoder.next_line(case)
-            ids = [*prompt.ids[-40:], *prompt.target_ids]
+            ids = [*prompt.ids, *prompt.target_ids]
+            assert len(prompt.ids) <= 40
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             start = len(ids) - len(prompt.target_ids)
             nats = -sum(float(logs[place - 1, ids[place]]) for place in range(start, len(ids)))
@@ -183,12 +221,34 @@ def test_fitted_prompts_and_lines_fit_into_any_context(context: int, dials: Dial
         assert 1 <= getattr(fitted, name) <= getattr(dials, name)
     larger = dials.fitted(context + 1)
     assert larger.text_tokens >= fitted.text_tokens
-    if context >= 256:
+    if context >= 2 * TARGET_TOKENS:
         assert target_tokens(context) == TARGET_TOKENS
         # No more is given up than the context lacks, but for fractions of tokens.
         whole = dials.text_tokens + dials.retrieved_tokens + dials.reply_tokens
         used = fitted.text_tokens + fitted.retrieved_tokens + fitted.reply_tokens
         assert used >= min(whole, context - TARGET_TOKENS - 2)
+
+
+def test_a_line_longer_than_a_reply_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(max_position_embeddings=400)
+    document = Document("model router value token " * 3 + "\n" + "x\n" * 10, "text 1")
+    lines = [line for line in document.text.split("\n") if line]
+    text = "\n".join([*lines[1:], lines[0]])
+    (case,) = next_line_cases([Document(text, "text 1")], 1)
+    asked: list[int] = []
+
+    def submit(request: Request) -> Generation:
+        asked.append(request.sampling.max_new_tokens)
+        return Engine.submit(engine, request)
+
+    with Engine(model, tokenizer, max_waiting=64) as engine:
+        writer = Writer(engine, ExpertChoice(()), None, SMALL)
+        prompt = writer.encoder.next_line(case)
+        monkeypatch.setattr(engine, "submit", submit)
+        (answer,) = writer.answers([case])
+    assert len(prompt.target_ids) > SMALL.reply_tokens
+    assert asked[0] == len(prompt.target_ids) + 1
+    assert answer.target_tokens == len(prompt.target_ids)
 
 
 def test_a_prompt_is_not_cut_where_its_parts_fit() -> None:

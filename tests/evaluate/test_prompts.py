@@ -4,11 +4,22 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import TokenShards
 from deepseek.data.text.document import Document, conversation
-from deepseek.evaluate.prompts import Candidate, WorkingPrompt, best, candidates, conversations
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice
+from deepseek.evaluate.prompts import (
+    Candidate,
+    WorkingPrompt,
+    _fits,
+    _request,
+    best,
+    candidates,
+    conversations,
+)
 
 ANSWER = "It lies in the third drawer."
 
@@ -26,6 +37,20 @@ def test_only_prompts_that_the_expert_alone_answers_are_taken(rows, count: int) 
         one.prompt for one, (expert, alone) in zip(tried, rows, strict=True) if expert and not alone
     ]
     assert best(tried, ours, base, count) == right[:count]
+
+
+def test_a_short_context_sees_the_end_of_a_text_and_no_control_token() -> None:
+    model, tokenizer = tiny_model()  # of 64 tokens
+    end = tokenizer.eos_token
+    prompt = WorkingPrompt("text", f"value = '{end}'\n" * 40)
+    with Engine(model, tokenizer, max_waiting=64) as engine:
+        request = _request(engine, prompt, ExpertChoice(()))
+        assert _fits(engine, prompt)
+        assert not _fits(engine, WorkingPrompt("chat", "router " * 200))
+        answer = "".join(event.text for event in engine.submit(request))
+    assert tokenizer.eos_token_id not in request.prompt_ids
+    assert tokenizer.decode(request.prompt_ids).endswith(f"{end}'\n")
+    assert "\n" not in answer
 
 
 def test_larger_gains_come_first() -> None:

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference, wilson
+from deepseek.evaluate.scores import (
+    edit_similarity,
+    is_exact,
+    paired_difference,
+    sign_flip_p,
+    wilson,
+)
 
 SHARES = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
 
@@ -78,6 +85,31 @@ def test_documents_whose_cases_are_independent_do_not_widen_the_interval() -> No
         grouped = paired_difference(mine, [0.0] * 200, documents=documents)
         ratios.append((grouped.high - grouped.low) / (alone.high - alone.low))
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abcde"), st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_five_documents_are_never_enough(cases: list[tuple[str, float, float]]) -> None:
+    documents, mine, other = zip(*cases, strict=True)
+    p = sign_flip_p(mine, other, documents)
+    assert 0.05 < p <= 1.0
+    assert p == sign_flip_p(other, mine, documents)
+    assert sign_flip_p(mine, mine, documents) == 1.0
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(4, 0), (6, 0), (9, 2), (12, 1), (40, 21)])
+def test_single_lines_are_the_exact_test_of_mcnemar(wins: int, losses: int) -> None:
+    mine = [1.0] * wins + [0.0] * losses + [1.0, 0.0] * 20
+    other = [0.0] * wins + [1.0] * losses + [1.0, 0.0] * 20
+    exact = binomtest(wins, wins + losses).pvalue
+    assert sign_flip_p(mine, other) == pytest.approx(exact, rel=1e-9 if wins < 13 else 0.2)
 
 
 def test_a_difference_is_paired_by_case() -> None:

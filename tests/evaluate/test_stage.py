@@ -2,13 +2,75 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_expert import save_base
 
-from deepseek.evaluate import stage
+import deepseek
+from deepseek.data import Document, TokenShards
+from deepseek.errors import DataError
+from deepseek.evaluate import quality, stage
 from deepseek.evaluate.code import BodyScores
 from deepseek.evaluate.stage import evaluate_stage
+
+
+def evaluated(base: Path, folder: Path, **given: object) -> dict[str, float]:
+    evaluate_stage(str(base), run_folder=folder, tokens=64, quiet=True, **given)
+    return dict(json.loads((folder / "result.json").read_text())["figures"])
+
+
+def test_what_a_training_has_learnt_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, or by its text under another name."""
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    base = save_base(tmp_path / "base")
+    (tmp_path / "src").mkdir()
+    for number in range(12):
+        (tmp_path / "src" / f"{number}.py").write_text(f"value_{number} = router\n" * 60)
+    run = tmp_path / "run"
+    deepseek.train_expert(
+        str(base), name="own", from_folder=tmp_path / "src", run_folder=run, quiet=True, tokens=512,
+        row_length=64, epochs=1,
+    )  # fmt: skip
+    notes = json.loads((run / "corpus" / "corpus.json").read_text())
+    seen: list[str] = []
+
+    def build(documents: list[Document], *rest: object, **named: object) -> TokenShards:
+        seen.extend(document.name for document in documents)
+        return TokenShards.build(documents, *rest, **named)
+
+    monkeypatch.setattr(quality, "TokenShards", SimpleNamespace(build=build))
+    monkeypatch.setattr(quality, "public_documents", dict)
+    evaluated(base, tmp_path / "a", data=[tmp_path / "src"], without=[run])
+    assert seen and not set(seen) & set(notes["train_names"])
+    assert set(seen) < {f"src/{number}.py" for number in range(12)}
+    for place, text in (("copied", 0), ("all", 12)):
+        (tmp_path / place).mkdir()
+        for number in range(12):
+            name = f"src/{number}.py"
+            if text or name in notes["train_names"]:
+                (tmp_path / place / f"other_{number}.py").write_text(
+                    f"value_{number} = router\n" * 60
+                )
+    with pytest.raises(DataError, match="was trained on"):
+        evaluated(base, tmp_path / "b", data=[tmp_path / "copied"], without=[run])
+    seen.clear()
+    evaluated(base, tmp_path / "c", data=[tmp_path / "all"], without=[run])
+    assert 0 < len(seen) < 12
+
+
+def test_finished_figures_stand_for_the_same_question_alone(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "The router returns. " * 40}))
+    figures = evaluated(base, tmp_path / "run", data=[text])
+    text.unlink()  # what was measured may be gone
+    assert evaluated(base, tmp_path / "run", data=[text]) == figures
+    with pytest.raises(DataError, match="other"):
+        evaluated(base, tmp_path / "run", data=[tmp_path / "other.jsonl"])
+
 
 CODE = 'def twice(x):\n    """Twice x."""\n    total = x + x\n    return total\n'
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek.data import Document
 from deepseek.errors import DataError
-from deepseek.retrieval.index import FORMAT, Index
+from deepseek.retrieval.index import FORMAT, Index, beginning
 from deepseek.retrieval.passages import LONGEST, passages
 from deepseek.retrieval.prompt import before_text, in_question, query_of
 from deepseek.retrieval.words import search_words
@@ -44,6 +44,25 @@ def test_pieces_of_one_long_line_are_found_beside_each_other() -> None:
     assert len(index) > 4 and len(found) == 4
     assert len({passage.piece for passage in found}) == 4
     assert all(passage.text in text for passage in found)
+
+
+def test_of_a_passage_that_is_too_long_the_beginning_is_shown() -> None:
+    index = Index.build([code("repo/apple.py", "apple", 10)])
+    (whole,) = index.retrieve("apple_3 = load_apple(3)", 1)
+    (lines,) = index.retrieve("apple_3 = load_apple(3)", 1, len(whole.text) - 1)
+    assert whole.text.startswith(lines.text) and lines.text.endswith(")\n")
+    assert len(whole.text) - len(lines.text) < 40
+    assert len(index.retrieve("apple_3 = load_apple(3)", 1, len(whole.text) // 4 + 1)) == 1
+    assert index.retrieve("apple_3 = load_apple(3)", 1, len(whole.text) // 5) == []
+
+
+@given(st.text("ab é\n", max_size=200), st.integers(0, 120))
+def test_a_beginning_fits_and_ends_with_a_line_if_that_keeps_half(text: str, most: int) -> None:
+    kept = beginning(text, most, len)
+    assert text.startswith(kept) and len(kept) <= most
+    if len(text) > most:
+        assert 2 * len(kept) >= most
+        assert kept.endswith("\n") or "\n" not in text[most // 2 : most] or not kept
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ EVALUATION_COST = 1 / 3
 """Cost of scoring a row relative to a training step: a forward pass without a backward one."""
 
 
+EARLY = 0.9
+"""Share of the planned tokens below which a training has stopped early."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """Amount of training that fits into the time: distinct tokens, and passes over them."""
@@ -96,6 +100,23 @@ def drop_resume_state(folder: Path) -> None:
     for states in ("checkpoints", "best"):
         shutil.rmtree(folder / "training" / states, ignore_errors=True)
     (folder / "elapsed.json").unlink(missing_ok=True)
+
+
+def shorter_because(folder: Path) -> str:
+    """Return why a finished training took less than its time, in words that follow a colon.
+
+    Args:
+        folder: run folder of a rival.
+    """
+    effort = Effort(**read_json(folder / "effort.json"))
+    learnt = read_json(folder / "result.json")["figures"]["tokens"]
+    if learnt < EARLY * effort.tokens * effort.epochs:
+        return "its held-out loss had stopped falling"
+    if effort.epochs == int(MOST_PASSES):
+        return f"it had {effort.epochs} passes over the text, and more would teach it by heart"
+    return (
+        f"the machine was busy when it was planned; remove {folder} and run the same command again"
+    )
 
 
 def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:

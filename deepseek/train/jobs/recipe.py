@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from deepseek.checkpoint.files import writable_folder
+from deepseek.checkpoint.files import located, writable_folder
 from deepseek.checkpoint.store import atomic_write, home, read_object, write_json
 from deepseek.errors import ConfigError, UserError
 from deepseek.packs.names import valid_name
@@ -181,10 +181,26 @@ def given_to(
     stage: Stage, recipe: RecipeSettings, number: int, model: str, quiet: bool
 ) -> dict[str, Any]:
     """Return the arguments of a stage by name: those of the recipe, overridden by its `with`."""
+    shared = {
+        "base": model,
+        "name": _run_name(recipe, number),
+        "run_folder": _run_folder(recipe, number),
+        "without": tuple(_run_folder(recipe, earlier) for earlier in range(1, number)),
+        "quiet": quiet,
+    }
+    return {**selected(shared, stage.arguments), **recipe.stages[number - 1].with_}
+
+
+def _run_name(recipe: RecipeSettings, number: int) -> str:
     step = recipe.stages[number - 1]
-    name = step.name or f"{recipe.name}-{number}-{step.stage}"
-    shared = {"base": model, "name": name, "run_folder": home() / "runs" / name, "quiet": quiet}
-    return {**selected(shared, stage.arguments), **step.with_}
+    return step.name or f"{recipe.name}-{number}-{step.stage}"
+
+
+def _run_folder(recipe: RecipeSettings, number: int) -> Path:
+    given = recipe.stages[number - 1].with_.get("run_folder")
+    if isinstance(given, str | Path):  # anything else is refused when the stage is read
+        return located(given)
+    return home() / "runs" / _run_name(recipe, number)
 
 
 STAGES = {
