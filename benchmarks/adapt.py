@@ -118,8 +118,7 @@ def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     from deepseek.evaluate.code import drawn_functions, score_bodies
 
     held_out = [function for function in functions_of(folder)[1] if len(function.header) < 1200]
-    base, tokenizer = load(model)
-    return asdict(score_bodies(base, tokenizer, drawn_functions(held_out, tokenizer)[:count]))
+    return asdict(score_bodies(*load(model), drawn_functions(held_out)[:count]))
 
 
 if __name__ == "__main__":

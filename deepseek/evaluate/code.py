@@ -20,8 +20,8 @@ from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.registry import package
 from deepseek.text.tokenizer import document_start_ids, encode_plain
 
-BODY_TOKENS = 96
-"""Most tokens of a body to write; longer ones are not asked for."""
+BODY_CHARACTERS = 400
+"""Most characters of a body to write; longer ones are not asked for."""
 
 SOLUTION_TOKENS = 512
 """Most tokens of a solution of HumanEval to write."""
@@ -50,32 +50,27 @@ class BodyScores:
 
 
 def drawn_functions(
-    functions: Iterable[DocumentedFunction],
-    tokenizer: PreTrainedTokenizerFast,
-    most_tokens: int = BODY_TOKENS,
+    functions: Iterable[DocumentedFunction], most_characters: int = BODY_CHARACTERS
 ) -> list[DocumentedFunction]:
     """Return functions to score in a random order that depends on their names alone, without those
     whose bodies are too long.
 
-    BLEU of bodies that are cut at a limit would measure the limit: the true bodies themselves, cut
-    at 96 tokens, have a BLEU of 26 to 43.
+    BLEU of bodies that are cut at a limit would measure the limit: true bodies, cut at 96 tokens,
+    have a BLEU of 26 to 43.
 
     Args:
         functions: documented functions.
-        tokenizer: tokenizer of the model that writes.
-        most_tokens: most tokens of a body.
+        most_characters: most characters of a body, the same for every tokenizer.
     """
-    candidates = list(functions)
-    bodies = encode_plain(tokenizer, [function.body for function in candidates])
-    fitting = [f for f, ids in zip(candidates, bodies, strict=True) if len(ids) <= most_tokens]
-    return sorted(fitting, key=lambda f: uniform(f"functions:{f.where}:{f.name}"))
+    short = [function for function in functions if len(function.body) <= most_characters]
+    return sorted(short, key=lambda f: uniform(f"functions:{f.where}:{f.name}"))
 
 
 def score_bodies(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     functions: Sequence[DocumentedFunction],
-    max_tokens: int = BODY_TOKENS,
+    max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> BodyScores:
     """Generate the bodies of functions greedily and compare them with the original ones.
@@ -84,7 +79,8 @@ def score_bodies(
         model: model that writes.
         tokenizer: its tokenizer.
         functions: functions with docstrings (see `drawn_functions`).
-        max_tokens: most tokens per body.
+        max_tokens: most tokens per body, at most half of the context; None: as many as the longest
+            original body.
         progress: shows the progress.
 
     Raises:
@@ -96,6 +92,8 @@ def score_bodies(
             "short bodies."
         )
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
+    if max_tokens is None:
+        max_tokens = max(map(len, encode_plain(tokenizer, [f.body for f in functions])))
     # Prompt with the body's indentation, less one space: the first word's token starts with it.
     blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
     with Engine(

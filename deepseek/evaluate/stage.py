@@ -157,7 +157,7 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
                 figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
         if arguments.functions:
             code = kept_documents(Path(arguments.functions), keep)
-            chosen = drawn_functions(documented_functions(code), tokenizer)
+            chosen = drawn_functions(documented_functions(code))
             chosen = chosen[: arguments.most_functions]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}

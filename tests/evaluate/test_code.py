@@ -59,19 +59,31 @@ def test_a_body_ends_where_its_indentation_does() -> None:
 
 
 def test_functions_are_drawn_by_their_names_among_those_with_short_bodies() -> None:
-    _, tokenizer = tiny_model()
     functions = [
         DocumentedFunction(
             f"f{n}", f'def f{n}():\n    """It."""\n', "    return 0" * (n + 1), (), "m.py"
         )
         for n in range(9)
     ]
-    lengths = {f.name: len(tokenizer(f.body).input_ids) for f in functions}
-    most = sorted(lengths.values())[5]
-    drawn = drawn_functions(functions, tokenizer, most)
-    assert {f.name for f in drawn} == {name for name, length in lengths.items() if length <= most}
-    assert drawn == drawn_functions(functions[::-1], tokenizer, most)
+    drawn = drawn_functions(functions, 72)
+    assert {f.name for f in drawn} == {f"f{n}" for n in range(6)}
+    assert drawn == drawn_functions(functions[::-1], 72)
     assert [f.name for f in drawn] != sorted(f.name for f in drawn)
+
+
+def test_as_much_is_written_as_the_longest_body_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model()
+    bodies = ["    return 1", "    total = a + b\n    return total"]
+    functions = [DocumentedFunction("f", "def f(a, b):\n", body, (), "m.py") for body in bodies]
+    limits: list[int] = []
+
+    def complete(_: Engine, prompts: list[str], limit: int, *__: object) -> list[str]:
+        limits.append(limit)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr(code, "complete", complete)
+    score_bodies(model, tokenizer, functions)
+    assert limits == [len(tokenizer(bodies[1]).input_ids)]
 
 
 def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
