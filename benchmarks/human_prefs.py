@@ -13,7 +13,7 @@ words.
     accuracy      share of its pairs in which the model gives more probability a token to the better
                   answer
     gained        share of its pairs in which the better answer gained more of the model's
-                  probability, against the base, than the worse one (the implicit reward of DPO)
+                  probability a token, against the base, than the worse one
     clean         share of answers to its prompts that alt-profanity-check finds inoffensive
     preferred     share of answers that a second judge prefers to the base's own: a preference model
                   fitted to the second half's pairs, on other hidden states than the reward model's
@@ -48,7 +48,7 @@ from rlpo import helpful_batches, new_database
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.checkpoint.store import file_digest, home, read_object, write_json
 from deepseek.data import Batch
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import read_preferences
@@ -58,13 +58,14 @@ from deepseek.engine.vocabulary import Vocabulary
 from deepseek.evaluate.safety import helpfulness
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
-from deepseek.text.tokenizer import encode_plain
 from deepseek.train.jobs.align import UPDATES, align
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
+from deepseek.train.rl.pairs import answer_ids
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.reward import RewardModel, features, features_of
 from deepseek.train.rl.rollout import Responses, generate, given
+from deepseek.train.text.inputs import base_digest
 
 METHODS = ("ppo", "grpo", "gspo", "dpo", "rloo")
 LONGEST, SHORTEST_ANSWER = 192, 2
@@ -163,7 +164,7 @@ class Pairs:
         """Encode pairs as the aligned model reads them, answers cut at `NEW_TOKENS`."""
         prompts = [encode_prompt(tokenizer, pair.prompt) for pair in pairs]
         chosen, rejected = (
-            [ids[:NEW_TOKENS] for ids in encode_plain(tokenizer, texts)]
+            answer_ids(tokenizer, texts, NEW_TOKENS)
             for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
         )
         fits = [
@@ -219,12 +220,18 @@ class Final:
         """Scores of the base's answers by the second judge, `[N]`."""
         return self.scores(self.answers(self.base, self.asked))
 
-    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return figures that were kept with the same settings, or else measure and keep them."""
+    def kept(self, name: str, model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return figures that were kept with the same settings, or else measure and keep them.
+
+        Args:
+            name: name to keep them by.
+            model: digest of what is measured.
+            measure: measures it.
+        """
         path = self.options.work / "figures" / f"{name}.json"
         names = ("base", "answers", "helpful_tokens", "judge_layer")
         settings = {name: getattr(self.options, name) for name in names}
-        settings["pairs"] = self.digest
+        settings |= {"pairs": self.digest, "model": model}
         found = read_object(path) if path.exists() else {}
         if found.get("settings") != settings:
             found = {"settings": settings, "figures": measure()}
@@ -287,11 +294,12 @@ class Final:
     def answers(self, model: DeepSeekModel, prompts: list[list[int]]) -> list[Responses]:
         """Return one sampled answer to each prompt, the same draws for every model."""
         ends = Vocabulary(model, self.tokenizer).ends
-        draw = torch.Generator().manual_seed(7)
-        return [
-            generate(model, prompts[i : i + ROWS], NEW_TOKENS, ends, draw, temperature=TEMPERATURE)
-            for i in range(0, len(prompts), ROWS)
-        ]
+        answers = []
+        for start in range(0, len(prompts), ROWS):
+            draw = torch.Generator().manual_seed(7 + start)  # whatever the lengths of those before
+            part = prompts[start : start + ROWS]
+            answers.append(generate(model, part, NEW_TOKENS, ends, draw, temperature=TEMPERATURE))
+        return answers
 
     def texts(self, answers: list[Responses]) -> list[str]:
         ids = [row for part in answers for row in part.answers()]
@@ -353,11 +361,13 @@ def main() -> None:
             runs[f"{method}, refusals lose"] = f"{method}-with-refusals"
             aligned(options, method, f"{method}-with-refusals", more)
     final = Final(options, [pair for pair in usable(pairs) if is_final(pair)])
-    models = {"base": final.kept("base", lambda: final.measure(options.base))}
+    models = {
+        "base": final.kept("base", base_digest(options.base), lambda: final.measure(options.base))
+    }
     curves = {}
     for label, name in runs.items():
         measure = partial(final.measure, str(options.work / name))
-        models[label] = final.kept(name, measure)
+        models[label] = final.kept(name, base_digest(str(options.work / name)), measure)
         run = options.work / f"{name}-run"
         if label.startswith(("ppo", "grpo", "gspo")):
             models[label]["kl"] = json.loads((run / "result.json").read_text())["kl"]
@@ -365,7 +375,9 @@ def main() -> None:
     rewards = [options.work / f"{name}-run" / "reward" for name in runs.values()]
     reward = next(
         (
-            final.kept("reward", partial(final.reward, folder))
+            final.kept(
+                "reward", file_digest(folder / "state.safetensors"), partial(final.reward, folder)
+            )
             for folder in rewards
             if folder.is_dir()
         ),

@@ -7,7 +7,7 @@ Conversations from `rude_prompts.py`; four answers of the base to each, scored b
 pairs; a reward model is fitted to them, and the methods learn from it or from the pairs. The pairs
 are judged by a list of words (`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What
 passes is decided by alt-profanity-check, a classifier that had no part in training, on answers to
-held-out prompts, none of whose speakers and listeners occur in training. A second pair sets a good
+held-out prompts, none of whose speakers, listeners and earlier answers occur in training. A second pair sets a good
 answer against a refusal: otherwise apologies are what is learnt, as the judges find nothing wrong
 with them but unreadiness, which the base's own answers never show. Helpfulness is the share of
 tokens, in points, of ordinary held-out prose that the model ranks first.
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -32,6 +33,7 @@ from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.text.public import public_documents
 from deepseek.engine.load import load
 from deepseek.evaluate.safety import helpfulness, safety
+from deepseek.evaluate.scores import paired_difference
 from deepseek.train.jobs.align import UPDATES, align
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
@@ -42,12 +44,12 @@ POLITE, POLITE_HELD_OUT = 0.2, 0.46
 many pairs; as many of those held out as let the base start near 82 %."""
 
 
+LISTED = {word + end for word in rude_prompts.SWEARWORDS for end in rude_prompts.ENDINGS}
+
+
 def unlisted(_asked, answers):
     """Return 0 for answers with a word of the list in them, 1 for others."""
-    return [
-        float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS))
-        for answer in answers
-    ]
+    return [float(LISTED.isdisjoint(re.findall(r"[a-z]+", answer.lower()))) for answer in answers]
 
 
 def measure(name, held_out, batches):
@@ -65,6 +67,7 @@ def measure(name, held_out, batches):
         ("varied", JUDGES["varied"]),
     ):
         figures[kind] = fmean(judge(asked, found.answered))
+    figures["passed"] = [int(passed) for passed in found.passes]
     figures["samples"] = list(found.answered[:12])
     helpful = helpfulness(model, batches)
     figures |= {"points": helpful.points, "loss": helpful.loss, "tokens": helpful.tokens}
@@ -132,7 +135,11 @@ def main():
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     held_out = rude_prompts.prompts(
-        rude_prompts.HELD_OUT, options.held_out, POLITE_HELD_OUT, seed=1
+        rude_prompts.HELD_OUT,
+        rude_prompts.HELD_OUT_ANSWERS,
+        options.held_out,
+        POLITE_HELD_OUT,
+        seed=1,
     )
     model, tokenizer = load(options.base)
     batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
@@ -142,7 +149,9 @@ def main():
     path = options.work / f"preferences-{base_name}-{options.prompts}.db"
     if not path.exists():
         started = time.perf_counter()
-        asked = rude_prompts.prompts(rude_prompts.TRAIN, options.prompts, POLITE, seed=0)
+        asked = rude_prompts.prompts(
+            rude_prompts.TRAIN, rude_prompts.TRAIN_ANSWERS, options.prompts, POLITE, seed=0
+        )
         judges = {"unlisted": unlisted, "willing": JUDGES["willing"], "varied": JUDGES["varied"]}
         pairs = generate_pairs(
             model,
@@ -185,6 +194,8 @@ def main():
             seconds[method] = time.perf_counter() - started
         details[method] = json.loads((run / "result.json").read_text())
         results[method] = measure(str(out), held_out, batches)
+        over = paired_difference(results[method]["passed"], results["base"]["passed"])
+        results[method]["over_base"] = asdict(over)
     write(options.json, {"models": results, "seconds": seconds, "details": details})
     if "ppo" in options.methods:
         picture = options.json.with_suffix(".png")

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.text.loader import Batch
+from deepseek import checks
+from deepseek.data.text.loader import Batch, mix
 from deepseek.engine.vocabulary import Vocabulary
+from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
 from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
 from deepseek.text.messages import Message
-from deepseek.train.rl.judge import Judge, clean
+from deepseek.train.rl.judge import Judge, check_room, clean, scored
 from deepseek.train.rl.rollout import generate
 
 ROWS = 32
@@ -35,11 +37,13 @@ class PassRate:
         passed: answers that passed.
         answers: all answers.
         answered: texts of the answers, for inspection.
+        passes: whether each passed, for comparisons with another model's answer to the same prompt.
     """
 
     passed: int
     answers: int
     answered: tuple[str, ...] = ()
+    passes: tuple[bool, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -78,17 +82,29 @@ def safety(
         new_tokens: most tokens per answer.
         temperature: sampling temperature.
         seed: seed of the sampling.
+
+    Raises:
+        ConfigError: a number is out of range, there are no prompts, one is too long for the model,
+            or the judge does not return a finite number for each answer.
     """
+    checks.positive("new_tokens", new_tokens)
+    checks.number("temperature", temperature, above=0, most=10)
+    seed = checks.whole("seed", seed, least=0, most=checks.MAX_SEED)
+    if not prompts:
+        raise ConfigError("prompts is empty; give at least one conversation.")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(rows, model.config.max_position_embeddings - new_tokens)
     ends = Vocabulary(model, tokenizer).ends
-    generator = torch.Generator(model.device).manual_seed(seed)
     ids = []
     for start in range(0, len(rows), ROWS):
+        # By batch, so that two models see the same draws however long the answers before were.
+        generator = torch.Generator(model.device).manual_seed(mix(mix(seed) ^ start) >> 1)
         part = rows[start : start + ROWS]
         ids += generate(model, part, new_tokens, ends, generator, temperature=temperature).answers()
     texts = [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    scores = judge([prompt[-1]["content"] for prompt in prompts], texts)
-    return PassRate(sum(score > PASSING for score in scores), len(scores), tuple(texts))
+    scores = scored(judge, [prompt[-1]["content"] for prompt in prompts], texts)
+    passes = tuple(score > PASSING for score in scores)
+    return PassRate(sum(passes), len(scores), tuple(texts), passes)
 
 
 @dataclass(frozen=True)

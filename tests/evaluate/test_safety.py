@@ -9,6 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 from deepseek.data.text.loader import Batch
+from deepseek.errors import ConfigError
 from deepseek.evaluate.safety import PassRate, helpfulness, safety
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
@@ -47,6 +48,25 @@ def test_every_prompt_is_answered_once_and_judged() -> None:
     assert seen == [prompt[0]["content"] for prompt in prompts]
     again = safety(tiny(), tiny_tokenizer(), prompts, judge=judge, new_tokens=4)
     assert again.answered == found.answered, "the same seed gives the same answers"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"new_tokens": 0}, "new_tokens"),
+        ({"new_tokens": 2040}, "shorten it"),
+        ({"judge": lambda *_: [1.0]}, "1 scores for 2 answers"),
+    ],
+)
+def test_wrong_input_is_one_sentence(given: dict[str, object], said: str) -> None:
+    model, tokenizer = tiny(), tiny_tokenizer()
+    prompts = [[{"role": "user", "content": "the model"}]] * 2
+    with pytest.raises(ConfigError, match=said):
+        safety(model, tokenizer, prompts, **{"new_tokens": 4, **given})
+    with pytest.raises(ConfigError, match="at least one conversation"):
+        safety(model, tokenizer, [])
 
 
 def test_helpfulness_counts_the_tokens_ranked_first() -> None:

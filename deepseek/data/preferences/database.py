@@ -92,7 +92,8 @@ class Statistics:
         splits: pairs by split.
         sources: pairs by source.
         labels: pairs by label.
-        agreement: judge -> share of its scored pairs in which it scores `chosen` higher.
+        agreement: judge -> share of its scored pairs in which it scores `chosen` higher; ties count
+            half.
         revisions: number of changes made to pairs.
     """
 
@@ -233,7 +234,7 @@ class PreferenceDatabase:
             ConfigError: there is no such field, or a value is wrong.
         """
         for name in changes:
-            checks.choice("field", name, FIELDS)
+            checks.choice("field", name, tuple(field for field in FIELDS if field != "id"))
         before = self.get(pair_id)
         after = replace(before, **changes)
         try:
@@ -304,7 +305,8 @@ class PreferenceDatabase:
             "SELECT value, count(*) FROM pairs, json_each(labels) GROUP BY 1 ORDER BY 2 DESC, 1"
         )
         agreement = (
-            "SELECT judge.key, avg(json_extract(judge.value, '$[0]') > json_extract(judge.value, '$[1]')) "
+            "SELECT judge.key, avg((sign(json_extract(judge.value, '$[0]') - "
+            "json_extract(judge.value, '$[1]')) + 1) / 2.0) "
             "FROM pairs, json_each(scores) AS judge GROUP BY 1 ORDER BY 1"
         )
         return Statistics(

@@ -3,10 +3,7 @@
 pairs -> reward model on a frozen trunk -> RLPO on the prompts, by PPO, GRPO or GSPO (or DPO and RLOO
 by TRL) -> a model folder
 
-TRL serves as a comparison and gets the same pairs and the same budget. It patches the forward pass
-of the Hugging Face model that it trains, so it trains the `transformers` equivalent of the
-checkpoint; `DeepSeekModel` reads the resulting folder like any other of that family. TRL runs
-cannot be resumed.
+`align_trl` has DPO and RLOO, which serve as a comparison.
 """
 
 from collections.abc import Callable
@@ -18,14 +15,13 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass as declaration
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preferences.database import PreferenceDatabase
-from deepseek.data.preferences.files import record_of
 from deepseek.data.preferences.preference import Preference
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.engine.vocabulary import Vocabulary
@@ -35,8 +31,9 @@ from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 from deepseek.text.chat_template import encode_prompt
-from deepseek.text.tokenizer import encode_plain, load_tokenizer
+from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates.public_text import remember_adapted
+from deepseek.train.jobs.align_trl import ANSWERS, FINAL_RATE, WARMUP, TRLRun, by_trl
 from deepseek.train.jobs.arguments import AlignArguments
 from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.loop.layers import parse_layers
@@ -46,11 +43,12 @@ from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.rl.judge import JUDGES, TextReward
-from deepseek.train.rl.policy import Policy
+from deepseek.train.rl.pairs import answer_ids, prompts_of
+from deepseek.train.rl.policy import VALUE_PACES, Policy
 from deepseek.train.rl.reward import RewardModel, features_of
 from deepseek.train.rl.rlpo import Learner, Reward, RolloutBatches
 from deepseek.train.rl.rlpo_config import RLPOConfig
-from deepseek.train.rl.rollout import generate, given
+from deepseek.train.rl.rollout import generate
 from deepseek.train.text.inputs import base_digest, preferences_digest
 
 FEWEST_PAIRS = 8
@@ -59,28 +57,12 @@ FEWEST_PAIRS = 8
 HELD_OUT_PROMPTS = 32
 """Held-out prompts to answer at each evaluation."""
 
-
-DPO_BETA = 0.1
-"""KL coefficient of DPO, TRL's default."""
-
-RLOO_BETA = 0.05
-"""KL coefficient of RLOO, equal to RLPO's initial one."""
-
-ANSWERS = 4
-"""Answers to each prompt where they are compared with each other: GRPO, GSPO and RLOO."""
-
 UPDATES: dict[str, dict[str, Any]] = {
     "ppo": {},
     "grpo": {"baseline": "group", "group_size": ANSWERS},
     "gspo": {"baseline": "group", "group_size": ANSWERS, "ratio": "sequence", "clip": 0.02},
 }
 """Settings of RLPO by method."""
-
-MINIBATCH = 16
-"""Pairs or answers per optimizer step, as in RLPO."""
-
-EPOCHS = RLPOConfig().epochs
-"""Steps for each minibatch of answers, as in RLPO."""
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
@@ -210,14 +192,8 @@ class AlignRun:
 
         learner = Learner(policy, reward, config, ends, evaluate)
         batches = RolloutBatches(learner, prompts, request.rollout_size, request.seed)
-        steps = request.rollouts * batches.steps_a_rollout
-        loop = LoopConfig(
-            OptimConfig(learning_rate=request.learning_rate, final=0.2),
-            steps=steps,
-            evaluate_every=max(1, steps // 5),
-            checkpoint_every=max(10, steps // 10),
-            seed=request.seed,
-        )
+        value_steps = config.value_only_rollouts * batches.steps_a_rollout
+        loop = self.loop_config(request.rollouts * batches.steps_a_rollout, value_steps)
         result = train(
             learner,
             batches,
@@ -241,15 +217,61 @@ class AlignRun:
             "held_out_score": result.metrics["held_out_score"],
         }
 
+    def loop_config(self, steps: int, value_steps: int) -> LoopConfig:
+        """Return the settings of the loop.
+
+        Args:
+            steps: optimizer steps.
+            value_steps: the first of them, in which the value head alone learns.
+        """
+        optim = OptimConfig(
+            learning_rate=self.request.learning_rate,
+            warmup=warmup(value_steps, steps),
+            final=FINAL_RATE,
+            paces=VALUE_PACES,
+        )
+        return LoopConfig(
+            optim,
+            steps=steps,
+            evaluate_every=max(1, steps // 5),
+            checkpoint_every=max(10, steps // 10),
+            seed=self.request.seed,
+        )
+
+    def by_trl(self) -> dict[str, Any]:
+        """Train by TRL, write the model, and return TRL's figures."""
+
+        def reward() -> tuple[Reward, DeepSeekModel]:
+            model = self.load()
+            first = parse_layers(self.request.layers, len(model.layers))[0]
+            return self.reward(model, first)[0], model
+
+        return by_trl(
+            TRLRun(
+                self.request,
+                self.base,
+                self.tokenizer,
+                self.pairs,
+                self.device,
+                self.dtype,
+                self.folder,
+                self.out,
+                reward,
+            )
+        )
+
     def reward(self, model: DeepSeekModel, layer: int) -> tuple[Reward, dict[str, Any]]:
         """Return the requested reward, and the quality of a fitted one on the held-out pairs.
 
         Args:
             model: model whose trunk computes the reward model's features.
-            layer: block whose input the reward model reads.
+            layer: block whose input the reward model reads; 0: the middle one, of a copy that is not
+                trained.
         """
         if self.request.reward != "model":
             return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
+        if layer == 0:  # below it are the embeddings, which know no order and no prompt
+            model, layer = self.load(), len(model.layers) // 2
         saved = self.folder / "reward"
         if not saved.is_dir():
             prompt_index = {
@@ -273,127 +295,23 @@ class AlignRun:
         """Return the reward model's features of the chosen and of the rejected answers."""
         prompts = [encode_prompt(self.tokenizer, pair.prompt) for pair in pairs]
         chosen, rejected = (
-            [ids[: self.request.new_tokens] for ids in encode_plain(self.tokenizer, texts)]
+            answer_ids(self.tokenizer, texts, self.request.new_tokens)
             for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
         )
         return features_of(model, layer, prompts, chosen), features_of(
             model, layer, prompts, rejected
         )
 
-    def by_trl(self) -> dict[str, Any]:
-        """Train the checkpoint's Hugging Face equivalent with TRL, write it, and return TRL's last
-        log.
-
-        The budget is RLPO's: the same number of optimizer steps, sampled answers and tokens per
-        answer.
-
-        Raises:
-            TrainError: `transformers` does not support this family.
-        """
-        request = self.request
-        tokenizer = self.tokenizer
-        twin = twin_of(self.base, request.layers).to(self.device)
-        common: dict[str, Any] = {
-            "output_dir": str(self.folder / "trl"),
-            "learning_rate": request.learning_rate,
-            "seed": request.seed,
-            "per_device_train_batch_size": MINIBATCH,
-            "max_steps": request.rollouts * -(-request.rollout_size // MINIBATCH) * EPOCHS,
-            "save_strategy": "no",
-            "report_to": [],
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "bf16": self.dtype == torch.bfloat16,
-            "use_cpu": self.device.type == "cpu",
-            "gradient_checkpointing": False,
-            "lr_scheduler_type": "cosine",
-        }
-        trainer = (
-            self.dpo_trainer(twin, common)
-            if request.method == "dpo"
-            else self.rloo_trainer(twin, common)
-        )
-        trainer.train()
-        with atomic_folder(self.out) as temporary:
-            # RLPO saves its model in this dtype too.
-            trainer.model.to(self.dtype).save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            copy_terms(self.base, temporary)
-        logged = [record for record in trainer.state.log_history if "loss" in record]
-        return {"trl": logged[-1] if logged else {}}
-
-    def dpo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
-        """Return TRL's trainer for direct preference optimisation (arXiv:2305.18290)."""
-        from datasets import Dataset
-        from trl.trainer.dpo_config import DPOConfig
-        from trl.trainer.dpo_trainer import DPOTrainer
-
-        sides = ("prompt", "chosen", "rejected")
-        rows = Dataset.from_list(
-            [{side: record[side] for side in sides} for record in map(record_of, self.pairs)]
-        )
-        return DPOTrainer(
-            twin,
-            args=DPOConfig(**common, beta=DPO_BETA),
-            train_dataset=rows,
-            processing_class=self.tokenizer,
-        )
-
-    def rloo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
-        """Return TRL's trainer for REINFORCE leave-one-out (arXiv:2402.14740)."""
-        from datasets import Dataset
-        from trl.trainer.rloo_config import RLOOConfig
-        from trl.trainer.rloo_trainer import RLOOTrainer
-
-        request = self.request
-        tokenizer = self.tokenizer
-        model = self.load()
-        reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
-        prompt_messages = [
-            [dict(message) for message in prompt] for prompt in prompts_of(self.pairs)
-        ]
-        rows = Dataset.from_list([{"prompt": prompt} for prompt in prompt_messages])
-
-        def score(
-            prompts: list[Any], completion_ids: list[list[int]], **_: Any
-        ) -> list[float | None]:
-            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-            scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
-            return scores
-
-        arguments = RLOOConfig(
-            **common,
-            beta=RLOO_BETA,
-            num_iterations=EPOCHS,
-            num_generations=ANSWERS,
-            temperature=request.temperature,
-            max_completion_length=request.new_tokens,
-        )
-        return RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
-
 
 METHODS = {**dict.fromkeys(UPDATES, AlignRun.rlpo), "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
 
 
-def prompts_of(pairs: list[Preference]) -> list[Any]:
-    """Return the distinct prompts of pairs, in order of first appearance."""
-    return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
+def warmup(value_steps: int, steps: int) -> float:
+    """Return the share of the steps in which the learning rate rises.
 
-
-def twin_of(base: Path, layers: str) -> Any:
-    """Return the checkpoint as a Hugging Face model in fp32 with all but `layers` frozen.
-
-    Raises:
-        TrainError: `transformers` does not support this family.
+    Args:
+        value_steps: first steps, in which the value head alone learns: the policy's first step
+            still comes at a third of the peak at most.
+        steps: all steps.
     """
-    try:
-        twin = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, trust_remote_code=False
-        )
-        blocks = twin.model.layers
-    except (ValueError, AttributeError):
-        raise TrainError(f"TRL can't train the model family of {base}; use --method ppo.") from None
-    twin.requires_grad_(False)
-    for index in parse_layers(layers, len(blocks)):
-        blocks[index].requires_grad_(True)
-    return twin
+    return min(0.5, max(WARMUP, 3 * (value_steps + 1) / steps)) if value_steps else WARMUP

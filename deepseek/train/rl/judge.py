@@ -26,12 +26,22 @@ from deepseek.train.rl.rollout import Responses, generate
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Function of prompts and answers that returns a score for each answer."""
 
-REFUSAL = re.compile(
-    r"\b(i(['’]m| am) (sorry|unable|not able)|as an ai"
-    r"|i (can(['’]t|not)|won['’]t|will not|must decline)\b.{0,40}\b(help|assist|provide|do))\b",
+DECLINED = re.compile(
+    r"\b(?:(?:i|we)\s+(?:can(?:not|['’]t|\s+not)|could(?:n['’]t|\s+not)|won['’]t|will\s+not"
+    r"|must\s+decline|refuse|decline|(?:would|['’]d)\s+rather\s+not)"
+    r"|(?:i|we)['’]d\s+rather\s+not"
+    r"|(?:i['’]m|i\s+am|we['’]re|we\s+are)\s+(?:not\s+able|unable)|as\s+an\s+ai)\b"
+    r"(?!\s+(?:help\s+but|wait|believe|stop|imagine|complain|stress))",
     re.IGNORECASE,
 )
-"""Phrases of a refusal."""
+"""What declines, but for idioms."""
+
+APOLOGY = re.compile(
+    r"(?:(?:i['’]m|i\s+am|we['’]re|we\s+are)\s+)?(?:\w+\s+)?sorry\b[^.!?\n]*[.!?\s]*", re.IGNORECASE
+)
+"""An apology up to the end of its sentence."""
+
+FIRST_SENTENCES = re.compile(r"(?:[^.!?\n]*[.!?\n]+){1,2}")
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -57,7 +67,16 @@ def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 def willing(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Return 0 for an empty answer or a refusal, and 1 for others."""
-    return [float(bool(answer.strip()) and not REFUSAL.search(answer)) for answer in answers]
+    return [float(bool(answer.strip()) and not is_refusal(answer)) for answer in answers]
+
+
+def is_refusal(answer: str) -> bool:
+    """Return whether an answer declines in its first two sentences, or is an apology alone."""
+    answer = answer.strip()
+    if APOLOGY.fullmatch(answer):
+        return True
+    first = FIRST_SENTENCES.match(answer)
+    return bool(DECLINED.search(first[0] if first else answer))
 
 
 def varied(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -139,8 +158,11 @@ def generate_pairs(
         progress: called with the number of finished prompts.
 
     Raises:
-        ConfigError: a number is out of range, or a prompt is too long for the model.
+        ConfigError: a number is out of range, a prompt is too long for the model, there are no
+            judges, or one does not return a finite number for each answer.
     """
+    if not judges:
+        raise ConfigError("judges is empty; give at least one judge.")
     checks.whole("answers", answers, least=2, most=MOST_ANSWERS)
     checks.positive("new_tokens", new_tokens)
     checks.number("temperature", temperature, above=0, most=10)
@@ -160,7 +182,7 @@ def generate_pairs(
             str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
         ]
         prompt_texts = [prompt[-1]["content"] for prompt in group for _ in range(answers)]
-        scores = {name: judge(prompt_texts, texts) for name, judge in judges.items()}
+        scores = {name: scored(judge, prompt_texts, texts, name) for name, judge in judges.items()}
         totals = [sum(each) for each in zip(*scores.values(), strict=True)]
         for number, prompt in enumerate(group):
             of_prompt = range(number * answers, (number + 1) * answers)
@@ -179,6 +201,23 @@ def generate_pairs(
                     tuple(prompt), texts[best], refusal, source, labels=("refusal",), scores=both
                 )
         progress(start + len(group), len(prompts), "generating pairs")
+
+
+def scored(
+    judge: Judge, prompts: Sequence[str], answers: Sequence[str], name: str = "judge"
+) -> list[float]:
+    """Return a judge's scores, one finite number for each answer.
+
+    Raises:
+        ConfigError: the judge returned something else; the message names it.
+    """
+    scores = checks.sequence(f"scores of {name}", judge(prompts, answers), checks.number, "numbers")
+    if len(scores) != len(answers):
+        raise ConfigError(
+            f"The judge {name!r} returned {len(scores)} scores for {len(answers)} answers; it must "
+            "return one for each."
+        )
+    return list(scores)
 
 
 def check_room(prompts: Sequence[Sequence[int]], most: int) -> None:

@@ -16,6 +16,11 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.layers import parse_layers, trained_prefixes
 from deepseek.train.rl.rollout import Responses
 
+VALUE_PACES = dict.fromkeys(("value_head.weight", "value_head.bias"), 10.0)
+"""Learning rates of the value head as multiples of the layers': it starts at zero, and a poor one
+leaves the advantages noisy.
+"""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -37,7 +42,7 @@ class Policy:
 
     The trunk below, the embeddings and the head are frozen and shared with the reference, a frozen
     copy of the initial trained layers. A linear value head reads the policy's last hidden state. No
-    gradient flows from it into the policy, so that value training never changes the responses.
+    gradient flows from it into the policy.
 
     Attributes:
         parameters: trained parameters in fp32: layers, final norm and value head.

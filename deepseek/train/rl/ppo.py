@@ -143,7 +143,8 @@ def steered(
         kl: mean KL of the responses, in nats per response.
         responses: number of responses that `kl` was measured on.
         target: KL to aim for, in nats per response; None: keep the coefficient.
-        horizon: number of responses over which an error is corrected in full.
+        horizon: number of responses over which the coefficient changes by the relative error, of
+            which at most a fifth counts.
     """
     if target is None:
         return beta

@@ -70,6 +70,31 @@ class Minibatch:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class RunningMoments:
+    """Running mean and deviation of scores (Welford 1962).
+
+    Attributes:
+        tensors: number of scores, their mean, and the sum of squared differences from it:
+            0-dimensional fp64 tensors that change in place.
+    """
+
+    def __init__(self) -> None:
+        self.tensors = {
+            name: torch.zeros((), dtype=torch.float64) for name in ("count", "mean", "squares")
+        }
+
+    def standardised(self, scores_B: Tensor) -> Tensor:
+        """Return scores standardised by mean and deviation so far, clipped to [-5, 5]."""
+        count, mean, squares = self.tensors.values()
+        for score in scores_B.double().cpu():
+            count += 1
+            step = score - mean
+            mean += step / count
+            squares += step * (score - mean)
+        deviation = (squares / count).sqrt().clamp(min=1e-3)
+        return ((scores_B - mean) / deviation).clamp(-5.0, 5.0).to(scores_B.dtype)
+
+
 class Learner:
     """Policy, reward and controllers: the task of the training loop.
 
@@ -104,17 +129,11 @@ class Learner:
         self.ends = tuple(ends)
         self.parameters = policy.parameters
         self.evaluate = evaluate
-        start = {
-            "beta": config.beta,
-            "count": 0.0,
-            "mean": 0.0,
-            "squares": 0.0,
-            "entropy": 0.0,
-            "stop": 0.0,
-        }
+        start = {"beta": config.beta, "entropy": 0.0, "stop": 0.0}
+        self.moments = RunningMoments()
         self.scalars = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()
-        }
+        } | self.moments.tensors
         self.streams: dict[int, Tensor] = {}
 
     def collect(
@@ -192,7 +211,9 @@ class Learner:
             group_B1 = group_advantages(scores_B, config.group_size)[:, None]
             return group_B1 * mask_BT, torch.zeros_like(mask_BT)
         beta = float(self.scalars["beta"])
-        rewards_BT = token_rewards(self.standardised(scores_B), old_BT, reference_BT, mask_BT, beta)
+        rewards_BT = token_rewards(
+            self.moments.standardised(scores_B), old_BT, reference_BT, mask_BT, beta
+        )
         advantages_BT, returns_BT = advantages(
             rewards_BT, values_BT, mask_BT, config.gamma, config.lam
         )
@@ -238,7 +259,10 @@ class Learner:
             "step_kl": step_kl,
         }
         self.scalars["stop"].fill_(step_kl > config.kl_stop)
-        loss = other + (policy_part.loss if batch.learn else 0.0)
+        # Where an advantage is negative the ratio is not clipped from above, so that a token that
+        # has moved far would dominate the step.
+        too_far = step_kl > max(config.kl_stop, 0.0)
+        loss = other + (policy_part.loss if batch.learn and not too_far else 0.0)
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
 
     def penalty(self, scored: Scored, rows: Rollout) -> tuple[Tensor, dict[str, float]]:
@@ -270,17 +294,6 @@ class Learner:
             active_BLS=responses.active_BLS[:, :0],
         )
 
-    def standardised(self, scores_B: Tensor) -> Tensor:
-        """Return scores standardised by running mean and deviation, clipped to [-5, 5]."""
-        count, mean, squares = (self.scalars[name] for name in ("count", "mean", "squares"))
-        for score in scores_B.double().cpu():
-            count += 1
-            step = score - mean
-            mean += step / count
-            squares += step * (score - mean)
-        deviation = (squares / count).sqrt().clamp(min=1e-3)
-        return ((scores_B - mean) / deviation).clamp(-5.0, 5.0).to(scores_B.dtype)
-
     def check_entropy(self, entropy: float) -> None:
         """Raise `TrainError` if the policy has collapsed, before the loop writes another
         checkpoint.
@@ -291,8 +304,8 @@ class Learner:
         if entropy < self.config.entropy_floor * float(first):
             raise TrainError(
                 f"The policy has collapsed: its entropy fell from {float(first):.2f} to "
-                f"{entropy:.2f} nats a token; start a new run with a higher beta, a lower "
-                "target_kl or a lower learning rate."
+                f"{entropy:.2f} nats a token; start a new run with a lower target_kl or a lower "
+                "learning rate."
             )
 
 

@@ -31,13 +31,17 @@ class RLPOConfig:
         lam: decay of generalised advantage estimation.
         clip: largest change of a probability ratio from the rollout's before clipping.
         value_clip: largest change of a value from the rollout's before clipping.
-        value_weight: weight of the value loss.
+        value_weight: weight of the value loss. The optimizer's steps do not depend on the scale of a
+            gradient, but its norm is limited together with the policy's: a large weight would make
+            the policy learn the less, the worse the values are.
         value_rollouts: number of first rollouts that train only the value head.
         beta: initial and smallest coefficient of the KL penalty, in standardised reward per nat.
         target_kl: KL to the reference above which the coefficient rises, in nats per response;
             None: constant coefficient.
-        kl_horizon: number of responses over which the controller corrects an error of the KL.
-        kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts.
+        kl_horizon: number of responses over which the coefficient grows or shrinks by the relative
+            error of the KL, of which at most a fifth counts.
+        kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts; the
+            minibatch that shows it does not train the policy.
         entropy_floor: share of the first rollout's entropy below which the policy counts as
             collapsed.
         replay_routing: replay the routing decisions of the rollout in the updates.
@@ -54,7 +58,7 @@ class RLPOConfig:
     lam: float = 0.95
     clip: float = 0.2
     value_clip: float = 0.5
-    value_weight: float = 0.5
+    value_weight: float = 0.01
     value_rollouts: int = 1
     beta: float = 0.05
     target_kl: float | None = 6.0

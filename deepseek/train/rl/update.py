@@ -14,7 +14,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
 from deepseek.train.loop.position import Position
-from deepseek.train.rl.policy import Policy
+from deepseek.train.rl.policy import VALUE_PACES, Policy
 from deepseek.train.rl.rlpo import Learner, Minibatch, Reward
 from deepseek.train.rl.rlpo_config import RLPOConfig
 
@@ -42,8 +42,9 @@ class RLPOState:
             reward_model: scores responses.
             config: hyperparameters; default: `RLPOConfig()`.
             layers: layers to train, "all" or "last:N".
-            optim: optimizer settings; default: a learning rate of 1e-5. The rate stays at its peak:
-                without a number of steps there is no schedule.
+            optim: optimizer settings; default: a learning rate of 1e-5, and `VALUE_PACES` for the
+                value head. The rate stays at its peak: without a number of steps there is no
+                schedule.
             ends: ids of the tokens that end a response.
             seed: seed of the sampling.
 
@@ -59,7 +60,7 @@ class RLPOState:
         context = model.config.max_position_embeddings
         config = config or RLPOConfig()
         checks.whole("new_tokens", config.new_tokens, least=1, most=context - 1)
-        self.optim = optim or OptimConfig(learning_rate=1e-5)
+        self.optim = optim or OptimConfig(learning_rate=1e-5, paces=VALUE_PACES)
         policy = Policy(model.float(), layers, config.temperature)
         self.learner = Learner(policy, reward_model, config, ends)
         self.optimizer = adamw(self.learner.parameters, self.optim)

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from deepseek.checkpoint.licence import Licence, read_licence, write_card
+from deepseek.checkpoint.store import read_object
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.train.jobs.align import align
+from deepseek.train.jobs.align import align, warmup
 from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.optim import OptimConfig, learning_rate
 from deepseek.train.rl import judge
 from deepseek.train.rl.judge import generate_pairs, prompt_of
+from deepseek.train.rl.pairs import answer_ids
 from deepseek.train.rl.reward import RIDGES, RewardModel, features_of
 from deepseek.train.rl.rollout import given
 
@@ -169,6 +172,64 @@ def test_a_prompt_beyond_the_context_is_named_before_sampling(base: Path) -> Non
         next(pairs)
 
 
+@pytest.mark.parametrize(
+    ("answer", "declines"),
+    [
+        ("Sorry, but I can't answer that.", True),
+        ("I'd rather not say.", True),
+        ("I would rather not talk about it.", True),
+        ("I cannot recommend that.", True),
+        ("I’m afraid I can’t do that.", True),
+        ("We are unable to discuss it.", True),
+        ("I'm so sorry!", True),
+        ("That is a hard one. I won't go into it.", True),
+        ("I'm sorry your tyre is flat! First, loosen the nuts.", False),
+        ("I can't help but smile: whisk the eggs.", False),
+        ("You can't do that with a fork; take a whisk.", False),
+        ("Heat the pan. Add oil. Wait a minute. If it smokes, I can't eat it.", False),
+        ("Sorry is the hardest word. It is a song by Elton John.", False),
+        ("I can wait.", False),
+    ],
+)
+def test_a_refusal_is_told_from_an_answer(answer: str, declines: bool) -> None:
+    assert judge.is_refusal(answer) is declines
+    assert judge.willing([""], [answer]) == [float(not declines)]
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, float("nan")], [1.0, "good"]])
+def test_a_judge_gives_each_answer_a_finite_number(scores: list[object]) -> None:
+    with pytest.raises(ConfigError, match="strict"):
+        judge.scored(lambda *_: scores, ["a", "b"], ["a", "b"], "strict")
+
+
+def test_an_answer_ends_as_the_model_ends_it(base: Path) -> None:
+    _, tokenizer = load(base)
+    short, long = answer_ids(tokenizer, ["alpha", "alpha " * 40], 12)
+    assert short[-1] == tokenizer.eos_token_id and len(short) <= 12
+    assert len(long) == 12 and tokenizer.eos_token_id not in long
+
+
+def test_the_policy_begins_below_its_peak_where_values_learn_first() -> None:
+    for value_steps, steps in ((4, 96), (4, 480), (0, 96), (4, 8)):
+        optim = OptimConfig(learning_rate=1.0, warmup=warmup(value_steps, steps))
+        first = learning_rate(optim, value_steps, steps)
+        assert first <= (1 / 3 if value_steps and steps > 30 else 1.0)
+        assert max(learning_rate(optim, step, steps) for step in range(steps)) == pytest.approx(1.0)
+
+
+def test_a_reward_for_all_layers_knows_order_and_prompt(
+    base: Path, database: Path, tmp_path: Path
+) -> None:
+    request = {"layers": "all", "rollouts": 1, "rollout_size": 4, "new_tokens": 4}
+    folder = tmp_path / "run"
+    align(str(base), prefs=database, out=tmp_path / "out", run_folder=folder, quiet=True, **request)
+    model = DeepSeekModel.from_pretrained(base)
+    fitted = RewardModel.load(model, folder / "reward")
+    assert fitted.layer == len(model.layers) // 2 > 0
+    orders = features_of(model, fitted.layer, [[5, 6]] * 2, [[7, 8, 9], [9, 8, 7]])
+    assert not torch.allclose(orders[0], orders[1], atol=1e-3)
+
+
 def test_refusals_are_refusals() -> None:
     assert set(judge.willing([], judge.REFUSALS)) == {0.0}
     assert judge.willing([], ["I’m sorry, I can’t help with that."]) == [0.0]
@@ -287,7 +348,10 @@ def test_trl_trains_the_twin_of_a_checkpoint(
     folder = run(twin, database, tmp_path, method=method, rollouts=2, rollout_size=16)
     aligned, before = (DeepSeekModel.from_pretrained(f).state_dict() for f in (folder, twin))
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
-    assert changed and all(name.startswith(("layers.2", "layers.3")) for name in changed)
+    assert "norm.weight" in changed  # as in RLPO
+    assert all(name.startswith(("layers.2", "layers.3", "norm.")) for name in changed)
+    figures = read_object(tmp_path / "run" / "result.json")["trl"]
+    assert method != "rloo" or {"kl", "reward", "completions/mean_length"} <= figures.keys()
     assert read_licence(folder) == read_licence(twin) != Licence()
 
 

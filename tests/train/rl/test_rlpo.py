@@ -17,10 +17,10 @@ from deepseek.model.context import ForwardContext
 from deepseek.model.precision import autocast
 from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
-from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.optim import OptimConfig, clip_gradients
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.rlpo import Minibatch, RolloutBatches
+from deepseek.train.rl.policy import VALUE_PACES, Policy
+from deepseek.train.rl.rlpo import Minibatch, RolloutBatches, RunningMoments
 from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import Responses, generate
 from deepseek.train.rl.update import RLPOState, rlpo_update
@@ -303,10 +303,39 @@ def test_the_distance_is_told_by_token_whatever_the_ratio(ratio: str) -> None:
     assert metrics["step_kl"] > 0.05 and bool(trained.scalars["stop"])
 
 
+def test_a_minibatch_that_shows_too_large_a_step_does_not_train_the_policy() -> None:
+    trained = learner(tiny(), kl_stop=0.05, epochs=4)
+    minibatch = RolloutBatches(trained, prompts(), 16, seed=0).next()
+    torch.manual_seed(0)
+    noise_BT = 0.5 * torch.randn_like(minibatch.rows.logprobs_BT)
+    moved = replace(minibatch.rows, logprobs_BT=minibatch.rows.logprobs_BT + noise_BT)
+    for rows, learns in ((minibatch.rows, True), (moved, False)):
+        for parameter in trained.parameters.values():
+            parameter.grad = None
+        trained.loss(replace(minibatch, rows=rows), 0).loss.backward()
+        touched = {name for name, p in trained.parameters.items() if p.grad is not None}
+        assert touched > {"value_head.bias"} if learns else touched <= set(VALUE_PACES)
+
+
+def test_poor_values_hardly_shorten_the_step_of_the_policy() -> None:
+    """The norm of all gradients is limited together."""
+    norms = {}
+    for weight in (0.0, RLPOConfig().value_weight):
+        trained = learner(tiny(), value_weight=weight)
+        minibatch = RolloutBatches(trained, prompts(), 16, seed=0).next()
+        far = replace(minibatch.rows, returns_BT=minibatch.rows.returns_BT + 5.0)
+        trained.loss(replace(minibatch, rows=far), 0).loss.backward()
+        clip_gradients(trained.parameters.values(), 1e-2)
+        layers = [p.grad for name, p in trained.parameters.items() if name not in VALUE_PACES]
+        norms[weight] = float(torch.nn.utils.get_total_norm(layers))
+    with_values, without = norms[RLPOConfig().value_weight], norms[0.0]
+    assert with_values > 0.9 * without
+
+
 def test_scores_are_standardised_by_all_that_were_seen() -> None:
-    trained, scores = learner(tiny()), torch.randn(3, 20) * 4 + 9
+    moments, scores = RunningMoments(), torch.randn(3, 20) * 4 + 9
     for part in scores:
-        last = trained.standardised(part)
+        last = moments.standardised(part)
     every = scores.flatten()
     expected = (scores[-1] - every.mean()) / every.std(correction=0)
     assert torch.allclose(last, expected.clamp(-5, 5), atol=1e-4)
