@@ -39,7 +39,7 @@ class RLPOConfig:
         target_kl: KL to the reference above which the coefficient rises, in nats per response;
             None: constant coefficient.
         kl_horizon: number of responses over which the coefficient grows or shrinks by the relative
-            error of the KL, of which at most a fifth counts.
+            error of the KL.
         kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts; the
             minibatch that shows it does not train the policy.
         entropy_floor: share of the first rollout's entropy below which the policy counts as
@@ -62,7 +62,7 @@ class RLPOConfig:
     value_rollouts: int = 1
     beta: float = 0.05
     target_kl: float | None = 6.0
-    kl_horizon: int = 100
+    kl_horizon: int = 25
     kl_stop: float = 0.05
     entropy_floor: float = 0.2
     replay_routing: bool = True
