@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def _unlearnt(runs: Iterable[Path]) -> Callable[[Document], bool]:
     Args:
         runs: run folders of the trainings; those without a corpus have learnt no documents.
     """
-    known = [known_documents(notes.parent) for run in runs for notes in run.rglob("corpus.json")]
+    notes = chain.from_iterable(run.rglob("corpus.json") for run in runs)
+    known = [known_documents(file.parent) for file in notes]
     names = frozenset[str]().union(*(each.train_names for each in known))
     texts = frozenset[str]().union(*(each.learnt for each in known))
 

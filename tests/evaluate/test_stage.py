@@ -30,10 +30,9 @@ def test_what_a_training_has_learnt_is_left_out(
     for number in range(12):
         (tmp_path / "src" / f"{number}.py").write_text(f"value_{number} = router\n" * 60)
     run = tmp_path / "run"
-    deepseek.train_expert(
-        str(base), name="own", from_folder=tmp_path / "src", run_folder=run, quiet=True, tokens=512,
-        row_length=64, epochs=1,
-    )  # fmt: skip
+    request = {"tokens": 512, "row_length": 64, "epochs": 1, "held_out": 0.3, "quiet": True}
+    source = tmp_path / "src"
+    deepseek.train_expert(str(base), name="own", from_folder=source, run_folder=run, **request)
     notes = json.loads((run / "corpus" / "corpus.json").read_text())
     seen: list[str] = []
 

@@ -93,7 +93,8 @@ class TextArguments(RunArguments):
     """Share of the documents that is held out, never trained on"""
 
     held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
-    """Maximum held-out tokens in the report, and maximum validation tokens for choosing the best state"""
+    """Maximum held-out tokens in the report, and maximum validation tokens for choosing the best
+    state"""
 
     row_length: int | None = Field(default=None, ge=2, le=MAX_LENGTH)
     """Tokens per packed row; default: 512, or the base's context if that is shorter"""

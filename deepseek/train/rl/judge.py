@@ -42,6 +42,7 @@ APOLOGY = re.compile(
 """An apology up to the end of its sentence."""
 
 FIRST_SENTENCES = re.compile(r"(?:[^.!?\n]*[.!?\n]+){1,2}")
+"""At most two sentences from the beginning."""
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
