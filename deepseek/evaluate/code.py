@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 from textwrap import dedent
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -65,6 +66,15 @@ def drawn_functions(
     return sorted(short, key=lambda f: uniform(f"functions:{f.where}:{f.name}"))
 
 
+def bleu_package() -> Any:
+    """Return sacrebleu.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    return package("sacrebleu", "'deepseek-dmoe[eval]'")
+
+
 def score_bodies(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -90,7 +100,7 @@ def score_bodies(
             "There are no documented functions to write; give Python code with docstrings and "
             "short bodies."
         )
-    corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
+    corpus_bleu = bleu_package().corpus_bleu
     if max_tokens is None:
         max_tokens = max(map(len, encode_plain(tokenizer, [f.body for f in functions])))
     # Prompt with the body's indentation, less one space: the first word's token starts with it.

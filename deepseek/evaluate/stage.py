@@ -18,7 +18,13 @@ from deepseek.data.builders.functions import documented_functions
 from deepseek.data.text.document import Document
 from deepseek.engine.load import load
 from deepseek.errors import DataError, TrainError
-from deepseek.evaluate.code import drawn_functions, human_eval_problems, pass_at_1, score_bodies
+from deepseek.evaluate.code import (
+    bleu_package,
+    drawn_functions,
+    human_eval_problems,
+    pass_at_1,
+    score_bodies,
+)
 from deepseek.evaluate.quality import collected, compare, kept_documents
 from deepseek.packs.library import find_pack
 from deepseek.packs.pack import read_pack
@@ -147,6 +153,10 @@ def _source(place: Path) -> Source:
 def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Return the record of an evaluation."""
     started = time.monotonic()
+    # What is missing is told before a model is loaded and texts are scored.
+    if arguments.functions:
+        bleu_package()
+    problems = human_eval_problems(arguments.human_eval) if arguments.human_eval else []
     figures: dict[str, float] = {}
     model, tokenizer = load(
         arguments.base, experts=arguments.experts, device=arguments.device, dtype=arguments.dtype
@@ -163,8 +173,7 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
             chosen = chosen[: arguments.most_functions]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
-        if arguments.human_eval:
-            problems = human_eval_problems(arguments.human_eval)
+        if problems:
             figures["human_eval.pass_at_1"] = pass_at_1(
                 model, tokenizer, problems, progress=progress
             )

@@ -111,8 +111,9 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
         "kept_documents": None,
         "documented_functions": None,
         "drawn_functions": range(100),
+        "bleu_package": None,
         "score_bodies": None,
-        "human_eval_problems": [],
+        "human_eval_problems": ["a problem"],
         "pass_at_1": 0.5,
         "write_json": None,
     }.items():
