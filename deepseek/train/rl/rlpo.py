@@ -80,7 +80,8 @@ class RunningMoments:
 
     def __init__(self) -> None:
         self.tensors = {
-            name: torch.zeros((), dtype=torch.float64) for name in ("count", "mean", "squares")
+            name: torch.zeros((), dtype=torch.float64, device="cpu")
+            for name in ("count", "mean", "squares")
         }
 
     def standardised(self, scores_B: Tensor) -> Tensor:
