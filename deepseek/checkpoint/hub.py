@@ -19,7 +19,7 @@ from deepseek.checkpoint.wheels import KNOWN, Progress, convert_known, pull_whee
 from deepseek.errors import CheckpointError, HubError, shown
 from deepseek.registry import nearest
 
-__all__ = ["KNOWN", "UNPUBLISHED", "home", "pull", "resolve"]
+__all__ = ["KNOWN", "UNPUBLISHED", "home", "is_to_download", "pull", "resolve"]
 
 UNPUBLISHED = ("deepseek-nano", "deepseek-29m", "deepseek-1b", "deepseek-8b", "deepseek-175b")
 """Presets of `ModelConfig` without published weights."""
@@ -70,6 +70,23 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
             f"{shown(str(name_or_path))} is no model's name or folder ({error}); check it."
         ) from None
     return pull(str(name_or_path), progress)
+
+
+def is_to_download(name: str) -> bool:
+    """Return whether `resolve` would download the model, which can take minutes.
+
+    Args:
+        name: what `resolve` takes. A model of the hub counts as downloaded once its config is.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if name in KNOWN:
+        return not (home() / "models" / name).is_dir()
+    if any(folder.is_dir() for folder in (Path(name).expanduser(), home() / "models" / name)):
+        return False
+    return bool(HUB_ID.fullmatch(name)) and not isinstance(
+        try_to_load_from_cache(name, "config.json"), str
+    )
 
 
 def pull(name: str, progress: Progress | None = None, dtype: str | None = None) -> Path:

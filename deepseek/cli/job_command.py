@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from deepseek.checkpoint.hub import is_to_download
 from deepseek.cli.messages import about_options
 from deepseek.cli.output import echo
 from deepseek.cli.pull import fetch
@@ -60,8 +61,11 @@ def job_command(
             device = choose_device(checked.device)  # type: ignore[attr-defined]
             choose_dtype(getattr(checked, "dtype", "auto"), device)
         if "base" in arguments and not getattr(checked, "update", ""):
+            base: str = checked.base  # type: ignore[attr-defined]
+            if is_to_download(base):
+                checked.check_paths()
             # Fetched here for the progress bar; the job would download without one.
-            fetch(checked.base)  # type: ignore[attr-defined]
+            fetch(base)
         module, _, function = place.partition(":")
         result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values)
         if not getattr(checked, "dry_run", False):

@@ -125,6 +125,29 @@ def test_run_checks_the_repository_before_the_base_is_fetched(
     assert "has no commits; commit something first." in capsys.readouterr().err
 
 
+def test_paths_are_checked_before_a_base_is_downloaded(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched: list[str] = []
+
+    def fetch(base: str) -> None:
+        fetched.append(base)
+        raise ConfigError("enough.")
+
+    monkeypatch.setattr("deepseek.cli.job_command.fetch", fetch)
+    missing = str(tmp_path / "missing.db")
+    for base in ("smollm2-135m", "owner/model"):
+        with pytest.raises(SystemExit) as stop:
+            main(["align", base, "--prefs", missing])
+        assert stop.value.code == 2
+        assert "missing.db" in capsys.readouterr().err
+    assert fetched == []
+    save_base(home / "models" / "smollm2-135m", 1.0)  # a finished run needs no text any more
+    with pytest.raises(SystemExit):
+        main(["align", "smollm2-135m", "--prefs", missing])
+    assert fetched == ["smollm2-135m"]
+
+
 @pytest.mark.parametrize("words", [["tiny"], ["--base", "tiny"], []])
 def test_the_base_of_a_job_may_be_given_by_its_option(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
