@@ -20,7 +20,6 @@ from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, pa
 from deepseek.packs.pack import read_pack
 from deepseek.packs.signature import is_valid, sign, trusted_keys
 
-LOCK_NAME = "deepseek.lock"
 LARGEST = 1 << 20
 """Most bytes of a lock file; one of 1,024 experts takes 150 kB."""
 
