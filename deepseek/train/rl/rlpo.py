@@ -230,7 +230,7 @@ class Learner:
         It uses the minibatches of the updates, so that the first update sees the same numbers bit
         for bit.
         """
-        responses = self.routed(responses)
+        responses = self.as_read(responses)
         stream_BSD = self.stream(place, responses)
         scored = self.policy.score(responses, stream_BSD)
         reference_BT = self.policy.reference_logprobs(responses, stream_BSD)
@@ -243,7 +243,7 @@ class Learner:
         """
         config = self.config
         rows = batch.rows
-        responses = self.routed(rows)
+        responses = self.as_read(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
         log_ratio_BT = log_ratio(scored.logprobs_BT, rows.logprobs_BT, rows.mask_BT)
         # By token whatever the ratio of the loss: the mean over a response would hide the distance.
@@ -285,8 +285,11 @@ class Learner:
             self.streams[place] = self.policy.trunk(responses)
         return self.streams[place]
 
-    def routed(self, responses: Responses) -> Responses:
-        """Return the responses, without their routing decisions if these are not replayed."""
+    def as_read(self, responses: Responses) -> Responses:
+        """Return the responses of a minibatch as the policy reads them: without columns that are
+        padding in all of them, and without their routing decisions if these are not replayed.
+        """
+        responses = responses.trimmed()
         if self.config.replay_routing:
             return responses
         return replace(

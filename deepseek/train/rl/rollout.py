@@ -51,6 +51,17 @@ class Responses(RowTensors):
         """Token ids `[B, T]` of the responses."""
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
+    def trimmed(self) -> Self:
+        """Return the responses without the first columns, as far as all rows are padded there."""
+        first = int(self.real_BS.any(0).int().argmax())
+        return replace(
+            self,
+            input_ids_BS=self.input_ids_BS[:, first:],
+            real_BS=self.real_BS[:, first:],
+            choices_BLSC=self.choices_BLSC[:, :, first:],
+            active_BLS=self.active_BLS[:, :, first:],
+        )
+
     def routing(self, model: DeepSeekModel) -> dict[int, RoutingDecision]:
         """Return the routing decisions to replay by layer, without the last token.
 
@@ -165,12 +176,12 @@ def generate(
     ends_E = torch.tensor(sorted(ends), device=model.device, dtype=torch.long)
     cache = KVCache()
     alive_B = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    done = 0
+    done = first = width - max(map(len, prompts))  # columns before are padding in every row
     with torch.no_grad(), autocast(model, cached=False):
         for column in range(width, width + new_tokens):
             output = model(
                 ids_BS[:, done:column],
-                attention_mask=real_BS[:, :column],
+                attention_mask=real_BS[:, first:column],
                 cache=cache,
                 logits_to_keep=1,
             )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rl_fixtures import VOCABULARY, learner, prompts, share_of_sevens, tiny
 from torch import Tensor
 
@@ -257,6 +259,32 @@ def test_responses_end_at_an_end_token_and_do_not_depend_on_padding() -> None:
     for answer in many.answers():
         assert len(answer) == 12 or answer[-1] in ends
         assert not set(answer[:-1]) & set(ends)
+
+
+@pytest.mark.parametrize("sizes", [{}, MOE])
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    more=st.integers(0, 5),
+    new_tokens=st.integers(1, 4),
+)
+def test_columns_of_padding_alone_are_not_computed_and_change_nothing(
+    sizes: dict[str, Any], lengths: list[int], more: int, new_tokens: int
+) -> None:
+    model = tiny(**sizes).float()
+    policy = Policy(model, "last:1")
+    asked = [[3 + column % 5 for column in range(length)] for length in lengths]
+    width = max(lengths)
+
+    def responses(prompt_width: int) -> Responses:
+        draw = torch.Generator().manual_seed(0)
+        return generate(model, asked, new_tokens, (), draw, prompt_width=prompt_width)
+
+    narrow, wide = responses(width), responses(width + more)
+    assert wide.input_ids_BS.shape[1] == width + more + new_tokens
+    for name, tensor in wide.trimmed().tensors().items():
+        assert torch.equal(tensor, getattr(narrow, name)), name
+    first, second = (policy.score(r, policy.trunk(r)).logprobs_BT for r in (narrow, wide))
+    torch.testing.assert_close(first, second, atol=0.02, rtol=0)
 
 
 def test_sampling_follows_the_distribution() -> None:
