@@ -161,11 +161,20 @@ def features_of(
     answers: Sequence[Sequence[int]],
     rows: int = 32,
 ) -> Tensor:
-    """Return the features `[N, D]` of given answers, computed `rows` at a time."""
-    parts = range(0, len(prompts), rows)
-    return torch.cat(
-        [
-            features(base, layer, given(base, prompts[i : i + rows], answers[i : i + rows]))
-            for i in parts
-        ]
-    )
+    """Return the features `[N, D]` of given answers.
+
+    Args:
+        base: frozen base model.
+        layer: block whose input is read.
+        prompts: token ids of each prompt.
+        answers: token ids of each answer.
+        rows: most answers of a batch; those of like length are computed together, so that little of
+            it is padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(answers[row]))
+    features_ND = torch.empty(len(order), base.config.hidden_size, device=base.device)
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        responses = given(base, [prompts[row] for row in part], [answers[row] for row in part])
+        features_ND[part] = features(base, layer, responses)
+    return features_ND

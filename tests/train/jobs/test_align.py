@@ -104,10 +104,11 @@ def test_the_penalty_is_chosen_on_prompts_that_were_not_fitted_to() -> None:
     assert torch.equal(alone.weight_D, RewardModel.fit(None, 0, best[:100], worst[:100]).weight_D)
 
 
-def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 32])
+def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path, rows: int) -> None:
     model, _ = load(base, dtype="float32")
     prompts, answers = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]]
-    together = features_of(model, 2, prompts, answers)
+    together = features_of(model, 2, prompts, answers, rows)
     alone = torch.cat(
         [features_of(model, 2, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
     )
