@@ -17,6 +17,9 @@ KINDS = ("folder", "git", "jsonl", "parquet")
 WRONG_INPUT = 2
 """Exit code, as that of `argparse`."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as that of `deepseek`."""
+
 
 def existing_path(text: str) -> Path:
     """Return the path of a file or folder to read; the `type` of an argument.
@@ -74,9 +77,14 @@ class Source:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a benchmark and end the process with one sentence where its input is wrong."""
+    """Run a benchmark and end the process with one sentence where its input is wrong, and after
+    Ctrl-C.
+    """
     try:
         main()
+    except KeyboardInterrupt as stop:  # a training's message says what it has saved
+        print(stop if stop.args else "interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)

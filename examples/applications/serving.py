@@ -127,12 +127,17 @@ def at_least_one(text: str) -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program; an error that its user can mend is one sentence, with exit code 2."""
+    """Run a program; an error that its user can mend is one sentence, with exit code 2, and so is
+    what Ctrl-C leaves, with exit code 130.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:  # a training's message says what it has saved
+        print(stop if stop.args else "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

@@ -43,6 +43,24 @@ def test_what_a_user_can_mend_is_a_sentence(
     assert capsys.readouterr().err == "error: no text.\n"
 
 
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (KeyboardInterrupt("the same call resumes"), "the same call resumes\n"),
+        (KeyboardInterrupt(), "interrupted\n"),
+    ],
+)
+def test_an_interrupted_benchmark_says_what_is_kept(
+    entry: ModuleType, stop: KeyboardInterrupt, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise stop
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        entry.run_main(main)
+    assert capsys.readouterr().err == said
+
+
 def test_a_process_that_fails_gives_its_exit_code(
     entry: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
