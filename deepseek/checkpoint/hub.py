@@ -82,11 +82,10 @@ def is_to_download(name: str) -> bool:
 
     if name in KNOWN:
         return not (home() / "models" / name).is_dir()
-    if any(folder.is_dir() for folder in (Path(name).expanduser(), home() / "models" / name)):
+    if not HUB_ID.fullmatch(name):
         return False
-    return bool(HUB_ID.fullmatch(name)) and not isinstance(
-        try_to_load_from_cache(name, "config.json"), str
-    )
+    here = any(folder.is_dir() for folder in (Path(name), home() / "models" / name))
+    return not here and not isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def pull(name: str, progress: Progress | None = None, dtype: str | None = None) -> Path:
