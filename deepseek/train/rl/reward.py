@@ -168,13 +168,14 @@ def features_of(
         layer: block whose input is read.
         prompts: token ids of each prompt.
         answers: token ids of each answer.
-        rows: most answers of a batch; those of like length are computed together, so that little of
-            it is padding.
+        rows: most answers of a batch, default 32; those of like length are computed together, so
+            that little of it is padding.
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(answers[row]))
     features_ND = torch.empty(len(order), base.config.hidden_size, device=base.device)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        responses = given(base, [prompts[row] for row in part], [answers[row] for row in part])
-        features_ND[part] = features(base, layer, responses)
+        asked = [prompts[row] for row in part]
+        answered = [answers[row] for row in part]
+        features_ND[part] = features(base, layer, given(base, asked, answered))
     return features_ND

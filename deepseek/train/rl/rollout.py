@@ -52,7 +52,7 @@ class Responses(RowTensors):
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
     def trimmed(self) -> Self:
-        """Return the responses without the first columns, as far as all rows are padded there."""
+        """Return the responses without the leading columns that are padding in every row."""
         first = int(self.real_BS.any(0).int().argmax())
         return replace(
             self,
