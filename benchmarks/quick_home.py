@@ -26,7 +26,10 @@ from entry import run_main
 from git_history import Files, History
 from tiny_expert import save_base, save_expert
 
+from deepseek.data import Document
+from deepseek.data.builders.functions import documented_functions
 from deepseek.engine.load import load
+from deepseek.evaluate.code import drawn_functions
 from deepseek.export.export import export_model
 
 PACKAGE = Path(__file__).resolve().parents[1] / "deepseek"
@@ -124,12 +127,17 @@ def save_llama(folder: Path, **fields: Any) -> Path:
 
 
 def source_texts() -> Iterator[str]:
-    """Yield the beginnings of the package's longer files, each cut before a definition."""
+    """Yield the beginnings of the package's longer files, each cut before a definition.
+
+    Each has documented functions with short bodies: `adapt.py` asks for those of a held-out file.
+    """
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if len(text) > LONGEST:
             text = text[:LONGEST].rpartition("\n\n\n")[0] + "\n"
-        if len(text) >= SHORTEST:
+        document = Document(text, path.name, "code")
+        functions = drawn_functions(documented_functions([document]))
+        if len(text) >= SHORTEST and functions:
             yield text
 
 
