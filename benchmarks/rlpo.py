@@ -126,6 +126,9 @@ def main():
     parser.add_argument("--rollout-size", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument(
+        "--held-out-seed", type=int, default=1, help="draws the held-out conversations"
+    )
     parser.add_argument("--layers", default="last:6", help="layers that learn")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
@@ -139,7 +142,7 @@ def main():
         rude_prompts.HELD_OUT_ANSWERS,
         options.held_out,
         POLITE_HELD_OUT,
-        seed=1,
+        seed=options.held_out_seed,
     )
     model, tokenizer = load(options.base)
     batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
