@@ -21,6 +21,19 @@ from deepseek.text.tokenizer import document_end_id
 TRIAL = Trial()
 
 
+def end_ids(model: LanguageModel) -> list[int]:
+    """Return the ids of the end tokens of a model's generation config.
+
+    Raises:
+        ConfigError: its `eos_token_id` is neither an id nor a list of ids.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    ids = [i for i in listed if i is not None]
+    checks.sequence("eos_token_id", ids, checks.whole, "token ids")
+    return ids
+
+
 class Vocabulary:
     """The tokens of a model.
 
@@ -37,11 +50,7 @@ class Vocabulary:
     def __init__(self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.size = model.config.vocab_size
-        configured = model.generation_config.eos_token_id if model.generation_config else None
-        listed = configured if isinstance(configured, list) else [configured]
-        end_ids = [i for i in listed if i is not None]
-        checks.sequence("eos_token_id", end_ids, checks.whole, "token ids")
-        self.ends = frozenset([*end_ids, document_end_id(tokenizer)])
+        self.ends = frozenset([*end_ids(model), document_end_id(tokenizer)])
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Return a matcher at the start of a grammar.

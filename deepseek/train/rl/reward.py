@@ -103,7 +103,7 @@ class RewardModel:
         ridge: float = 1e-3,
     ) -> "RewardModel":
         """Return the maximum-likelihood model of P pairs with an L2 penalty of `ridge`."""
-        difference_PD = (chosen_PD - rejected_PD).double()
+        difference_PD = (chosen_PD - rejected_PD).cpu().double()  # Apple's GPUs have no fp64
         scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
         standard_PD = difference_PD / scale_D
         weight_D = torch.zeros_like(scale_D, requires_grad=True)
@@ -116,7 +116,7 @@ class RewardModel:
             return loss
 
         optimizer.step(closure)
-        return cls(base, layer, (weight_D.detach() / scale_D).float())
+        return cls(base, layer, (weight_D.detach() / scale_D).float().to(chosen_PD.device))
 
     def quality(self, chosen_PD: Tensor, rejected_PD: Tensor) -> RewardQuality:
         """Return the quality on held-out pairs, given their features `[P, D]`."""

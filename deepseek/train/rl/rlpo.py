@@ -87,7 +87,7 @@ class RunningMoments:
     def standardised(self, scores_B: Tensor) -> Tensor:
         """Return scores standardised by mean and deviation so far, clipped to [-5, 5]."""
         count, mean, squares = self.tensors.values()
-        for score in scores_B.double().cpu():
+        for score in scores_B.cpu().double():
             count += 1
             step = score - mean
             mean += step / count

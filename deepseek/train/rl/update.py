@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
+from deepseek.engine.vocabulary import end_ids
 from deepseek.errors import ConfigError, TrainError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
@@ -32,7 +33,7 @@ class RLPOState:
         *,
         layers: str = "all",
         optim: OptimConfig | None = None,
-        ends: Sequence[int] = (),
+        ends: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
         """Use the present `model` as the reference, and cast it to fp32.
@@ -45,7 +46,8 @@ class RLPOState:
             optim: optimizer settings; default: a learning rate of 1e-5, and `VALUE_PACES` for the
                 value head. The rate stays at its peak: without a number of steps there is no
                 schedule.
-            ends: ids of the tokens that end a response.
+            ends: ids of the tokens that end a response; None: the end tokens of the model's
+                generation config; empty: no token ends one.
             seed: seed of the sampling.
 
         Raises:
@@ -55,6 +57,7 @@ class RLPOState:
         checks.function("reward_model", reward_model)
         checks.optional(partial(checks.instance, kind=RLPOConfig))("config", config)
         checks.optional(partial(checks.instance, kind=OptimConfig))("optim", optim)
+        ends = end_ids(model) if ends is None else ends
         ends = checks.token_ids("ends", ends, model.config.vocab_size)
         seed = checks.whole("seed", seed, least=0, most=checks.MAX_SEED)
         context = model.config.max_position_embeddings
@@ -86,8 +89,9 @@ def rlpo_update(
             tensor of ids.
         tokenizer: encodes prompts that are texts; default: none.
         state: state of the previous call, initially `RLPOState(model, reward_model, ...)`, which
-            takes all options; None: a new state with default options, for a single call, so that
-            the policy learns with an untrained value head.
+            takes all options; its first `value_rollouts` calls train the value head alone. None: a
+            new state with default options, for a single call, so that the policy learns with an
+            untrained value head.
 
     Returns:
         `score` (before the update), `kl` to the reference in nats per response, `entropy`, `beta`,

@@ -60,6 +60,18 @@ def test_a_bandit_is_solved(kind: dict[str, Any]) -> None:
     assert scores[0] < 0.5 and scores[-1] > 0.95
 
 
+@pytest.mark.parametrize(("configured", "ends"), [(2, [2]), ([2, 5], [2, 5]), (None, [])])
+def test_the_ends_of_a_response_are_those_of_the_model_by_default(
+    configured: Any, ends: list[int]
+) -> None:
+    """Tokens past the end would be scored as part of the answer."""
+    model = tiny()
+    model.generation_config.eos_token_id = configured
+    state = RLPOState(model, share_of_sevens, RLPOConfig(new_tokens=2))
+    assert list(state.learner.ends) == ends
+    assert RLPOState(model, share_of_sevens, RLPOConfig(), ends=()).learner.ends == ()
+
+
 def test_the_policy_is_scored_at_the_temperature_at_which_it_answers() -> None:
     config = RLPOConfig(new_tokens=4, temperature=0.25)
     state = RLPOState(tiny(), share_of_sevens, config)
