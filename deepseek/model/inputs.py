@@ -1,4 +1,4 @@
-"""Checks of what a forward pass reads: ids, embeddings, positions and labels.
+"""Checks of what a forward pass reads: ids, embeddings, positions, labels and a foreign cache.
 
 Integers of any dtype are accepted and returned as int64: other dtypes are no indices for torch, or
 overflow where positions and ids are multiplied.
@@ -6,6 +6,7 @@ overflow where positions and ids are multiplied.
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
 
 from deepseek import checks
 from deepseek.errors import ConfigError
@@ -56,6 +57,15 @@ def check_positions(position_ids: Tensor, batch: int, length: int, device: torch
         )
     checks.within("position_ids", position_ids, 0, MAX_POSITION, "positions")
     return position_ids.long()
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Raise `ConfigError` if a cache is static: its empty slots would be attended to."""
+    if cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise ConfigError(
+            "A static cache returns slots that no token has filled yet; leave `cache` out, or pass "
+            "a deepseek.model.KVCache or a DynamicCache."
+        )
 
 
 def check_labels(

@@ -252,6 +252,11 @@ class KVCache(DynamicCache):
         super().batch_select_indices(indices)
         self._change_rows(lambda state: state[indices])
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the cache back as it was: not with sums of gates in it."""
+        return super().is_croppable and not self.gate_state
+
     def crop(self, tokens_to_remove: int) -> None:
         if self.gate_state:
             raise ConfigError(

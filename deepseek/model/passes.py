@@ -27,7 +27,7 @@ from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import Armed, ForwardContext
 from deepseek.model.experts import ExpertSet
-from deepseek.model.inputs import check_embeds, check_ids, check_positions
+from deepseek.model.inputs import check_cache, check_embeds, check_ids, check_positions
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.norm import RMSNorm
@@ -344,6 +344,7 @@ def _context(
 ) -> ForwardContext:
     """Build the context that all layers of one forward pass share."""
     batch, length, _ = hidden_BTD.shape
+    check_cache(cache)
     past = ctx_of.past_length(cache)
     device = hidden_BTD.device
     if position_ids is not None:

@@ -113,6 +113,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         prompt_experts: PromptExperts | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Run one forward pass and return next-token logits `[B, T, V]`.
@@ -138,6 +139,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             return_dict: False returns a tuple.
             prompt_experts: the experts that `generate` has chosen by the prompt; None: those of the
                 cache, or else those that are armed now.
+            num_items_in_batch: what the sum of the losses is divided by: the number of labels in
+                all micro-batches of an optimizer step, as Hugging Face's `Trainer` passes it; None:
+                the number of labels in this batch.
             **kwargs: ignored; Hugging Face's callers pass them.
 
         Returns:
@@ -173,7 +177,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         hidden_BTD = step.finish()
         logits = self.logits(_keep(hidden_BTD, logits_to_keep))
         output = ModelOutput(
-            loss=None if labels is None else next_token_loss(logits, labels),
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             cache=cache,
             hidden_states=(*hidden_states, hidden_BTD) if output_hidden_states else None,
@@ -243,6 +247,10 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if model_kwargs.get("cache") is not None:
+            # Hugging Face notes that the cache is its caller's, who sees what is left in it.
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args
+            )
             return
         # Hugging Face would create a plain DynamicCache, which cannot hold the gates' running
         # sums.
@@ -288,14 +296,25 @@ def build_pools(config: ModelConfig) -> list[Experts]:
     ]
 
 
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+def next_token_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None
+) -> Tensor:
     """Return the mean cross-entropy of `labels[:, t + 1]` under `logits[:, t]`, in nats.
 
     Labels of -100 are ignored.
+
+    Args:
+        logits_BTV: logits.
+        labels_BT: target ids.
+        items: number by which the sum is divided; None: the number of labels.
     """
-    return cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=-100
-    )
+    logits_NV = logits_BTV[:, :-1].flatten(0, 1).float()
+    labels_N = labels_BT[:, 1:].flatten()
+    if items is None:
+        return cross_entropy(logits_NV, labels_N, ignore_index=-100)
+    total = cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="sum")
+    # Under data parallelism one number serves the replicas of all devices.
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
 def _keep(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from deepseek import DeepSeekModel, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
@@ -128,6 +129,48 @@ def test_works_with_peft(model: DeepSeekModel) -> None:
     tuned(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)
     assert tuned.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_a_trainer_of_hugging_face_accumulates_gradients(micro_batch: int, tmp_path: Path) -> None:
+    """It passes the number of labels of a whole step to the loss, and does not divide it itself."""
+    torch.manual_seed(0)
+    model = DeepSeekModel(small_config())
+    ids_BT = torch.randint(0, 97, (8, 12))
+    labels_BT = ids_BT.clone()
+    labels_BT[:, 0] = -100  # Hugging Face counts the first labels, too, which nothing predicts
+    expected = float(model(ids_BT, labels=labels_BT).loss.detach())
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=8 // micro_batch,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = zip(ids_BT, labels_BT, strict=True)
+    data = [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in rows]
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_static_cache_is_refused(model: DeepSeekModel) -> None:
+    """Its empty slots would be attended to."""
+    ids = torch.randint(0, 97, (2, 8))
+    with pytest.raises(ConfigError, match="slots that no token has filled"):
+        model(ids, cache=StaticCache(model.config, max_cache_len=32))
+    assert torch.equal(model(ids, cache=DynamicCache()).logits, model(ids).logits)
+
+
+def test_a_cache_passed_to_generate_is_known_as_its_callers(model: DeepSeekModel) -> None:
+    """Hugging Face then leaves no token in it that was not returned."""
+    cache = KVCache()
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, cache=cache)
+    assert cache._is_user_defined
 
 
 @torch.no_grad()

@@ -547,7 +547,12 @@ def test_rlpo_update() -> None:
         RLPOState(model, reward, config, **options)
 
     prompts = st.sampled_from([[[1, 2], [3]], torch.tensor([[1, 2], [3, 4]]), ([5],)])
-    options = {"layers": V("last:1"), "ends": st.sampled_from([(2,), None]), "seed": COUNT, "optim": V(None)}
+    options = {
+        "layers": V("last:1"),
+        "ends": st.sampled_from([(2,), None]),
+        "seed": COUNT,
+        "optim": V(None),
+    }
     for target in [
         Target("rlpo_update", update, {"prompts": prompts}, 30),
         Target("rlpo_update.data_batch", whole, {"data_batch": V({"prompts": [[1]]})}, 20),

@@ -72,6 +72,11 @@ class RemembersExperts(Cache):
         super().batch_select_indices(indices)
         self.expert_memory.change_rows(lambda state: state[indices])
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the cache back as it was: not with sums of gates in it."""
+        return super().is_croppable and not self.expert_memory.gate_state
+
     def crop(self, tokens_to_remove: int) -> None:
         if self.expert_memory.gate_state:
             raise ConfigError(

@@ -127,7 +127,9 @@ def test_static_caches_and_cropping_are_refused_while_experts_are_armed() -> Non
     cache = model(IDS).cache
     with pytest.raises(ConfigError, match="cannot be cropped"):
         cache.crop(-2)
+    assert not cache.is_croppable
     model.experts.arm(None)
+    assert model(IDS).cache.is_croppable
     model.generate(IDS, max_new_tokens=4, cache_implementation="static")
     model(IDS).cache.crop(-2)
 
