@@ -140,29 +140,28 @@ class Scheduler:
             need = self.need(sequence)
             if self.reserved + need > self.cache_bytes:
                 return
-            if isinstance(sequence, ActiveEmbedding):
-                self.reserved += need
-                self.prefixes.shrink(self.cache_bytes - self.reserved)
-                self.running.append(self.waiting.popleft())
-                continue
-            if not self.weights.reserve(sequence.expert_bytes):
-                return
+            if isinstance(sequence, ActiveSequence):
+                if not self.weights.reserve(sequence.expert_bytes):
+                    return
+                # Marks its blocks as recently used, so that `shrink` evicts others first.
+                self.prefixes.match(sequence.keys)
             self.reserved += need
+            self.prefixes.shrink(self.cache_bytes - self.reserved)
             self.running.append(self.waiting.popleft())
-            self._start(sequence)
 
-    def _start(self, sequence: ActiveSequence) -> None:
-        """Start a sequence, for which memory is reserved, with what the prefix cache has of it.
+    def _start(self, sequence: ActiveSequence) -> bool:
+        """Start an admitted sequence with what the prefix cache has of it, and return whether that
+        worked: it fails alone if an expert of it cannot be read.
 
-        It fails alone if an expert of it cannot be read.
+        It starts when it gets its first chunk: sequences of the same prompt that were admitted
+        together, such as the answers of one request, have stored its blocks by then.
         """
         try:
             sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
         except Exception as error:  # other sequences must not be affected
             self._fail(sequence, error)
-            return
+            return False
         sequence.begun = True
-        # Marks the blocks as recently used, so that `shrink` evicts others first.
         matched = self.prefixes.match(sequence.keys)
         restored = restore_within(matched, self.cache_bytes - self.reserved)
         sequence.stream_bytes = restored.stream_bytes
@@ -174,6 +173,7 @@ class Scheduler:
         self.prompt_tokens += len(sequence.request.prompt_ids)
         self.cached_tokens += sequence.cached_tokens
         self.shared_tokens += restored.blocks * self.prefill_chunk - sequence.cached_tokens
+        return True
 
     def _batch(self) -> tuple[list[tuple[ActiveSequence, Chunk]], list[ActiveEmbedding]]:
         """Return the next chunk of each decoding sequence, and prefill chunks and embeddings of at
@@ -185,12 +185,14 @@ class Scheduler:
         embeddings = []
         free_tokens = self.prefill_chunk
         guesses = MAX_GUESSES // max(1, len(self.running))
-        for sequence in self.running:
+        for sequence in list(self.running):  # a copy: what fails to start is taken off
             if isinstance(sequence, ActiveEmbedding):
                 # A text that cannot be cut has a step of its own.
                 if sequence.next_size <= free_tokens or free_tokens == self.prefill_chunk:
                     embeddings.append(sequence)
                 free_tokens -= sequence.next_size
+                continue
+            if sequence.state is None and (free_tokens <= 0 or not self._start(sequence)):
                 continue
             chunk = sequence.next_chunk(guesses)
             if sequence.prefilling:

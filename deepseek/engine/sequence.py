@@ -251,6 +251,7 @@ class ActiveSequence:
             # Counted in bytes: a token can end within the character after the opening.
             self._opening_bytes -= len(self._token_bytes(token))
             self._opening_tokens += 1
+            top = None  # it is no part of the reply
         else:
             self._expert_counts[expert] += 1
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import llguidance
 import llguidance.hf
@@ -19,6 +19,9 @@ from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import document_end_id
 
 TRIAL = Trial()
+
+COMPILED = 16
+"""Most compiled grammars that a model's vocabulary keeps."""
 
 
 def end_ids(model: LanguageModel) -> list[int]:
@@ -51,6 +54,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = model.config.vocab_size
         self.ends = frozenset([*end_ids(model), document_end_id(tokenizer)])
+        self._compiled = lru_cache(maxsize=COMPILED)(self._compile)
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Return a matcher at the start of a grammar.
@@ -64,13 +68,18 @@ class Vocabulary:
         lark = llguidance_form(grammar)
         if complaint := TRIAL.complaint(lark):
             raise unusable(grammar, complaint)
+        compiled = self._compiled(lark)
+        if compiled.is_error():
+            raise unusable(grammar, _first_line(compiled))
+        return Matcher(compiled.deep_copy())
+
+    def _compile(self, lark: str) -> llguidance.LLMatcher:
+        """Return a matcher at the start of a grammar, to be copied: compiling takes far longer."""
         matcher = llguidance.LLMatcher(self._tokens, lark, log_level=0, limits=LIMITS)
         if not matcher.is_error():
             # A grammar that refers to itself without end compiles, and fails at its first token.
             matcher.compute_logit_bias()
-        if matcher.is_error():
-            raise unusable(grammar, _first_line(matcher))
-        return Matcher(matcher)
+        return matcher
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token's text, which can be part of a character.

@@ -326,7 +326,8 @@ def printable(text: object, limit: int = 160) -> str:
         text: text or object from an untrusted file.
         limit: maximum length in characters.
     """
-    plain = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], str(text))
+    beginning = str(text)[: limit + 1]  # no character becomes shorter
+    plain = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], beginning)
     return plain if len(plain) <= limit else f"{plain[:limit]}..."
 
 

@@ -60,6 +60,23 @@ def test_the_budget_is_never_exceeded(
         assert one.finish_reason == "cancelled" or one.usage.completion_tokens == count
 
 
+def test_a_prompt_that_is_asked_several_times_at_once_is_computed_once(
+    armed_model: Loaded,
+) -> None:
+    """Sequences that are admitted together find what the first of them has stored."""
+    model, tokenizer = armed_model
+    scheduler = Scheduler(TorchRunner(model), prefill_chunk=4)
+    prompt = tuple(range(3, 33))
+    request = Request(prompt, Sampling(max_new_tokens=2), ignore_end=True)
+    vocabulary = Vocabulary(model, tokenizer)
+    divides = scheduler.runner.divides
+    scheduler.waiting.extend(activate(request, model, vocabulary, 4, divides) for _ in range(5))
+    while not scheduler.idle:
+        scheduler.step()
+    assert scheduler.prompt_tokens == 5 * 30
+    assert scheduler.cached_tokens == 4 * 28  # all but the last block, which is not full
+
+
 def test_a_prompt_waits_for_one_text_of_an_embedding_at_most() -> None:
     model, tokenizer = tiny_model()
     runner = TorchRunner(model)
