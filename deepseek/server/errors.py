@@ -37,6 +37,11 @@ TYPES = {
 RETRIED = (429, 503, 504, 507)
 """Statuses whose replies say when to try again."""
 
+CLIENT_LEFT = 499
+"""Status of a request whose client left before its reply began, in logs and metrics (as nginx has
+it).
+"""
+
 ANTHROPIC_TYPES = {**TYPES, 413: "request_too_large", 503: "overloaded_error"}
 
 RETRY_SECONDS = 1
@@ -313,7 +318,7 @@ CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
         [{**mistake, "loc": ("body", *mistake["loc"])} for mistake in error.errors()], None
     ),
     HTTPException: refused,
-    ClientDisconnect: lambda _: ApiError(400, "The client left before its body was complete."),
+    ClientDisconnect: lambda _: ApiError(CLIENT_LEFT, "The client left before its reply began."),
     RecursionError: lambda _: ApiError(
         400, "The request nests too deep; flatten it.", code="invalid_value"
     ),

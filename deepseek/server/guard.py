@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek.errors import UserError
 from deepseek.server import request_log
-from deepseek.server.errors import ApiError, as_api_error
+from deepseek.server.errors import CLIENT_LEFT, ApiError, as_api_error
 from deepseek.server.keys import Permissions, permissions_of, sessions
 from deepseek.server.service import Service
 
@@ -25,9 +25,6 @@ OPEN_PATHS = {"/health"}
 UPLOAD_PATH = "/v1/experts/upload"
 LOGIN_PATH = "/login"
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-CLIENT_LEFT = 499
-"""Status in log and metrics of a request whose client left before its reply began, as in nginx."""
-
 BODY_SECONDS = 30.0
 """Time limit for receiving a body, plus one second for each `BODY_RATE` bytes."""
 

@@ -88,6 +88,27 @@ class HarmlessFields(Body):
     prompt_cache_retention: ShortText | None = None
 
 
+class LlamaCppFields(Body):
+    """Fields that llama.cpp's clients send, on its own routes and on OpenAI's, and that change no
+    answer here.
+    """
+
+    n_keep: int | None = None
+    id_slot: int | None = None
+    cache_prompt: bool | None = None
+    min_keep: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dynatemp_exponent: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: Several[ShortText] | None = None
+    xtc_threshold: float | None = None
+    timings_per_token: bool | None = None
+    samplers: Several[ShortText] | None = None
+
+
 class StreamOptions(Body):
     """Whether a last chunk reports the usage; chunks are never padded."""
 
@@ -211,17 +232,18 @@ class AllowedTools(Body):
         return cls(type="allowed_tools", allowed_tools=cls.Choice(mode=mode, tools=tools))
 
 
-class ChatRequest(GenerationFields, HarmlessFields):
+class ChatRequest(GenerationFields, HarmlessFields, LlamaCppFields):
     """`POST /v1/chat/completions`.
 
     `continue_final_message` (vLLM's extension) continues the assistant's last message in place of
     opening a new turn; `chat_template_kwargs` (vLLM's and llama.cpp's) are variables of the model's
-    chat template.
+    chat template; `n_predict` is llama.cpp's name of `max_tokens`.
     """
 
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
+    n_predict: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
@@ -230,11 +252,24 @@ class ChatRequest(GenerationFields, HarmlessFields):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
-    # Without effect: the model does not reason, and its length is that of its training.
+    # Without effect: the model does not reason, its length is that of its training, and a reply
+    # has all its fields.
     reasoning_effort: ShortText | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     prediction: dict[str, Any] | None = None
     modalities: Several[Literal["text"]] | None = None
+    response_fields: Annotated[Several[ShortText], Field(max_length=64)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer; None: not set.
+
+        A client that sends `n_predict` 0 wants the prompt to be cached; it gets one token.
+        """
+        limit = self.max_completion_tokens or self.max_tokens
+        if limit is None and self.n_predict is not None and self.n_predict >= 0:
+            return max(1, self.n_predict)
+        return limit
 
 
 class CompletionRequest(GenerationFields):

@@ -357,7 +357,7 @@ class Service:
         ]
         base = max(bases, key=len, default=self.settings.model)
         plugged = {info.name for info in self.visible_experts()}
-        if model == base:
+        if model in ("", base):  # llama.vim sends the empty name
             return None
         names = (
             model.removeprefix(base + SEPARATOR).split(SEPARATOR)

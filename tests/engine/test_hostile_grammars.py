@@ -92,7 +92,9 @@ COSTLY = {
     "ambiguity": Grammar("gbnf", 'root ::= root root | "a" | ""'),
     "nested repetitions": Grammar("gbnf", "root ::= x{2000}\nx ::= y{2000}\ny ::= [a-z]*"),
     "itself": Grammar("gbnf", "root ::= root"),
-    "blanks in a repetition": Grammar("gbnf", 'root ::= "a"{' + " " * 8000 + "," + " " * 8000 + "x"),
+    "blanks in a repetition": Grammar(
+        "gbnf", 'root ::= "a"{' + " " * 8000 + "," + " " * 8000 + "x"
+    ),
     "parentheses": Grammar("gbnf", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000),
     "too long": Grammar("regex", "a" * 20_000),
 }

@@ -60,9 +60,7 @@ def test_the_budget_is_never_exceeded(
         assert one.finish_reason == "cancelled" or one.usage.completion_tokens == count
 
 
-def test_a_prompt_that_is_asked_several_times_at_once_is_computed_once(
-    armed_model: Loaded,
-) -> None:
+def test_a_prompt_that_is_asked_several_times_at_once_is_computed_once(armed_model: Loaded) -> None:
     """Sequences that are admitted together find what the first of them has stored."""
     model, tokenizer = armed_model
     scheduler = Scheduler(TorchRunner(model), prefill_chunk=4)

@@ -88,9 +88,39 @@ VSCODE: dict[str, Any] = {
 """What llama.vscode sends."""
 
 
-def post(server: Live, body: dict[str, Any]) -> Any:
+INSTRUCTION = [
+    {"role": "system", "content": "You are a code-editing assistant."},
+    {"role": "user", "content": "Rename the function."},
+]
+
+VIM_INSTRUCTS: dict[str, Any] = {
+    "id_slot": 3,
+    "messages": INSTRUCTION,
+    "min_p": 0.1,
+    "temperature": 0.1,
+    "samplers": ["min_p", "temperature"],
+    "stream": True,
+    "cache_prompt": True,
+    "model": "",
+}
+"""What llama.vim sends to `/v1/chat/completions` for an instruction."""
+
+VIM_WARMS_THE_INSTRUCTION_UP: dict[str, Any] = {
+    "id_slot": 3,
+    "messages": INSTRUCTION,
+    "samplers": [],
+    "n_predict": 0,
+    "stream": False,
+    "cache_prompt": True,
+    "response_fields": [""],
+    "model": "",
+}
+"""What it sends there while the instruction is typed."""
+
+
+def post(server: Live, body: dict[str, Any], route: str = "/infill") -> Any:
     with server.http() as http:
-        reply = http.post("/infill", json=body)
+        reply = http.post(route, json=body)
     assert reply.status_code == 200, reply.text
     return reply.json()
 
@@ -106,6 +136,20 @@ def test_vims_request_gets_the_fields_that_it_names(server: Live) -> None:
 
 def test_the_warm_up_says_nothing_and_fills_the_cache(server: Live) -> None:
     assert post(server, VIM_WARMS_UP) == {}
+
+
+def test_vims_instructions_are_answered(server: Live) -> None:
+    route = "/v1/chat/completions"
+    warm = post(server, VIM_WARMS_THE_INSTRUCTION_UP, route)
+    assert warm["usage"]["completion_tokens"] == 1
+    with server.http() as http:
+        reply = http.post(route, json={**VIM_INSTRUCTS, "n_predict": 4})
+    assert reply.status_code == 200, reply.text
+    assert reply.text.startswith("data: ") and '"delta"' in reply.text
+
+
+def test_no_names_of_fields_ask_for_all(server: Live) -> None:
+    assert "content" in post(server, {**VSCODE, "response_fields": []})
 
 
 def test_vscodes_request_gets_a_whole_reply(server: Live) -> None:

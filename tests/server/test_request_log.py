@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 
 import pytest
@@ -77,6 +78,32 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(
         lines = logged(caplog, 1)
     assert lines[0].startswith("POST /v1/completions 499 ")
     assert '{route="/v1/completions",status="499"} 1.0' in server.service.metrics.text().decode()
+
+
+def test_a_client_that_leaves_while_its_prompt_is_made_is_none_either(
+    server: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Editors cancel a request at each key."""
+    planning, left = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> list[int]:
+        planning.set()
+        left.wait(20)
+        return [5]
+
+    monkeypatch.setattr(server.service.writer, "gap", slow)
+    content = json.dumps({"prompt": "a"})
+    with caplog.at_level(logging.INFO, LOGGER):
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+            client.sendall(
+                "POST /infill HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: application/json\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
+            )
+            assert planning.wait(20)
+        lines = logged(caplog, 1)
+        left.set()
+    assert lines[0].startswith("POST /infill 499 ")
 
 
 def test_a_failure_of_the_server_is_one(

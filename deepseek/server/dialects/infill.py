@@ -135,10 +135,11 @@ class InfillChunks(NativeChunks):
     def fold(self, chunks: list[Fields]) -> Fields:
         """Return the whole reply, or those of its fields that the request names.
 
-        A slash in a name leads into a field; the reply has it under the whole name.
+        A slash in a name leads into a field; the reply has it under the whole name. No names ask
+        for all fields.
         """
         reply = super().fold(chunks)
-        if self._fields is None:
+        if not self._fields:
             return reply
         values = ((path, value_at(reply, path)) for path in self._fields)
         return {path: value for path, value in values if value is not None}

@@ -7,13 +7,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deepseek.engine.request import TokenUsage
-from deepseek.server.body import Body, Ids, Penalty, Several, ShortText, StopText, TopK, TopP
+from deepseek.server.body import (
+    Body,
+    Ids,
+    Penalty,
+    Several,
+    ShortText,
+    StopText,
+    TokenId,
+    TopK,
+    TopP,
+)
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
     ChatMessage,
     CompletionRequest,
     ExpertsField,
+    LlamaCppFields,
     TemplateVariables,
     Tool,
 )
@@ -23,7 +34,7 @@ RANDOM_SEEDS = (-1, 2**32 - 1)
 """Seeds with which llama.cpp draws one: what a client sends, and what the server tells."""
 
 
-class NativeCompletion(Body):
+class NativeCompletion(LlamaCppFields):
     """`POST /completion`; `experts` is our extension."""
 
     prompt: str | Ids
@@ -53,22 +64,6 @@ class NativeCompletion(Body):
     dry_multiplier: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
     xtc_probability: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
     n_probs: Literal[0] | None = None
-
-    # Settings that do not change an answer.
-    n_keep: int | None = None
-    id_slot: int | None = None
-    cache_prompt: bool | None = None
-    min_keep: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    dynatemp_exponent: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: Several[ShortText] | None = None
-    xtc_threshold: float | None = None
-    timings_per_token: bool | None = None
-    samplers: Several[ShortText] | None = None
 
     def completion(self, model: str, limit: int) -> CompletionRequest:
         """Return the request in our layout.
@@ -121,7 +116,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
-    tokens: Ids
+    tokens: Several[TokenId]
     model: ShortText | None = None
 
 

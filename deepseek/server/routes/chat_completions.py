@@ -67,7 +67,6 @@ def plan(
     call = calling.schema()
     grammar = body.constraint() if call is None else json_grammar(call)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    limit = body.max_completion_tokens or body.max_tokens
     continued = bool(body.continue_final_message)
     write = partial(
         service.writer.chat,
@@ -78,7 +77,7 @@ def plan(
     ids = write(body.messages)
     retrieval = Retrieval.of(service, body)
     if retrieval is not None:
-        budget = service.writer.context - len(ids) - answer_tokens(service, limit)
+        budget = service.writer.context - len(ids) - answer_tokens(service, body.limit)
         messages, passages = retrieval.in_chat(body.messages, service, budget)
         retrieved += passages
         ids = write(messages)
@@ -89,7 +88,7 @@ def plan(
             service,
             body,
             ids,
-            limit,
+            body.limit,
             choice=choice,
             grammar=grammar,
             logprobs=logprobs,

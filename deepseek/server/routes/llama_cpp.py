@@ -32,6 +32,9 @@ from deepseek.text.tokenizer import encode_document, encode_plain
 
 router = APIRouter(route_class=AnyTypeComputingRoute)
 
+MAX_PIECES = 1 << 16
+"""Most tokens of a reply that has their texts, of which each takes some hundred bytes."""
+
 
 @router.post("/completion", responses=STREAMED)
 async def completion(body: NativeCompletion, service: TheService) -> Response:
@@ -109,7 +112,18 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def pieces(service: Service, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Return tokens with their pieces of text."""
+    """Return tokens with their pieces of text.
+
+    Raises:
+        ApiError: there are too many.
+    """
+    if len(ids) > MAX_PIECES:
+        raise ApiError(
+            400,
+            f"The text has {len(ids)} tokens, but at most {MAX_PIECES} come with their pieces; send "
+            "it in parts, or without with_pieces.",
+            param="with_pieces",
+        )
     reader = TokenReader(service.tokens)
     return [{"id": identity, "piece": piece(reader.at(identity)(identity))} for identity in ids]
 
@@ -130,7 +144,8 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> Response:
     """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
 
     def content() -> dict[str, str]:
-        text = str(service.engine.tokenizer.decode(service.counter.check(body.tokens)))
+        ids = service.counter.check(body.tokens) if body.tokens else []
+        text = str(service.engine.tokenizer.decode(ids))
         return {"content": text, "prompt": text}
 
     return await converted(service, content)
