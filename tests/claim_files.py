@@ -90,5 +90,5 @@ def make_checkout(folder: Path) -> Path:
     commit = commit_all(folder)
     rounds = {"ours": [4.0, 6.0, 9.0], "theirs": [2.0, 2.0, 3.0]}
     write_result(folder, "speed", commit, rounds=rounds)
-    write_result(folder, "elsewhere", f"{commit}-dirty", rounds=rounds)
+    write_result(folder, "elsewhere", commit, rounds=rounds)
     return folder

@@ -44,7 +44,8 @@ class History:
             paths: files and folders, from the root of the checkout.
 
         Returns:
-            The paths; None if git is not there or does not know the commit.
+            The paths; None if git is not there or does not know the commit, or if the paths have not
+            changed, but what was measured with uncommitted changes is not known.
         """
         paths = list(paths)
         then = commit.removesuffix(DIRTY)
@@ -55,12 +56,13 @@ class History:
         self._ask(*commits, *chain.from_iterable(pairs.values()))
         if any(self._digests[name] is None for name in commits):
             return None
-        return [
+        changed = [
             path
             for path, (before, now) in pairs.items()
             if self._digests[before] is None
             or (self._digests[before] != self._digests[now] and self._code_changed(then, path))
         ]
+        return None if commit.endswith(DIRTY) and not changed else changed
 
     def version(self, paths: Iterable[str], command: str) -> str:
         """Return a digest of a command and of the content of paths at the commit that is checked

@@ -182,6 +182,10 @@ def plan(
             "trained": trained,
         }
         training = TrainingOptions(**{"tokens": model.tokens} | only_given(given))
+        if bits is not None and training.trained == 1:
+            raise ConfigError(
+                "--bits quantises the frozen weights, and all are trained; give --trained below 1."
+            )
         print_training(model, options, hardware, training, deepspeed, as_json)
 
 

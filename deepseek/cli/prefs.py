@@ -128,7 +128,7 @@ def generate(
             refusals=refusals,
             progress=bar,
         )
-        added = store.add_all(pairs)
+        added = store.add_all(pairs, batch=1)
     echo(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
 
 

@@ -13,13 +13,19 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
+LONG = 86400 * 10_000
+"""Seconds from which on a duration is told in days alone."""
+
+
 def duration(seconds: float) -> str:
-    """Return a duration such as `3.2 s`, `4 min 30 s` or `2:03:04`."""
+    """Return a duration such as `3.2 s`, `4 min 30 s`, `2:03:04` or `1e+08 days`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s"
+    if seconds > LONG:
+        return f"{seconds / 86400:.3g} days"
     return str(timedelta(seconds=round(seconds)))
 
 

@@ -212,6 +212,14 @@ def test_a_new_or_removed_file_changes_its_folder(checkout: Path) -> None:
     assert History(checkout).changed(head, ["package/engine"]) == ["package/engine"]
 
 
+def test_what_was_measured_with_uncommitted_changes_is_never_fresh(checkout: Path) -> None:
+    commit = commit_all(checkout)
+    assert History(checkout).changed(f"{commit}-dirty", ["package/engine"]) is None
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    commit_all(checkout)
+    assert History(checkout).changed(f"{commit}-dirty", ["package/engine"]) == ["package/engine"]
+
+
 @pytest.mark.parametrize("commit", ["unknown", "0123456", "", "--help", "HEAD\nHEAD"])
 def test_of_an_unknown_commit_nothing_is_known(checkout: Path, commit: str) -> None:
     assert History(checkout).changed(commit, ["package/engine"]) is None

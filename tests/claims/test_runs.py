@@ -78,14 +78,7 @@ def test_a_claim_in_full_has_protocol_sides_machine_commit_and_command(
 ) -> None:
     assert call("show", "fast") == 0
     printed = capsys.readouterr().out
-    for part in (
-        "In turns.",
-        "ours 6; theirs 2",
-        "A, 2 cores",
-        "python x",
-        "-dirty",
-        "over 3 rounds",
-    ):
+    for part in ("In turns.", "ours 6; theirs 2", "A, 2 cores", "python x", "over 3 rounds"):
         assert part in printed
     assert call("show", "better", "--json") == 0
     assert json.loads(capsys.readouterr().out)["why"] == "Too little text."

@@ -58,6 +58,11 @@ def test_no_plan_for_impossible_hardware(
     assert f"{option} {amount} is impossible; give a number of more than 0." in output.err
 
 
+@pytest.mark.parametrize("option", ["--teraflops", "--bandwidth"])
+def test_a_plan_for_hardware_of_any_speed_is_printed(option: str) -> None:
+    assert call("plan", "--inference", option, "1e-300") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -66,6 +71,7 @@ def test_no_plan_for_impossible_hardware(
         (("adapt",), "no text to learn from"),
         (("plan", "--preset", "deepseek-9b"), "perhaps 'deepseek-8b'"),
         (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
+        (("plan", "--bits", "4"), "--bits quantises the frozen weights, and all are trained"),
         (("runs", "show", "nothing"), "There is no run 'nothing'"),
     ],
 )

@@ -31,6 +31,8 @@ def test_a_figure_has_the_unit_that_its_name_implies(name: str, value: object, s
 
 def test_durations_and_sizes_change_their_unit() -> None:
     assert [duration(59.94), duration(60), duration(3600)] == ["59.9 s", "1 min 0 s", "1:00:00"]
+    assert [duration(9e8), duration(1e300)] == ["1.04e+04 days", "1.16e+295 days"]
+    assert duration(float("inf")) == "inf days"
     assert [size(999_000), size(1e9)] == ["1.0 MB", "1.0 GB"]
 
 

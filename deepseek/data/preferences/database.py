@@ -163,9 +163,13 @@ class PreferenceDatabase:
         )
 
     def add_all(
-        self, pairs: Iterable[Preference], progress: Progress = silent, total: int = 0
+        self,
+        pairs: Iterable[Preference],
+        progress: Progress = silent,
+        total: int = 0,
+        batch: int = BATCH,
     ) -> Added:
-        """Add many pairs, in transactions of `BATCH`; skip duplicates.
+        """Add many pairs, in transactions of `batch`; skip duplicates.
 
         If `pairs` fails or is interrupted, those before stay: sampling one takes seconds.
 
@@ -173,11 +177,12 @@ class PreferenceDatabase:
             pairs: the pairs.
             progress: called after each transaction, whose pairs are then on disk.
             total: number of pairs, for `progress`; default: 0 (unknown).
+            batch: pairs of a transaction, which a process that is killed loses; default: `BATCH`.
         """
         new = 0
         duplicates = 0
         source = iter(pairs)
-        while (added := self._add_batch(islice(source, BATCH))) != Added(0, 0):
+        while (added := self._add_batch(islice(source, batch))) != Added(0, 0):
             new += added.new
             duplicates += added.duplicates
             progress(new + duplicates, total, "preferences")

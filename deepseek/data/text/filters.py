@@ -12,6 +12,9 @@ from deepseek.data.text.document import Document, Kind
 MAX_FILE_BYTES = 1 << 20
 """Largest file to read; larger source files are nearly always data or generated."""
 
+MAX_PROSE_BYTES = 16 << 20
+"""Largest file of prose to read: a long book has some megabytes."""
+
 PDF_SUFFIX = ".pdf"
 
 MAX_PDF_BYTES = 64 << 20
@@ -99,7 +102,9 @@ def reason_in_git(path: str) -> str | None:
 
 def largest_size(path: str) -> int:
     """Return the size in bytes up to which a file with this path is read."""
-    return MAX_PDF_BYTES if path.lower().endswith(PDF_SUFFIX) else MAX_FILE_BYTES
+    if path.lower().endswith(PDF_SUFFIX):
+        return MAX_PDF_BYTES
+    return MAX_PROSE_BYTES if kind_of(path) == "text" else MAX_FILE_BYTES
 
 
 def reason_by_content(text: str, kind: Kind) -> str | None:

@@ -11,13 +11,7 @@ from pygit2.enums import FileMode, SortMode
 
 from deepseek.checkpoint.files import existing_path
 from deepseek.data.text.document import Document, document_name, not_empty
-from deepseek.data.text.filters import (
-    MAX_FILE_BYTES,
-    Skipped,
-    describe,
-    file_document,
-    reason_in_git,
-)
+from deepseek.data.text.filters import Skipped, describe, file_document, largest_size, reason_in_git
 from deepseek.data.text.git_diffs import (
     commit_documents,
     commit_name,
@@ -257,7 +251,7 @@ def tree_documents(
     """
     for path, blob in tree_files(commit.tree):
         reason = reason_in_git(path)
-        if reason is None and repository.odb.read_header(blob)[1] > MAX_FILE_BYTES:
+        if reason is None and repository.odb.read_header(blob)[1] > largest_size(path):
             reason = "too large"
         if reason:
             skipped[reason] += 1

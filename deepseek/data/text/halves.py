@@ -29,8 +29,9 @@ def halve(
 
     A few documents of unequal size may have no fair halves. Then each is cut in the middle, at the
     end of a line or of a message, and its first part goes to validation, unless the halves of whole
-    documents are fairer: conversations with one answer cannot be cut. Validation is empty only if
-    nothing can be divided.
+    documents are fairer: conversations with one answer cannot be cut. Commits beside files are left
+    out of it, unless the split is by time: either half of one may show either half of a file that
+    it changes. Validation is empty only if nothing can be divided.
 
     Args:
         documents: the held-out documents.
@@ -60,7 +61,9 @@ def halve(
         )
     if smaller_part(whole) >= SMALLEST_PART * characters(documents):
         return whole
-    return max(cut_each(documents), whole, key=smaller_part)
+    files = [document for document in documents if document.kind != "commit"]
+    cut = cut_each(documents if by == "time" or not files else files)
+    return max(cut, whole, key=smaller_part)
 
 
 def changed_files(commit: Document) -> list[str]:

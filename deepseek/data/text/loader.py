@@ -257,12 +257,12 @@ class RowLoader:
         """Resume from a state.
 
         Raises:
-            DataError: the state is of other tokens, another seed or another row length.
+            DataError: the state is of other tokens, other rows, another seed or row length.
         """
         expected = self.state()
-        for name in ("seed", "length", "shards"):
-            if state.get(name) != expected[name]:
-                what = "tokens" if name == "shards" else name
+        for name in ("seed", "length", "shards", "chosen"):
+            if state.get(name) != expected.get(name):
+                what = {"shards": "tokens", "chosen": "rows"}.get(name, name)
                 raise DataError(
                     f"The run was started with other {what}; "
                     "restore them or start a new run folder."

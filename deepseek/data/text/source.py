@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,9 @@ def record_time(value: object, where: str) -> int:
         DataError: it is infinite, NaN or beyond `LATEST`; the message names `where`.
     """
     if isinstance(value, datetime):
-        return int(value.timestamp())
+        # UTC where it names no zone, so that it means the same on every machine.
+        zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return int(zoned.timestamp())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
     if not -LATEST <= value <= LATEST or math.isnan(value):

@@ -73,9 +73,10 @@ class Traits:
         """
         exact = torch.autocast(self.model.device.type, enabled=False)
         with torch.no_grad(), exact, self.model.expert_hooks.running(None):
-            logits = self.model(input_ids=self.ids, use_cache=False).logits.double().flatten()
+            # fp64 on the CPU: Apple's GPUs have none.
+            logits = self.model(input_ids=self.ids, use_cache=False).logits.cpu().double().flatten()
             head_VD = output_weight(self.model)
-            plain = (self.hidden(self.ids) @ head_VD.mT).double().flatten()
+            plain = (self.hidden(self.ids) @ head_VD.mT).cpu().double().flatten()
         if self.logit_cap is not None:
             logits = self.logit_cap * torch.atanh(logits / self.logit_cap)
         scale = float(logits @ plain / (plain @ plain))

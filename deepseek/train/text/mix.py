@@ -127,9 +127,9 @@ class MixedRows:
         weights = np.array([domain.weight for domain in domains])
         self.bounds = (weights / weights.sum()).cumsum()[:-1]
         easy = np.bincount(self.domains_at(0, easy_rows), minlength=len(domains))
+        self.row_ids = [domain.train.row_ids for domain in domains]
         self.orders = [
-            Order(domain.train.num_rows, int(n), seed)
-            for domain, n in zip(domains, easy, strict=True)
+            Order(len(ids), int(n), seed) for ids, n in zip(self.row_ids, easy, strict=True)
         ]
         self.place = 0
         self.taken = np.zeros(len(domains), dtype=np.int64)
@@ -144,8 +144,8 @@ class MixedRows:
         """Return the next batch and advance."""
         parts = []
         for index in self.domains_at(self.place, self.place + self.rows):
-            row = self.orders[index].row(int(self.taken[index]))
-            parts.append(self.domains[index].train.rows(row))
+            place = self.orders[index].row(int(self.taken[index]))
+            parts.append(self.domains[index].train.rows(int(self.row_ids[index][place])))
             self.taken[index] += 1
         self.place += self.rows
         return Batch(
@@ -180,11 +180,17 @@ class MixedRows:
     def identity(self) -> dict[str, int]:
         """Return everything that decides the stream, as integers."""
         texts = {f"text of {d.name}": int(d.train.shards.digest[:15], 16) for d in self.domains}
+        loaded = {
+            f"rows of {d.name}": len(d.train.row_ids)
+            for d in self.domains
+            if d.train.chosen is not None
+        }
         return {
             "seed": self.seed,
             "row length": self.domains[0].train.length,
             "curriculum": self.easy_rows,
             **texts,
+            **loaded,
         }
 
 

@@ -64,7 +64,7 @@ def test_what_goes_in_comes_out(database: PreferenceDatabase) -> None:
 
 
 def test_words_are_found_wherever_they_stand(database: PreferenceDatabase) -> None:
-    database.add_all(pair(i) for i in range(50))
+    database.add_all((pair(i) for i in range(50)), batch=7)
     assert [found.chosen for found in database.search("topic 7")] == ["good answer 7"]
     assert database.search("topic")[0].chosen == "good answer 49"
     assert database.search('no "such* OR (words') == []

@@ -165,3 +165,18 @@ def test_a_commit_is_in_the_half_of_the_files_that_it_changes() -> None:
         changed = {name for one in half if one.kind == "commit" for name in changed_files(one)}
         assert changed.isdisjoint(other)
     assert sum(len(half) for half in halves) == 24
+
+
+def test_commits_show_no_line_of_the_other_half_of_a_file_that_is_cut() -> None:
+    """One file and the commits that wrote it: no whole documents are fair halves."""
+    lines = [f"line {number}\n" for number in range(200)]
+    commits = [
+        Document(f"Add\n\n--- a.py\n+++ a.py\n@@\n{added}", f"r@{start}", "commit")
+        for start in range(0, 200, 40)
+        if (added := "".join(f"+{line}" for line in lines[start : start + 40]))
+    ]
+    validation, test = halve([Document("".join(lines), "r/a.py", "code"), *commits])
+    seen = {line.lstrip("+") for one in validation for line in one.text.splitlines()}
+    asked = {line.lstrip("+") for one in test for line in one.text.splitlines()}
+    assert {line for line in seen & asked if line.startswith("line")} == set()
+    assert len(asked) > 90

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,21 @@ def test_dates_of_parquet_files_are_times(tmp_path: Path) -> None:
     column = pa.array([datetime(2026, 11, 29, tzinfo=UTC)], pa.timestamp("us", "UTC"))
     pq.write_table(pa.table({"text": ["text"], "time": column}), tmp_path / "t.parquet")
     assert [one.time for one in read_records(tmp_path / "t.parquet")] == [1795910400]
+
+
+def test_a_date_without_a_zone_is_of_utc_and_may_be_of_any_year(tmp_path: Path) -> None:
+    """Some programs write the first day of the first year for no date."""
+    column = pa.array([datetime(2026, 11, 29), datetime(1, 1, 1)], pa.timestamp("us"))
+    pq.write_table(pa.table({"text": ["a", "b"], "time": column}), tmp_path / "t.parquet")
+    times = [one.time for one in read_records(tmp_path / "t.parquet")]
+    assert times == [1795910400, -62135596800]
+
+
+def test_a_long_book_is_read(tmp_path: Path) -> None:
+    """A source file of that size would be data."""
+    text = "A line of a book.\n" * 100_000
+    for name in ("book.txt", "table.py"):
+        (tmp_path / name).write_text(text)
+    skipped = Counter[str]()
+    assert [one.name for one in read_folder(tmp_path, skipped)] == [f"{tmp_path.name}/book.txt"]
+    assert skipped == {"too large": 1}

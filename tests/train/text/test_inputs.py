@@ -42,7 +42,7 @@ def test_a_folder_that_changes_is_another_input(tmp_path: Path) -> None:
     assert len({before, changed, text_digest(Source(folder=tmp_path))}) == 3
 
 
-@pytest.mark.parametrize(("name", "counts"), [("a.pdf", True), ("a.txt", False)])
+@pytest.mark.parametrize(("name", "counts"), [("a.pdf", True), ("a.txt", True), ("a.py", False)])
 def test_a_file_counts_up_to_the_size_that_is_read(tmp_path: Path, name: str, counts: bool) -> None:
     (tmp_path / name).write_bytes(b"a" * 2 * MAX_FILE_BYTES)
     before = text_digest(Source(folder=tmp_path))

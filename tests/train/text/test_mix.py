@@ -67,6 +67,18 @@ def test_the_stream_goes_on_where_its_state_was_taken(domains: list[Domain], eas
         MixedRows(domains, 4, easy + 1, 5).load(state)
 
 
+def test_only_the_rows_of_a_restricted_loader_are_drawn(domains: list[Domain]) -> None:
+    """Rows without a target are left out so (`RowLoader.with_targets`)."""
+    ids = np.array([1, 4, 5, 9])
+    whole = domains[0].train
+    part = RowLoader(whole.shards, 4, LENGTH, chosen=ids)
+    mix = MixedRows([Domain("a", part, part, 1.0)], 4, 0, 0)
+    drawn = [row for _ in range(5) for row in mix.next().row_ids.tolist()]
+    assert sorted(drawn) == sorted(ids.tolist() * 5)
+    with pytest.raises(DataError, match="another rows of a"):
+        mix.load(MixedRows([Domain("a", whole, whole, 1.0)], 4, 0, 0).state() | {"place": 0})
+
+
 def test_well_formed_text_counts_as_easy() -> None:
     prose = "The cat sat on the mat. It was warm there. The dog came in and lay down by the fire. "
     documents = [
