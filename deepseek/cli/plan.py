@@ -152,6 +152,10 @@ def plan(
         )
     else:
         refuse_ignored("goes with --inference or --profile", dtype=dtype, bandwidth=bandwidth)
+        if trained in (None, 1):
+            refuse_ignored(
+                "quantises frozen weights (--trained below 1), and all are trained", bits=bits
+            )
     if deepspeed:
         refuse_ignored(
             "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision",
@@ -182,10 +186,6 @@ def plan(
             "trained": trained,
         }
         training = TrainingOptions(**{"tokens": model.tokens} | only_given(given))
-        if bits is not None and training.trained == 1:
-            raise ConfigError(
-                "--bits quantises the frozen weights, and all are trained; give --trained below 1."
-            )
         print_training(model, options, hardware, training, deepspeed, as_json)
 
 

@@ -71,7 +71,10 @@ def test_a_plan_for_hardware_of_any_speed_is_printed(option: str) -> None:
         (("adapt",), "no text to learn from"),
         (("plan", "--preset", "deepseek-9b"), "perhaps 'deepseek-8b'"),
         (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
-        (("plan", "--bits", "4"), "--bits quantises the frozen weights, and all are trained"),
+        (
+            ("plan", "--bits", "4"),
+            "--bits quantises frozen weights (--trained below 1), and all are",
+        ),
         (("runs", "show", "nothing"), "There is no run 'nothing'"),
     ],
 )
