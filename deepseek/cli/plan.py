@@ -30,6 +30,9 @@ OPTIONS = {"rows_per_gpu": "--batch"} | {
 }
 """Options by the argument of `deepseek.plan` that they become."""
 
+NOTHING_FROZEN = "quantises frozen weights (--trained below 1), and all are trained"
+"""Why `--bits` is refused."""
+
 Training = "Training"
 Inference = "Inference"
 Hardware = "Hardware"
@@ -152,10 +155,7 @@ def plan(
         )
     else:
         refuse_ignored("goes with --inference or --profile", dtype=dtype, bandwidth=bandwidth)
-        if trained in (None, 1):
-            refuse_ignored(
-                "quantises frozen weights (--trained below 1), and all are trained", bits=bits
-            )
+        refuse_ignored(NOTHING_FROZEN, bits=bits if trained in (None, 1) else None)
     if deepspeed:
         refuse_ignored(
             "contradicts --deepspeed, which writes ZeRO stage 3 in mixed precision",
