@@ -5,7 +5,6 @@ state is a folder `step-00001200/` with `state.safetensors` and `meta.json`. The
 digest over both, so that a damaged state is detected and training can resume from an older one.
 """
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -13,14 +12,14 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from deepseek.errors import CheckpointError, TrainError
+from deepseek.checkpoint.rename import exchange, rename_to_new
+from deepseek.errors import CheckpointError, ConfigError, TrainError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +53,18 @@ def is_ours(folder: Path) -> bool:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, or beside what `path` links to.
 
     The temporary file replaces `path` when the block succeeds, and is deleted when it fails. A link
     stays, and the file that it leads to is replaced.
+
+    Args:
+        path: the file to write.
+        new: whether to refuse, rather than replace, what somebody put at `path` meanwhile.
+
+    Raises:
+        ConfigError: `new`, and something is at `path`.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,19 +73,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         _open_to_readers(temporary)
         _sync(temporary)
-        temporary.replace(path)
+        if new:
+            _install_new(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, or beside what `path` links to.
 
     The temporary folder replaces `path` when the block succeeds, and is deleted when it fails. The
     block may create files in it, but no folders. A link stays, and the folder that it leads to is
-    replaced.
+    replaced. `new` is that of `atomic_write`.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +96,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        install(temporary, path)
+        install(temporary, path, new=new)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -109,13 +118,18 @@ def remove_leftovers(path: Path) -> None:
             sibling.unlink(missing_ok=True)
 
 
-def install(temporary: Path, path: Path) -> None:
-    """Flush a folder of files to disk and rename it to `path`, replacing an existing folder."""
+def install(temporary: Path, path: Path, *, new: bool = False) -> None:
+    """Flush a folder of files to disk and rename it to `path`.
+
+    An existing folder is replaced, unless `new`: see `atomic_write`.
+    """
     for file in list(temporary.iterdir()):
         _open_to_readers(file)
         _sync(file)
     _sync(temporary)
-    if _exchange(temporary, path):
+    if new:
+        _install_new(temporary, path)
+    elif exchange(temporary, path):
         shutil.rmtree(temporary, ignore_errors=True)
     else:
         _replace_folder(temporary, path)
@@ -139,15 +153,15 @@ def _replace_folder(temporary: Path, path: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders so that none is missing at any moment, even after a kill; return False
-    where `other` does not exist or the system cannot.
-    """
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+def _install_new(temporary: Path, path: Path) -> None:
+    """Rename a file or folder to `path`, where nothing may be."""
+    try:
+        rename_to_new(temporary, path)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path} was put there by somebody else meanwhile; it stays as it is, and nothing was "
+            "written: choose another path, or move it away and run this again."
+        ) from None
 
 
 @contextmanager

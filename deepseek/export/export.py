@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import copy_terms
-from deepseek.checkpoint.store import atomic_folder
+from deepseek.checkpoint.output import new_folder
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import DTYPES
 from deepseek.engine.load import Packs, load
@@ -59,8 +59,8 @@ def export_model(
         The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, the format
-            cannot represent the model, or an expert is plugged and not armed.
+        ConfigError: `out` exists, appears meanwhile or cannot be written, a package or the GPU is
+            missing, the format cannot represent the model, or an expert is plugged and not armed.
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """
@@ -90,7 +90,7 @@ def export_model(
                 f"{info.name} is not known to be better than its base and so not armed; give "
                 f"--experts {info.name}=1, or leave it out."
             )
-    with atomic_folder(out) as folder:
+    with new_folder(out) as folder:
         progress(0, 0, f"writing {to}, which can take minutes")
         step = target.write(model, folder, dtype)
         progress(0, 0, "comparing with the original")

@@ -32,7 +32,8 @@ from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import atomic_write, read_object
+from deepseek.checkpoint.output import new_file
+from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.gguf_tokenizer import tokenizer_facts
 from deepseek.registry import nearest, pick
@@ -105,7 +106,8 @@ def export_gguf(
         largest logit.
 
     Raises:
-        ConfigError: `out` exists or is no GGUF name, or the format cannot represent the model.
+        ConfigError: `out` exists, appears meanwhile or is no GGUF name, or the format cannot
+            represent the model.
         CheckpointError: what was written computes something else.
     """
     dtype = dtype or next(iter(ENCODINGS))
@@ -122,7 +124,7 @@ def export_gguf(
     with TemporaryDirectory(dir=_existing_parent(out), prefix=".export-") as scratch:
         folder = _stock_folder(original, Path(scratch))
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with atomic_write(out) as temporary:
+        with new_file(out) as temporary:
             _write(folder, config, temporary, encoding, file_type, original)
             _check_config(config, temporary)
             error = _difference(folder, temporary, Path(scratch) / "read")

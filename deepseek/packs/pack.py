@@ -76,7 +76,7 @@ def content_digest(manifest: PackManifest, tensors: dict[str, Tensor]) -> str:
 
 
 def write_pack(
-    path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None = None
+    path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None = None, *, new: bool = False
 ) -> ExpertPack:
     """Write a pack atomically and return it as written.
 
@@ -84,8 +84,10 @@ def write_pack(
         path: file to write.
         pack: the pack.
         key: private key to sign the pack with; None: leave the signature as it is.
+        new: whether to refuse, rather than replace, what is at `path`.
 
     Raises:
+        ConfigError: `new`, and something is at `path`.
         PackError: `read_pack` would not accept the pack.
     """
     pack = pack.sign(key) if key else pack
@@ -98,7 +100,7 @@ def write_pack(
             f"{MAX_HEADER} are allowed; train it on fewer layers, or shorten the texts in its "
             "manifest (domain, metrics, data)."
         )
-    with atomic_write(path) as temporary:
+    with atomic_write(path, new=new) as temporary:
         temporary.write_bytes(content)
     return pack
 

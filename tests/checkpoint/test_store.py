@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deepseek.checkpoint import store
-from deepseek.errors import CheckpointError
+from deepseek.checkpoint import rename, store
+from deepseek.errors import CheckpointError, ConfigError
 from deepseek.packs.signature import keygen
 
 TENSORS = {
@@ -107,7 +107,7 @@ def test_a_full_disk_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where folders cannot be exchanged."""
-    monkeypatch.setattr(store, "_exchange", lambda *_: False)
+    monkeypatch.setattr(store, "exchange", lambda *_: False)
     write_folder(tmp_path / "folder", "first")
     rename = Path.replace
 
@@ -120,6 +120,56 @@ def test_a_full_disk_puts_the_old_folder_back(
     with pytest.raises(OSError, match="no space"):
         write_folder(tmp_path / "folder", "second")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["first"]
+
+
+@pytest.fixture(params=["by the system", "by looking before"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How it is known that nothing is replaced; not all file systems have the first one."""
+    if request.param == "by looking before":
+        monkeypatch.setattr(rename, "_renameat2", lambda *_: errno.EINVAL)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("theirs", ["full folder", "empty folder", "file", "link to nothing"])
+@pytest.mark.parametrize("ours", ["folder", "file"])
+@pytest.mark.usefixtures("way")
+def test_what_somebody_put_there_meanwhile_stays(ours: str, theirs: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write = store.atomic_folder if ours == "folder" else store.atomic_write
+    with (
+        pytest.raises(ConfigError, match=r"out was put there .* choose another path"),
+        write(out, new=True) as temporary,
+    ):
+        (temporary / "model" if ours == "folder" else temporary).touch()
+        if "folder" in theirs:
+            out.mkdir()
+        if theirs == "full folder":
+            (out / "precious.txt").write_text("mine")
+        elif theirs == "file":
+            out.write_text("mine")
+        elif theirs == "link to nothing":
+            out.symlink_to(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == [out]
+    if theirs == "full folder":
+        assert (out / "precious.txt").read_text() == "mine"
+        assert len(list(out.iterdir())) == 1
+    elif theirs == "empty folder":
+        assert list(out.iterdir()) == []
+    elif theirs == "file":
+        assert out.read_text() == "mine"
+    else:
+        assert out.is_symlink()
+
+
+@pytest.mark.usefixtures("way")
+def test_what_is_new_gets_its_name(tmp_path: Path) -> None:
+    with store.atomic_folder(tmp_path / "folder", new=True) as temporary:
+        (temporary / "model").touch()
+    with store.atomic_write(tmp_path / "file", new=True) as temporary:
+        temporary.write_text("new")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["model"]
+    assert (tmp_path / "file").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_leftovers_of_one_name_are_removed(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def merge_experts(
         The pack, and the held-out losses.
 
     Raises:
-        ConfigError: the name is taken or no name, both experts are the same, or the width is more
-            than that of both together.
+        ConfigError: the name is taken, or is in the end, or no name, both experts are the same, or
+            the width is more than that of both together.
         DeviceError: there is no such device, or it cannot compute in that precision.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
@@ -191,7 +191,7 @@ def merge_experts(
         )
         progress.say("scoring the held-out texts")
         scores = {part.name: scored(model, part, module) for part in parts}
-    write_pack(path, merged_pack(model, module, parts, scores))
+    write_pack(path, merged_pack(model, module, parts, scores), new=True)
     return Merged(path, scores)
 
 

@@ -17,9 +17,10 @@ from deepseek.cli.main import main
 from deepseek.errors import ConfigError, DataError
 from deepseek.model.experts.layer import ExpertLayer
 from deepseek.packs.library import experts_folder
-from deepseek.packs.pack import read_pack
+from deepseek.packs.pack import ExpertPack, read_pack
+from deepseek.train.jobs import merge
 from deepseek.train.jobs.expert import train_expert
-from deepseek.train.jobs.merge import Units, merge_experts
+from deepseek.train.jobs.merge import Units, merge_experts, merged_pack
 
 WIDTH = 6
 DIALS: dict[str, Any] = {
@@ -109,6 +110,22 @@ def test_it_can_be_as_narrow_as_one(trained: Path) -> None:
     assert read_pack(merged.pack).manifest.width == 24
     assert all(score.merged < score.base for score in merged.scores.values())
     merged.pack.unlink()
+
+
+def test_an_expert_that_takes_the_name_meanwhile_stays(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = experts_folder() / "late.safetensors"
+
+    def pack(*parts: Any) -> ExpertPack:
+        path.write_text("mine")
+        return merged_pack(*parts)
+
+    monkeypatch.setattr(merge, "merged_pack", pack)
+    with pytest.raises(ConfigError, match=r"late\.safetensors was put there"):
+        merge_experts("greek", "stars", "late", width=24)
+    assert path.read_text() == "mine"
+    path.unlink()
 
 
 def test_what_cannot_be_merged_is_said(trained: Path) -> None:
