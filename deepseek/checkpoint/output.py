@@ -4,12 +4,17 @@ Work of minutes and gigabytes goes into them. So what others put there meanwhile
 attempt left that was killed goes away with the next one.
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from deepseek.checkpoint.files import new_path
-from deepseek.checkpoint.store import atomic_folder, atomic_write
+from deepseek.checkpoint.store import atomic_folder, atomic_write, remove_leftovers, temporary_path
+from deepseek.errors import ConfigError
 
 
 @contextmanager
@@ -22,9 +27,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         out: the folder to create; nothing may be there, and nothing is replaced.
 
     Raises:
-        ConfigError: something is at `out` or was put there meanwhile, or nothing can be written.
+        ConfigError: something is at `out` or was put there meanwhile, another process is writing
+            it, or nothing can be written there.
     """
-    with atomic_folder(new_path(out), new=True) as temporary:
+    with _reserved(out), atomic_folder(out, new=True) as temporary:
         yield temporary
 
 
@@ -36,7 +42,56 @@ def new_file(out: str | Path) -> Iterator[Path]:
         out: the file to create; nothing may be there, and nothing is replaced.
 
     Raises:
-        ConfigError: something is at `out` or was put there meanwhile, or nothing can be written.
+        ConfigError: something is at `out` or was put there meanwhile, another process is writing
+            it, or nothing can be written there.
     """
-    with atomic_write(new_path(out), new=True) as temporary:
+    with _reserved(out), atomic_write(out, new=True) as temporary:
         yield temporary
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` for what is needed during the block.
+
+    Args:
+        out: what is written, by `new_folder` or `new_file` around this block: what a killed process
+            leaves is removed by the next one that writes `out`.
+    """
+    scratch = temporary_path(Path(os.path.realpath(out)))
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _reserved(out: str | Path) -> Iterator[None]:
+    """Keep other processes from writing `out` during the block, and delete what killed ones left.
+
+    The lock's file goes away with the block: it would be a riddle beside a user's own files.
+    """
+    place = Path(os.path.realpath(new_path(out)))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file = place.with_name(f".{place.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"{out} is being written by another process; wait until that ends, or choose another "
+            "path."
+        ) from None
+    except OSError as error:  # such as the file of another user who was killed
+        raise ConfigError(
+            f"{file} cannot be locked ({error.strerror or error}); delete it, or choose another "
+            "path."
+        ) from None
+    try:
+        remove_leftovers(place)
+        yield
+    finally:
+        # Before the release: afterwards it may be the lock of another process. One that has opened
+        # it already finds that it has lost its name, and takes it for no lock.
+        file.unlink(missing_ok=True)
+        lock.release()

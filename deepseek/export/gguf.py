@@ -7,7 +7,6 @@ back before it gets its name: its config has to be the model's, field by field.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -32,7 +31,7 @@ from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.output import new_file
+from deepseek.checkpoint.output import new_file, scratch_folder
 from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.gguf_tokenizer import tokenizer_facts
@@ -121,25 +120,18 @@ def export_gguf(
         )
     original = resolve(base)
     _check_type(original)
-    with TemporaryDirectory(dir=_existing_parent(out), prefix=".export-") as scratch:
-        folder = _stock_folder(original, Path(scratch))
+    with new_file(out) as temporary, scratch_folder(out) as scratch:
+        folder = _stock_folder(original, scratch)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with new_file(out) as temporary:
-            _write(folder, config, temporary, encoding, file_type, original)
-            _check_config(config, temporary)
-            error = _difference(folder, temporary, Path(scratch) / "read")
-            if not error <= limit:
-                raise CheckpointError(
-                    f"The exported model's logits differ from those of {base} by {error:.1e} of "
-                    f"the largest one, more than {limit:.0e}; nothing was written. Choose another "
-                    "--dtype."
-                )
+        _write(folder, config, temporary, encoding, file_type, original)
+        _check_config(config, temporary)
+        error = _difference(folder, temporary, scratch / "read")
+        if not error <= limit:
+            raise CheckpointError(
+                f"The exported model's logits differ from those of {base} by {error:.1e} of the "
+                f"largest one, more than {limit:.0e}; nothing was written. Choose another --dtype."
+            )
     return error
-
-
-def _existing_parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
 
 
 def _check_type(folder: Path) -> None:

@@ -1,5 +1,8 @@
-"""An export replaces nothing that somebody put at its place while it ran."""
+"""An export replaces nothing that somebody put at its place while it ran, and removes what killed
+ones left there.
+"""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,23 @@ def test_a_file_that_appears_meanwhile_stays(
         export_model(base, out, "gguf")
     assert out.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_all_that_a_killed_export_leaves_is_removed_by_the_next(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, kept = tmp_path / "place", tmp_path / "kept"
+    out = place / "out.gguf"
+
+    def interrupted(*_: Path) -> float:
+        shutil.copytree(place, kept)  # what a kill at this moment would leave
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gguf, "_difference", interrupted)
+        export_model(base, out, "gguf")
+    assert list(place.iterdir()) == []
+    shutil.copytree(kept, place, dirs_exist_ok=True)
+    assert len(list(place.iterdir())) == 3  # the file, the folder for the comparison, the lock
+    export_model(base, out, "gguf")
+    assert list(place.iterdir()) == [out]
