@@ -31,6 +31,7 @@ from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import read_licence
+from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.output import new_file, scratch_folder
 from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError
@@ -174,7 +175,7 @@ def _write(
     licence = read_licence(original)
     facts = {
         "general.type": "model",
-        "general.name": original.name,
+        "general.name": model_name(original),
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **({"general.license": licence.name} if licence.name else {}),

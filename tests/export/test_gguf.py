@@ -328,3 +328,10 @@ def test_a_model_of_our_own_class_keeps_name_and_licence(tmp_path: Path) -> None
     assert facts["general.name"] == "ours"
     assert facts["general.license"] == "LicenseRef-Gemma"
     assert facts["general.license.link"] == "https://example.org/terms"
+
+
+def test_a_model_of_the_hub_is_not_named_by_its_commit(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = save_base(tmp_path / "models--someone--fine-model" / "snapshots" / commit)
+    export_model(folder, tmp_path / "out.gguf", "gguf", dtype="float32")
+    assert read_gguf(tmp_path / "out.gguf").facts["general.name"] == "fine-model"
