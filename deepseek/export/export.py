@@ -59,8 +59,9 @@ def export_model(
         The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists, appears meanwhile or cannot be written, a package or the GPU is
-            missing, the format cannot represent the model, or an expert is plugged and not armed.
+        ConfigError: `out` exists, appears meanwhile, is being written by another process or cannot
+            be written, a package or the GPU is missing, the format cannot represent the model, or
+            an expert is plugged and not armed.
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """

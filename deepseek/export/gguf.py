@@ -106,8 +106,8 @@ def export_gguf(
         largest logit.
 
     Raises:
-        ConfigError: `out` exists, appears meanwhile or is no GGUF name, or the format cannot
-            represent the model.
+        ConfigError: `out` exists, appears meanwhile, is being written by another process or is no
+            GGUF name, or the format cannot represent the model.
         CheckpointError: what was written computes something else.
     """
     dtype = dtype or next(iter(ENCODINGS))
