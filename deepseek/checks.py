@@ -13,6 +13,7 @@ This module imports nothing heavy; the checks of tensors import torch when they 
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
@@ -138,9 +139,9 @@ MAX_NAME = 255
 
 def sequence(name: str, value: Any, check: Check, what: str = "values") -> list[Any]:
     """Return a list of values that each pass `check`; a text or a mapping is no list."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor) and value.dim() == 1:
+    # Only where torch is loaded can a value be a tensor, and to load it takes seconds.
+    tensors = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(value, tensors) and value.dim() == 1:
         value = value.tolist()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise _refused(name, value, f"a list of {what}")
