@@ -18,8 +18,11 @@ def valid_name(name: str) -> str:
     """Return a name that an expert or a run may have.
 
     Raises:
-        ValueError: it is reserved, or would make a bad file name.
+        ValueError: it is reserved, is that of a pack file, or would make a bad file name.
     """
+    if name.endswith(".safetensors"):
+        # Wherever a name or a file is meant, such a word is read as the path of a file.
+        raise ValueError(f"{name[:80]!r} is the name of a file; give a name without '.safetensors'")
     if name in RESERVED_NAMES:
         raise ValueError(f"{name!r} is a reserved word; choose another name")
     if not NAME.fullmatch(name):

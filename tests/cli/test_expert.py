@@ -404,6 +404,7 @@ def test_an_interrupted_rename_is_completed_by_the_same_command(
         ("auto", "reserved word"),
         ("a/b", "no name"),
         ("..", "no name"),
+        ("verses.safetensors", "is the name of a file"),
     ],
 )
 def test_a_bad_new_name_changes_nothing(new: str, reason: str, pack: Path, capsys: Capture) -> None:
