@@ -19,7 +19,7 @@ from deepseek.model.experts.linear_hooks import linear_layers
 from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.library import SUFFIX, check_free, experts_folder
 from deepseek.packs.lora import LoraManifest, LoraSite
 from deepseek.packs.manifest import BaseDescription, explain
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
@@ -58,7 +58,8 @@ def import_adapter(
     Raises:
         PackError: the adapter is damaged, of a kind that is not supported, or does not fit the
             base, or another pack has its name. Nothing is written then.
-        ConfigError: an argument has a wrong type.
+        ConfigError: an argument has a wrong type, or a run, a retrieval index or prompts of that
+            name are in the home, which would be taken for those of the adapter.
         HubError, CheckpointError: the base cannot be found or read.
     """
     for field, value in {"folder": folder, "base": base}.items():
@@ -77,6 +78,8 @@ def import_adapter(
     path = experts_folder() / f"{title}{SUFFIX}" if out is None else Path(out)
     if path.exists():
         _check_same(path, pack)
+    elif out is None:
+        check_free(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_pack(path, pack, signing_key)
     return path

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deepseek import checks
 from deepseek.checkpoint.store import home
-from deepseek.errors import CheckpointError, PackError
+from deepseek.errors import CheckpointError, ConfigError, PackError
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
@@ -49,6 +49,29 @@ def installed(folder: Path | None = None) -> dict[str, Path]:
         folder: None: the folder of trained experts.
     """
     return {path.stem: path for path in sorted((folder or experts_folder()).glob(f"*{SUFFIX}"))}
+
+
+def check_free(name: str) -> None:
+    """Check that nothing in the home belongs to an expert of a name.
+
+    A run of that name would replace a new pack when it is resumed, and its held-out text, its index
+    and its prompts would be taken for those of the new expert.
+
+    Args:
+        name: the name that a new expert is to have.
+
+    Raises:
+        ConfigError: there is a pack, a run, a retrieval index or a file of prompts of that name.
+    """
+    pack = installed().get(name)
+    if pack is not None:
+        raise ConfigError(f"{pack} exists already; choose another name.")
+    for rest in (home() / "runs" / name, index_folder(name), prompts_file(name)):
+        if rest.exists():
+            raise ConfigError(
+                f"{rest} exists already and would be taken for that of the new expert {name}; "
+                "choose another name, or delete it."
+            )
 
 
 def packs_for(

@@ -294,6 +294,21 @@ def test_import_replaces_no_other_pack(llama: Path, tmp_path: Path, capsys: Capt
     assert (experts_folder() / "mine.safetensors").read_bytes() == content
 
 
+def test_import_takes_no_name_of_a_run(llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The run, resumed, would replace the adapter."""
+    adapter = write_adapter(tmp_path / "mine", LAYERS)
+    begun = tmp_path / "home" / "runs" / "mine"
+    begun.mkdir(parents=True)
+    status, _, err = run(capsys, "import", str(adapter), "--base", str(llama))
+    assert status == 2
+    assert f"{begun} exists already" in err and "choose another name" in err
+    assert not experts_folder().exists()
+    begun.rmdir()
+    assert run(capsys, "import", str(adapter), "--base", str(llama))[0] == 0
+    begun.mkdir()
+    assert run(capsys, "import", str(adapter), "--base", str(llama))[0] == 0, "the same pack"
+
+
 def test_rm_asks_and_removes_pack_prompts_and_index(
     pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

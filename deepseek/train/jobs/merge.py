@@ -28,7 +28,7 @@ from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.layer import ExpertLayer
 from deepseek.model.language_model import LanguageModel, load_language_model
-from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.library import SUFFIX, check_free, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Manifest, Metric
 from deepseek.packs.names import valid_name
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
@@ -153,15 +153,15 @@ def merge_experts(
         The pack, and the held-out losses.
 
     Raises:
-        ConfigError: the name is taken, or is in the end, or no name, both experts are the same, or
-            the width is more than that of both together.
+        ConfigError: the name is no name or taken, if only by what an expert left, such as its run;
+            both experts are the same, or the width is more than that of both together; or a pack
+            of that name has appeared meanwhile.
         DeviceError: there is no such device, or it cannot compute in that precision.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
     """
     path = experts_folder() / f"{_checked_name(out)}{SUFFIX}"
-    if path.exists():
-        raise ConfigError(f"There is an expert {out} already; choose another name.")
+    check_free(out)
     if first == second:
         raise ConfigError(f"Both experts are {first}; name two different ones.")
     place = choose_device(device)

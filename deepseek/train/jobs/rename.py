@@ -9,7 +9,14 @@ from pydantic import ValidationError
 
 from deepseek.checkpoint.store import RUN_STARTED, home, read_object, write_json
 from deepseek.errors import CheckpointError, ConfigError, PackError
-from deepseek.packs.library import experts_folder, find_pack, index_folder, installed, prompts_file
+from deepseek.packs.library import (
+    check_free,
+    experts_folder,
+    find_pack,
+    index_folder,
+    installed,
+    prompts_file,
+)
 from deepseek.packs.manifest import explain
 from deepseek.train.loop.run_lock import run_lock
 
@@ -68,7 +75,7 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     runs = home() / "runs"
     moves = {runs / old: runs / new, index_folder(old): index_folder(new)}
     if not resumed:
-        _check_free(new, [*moves.values(), prompts_file(new)])
+        check_free(new)
     if pack.manifest.signature is not None and key is None:
         raise ConfigError(
             f"{old} is signed, and the signature covers its name; give --key to sign it again."
@@ -97,16 +104,10 @@ def _renamed(pack: "ExpertPack", name: str) -> "ExpertPack":
     return type(pack).seal(manifest, pack.tensors)
 
 
-def _check_free(name: str, parts: list[Path]) -> None:
-    """Raise `ConfigError` if there is a pack of a name, or one of the parts beside it."""
-    for taken in (installed().get(name), *map(_existing, parts)):
-        if taken is not None:
-            raise ConfigError(f"{taken} exists already; choose another name.")
-
-
 def run_of(name: str) -> Path | None:
     """Return the run folder of a trained expert, None if it is gone."""
-    return _existing(home() / "runs" / name)
+    path = home() / "runs" / name
+    return path if path.exists() else None
 
 
 def _own_pack(name: str) -> Path:
@@ -117,10 +118,6 @@ def _own_pack(name: str) -> Path:
     raise PackError(
         f"{path} is not in {experts_folder()}; name a trained expert, or change the file itself."
     )
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
 
 
 def _move_prompts(old: Path, new: Path, before: "ExpertPack", after: "ExpertPack") -> None:

@@ -128,6 +128,17 @@ def test_an_expert_that_takes_the_name_meanwhile_stays(
     path.unlink()
 
 
+@pytest.mark.parametrize("rest", ["runs/left", "experts/left.index", "experts/left.prompts.json"])
+def test_what_an_expert_left_is_not_taken_for_that_of_the_merged(
+    rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run, resumed, would replace the merged pack, and has another held-out text."""
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    (tmp_path / rest).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"{rest} exists already .* choose another name"):
+        merge_experts("greek", "stars", "left")
+
+
 def test_what_cannot_be_merged_is_said(trained: Path) -> None:
     with pytest.raises(ConfigError, match="is no name"):
         merge_experts("one", "two", "../three")
