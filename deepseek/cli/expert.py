@@ -22,10 +22,11 @@ Pack = Annotated[
 
 
 train = job_command(
-    "expert:train_expert",
+    "signed_expert:train_signed",
     ExpertArguments,
     "Train an expert on your text with the base frozen. "
     "If interrupted, the same command resumes it.",
+    others={"key": Key},
 )
 app.command("train")(train)
 

@@ -2,7 +2,7 @@
 (`train/jobs/arguments.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -27,7 +27,11 @@ BY_OPTION = "by_option"
 
 
 def job_command(
-    place: str, declaration: type[Declaration], summary: str, positional: str | None = None
+    place: str,
+    declaration: type[Declaration],
+    summary: str,
+    positional: str | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
     """Return the command of a job, with one option per argument; it prints the path of the result.
 
@@ -39,6 +43,8 @@ def job_command(
         declaration: the job's arguments.
         summary: description of the command in `--help`.
         positional: name of the argument that is given by position or by its option; default: none.
+        others: options that are no arguments of the job, such as what is done with its result, by
+            the name that the function has for them, with Typer's annotations; default: none.
     """
     arguments = arguments_of(declaration)
     named = {name: option_name(name) for name in arguments}
@@ -47,6 +53,7 @@ def job_command(
         from deepseek.device.choose import choose_device, choose_dtype
 
         values = {name: value for name, value in options.items() if value not in (None, [])}
+        kept = {name: values.pop(name) for name in others or {} if name in values}
         if BY_OPTION in values:
             if positional in values:
                 raise ConfigError(
@@ -67,7 +74,7 @@ def job_command(
             # Fetched here for the progress bar; the job would download without one.
             fetch(base)
         module, _, function = place.partition(":")
-        result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values)
+        result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values, **kept)
         if not getattr(checked, "dry_run", False):
             echo(result)
 
@@ -79,6 +86,7 @@ def job_command(
         annotations[BY_OPTION] = Annotated[
             str | None, typer.Option(named[positional], help=f"The same as {METAVAR}.")
         ]
+    annotations |= others or {}
     parameters = [
         Parameter(name, kind, default=None, annotation=parameter_annotation)
         for name, parameter_annotation in annotations.items()

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.expert_live import running
-from deepseek.cli.options import Device, Precision
+from deepseek.cli.options import Device, Key, Precision
 from deepseek.cli.output import echo
 
 
@@ -22,10 +22,11 @@ def watch(
     ] = 30.0,
     device: Device = "auto",
     dtype: Precision = "auto",
+    key: Key = None,
 ) -> None:
     """Update an expert whenever its repository, folder or file has changed, until Ctrl-C.
 
-    The server's admin key is read from DEEPSEEK_ADMIN_KEY.
+    A signed pack needs --key to be signed again. The server's admin key is read from DEEPSEEK_ADMIN_KEY.
     """
     from deepseek.train.jobs.watch import watch_expert
 
@@ -37,4 +38,5 @@ def watch(
         say=lambda text: echo(text, error=True),
         device=device,
         dtype=dtype,
+        key=key,
     )

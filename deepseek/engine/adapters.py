@@ -52,7 +52,8 @@ def import_adapter(
         domain: short description of what it is for.
         auto: whether "auto" arms it. An adapter has no gate, so it would then change every request
             that does not choose its experts.
-        key: private key to sign the pack with; None: the pack is not signed.
+        key: private key to sign the pack with; None: a new pack is not signed, and one that was
+            imported before stays as it is.
         out: the pack file to write; None: NAME.safetensors in the folder of trained experts.
 
     Raises:
@@ -78,6 +79,8 @@ def import_adapter(
     path = experts_folder() / f"{title}{SUFFIX}" if out is None else Path(out)
     if path.exists():
         _check_same(path, pack)
+        if signing_key is None:
+            return path  # as it is: written again, it would lose a signature
     elif out is None:
         check_free(title)
     path.parent.mkdir(parents=True, exist_ok=True)

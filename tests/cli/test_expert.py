@@ -309,6 +309,18 @@ def test_import_takes_no_name_of_a_run(llama: Path, tmp_path: Path, capsys: Capt
     assert run(capsys, "import", str(adapter), "--base", str(llama))[0] == 0, "the same pack"
 
 
+def test_the_same_import_again_leaves_a_signature(
+    llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    adapter = write_adapter(tmp_path / "mine", LAYERS)
+    how = ("import", str(adapter), "--base", str(llama))
+    assert run(capsys, *how)[0] == 0
+    run(capsys, "keygen", "me", "--folder", str(tmp_path))
+    run(capsys, "sign", "mine", "--key", str(tmp_path / "me.pem"))
+    assert run(capsys, *how)[0] == 0
+    assert "signed by" in run(capsys, "verify", "mine", "--signature", "signed")[1]
+
+
 def test_rm_asks_and_removes_pack_prompts_and_index(
     pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -3,14 +3,16 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.errors import DataError, UserError
+from deepseek.packs.signature import load_key
 from deepseek.train.jobs.arguments import ExpertArguments
-from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_server import ExpertServer
+from deepseek.train.jobs.signed_expert import check_key, train_signed
 from deepseek.train.jobs.update import MINUTES, TrainedExpert
 
 Say = Callable[[str], None]
@@ -29,11 +31,14 @@ class Watcher:
         say: told what happens.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
+        key: private key to sign every new state with; None: only for packs that are not signed.
 
     Raises:
-        ConfigError: no update can have this budget or precision.
+        ConfigError: no update can have this budget or precision, or the pack is signed and no key
+            is given.
         DataError: there is no such expert, its source is gone, or the server does not answer.
         DeviceError: there is no such device, or it cannot compute in that precision.
+        PackError: the key or the pack cannot be read.
     """
 
     def __init__(
@@ -44,11 +49,16 @@ class Watcher:
         say: Say,
         device: str = "auto",
         dtype: Dtype = "auto",
+        key: Path | None = None,
     ) -> None:
         self.options: dict[str, Any] = {"minutes": minutes, "device": device, "dtype": dtype}
         ExpertArguments.read(update=name, **self.options)
         choose_dtype(dtype, choose_device(device))
         self.expert = TrainedExpert.find(name)
+        self.key = key
+        if key is not None:
+            load_key(key)  # a wrong one is told now, not at the first update
+        check_key(self.expert, key)
         self.server = server
         self.say = say
         self.seen = self.expert.state()
@@ -94,7 +104,7 @@ class Watcher:
         self.say(f"{name}: its source has changed; updating")
         started = time.monotonic()
         try:
-            pack = train_expert(update=name, quiet=True, **self.options)
+            pack = train_signed(key=self.key, update=name, quiet=True, **self.options)
         except UserError as error:
             is_text = isinstance(error, DataError)
             self.pause = math.inf if is_text else min(LONGEST_PAUSE, 2**self.failures)
@@ -115,6 +125,7 @@ def watch_expert(
     say: Say = lambda _: None,
     device: str = "auto",
     dtype: Dtype = "auto",
+    key: Path | None = None,
 ) -> None:
     """Update an expert at once if its source is new, and whenever it has changed since and then
     been quiet for one interval.
@@ -128,14 +139,17 @@ def watch_expert(
         say: told what happens.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
+        key: private key to sign every new state with; None: only for packs that are not signed.
 
     Raises:
         DataError: there is no such expert, its source is gone, or the server does not answer or
-            refuses the key.
-        ConfigError: no update can have this budget or precision.
+            refuses its admin key.
+        ConfigError: no update can have this budget or precision, or the pack is signed and no key
+            is given.
         DeviceError: there is no such device, or it cannot compute in that precision.
+        PackError: the key or the pack cannot be read.
     """
-    watcher = Watcher(name, server, minutes, say, device, dtype)
+    watcher = Watcher(name, server, minutes, say, device, dtype, key)
     say(f"watching the source of {name}; Ctrl-C ends it")
     done = 0
     while rounds is None or done < rounds:

@@ -138,7 +138,7 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
     assert "nothing is new in the source of words" in capsys.readouterr().err
     assert read_pack(words.pack).manifest.digest == after.digest and words.updates() == [folder]
     words.write(44, 45, 46, 47, 48, 49)
-    monkeypatch.setattr(watch, "train_expert", lambda **_: update())  # not by the clock
+    monkeypatch.setattr(watch, "train_signed", lambda **_: update())  # not by the clock
     watch.watch_expert("words", every=0, rounds=2)
     assert read_pack(words.pack).manifest.digest != after.digest
     assert len(words.updates()) == 2
@@ -361,7 +361,7 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
 
     monkeypatch.setattr(TrainedExpert, "state", state)
     monkeypatch.setattr(TrainedExpert, "learnt_states", lambda _: frozenset(learnt))
-    monkeypatch.setattr(watch, "train_expert", stand_in)
+    monkeypatch.setattr(watch, "train_signed", stand_in)
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
     watch.watch_expert("words", ExpertServer(server.url, "secret"), rounds=10, say=said.append)
     assert updated == ["b", "c"]
@@ -392,7 +392,7 @@ def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
         raise TrainError("The disk is full.")
 
     monkeypatch.setattr(TrainedExpert, "state", state)
-    monkeypatch.setattr(watch, "train_expert", fail)
+    monkeypatch.setattr(watch, "train_signed", fail)
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
     watch.watch_expert("words", every=0, rounds=21, say=said.append)
     assert tried == [2, 4, 7, 12, 16, 18, 21]
@@ -423,7 +423,7 @@ def test_a_watcher_plugs_later_what_the_server_has_missed(
         return words.pack
 
     monkeypatch.setattr(TrainedExpert, "learnt_states", lambda _: frozenset(learnt))
-    monkeypatch.setattr(watch, "train_expert", stand_in)
+    monkeypatch.setattr(watch, "train_signed", stand_in)
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
     words.write(40)
     restarted: Any = Restarted()

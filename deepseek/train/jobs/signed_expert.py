@@ -1,0 +1,53 @@
+"""Train or update an expert whose pack is signed.
+
+A signature covers the content of a pack, so that a new content needs a new one. A server that
+accepts signed packs alone would refuse an expert that was updated without it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from deepseek.errors import ConfigError
+from deepseek.packs.pack import read_pack, write_pack
+from deepseek.packs.signature import load_key
+from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.update import TrainedExpert
+
+
+def train_signed(*, key: Path | None = None, **arguments: Any) -> Path:
+    """Train an expert as `train_expert` does, sign its pack, and return the path of the pack.
+
+    Args:
+        key: private key to sign the pack with; None: only for packs that are not signed.
+        arguments: those of `train_expert`.
+
+    Raises:
+        ConfigError: the pack to update is signed, and no key is given.
+        PackError: the key cannot be read.
+        UserError: as `train_expert` says.
+    """
+    signing_key = None if key is None else load_key(key)  # before hours of training
+    if arguments.get("update"):
+        check_key(TrainedExpert.find(arguments["update"]), key)
+    pack = train_expert(**arguments)
+    if signing_key is not None and not arguments.get("dry_run"):
+        write_pack(pack, read_pack(pack), signing_key)
+    return pack
+
+
+def check_key(expert: TrainedExpert, key: Path | None) -> None:
+    """Check that an update of an expert does not drop a signature.
+
+    Args:
+        expert: the expert to update.
+        key: private key to sign with again; None: none.
+
+    Raises:
+        ConfigError: its pack is signed, and there is no key.
+        PackError: its pack is damaged.
+    """
+    if key is None and read_pack(expert.pack).manifest.signature is not None:
+        raise ConfigError(
+            f"{expert.name} is signed, and an update would drop the signature; give --key to sign "
+            "it again."
+        )
