@@ -11,8 +11,7 @@ from deepseek.checkpoint.convert import FAMILIES
 from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import copy_terms
-from deepseek.checkpoint.output import new_folder
-from deepseek.checkpoint.store import read_object
+from deepseek.checkpoint.store import atomic_folder, read_object
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device
@@ -86,8 +85,8 @@ def quantize_model(
         Size and accuracy of the result.
 
     Raises:
-        ConfigError: `out` exists, appears meanwhile, is being written by another process or cannot
-            be written, or the model is too small or already quantised.
+        ConfigError: `out` exists or cannot be written, or the model is too small or already
+            quantised.
         CheckpointError: the quantised model's predictions diverge too far from the original's.
     """
     bits = checks.number("bits", bits, least=4, most=8)
@@ -99,7 +98,7 @@ def quantize_model(
     tokenizer = load_tokenizer(folder)
     ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=place)
     elements = _elements(model)
-    with new_folder(out) as written_folder:
+    with atomic_folder(out) as written_folder:
         writer = TensorWriter(written_folder)
         _write_weights(model, writer, bits, progress)
         model.config.save_pretrained(written_folder)
