@@ -94,7 +94,8 @@ def test_watch_computes_updates_where_it_is_told_to(monkeypatch: pytest.MonkeyPa
             return frozenset()
 
     monkeypatch.setattr(watch.TrainedExpert, "find", lambda _: Changed())
-    monkeypatch.setattr(watch, "train_expert", lambda **options: asked.append(options))
+    monkeypatch.setattr(watch, "check_key", lambda *_: None)
+    monkeypatch.setattr(watch, "train_signed", lambda **options: asked.append(options))
     whole = watch.watch_expert
     monkeypatch.setattr(watch, "watch_expert", lambda *a, **b: whole(*a, **{**b, "rounds": 1}))
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
@@ -103,7 +104,7 @@ def test_watch_computes_updates_where_it_is_told_to(monkeypatch: pytest.MonkeyPa
         main(words)
     assert not stop.value.code
     budget = {"minutes": 2.0, "device": "cpu", "dtype": "bfloat16"}
-    assert asked == [{"update": "shop", "quiet": True, **budget}]
+    assert asked == [{"key": None, "update": "shop", "quiet": True, **budget}]
 
 
 @pytest.mark.parametrize(
