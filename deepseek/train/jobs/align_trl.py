@@ -17,9 +17,11 @@ from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.data.preferences.files import record_of
 from deepseek.data.preferences.preference import Preference
+from deepseek.data.text.loader import endless
 from deepseek.errors import TrainError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
+from deepseek.text.tokenizer import encode_plain
 from deepseek.train.jobs.arguments import AlignArguments
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.rl.pairs import prompts_of
@@ -41,6 +43,9 @@ MINIBATCH = 16
 
 EPOCHS = RLPOConfig().epochs
 """Steps for each minibatch of answers, as in RLPO."""
+
+POOL = 16
+"""Minibatches of DPO among which pairs are sorted by length."""
 
 WARMUP, FINAL_RATE = 0.05, 0.2
 """Share of the steps in which the learning rate rises, and its last value as a share of the peak,
@@ -130,15 +135,42 @@ def dpo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:
     from trl.trainer.dpo_trainer import DPOTrainer
 
     sides = ("prompt", "chosen", "rejected")
-    rows = Dataset.from_list(
-        [{side: record[side] for side in sides} for record in map(record_of, run.pairs)]
-    )
+    records = [{side: record[side] for side in sides} for record in map(record_of, run.pairs)]
+    lengths = [
+        len(encode_prompt(run.tokenizer, pair.prompt))
+        + max(map(len, encode_plain(run.tokenizer, [pair.chosen, pair.rejected])))
+        for pair in run.pairs
+    ]
+    order = grouped_by_length(lengths, common["max_steps"], run.arguments.seed)
     return DPOTrainer(
         twin,
-        args=DPOConfig(**common, beta=DPO_BETA),
-        train_dataset=rows,
+        args=DPOConfig(**common, beta=DPO_BETA, train_sampling_strategy="sequential"),
+        train_dataset=Dataset.from_list([records[place] for place in order]),
         processing_class=run.tokenizer,
     )
+
+
+def grouped_by_length(lengths: Sequence[int], steps: int, seed: int) -> list[int]:
+    """Return the indices of the pairs of all steps, those of a minibatch of like length.
+
+    Rows are padded to the longest of a minibatch: on conversations of people a random minibatch is
+    twice as long as its pairs. Minibatches come in random order, so that no length comes first.
+
+    Args:
+        lengths: tokens of each pair.
+        steps: number of minibatches.
+        seed: seed of the order.
+    """
+    drawn = endless(0, steps * MINIBATCH, len(lengths), seed).tolist()
+    # No more than an epoch, or else copies of a pair would be sorted into one minibatch.
+    size = MINIBATCH * max(1, min(POOL, len(lengths) // MINIBATCH))
+    order: list[int] = []
+    for start in range(0, len(drawn), size):
+        pool = sorted(drawn[start : start + size], key=lengths.__getitem__)
+        batches = [pool[row : row + MINIBATCH] for row in range(0, len(pool), MINIBATCH)]
+        for place in endless(0, len(batches), len(batches), seed + start):
+            order += batches[place]
+    return order
 
 
 def rloo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:

@@ -6,21 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek.checkpoint.licence import Licence, read_licence, write_card
 from deepseek.checkpoint.store import read_object
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
+from deepseek.data.text.loader import endless
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.jobs.align import align, warmup
+from deepseek.train.jobs.align_trl import MINIBATCH, grouped_by_length
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig, learning_rate
 from deepseek.train.rl import judge
 from deepseek.train.rl.judge import generate_pairs, prompt_of
 from deepseek.train.rl.pairs import answer_ids
 from deepseek.train.rl.reward import RIDGES, RewardModel, features_of
-from deepseek.train.rl.rollout import given
+from deepseek.train.rl.rollout import given as given_responses
 
 CHATML = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -113,13 +117,13 @@ def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path, rows: int
         [features_of(model, 2, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
     )
     assert torch.allclose(together, alone, atol=0.02), "bf16 rounding apart"
-    assert given(model, prompts, answers).answers() == answers
+    assert given_responses(model, prompts, answers).answers() == answers
 
 
 def test_an_empty_answer_has_features_even_alone(base: Path) -> None:
     model, _ = load(base, dtype="float32")
     assert not features_of(model, 2, [[5, 6]], [[]]).any()
-    assert given(model, [[5, 6]], [[]]).answers() == [[]]
+    assert given_responses(model, [[5, 6]], [[]]).answers() == [[]]
 
 
 def test_the_reward_model_is_kept(base: Path, tmp_path: Path) -> None:
@@ -339,6 +343,23 @@ def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> Non
         run(base, database, tmp_path, method="grpo", rollout_size=18)
     with pytest.raises(ConfigError, match="perhaps 'clean'"):
         run(base, database, tmp_path, reward="claen")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=400),
+    steps=st.integers(1, 60),
+    seed=st.integers(0, 9),
+)
+def test_pairs_of_like_length_share_a_minibatch(lengths: list[int], steps: int, seed: int) -> None:
+    order = grouped_by_length(lengths, steps, seed)
+    drawn = endless(0, steps * MINIBATCH, len(lengths), seed).tolist()
+    assert sorted(order) == sorted(drawn), "each pair as often as in whole epochs"
+
+    def padded(rows: list[int]) -> int:
+        starts = range(0, len(rows), MINIBATCH)
+        return sum(max(lengths[row] for row in rows[start : start + MINIBATCH]) for start in starts)
+
+    assert padded(order) <= padded(drawn)
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo"])
