@@ -122,17 +122,27 @@ def _stops_raised() -> Iterator[None]:
     """Let signals that end the process raise `SystemExit` within the block.
 
     A signal that is ignored stays so, as `nohup` wants it, and so does one with another handler.
+    Only a Ctrl-C that is ignored, as in a shell's background, is handled by doing nothing: programs
+    inherit what is ignored, and could not be interrupted.
     """
-    usual = []
+    before: dict[signal.Signals, signal.Handlers] = {}
     if threading.current_thread() is threading.main_thread():  # only it can handle signals
-        usual = [number for number in STOPS if signal.getsignal(number) is signal.SIG_DFL]
-    for number in usual:
-        signal.signal(number, _stop)
+        for number in STOPS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.SIG_DFL
+                signal.signal(number, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            before[signal.SIGINT] = signal.SIG_IGN
+            signal.signal(signal.SIGINT, _nothing)
     try:
         yield
     finally:
-        for number in usual:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """Handle a signal by doing nothing."""
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:

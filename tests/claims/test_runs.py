@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from claim_files import commit_all, make_checkout, write_result
@@ -204,7 +205,18 @@ def test_a_quick_run_ends_where_its_preparation_fails(
     assert "speed.py" not in said
 
 
-def test_all_that_run_side_by_side_stop_at_a_safe_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_all_that_run_side_by_side_stop_at_a_safe_point(handler: Any, tmp_path: Path) -> None:
+    """Also where Ctrl-C is ignored, as it is for what a shell runs in the background."""
+    usual = signal.signal(signal.SIGINT, handler)
+    try:
+        check_that_all_stop_at_a_safe_point(tmp_path)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def check_that_all_stop_at_a_safe_point(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(STOPS_SAFELY)
     notes = [tmp_path / "a", tmp_path / "b"]
     commands = {note.name: ["slow.py", str(note)] for note in notes}
