@@ -144,7 +144,7 @@ class Chunks(ABC):
         self.head = {
             "id": f"{prefix}-{token_hex(12)}",
             "created": int(time.time()),
-            "model": body.model,
+            "model": body.model or service.settings.model,
             "system_fingerprint": service.fingerprint,
         }
         self.kind = kind

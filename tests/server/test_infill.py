@@ -142,6 +142,7 @@ def test_vims_instructions_are_answered(server: Live) -> None:
     route = "/v1/chat/completions"
     warm = post(server, VIM_WARMS_THE_INSTRUCTION_UP, route)
     assert warm["usage"]["completion_tokens"] == 1
+    assert warm["model"] == "tiny"
     with server.http() as http:
         reply = http.post(route, json={**VIM_INSTRUCTS, "n_predict": 4})
     assert reply.status_code == 200, reply.text
