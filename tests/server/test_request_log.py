@@ -6,6 +6,8 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from live_server import Live
@@ -62,18 +64,25 @@ def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptur
     assert not any("secret" in line for line in lines)
 
 
+@contextmanager
+def asked(server: Live, route: str, content: str) -> Iterator[None]:
+    """Send a request, whose client leaves at the end of the block."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+        client.sendall(
+            f"POST {route} HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
+        )
+        yield
+
+
 def test_a_client_that_leaves_is_no_failure_of_the_server(
     server: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is sent to it, so its request has no status of its own."""
     content = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 700, "ignore_eos": True})
     with caplog.at_level(logging.INFO, LOGGER):
-        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
-            client.sendall(
-                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                "Content-Type: application/json\r\n"
-                f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
-            )
+        with asked(server, "/v1/completions", content):
             wait_for(lambda: server.engine.stats().running)
         lines = logged(caplog, 1)
     assert lines[0].startswith("POST /v1/completions 499 ")
@@ -94,12 +103,7 @@ def test_a_client_that_leaves_while_its_prompt_is_made_is_none_either(
     monkeypatch.setattr(server.service.writer, "gap", slow)
     content = json.dumps({"prompt": "a"})
     with caplog.at_level(logging.INFO, LOGGER):
-        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
-            client.sendall(
-                "POST /infill HTTP/1.1\r\nHost: localhost\r\n"
-                "Content-Type: application/json\r\n"
-                f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
-            )
+        with asked(server, "/infill", content):
             assert planning.wait(20)
         lines = logged(caplog, 1)
         left.set()
