@@ -44,8 +44,8 @@ class History:
             paths: files and folders, from the root of the checkout.
 
         Returns:
-            The paths; None if git is not there or does not know the commit, or if the paths have not
-            changed, but what was measured with uncommitted changes is not known.
+            The paths; None if git is not there or does not know the commit, or if there are none
+            but the commit was measured with uncommitted changes, which nobody knows.
         """
         paths = list(paths)
         then = commit.removesuffix(DIRTY)

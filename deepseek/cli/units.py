@@ -13,8 +13,8 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-LONG = 86400 * 10_000
-"""Seconds from which on a duration is told in days alone."""
+LONGEST_CLOCK = 86400 * 10_000
+"""Most seconds of a duration that is told to the second; longer ones are told in days."""
 
 
 def duration(seconds: float) -> str:
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s"
-    if seconds > LONG:
+    if seconds > LONGEST_CLOCK:
         return f"{seconds / 86400:.3g} days"
     return str(timedelta(seconds=round(seconds)))
 

@@ -26,7 +26,8 @@ def watch(
 ) -> None:
     """Update an expert whenever its repository, folder or file has changed, until Ctrl-C.
 
-    A signed pack needs --key to be signed again. The server's admin key is read from DEEPSEEK_ADMIN_KEY.
+    A signed pack needs --key to be signed again. The server's admin key is read from
+    DEEPSEEK_ADMIN_KEY.
     """
     from deepseek.train.jobs.watch import watch_expert
 

@@ -120,8 +120,8 @@ def pieces(service: Service, ids: Sequence[int]) -> list[dict[str, Any]]:
     if len(ids) > MAX_PIECES:
         raise ApiError(
             400,
-            f"The text has {len(ids)} tokens, but at most {MAX_PIECES} come with their pieces; send "
-            "it in parts, or without with_pieces.",
+            f"The text has {len(ids)} tokens, but at most {MAX_PIECES} come with their pieces; "
+            "send it in parts, or without with_pieces.",
             param="with_pieces",
         )
     reader = TokenReader(service.tokens)

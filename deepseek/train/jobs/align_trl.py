@@ -134,8 +134,6 @@ def dpo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    sides = ("prompt", "chosen", "rejected")
-    records = [{side: record[side] for side in sides} for record in map(record_of, run.pairs)]
     lengths = [
         len(encode_prompt(run.tokenizer, pair.prompt))
         + max(map(len, encode_plain(run.tokenizer, [pair.chosen, pair.rejected])))
@@ -145,9 +143,15 @@ def dpo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:
     return DPOTrainer(
         twin,
         args=DPOConfig(**common, beta=DPO_BETA, train_sampling_strategy="sequential"),
-        train_dataset=Dataset.from_list([records[place] for place in order]),
+        train_dataset=Dataset.from_list([_sides(run.pairs[place]) for place in order]),
         processing_class=run.tokenizer,
     )
+
+
+def _sides(pair: Preference) -> dict[str, Any]:
+    """Return a pair as TRL reads it, without what else its record has."""
+    record = record_of(pair)
+    return {side: record[side] for side in ("prompt", "chosen", "rejected")}
 
 
 def grouped_by_length(lengths: Sequence[int], steps: int, seed: int) -> list[int]:
