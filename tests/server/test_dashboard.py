@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set
 
 
 def labels_by_name(server: Live) -> dict[str, set[str]]:
-    body = {"model": "tiny", "prompt": "the value", "max_tokens": 4}
+    body = {"model": "tiny", "prompt": "the value", "max_tokens": 4, "temperature": 0}
     with server.http() as http:
         assert http.post("/v1/completions", json=body).status_code == 200
         assert http.post("/v1/completions", json={**body, "model": "other"}).status_code == 404

@@ -26,6 +26,7 @@ CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "a"}],
     "max_tokens": 4,
+    "temperature": 0,
 }
 PATIENCE = 300.0
 """Seconds, of which a quiet machine needs a tenth: Ray starts a dozen processes, and each replica
@@ -181,7 +182,7 @@ def test_a_limited_key_has_its_experts_at_every_replica(fleet: Fleet) -> None:
 def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(
     fleet: Fleet,
 ) -> None:
-    asked = {**CHAT, "model": "tiny+two", "temperature": 0}
+    asked = {**CHAT, "model": "tiny+two"}
 
     def answer(http: httpx.Client) -> str:
         return str(http.post("/v1/chat/completions", json=asked).json()["choices"])

@@ -45,6 +45,7 @@ CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "a"}],
     "max_tokens": 2,
+    "temperature": 0,
 }
 
 
