@@ -7,7 +7,7 @@ from deepseek.cli.options import names
 from deepseek.cli.output import figures_table, plain, print_table
 from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
-from deepseek.evaluate.against import RETRIEVAL, Against, Result
+from deepseek.evaluate.against import RETRIEVAL, RIVALS, Against, Result
 from deepseek.evaluate.completion import CompletionScores
 from deepseek.evaluate.scores import Interval
 from deepseek.evaluate.verdict import Compared, compared, draw, verdicts
@@ -27,7 +27,7 @@ def print_against(
         dtype: precision of both.
 
     Raises:
-        ConfigError: `experts` is not the name of one expert.
+        ConfigError: `experts` is not the name of one expert, or `rivals` names no method.
     """
     chosen = names(experts)
     if len(chosen) != 1 or chosen == ["all"]:
@@ -35,8 +35,11 @@ def print_against(
             "--against compares one expert at a time; name it, as in "
             "`deepseek eval NAME --against rag`."
         )
+    methods = names(rivals)
+    if not methods:
+        raise ConfigError(f"--against {rivals!r} names no method; give {' or '.join(RIVALS)}.")
     against = Against(chosen[0], cases, device=device, dtype=dtype)
-    result = against.compare(names(rivals))
+    result = against.compare(methods)
     picture = against.folder / "against.png"
     draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)
     console = Console()

@@ -36,10 +36,11 @@ def list_runs(as_json: Json = False) -> None:
         return
     if not rows:
         echo(f"no runs in {home() / 'runs'}; every training command writes one")
+    width = max([28, *(len(row.name) + 2 for row in rows)])
     for row in rows:
         loss = row.figures.get("held_out_loss", row.figures.get("after"))
         result = f"held-out loss {loss:.4f}" if isinstance(loss, float) else row.problem or ""
-        echo(f"{row.name:28}{row.state:12}{result}".rstrip())
+        echo(f"{row.name:{width}}{row.state:12}{result}".rstrip())
 
 
 @app.command()

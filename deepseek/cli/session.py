@@ -1,7 +1,9 @@
 """The conversation behind `deepseek chat`."""
 
 import contextlib
+import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from rich.console import Console
 
@@ -14,6 +16,7 @@ from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import UserError
 from deepseek.registry import nearest
+from deepseek.terminal import is_unicode
 from deepseek.text.chat_template import encode_prompt, user_ids
 from deepseek.text.tokenizer import encode_document
 
@@ -52,6 +55,9 @@ class ChatSession:
         """Answer lines until the input ends or `/quit`."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() a history and line editing
+        if isinstance(sys.stdin, TextIOWrapper):
+            # An error of decoding would lose all lines that are read ahead.
+            sys.stdin.reconfigure(errors="surrogateescape")
         self._list("")
         self.console.print("[dim]type a message, or /help[/]")
         while self.open:
@@ -59,15 +65,14 @@ class ChatSession:
                 line = input("\n> " if self.console.is_terminal else "").strip()
             except EOFError:
                 break
-            except UnicodeDecodeError:
-                self.console.print(plain("error: the line is not UTF-8; type it again.", "red"))
-                continue
             if line:
                 self._turn(line)
 
     def _turn(self, line: str) -> None:
         """Answer one line; report a user error in it and continue the conversation."""
         try:
+            if not is_unicode(line):
+                raise UserError("the line is not UTF-8; write it again.")
             if line.startswith("/"):
                 self._command(line)
             else:

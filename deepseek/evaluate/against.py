@@ -39,7 +39,7 @@ from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import commits_follow_files
 
-FORMAT = 4
+FORMAT = 5
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.text.document import Document, Kind, uniform
+from deepseek.data.text.document import Document, Kind, split_lines, uniform
 from deepseek.data.text.encode import header
 from deepseek.text.infilling import encode_around_gap, infill_layout
 from deepseek.text.tokenizer import document_start_ids, encode_continued, plain_encoder
@@ -79,7 +79,7 @@ def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) ->
 
 def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | None:
     """Return a document and its suitable line numbers in random order, None if there are none."""
-    lines = document.text.splitlines()
+    lines = split_lines(document.text)
     added = "+" if document.kind == "commit" else ""
     suitable = [
         number
@@ -111,7 +111,7 @@ def _is_informative(line: str) -> bool:
 
 
 def _case(document: Document, number: int) -> Case:
-    lines = document.text.splitlines(keepends=True)
+    lines = split_lines(document.text)
     line = lines[number]
     marker = "+" if document.kind == "commit" else ""
     content = line.removeprefix(marker)

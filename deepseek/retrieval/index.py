@@ -17,7 +17,7 @@ from deepseek.errors import CheckpointError, DataError
 from deepseek.retrieval.passages import Passage, passages
 from deepseek.retrieval.words import search_words
 
-FORMAT = 3
+FORMAT = 4
 """Changes with the files, and with the words that `search_words` makes of a text or a query."""
 REBUILD = "build it again (an expert's with `deepseek expert index NAME`)"
 """The mend for an index that cannot be used."""
@@ -65,18 +65,15 @@ class Index:
 
         excluded = frozenset(without)
         indexed: list[Passage] = []
-        words: list[list[str]] = []
+        vocabulary: dict[str, int] = {}
+        ids: list[list[int]] = []
         for document in documents:
             for passage, matched in _allowed(document, excluded):
                 indexed.append(passage)
-                words.append(search_words(matched))
-        if not any(words):
+                words = search_words(matched)
+                ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in words])
+        if not vocabulary:
             raise DataError("There is no text to index; give documents with words in them.")
-        vocabulary = {
-            word: place
-            for place, word in enumerate(sorted({word for each in words for word in each}))
-        }
-        ids = [[vocabulary[word] for word in each] for each in words]
         ranking = bm25s.BM25(backend="numpy")
         ranking.index((ids, vocabulary), show_progress=False)
         return cls(indexed, ranking, source)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek.data.text.document import Document, Kind
+from deepseek.data.text.document import Document, Kind, split_lines
 from deepseek.data.text.patches import message_and_patches
 
 MATCHED_LINES = 12
@@ -81,8 +81,13 @@ def _windows(
         first: line number of the text's first line in the document.
         path: file that the text belongs to; empty: the document.
     """
-    lines = text.splitlines(keepends=True)
-    for start in range(0, max(1, len(lines) - MATCHED_LINES + STRIDE), STRIDE):
+    lines = split_lines(text)
+    last = max(0, len(lines) - MATCHED_LINES + STRIDE - 1) // STRIDE * STRIDE
+    for start in range(0, last + 1, STRIDE):
+        in_no_other = lines[start:] if start == last else lines[start : start + STRIDE]
+        if sum(map(len, in_no_other)) > LONGEST:
+            yield from _cut(document, first + start, in_no_other, path)
+            continue
         shown = lines[start : start + SHOWN_LINES]
         whole = "".join(shown)[:LONGEST]
         if whole.strip():
@@ -109,7 +114,7 @@ def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
 def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
     """Yield paragraphs joined to a useful size; long ones are cut."""
     start = 0
-    lines = document.text.splitlines(keepends=True)
+    lines = split_lines(document.text)
     size = 0
     for place, line in enumerate(lines):
         size += len(line)
@@ -120,11 +125,20 @@ def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
             size = 0
 
 
-def _cut(document: Document, start: int, lines: list[str]) -> Iterator[tuple[Passage, str]]:
-    """Yield the lines as passages of at most `LONGEST` characters."""
+def _cut(
+    document: Document, start: int, lines: list[str], path: str = ""
+) -> Iterator[tuple[Passage, str]]:
+    """Yield the lines as passages of at most `LONGEST` characters.
+
+    Args:
+        document: document of the lines.
+        start: number of the first one in the document.
+        lines: the lines, with their ends.
+        path: file that they belong to; empty: the document.
+    """
     text = "".join(lines)
     stop = start + len(lines)
     for place, begin in enumerate(range(0, len(text), LONGEST)):
         piece = text[begin : begin + LONGEST]
         if piece.strip():
-            yield Passage(document.name, document.kind, start, stop, piece, piece=place), piece
+            yield Passage(document.name, document.kind, start, stop, piece, path, place), piece

@@ -1,26 +1,38 @@
 """Tokenise text for search: identifiers as a whole and in parts."""
 
-import re
 import unicodedata
+from itertools import pairwise
 
 import regex
 
-WORD = re.compile(r"[^\W_]+(?:_+[^\W_]+)*")
-PART = regex.compile(r"\p{Lu}+(?=\p{Lu}\p{Ll})|\p{Lu}?\p{Ll}+|\p{Lu}+|\d+|[^\p{Lu}\p{Ll}\d_]+")
+LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*"
+"""Letters and digits with their marks: many scripts write vowels as marks on consonants."""
+WORD = regex.compile(rf"{LETTERS}(?:_+{LETTERS})*")
+UPPER, LOWER = r"(?:\p{Lu}\p{M}*)", r"(?:\p{Ll}\p{M}*)"
+PART = regex.compile(
+    rf"{UPPER}+(?={UPPER}{LOWER})|{UPPER}?{LOWER}+|{UPPER}+|\d+|[^\p{{Lu}}\p{{Ll}}\d_]+"
+)
 """Part of a word: capitals, a capitalised or lower-case run, digits, or letters without case."""
-WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+JOINER = "\u200d"
+"""Asks for a joined form of the letters beside it; some writers leave it out."""
+SCRIPTS = ("Han", "Hiragana", "Katakana", "Hangul", "Thai", "Lao", "Khmer", "Myanmar")
+WITHOUT_SPACES = regex.compile(
+    "(?:[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]\p{M}*)+"
+)
+"""A run of a script without spaces between words; U+30FC lengthens vowels in Japanese."""
 
 
 def search_words(text: str) -> list[str]:
     """Return the lower-case search terms of a text for BM25.
 
     An identifier yields itself and its parts: `parseHeader_v2` gives `parseheader_v2`, `parse`,
-    `header`, `v`, `2`. Chinese, Japanese and Korean yield character bigrams, since their words are
-    not separated by spaces. An accent is part of its letter, however it is encoded.
+    `header`, `v`, `2`. Chinese, Japanese, Korean, Thai, Lao, Khmer and Burmese yield character
+    bigrams, since spaces don't separate all their words. Accents and vowel signs are part of their
+    letter, however they are encoded.
     """
     words: list[str] = []
-    # A combining accent is no letter to `WORD`, which would split the word there.
-    for match in WORD.finditer(unicodedata.normalize("NFC", text)):
+    joined = unicodedata.normalize("NFC", text).replace(JOINER, "")
+    for match in WORD.finditer(joined):
         word = match[0]
         if WITHOUT_SPACES.search(word):
             words += [pair for run in WITHOUT_SPACES.findall(word) for pair in _pairs(run)]
@@ -33,4 +45,5 @@ def search_words(text: str) -> list[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    return [run[place : place + 2] for place in range(len(run) - 1)] or [run]
+    letters = regex.findall(r"\X", run)  # with their marks
+    return ["".join(pair) for pair in pairwise(letters)] or [run]

@@ -132,7 +132,9 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            raise  # a request of the program's own is wrong
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:  # a training's message says what it has saved

@@ -6,7 +6,7 @@ update that is plugged in while it serves.
 An expert is trained on each folder. Each gets a key that may use no other expert. Its team asks for
 continuations of passages that the training held out, without naming an expert; asks once for
 an expert of another team, which is refused; and goes on asking while one expert is replaced by its
-update: the newest file of its source is kept from the first training. Prints what the metrics
+update: the newest text of its source is kept from the first training. Prints what the metrics
 count.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 import urllib.error
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
+from deepseek.data.text.source import Skipped, folder_documents
 from deepseek.errors import DataError
 from deepseek.evaluate.cases import next_line_cases
 from deepseek.server.service import Settings
@@ -76,12 +78,15 @@ def main() -> None:
         for name, team in teams.items():
             figures["teams"][name] = asked(team, passages(options.base, name, options.asked))
         figures["refused"] = refused(teams)
-        ask = Asking(teams[updated], passages(options.base, updated, options.asked))
-        start = time.perf_counter()
-        shutil.copy(options.sources[0][1] / kept, sources[updated] / kept)
-        deepseek.train_expert(update=updated, **amount)
-        replace(Client(client.url, admin), updated)
-        figures["update"] = {"seconds": time.perf_counter() - start, **ask.stop()}
+        prompts = passages(options.base, updated, options.asked)
+        with Asking(teams[updated], prompts) as asking:
+            start = time.perf_counter()
+            copy_text(options.sources[0][1], sources[updated], kept)
+            deepseek.train_expert(update=updated, **amount)
+            replace(Client(client.url, admin), updated)
+            seconds = time.perf_counter() - start
+        counts = {"replies": asking.replies, "failures": asking.failures}
+        figures["update"] = {"seconds": seconds, **counts}
         metrics = Client(client.url, admin).get("/metrics")
         figures["tokens"] = {
             name: int(float(count))
@@ -93,17 +98,35 @@ def main() -> None:
 
 
 def without_newest(source: Path, name: str) -> tuple[Path, Path]:
-    """Return the path of a folder's newest file in it, and a copy of the folder without it."""
-    files = [path for path in source.rglob("*") if path.is_file()]
-    if len(files) < 2:
-        raise DataError(f"{source} holds {len(files)} files; give two or more, one for the update.")
-    newest = max(files, key=lambda path: path.stat().st_mtime)
+    """Return the path of the newest text in a folder, and a copy of the others.
+
+    Args:
+        source: the folder.
+        name: name of the expert that learns from the copy.
+
+    Raises:
+        DataError: there are fewer than two texts.
+    """
+    times = {
+        Path(*Path(document.name).parts[1:]): document.time  # the first part is the folder's name
+        for document in folder_documents(source.resolve(), Skipped())
+    }
+    if len(times) < 2:
+        raise DataError(
+            f"{source} holds {len(times)} files with text; give two or more, one for the update."
+        )
+    newest = max(times, key=times.__getitem__)
     copied = home() / "applications" / name
     shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(source, copied)
-    place = newest.relative_to(source)
-    (copied / place).unlink()
-    return place, copied
+    for place in times.keys() - {newest}:
+        copy_text(source, copied, place)
+    return newest, copied
+
+
+def copy_text(source: Path, target: Path, place: Path) -> None:
+    """Copy one file from a folder to the same place in another."""
+    (target / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source / place, target / place)
 
 
 def passages(base: str, name: str, count: int) -> list[str]:
@@ -155,30 +178,36 @@ def replace(admin: Client, name: str) -> None:
 
 
 class Asking:
-    """A team that asks one passage after another until it is stopped."""
+    """A team that asks one passage after another until the block ends.
+
+    Attributes:
+        replies: number of replies.
+        failures: number of requests that failed.
+    """
 
     def __init__(self, team: Client, prompts: list[str]) -> None:
         self.team = team
         self.prompts = prompts
         self.replies = 0
         self.failures = 0
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
 
-    def run(self) -> None:
-        while not self.done.is_set():
+    def __enter__(self) -> "Asking":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.is_set():
             try:
                 continued(self.team, self.prompts[self.replies % len(self.prompts)])
                 self.replies += 1
-            except urllib.error.URLError:
+            except (OSError, HTTPException):
                 self.failures += 1
-
-    def stop(self) -> dict[str, int]:
-        """Stop, and return how many replies came and how many requests failed."""
-        self.done.set()
-        self.thread.join()
-        return {"replies": self.replies, "failures": self.failures}
 
 
 if __name__ == "__main__":

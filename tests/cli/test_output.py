@@ -142,5 +142,17 @@ def test_names_of_runs_and_figures_are_written_out(
         assert words != ["list"] or "damaged" in output.out
 
 
+def test_a_long_name_of_a_run_stands_apart_from_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    for name in ("short", "n" * 64):
+        write_json(home() / "runs" / name / "result.json", {"held_out_loss": 1.5})
+    with pytest.raises(SystemExit, match="0"):
+        main(["runs", "list"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [["n" * 64, "finished"], ["short", "finished"]]
+
+
 def test_plain_text_keeps_lines_and_has_no_markup() -> None:
     assert plain("[red]a\nb\x07").plain == "[red]a\nb\\x07"

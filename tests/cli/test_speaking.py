@@ -177,16 +177,18 @@ def test_undecodable_input_is_one_sentence(
     assert told.err.count("\n") == 1 and not told.out
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe\n", b"ok \x80\n"])
-def test_undecodable_lines_end_no_chat_in_a_traceback(
-    data: bytes, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"ok \x80", b"cut \xe2\x82"])
+def test_an_undecodable_line_costs_a_chat_no_other(
+    line: bytes, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    stdin = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", stdin)
-    code = run("chat", "--base", base_folder, "--experts", "", "--max-tokens", "2")
-    told = capsys.readouterr()
-    assert code in (0, 2)
-    assert "Traceback" not in told.err and "unexpected" not in told.err
+    data = b"\n".join([b"before", line, b"after", line])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    with Engine(*loaded) as engine:
+        session = ChatSession(engine, Sampling(max_new_tokens=2), Console(width=200))
+        session.run()
+    questions = [turn["content"] for turn in session.messages if turn["role"] == "user"]
+    assert questions == ["before", "after"]
+    assert capsys.readouterr().out.count("error: the line is not UTF-8; write it again.") == 2
 
 
 def test_chat_plugs_arms_and_unplugs(

@@ -2,12 +2,17 @@
 deleted.
 """
 
+import os
 import sys
+import time
+from http.client import RemoteDisconnected
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from deepseek.errors import DataError
 
 APPLICATIONS = Path(__file__).parents[2] / "examples" / "applications"
 
@@ -61,6 +66,32 @@ def test_wrong_input_is_told(
     with pytest.raises(SystemExit, match=r"^2$"):
         application("serving").run(application(name).main)
     assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_file_that_is_left_for_the_update_is_one_that_training_reads(texts: Path) -> None:
+    (texts / "part").mkdir()
+    (texts / "part" / "newest.md").write_text("text\n")
+    os.utime(texts / "part" / "newest.md", (2e9, 2e9))
+    (texts / ".git").mkdir()
+    for name in (".git/FETCH_HEAD", "image.png", "empty.txt"):
+        (texts / name).write_bytes(b"\x00" if name == "image.png" else b"")
+        os.utime(texts / name, (3e9, 3e9))
+    (texts / "link.txt").symlink_to("/nonexistent")
+    newest, copied = application("team_server").without_newest(texts, "one")
+    assert newest == Path("part/newest.md")
+    assert sorted(path.name for path in copied.rglob("*")) == ["0.txt", "1.txt", "2.txt"]
+
+
+def test_a_team_asks_no_longer_when_its_block_fails() -> None:
+    def post(*_: object) -> None:
+        raise RemoteDisconnected
+
+    asking = application("team_server").Asking(SimpleNamespace(post=post), ["passage"])
+    with pytest.raises(DataError), asking:
+        while not asking.failures:
+            time.sleep(0.001)
+        raise DataError("The changes hold no new text.")
+    assert not asking._thread.is_alive()
 
 
 def test_home_may_stand_behind_a_name(monkeypatch: pytest.MonkeyPatch, texts: Path) -> None:

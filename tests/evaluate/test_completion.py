@@ -89,6 +89,13 @@ def test_prose_is_compared_as_far_as_it_is_asked_for() -> None:
     assert (scores.exact, scores.similarity, scores.infilled) == ([1.0], [1.0], [1.0])
 
 
+def test_a_line_ends_where_an_answer_is_cut() -> None:
+    line = "first_half\fsecond_half\u2028third"
+    text = "".join(f"{number}\n" for number in range(LEAST_LINES)) + f"{line}\nafter\n"
+    (case,) = next_line_cases([Document(text, "repo/x.py", "code")], 1)
+    assert case.target == line and case.after == "after\n"
+
+
 def test_only_what_a_commit_added_is_asked_for() -> None:
     cases = next_line_cases([DIFF], 50)
     assert cases and all(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data import Document
+from deepseek.data.text.document import Kind, split_lines
 from deepseek.errors import DataError
 from deepseek.retrieval.index import FORMAT, Index, beginning
 from deepseek.retrieval.passages import LONGEST, passages
@@ -84,6 +85,12 @@ def test_a_beginning_fits_and_ends_with_a_line_if_that_keeps_half(text: str, mos
         ("parseДанныеHTTP", ["parse", "данные", "http", "parseданныеhttp"]),
         ("東京タワー", ["東京", "京タ", "タワ", "ワー"]),
         ("한국어 x²", ["한국", "국어", "x", "²", "x²"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("শক্তি க்ஷ র\u200d্য", ["শক্তি", "க்ஷ", "র্য"]),
+        ("עִבְרִית", ["עִבְרִית"]),
+        ("می\u200cخواهم", ["می", "خواهم"]),
+        ("ภาษาไทย x", ["ภา", "าษ", "ษา", "าไ", "ไท", "ทย", "x"]),
+        ("x\u0304_Y", ["x\u0304", "y", "x\u0304_y"]),
         ("+ - __ ()", []),
     ],
 )
@@ -120,6 +127,21 @@ def test_passages_show_all_lines_with_something_on_them(texts: list[str], kind: 
         covered = {line for passage in shown for line in range(passage.start, passage.stop)}
         assert {number for number, line in enumerate(lines) if line.strip()} <= covered
         assert all(passage.text in text and len(passage.text) <= LONGEST for passage in shown)
+
+
+@given(
+    st.lists(st.sampled_from([3, 40, 300, 900, 3000]), max_size=40),
+    st.sampled_from(["code", "text", "commit"]),
+)
+def test_all_text_is_matched_with_however_long_its_lines(lengths: list[int], kind: Kind) -> None:
+    text = "\f\n".join(f"{number:{length}}" for number, length in enumerate(lengths))
+    lines = split_lines(text)
+    is_covered = [character.isspace() for character in text]
+    for passage, matched in passages(Document(text, "file", kind)):
+        begin = sum(map(len, lines[: passage.start])) + passage.piece * LONGEST
+        assert text.startswith(passage.text, begin) and passage.text.startswith(matched)
+        is_covered[begin : begin + len(matched)] = [True] * len(matched)
+    assert all(is_covered)
 
 
 def test_a_query_finds_its_subject_and_no_two_passages_overlap() -> None:

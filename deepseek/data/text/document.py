@@ -92,6 +92,14 @@ def document_name(name: str) -> str:
     return LINE_BREAKS.sub("\ufffd", unicode_only(name))
 
 
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text with their line ends, as editors and git count them.
+
+    They end at line feeds alone; `str.splitlines` also ends them at form feeds and others.
+    """
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
 def characters(documents: Iterable[Document]) -> int:
     """Return the length of all documents together."""
     return sum(len(document.text) for document in documents)

@@ -20,7 +20,7 @@ from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import whole_text
 
-FORMAT = "4"
+FORMAT = "5"
 """Changes when the same text is indexed in another way."""
 
 
