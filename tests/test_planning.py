@@ -209,9 +209,11 @@ def test_an_update_takes_two_tensors_on_a_processor_and_all_on_a_gpu() -> None:
 
 
 def test_keys_spread_over_as_many_devices_as_there_are_groups() -> None:
-    plans = {gpus: plan_inference({**DENSE, "num_key_value_heads": 2}, gpus) for gpus in (1, 2, 8)}
+    numbers = (1, 2, 3, 8)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    plans = {gpus: plan_inference({**DENSE, **heads}, gpus) for gpus in numbers}
     keys = {gpus: made.memory.keys_values for gpus, made in plans.items()}
-    assert keys[1] == 2 * keys[2] == 2 * keys[8]
+    assert keys[1] == 2 * keys[2] == 2 * keys[3] == 4 * keys[8]  # of three, one has two groups
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,66 @@ def write_gguf(
     return path
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "lfm2": SIZES | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}
+"""Fields of two architectures that `transformers` loads whole."""
+
+
+def write_other(
+    architecture: str, path: Path, without: str = "", facts: dict[str, int] | None = None
+) -> PreTrainedModel:
+    """Write a random model of an architecture of `OTHERS` to a file and return it.
+
+    Args:
+        architecture: the architecture.
+        path: the file.
+        without: name of a tensor to leave out.
+        facts: metadata below the architecture that differ.
+    """
+    torch.manual_seed(0)
+    ids = {name: SIZES[name] for name in SIZES if name.endswith(("_id", "vocab_size"))}
+    config = CONFIG_MAPPING[architecture](**(ids | OTHERS[architecture]))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    writer = gguf.GGUFWriter(path, architecture)
+    numbers = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+    }
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        numbers["feed_forward_length"] = 4 * config.hidden_size
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_array("lfm2.attention.head_count_kv", [0, config.num_key_value_heads])
+        numbers["feed_forward_length"] = config.intermediate_size
+        numbers["vocab_size"] = config.vocab_size
+        numbers["shortconv.l_cache"] = config.conv_L_cache
+    for key, value in (numbers | (facts or {})).items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    add_vocabulary(writer, "gpt-2", sentencepiece=False)
+    kind = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, suffix = name.rsplit(".", 1)
+        values = tensor.numpy()
+        if architecture == "gpt2" and ".h." in name:
+            values = values.T  # of its `Conv1D`; vectors stay
+        if values.ndim == 3:
+            values = values[:, 0]  # the convolution has one channel a group
+        if name != "lm_head.weight" and f"{table.get_name(stem)}.{suffix}" != without:
+            writer.add_tensor(f"{table.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, split_rule: str, sentencepiece: bool) -> None:
     """Write a byte-level or a SentencePiece vocabulary of 260 tokens."""
     if sentencepiece:

@@ -6,7 +6,8 @@ number of shards, their order, file names or metadata.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from deepseek.checkpoint.store import (
     write_json,
 )
 from deepseek.errors import CheckpointError
+
+SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)")
+"""Name of a shard, as `save_pretrained` writes it."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,27 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds no .safetensors weights; save the model with save_pretrained first."
         )
-    for file in files:
+    for file in [*files, *_other_shards(files)]:
         if not file.is_file():
             raise CheckpointError(
-                f"{file} is missing though the index names it; download the model again."
+                f"{file} is missing though the other shards or their index name it; download the "
+                "model again."
             )
     return files
+
+
+def _other_shards(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield the paths of all shards that the names of files count, as in
+    `model-00001-of-00009.safetensors`: an interrupted download may not have the index yet.
+    """
+    for file in files:
+        if match := SHARD.fullmatch(file.name):
+            begin, number, count, end = match.groups()
+            if number == "00001":
+                for other in range(2, int(count) + 1):
+                    yield file.with_name(f"{begin}{other:05}-of-{count}{end}")
+            else:
+                yield file.with_name(f"{begin}00001-of-{count}{end}")
 
 
 def fingerprint(folder: str | Path) -> Fingerprint:

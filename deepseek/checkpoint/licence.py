@@ -48,8 +48,12 @@ MALFORMED = (
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 """The fields at the start of a card, between two lines of dashes."""
 
-RESTRICTED = re.compile(r"^(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.IGNORECASE)
-"""Parts of Hugging Face licence ids whose terms restrict the use of derivatives."""
+RESTRICTED = re.compile(
+    r"^(LicenseRef-)?(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.IGNORECASE
+)
+"""Parts of Hugging Face licence ids, and of their SPDX forms, whose terms restrict the use of
+derivatives.
+"""
 
 
 TERMS = re.compile(

@@ -23,10 +23,10 @@ def pull(
     """Fetch a base model into the local cache, or convert a GGUF file into it; print its licence
     and its folder. If interrupted, the same command resumes it.
     """
+    from deepseek.checkpoint.hub import names_file
     from deepseek.checkpoint.licence import read_licence
 
-    file = Path(name).expanduser()
-    if not file.is_file() and file.suffix != ".gguf":
+    if not names_file(name):
         refuse_ignored("goes with a GGUF file", dtype=dtype)
     folder = fetch(name, dtype)
     licence = read_licence(folder)

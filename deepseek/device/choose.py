@@ -33,6 +33,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     """
     if isinstance(name, torch.device) and name.type not in ("cpu", "cuda", "mps"):
         return name  # a backend that this module does not know, such as the meta device
+    if isinstance(name, torch.device) and name.type != "cuda":
+        name = name.type  # there is one of them, with or without its index
     text = str(name) if isinstance(name, str | torch.device) else shown(name)
     if not re.fullmatch(DEVICE, text):
         raise ConfigError(f"device {shown(name)} is unknown; {nearest(text, DEVICES)}.")

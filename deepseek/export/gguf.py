@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from deepseek.checkpoint.convert import OWN_TYPE, read_tensors
+from deepseek.checkpoint.convert import OWN_TYPE, is_computed, read_tensors
 from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.gguf.config import (
     FAMILIES,
@@ -237,7 +237,7 @@ def _sources(
     experts: dict[tuple[str, int], str] = {}
     sources: dict[str, list[str]] = {}
     for name in sorted(tensors):
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if is_computed(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
         match = _ONE_EXPERT.match(name)
         stem = (
@@ -318,11 +318,19 @@ def _frequency_factors(config: PretrainedConfig) -> dict[str, Floats]:
 
 
 def _stops(folder: Path) -> list[int]:
-    """Return the ids of the tokens at which generation stops."""
-    if not (folder / "generation_config.json").is_file():
+    """Return the ids of the tokens at which generation stops.
+
+    Raises:
+        CheckpointError: they are no whole numbers.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
         return []
-    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return stops if isinstance(stops, list) else [stops]
+    stops = read_object(file).get("eos_token_id") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(stop) is int for stop in stops):
+        raise CheckpointError(f"{file} has an eos_token_id that is no token's number; correct it.")
+    return stops
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

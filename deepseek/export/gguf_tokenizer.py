@@ -87,9 +87,11 @@ def _vocabulary(
     """Return the text and the kind of every token by id."""
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     special = {token["id"]: token["special"] for token in content["added_tokens"]}
-    if max(texts) >= vocab_size:
+    # An added token without a row stands for something else, such as the place of an image.
+    largest = max(texts.keys() - special.keys(), default=0)
+    if largest >= vocab_size:
         raise ConfigError(
-            f"The tokenizer has {max(texts) + 1} tokens, more than the model's {vocab_size}; "
+            f"The tokenizer has {largest + 1} tokens, more than the model's {vocab_size}; "
             "llama.cpp cannot use it."
         )
     tokens = []
@@ -137,7 +139,7 @@ def _adds_space(content: dict[str, Any]) -> bool:
 
 def _split_rule(content: dict[str, Any]) -> str:
     """Return llama.cpp's name for the rule by which a byte-level tokenizer splits text."""
-    step = content["pre_tokenizer"]
+    step = content["pre_tokenizer"] or {"type": "none"}
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     kinds = [part["type"] for part in steps]
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:

@@ -8,6 +8,7 @@ two reductions per layer.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from deepseek import checks
@@ -110,7 +111,7 @@ class InferencePlan:
         share = chunk / self.length if self.attention == "exact" else 1.0
         return InferenceMemory(
             weights=self.weights.total / self.gpus,
-            keys_values=self.batch * self._sequence_bytes / self._key_shares,
+            keys_values=self.batch * self._sequence_bytes * self._key_share,
             activations=hidden + logits,
             attention=one_layer * share / model.num_hidden_layers / self.gpus,
         )
@@ -154,16 +155,17 @@ class InferencePlan:
         read_keys = self.key_value_bytes * keys / model.num_hidden_layers * self.batch
         weights = self.weights.resident + experts * self.weights.expert
         # Each device reads its share of both at the same time.
-        moved = weights / self.gpus + read_keys / self._key_shares
+        moved = weights / self.gpus + read_keys * self._key_share
         flops = 2.0 * self.parameters.active * self.batch
         moving = moved / (self.device.bandwidth * self.device.bandwidth_share)
         computing = flops / (self.device.flops * self.device.utilisation * self.gpus)
         return max(moving, computing) + self._hops(self.batch)
 
     @property
-    def _key_shares(self) -> int:
-        """Number of devices over which keys and values spread: a group is on at least one."""
-        return min(self.gpus, self.architecture.groups)
+    def _key_share(self) -> float:
+        """Share of keys and values on the device with the most groups: each lies whole on one."""
+        groups = self.architecture.groups
+        return ceil(groups / self.gpus) / groups
 
     @property
     def _attending(self) -> Architecture:

@@ -141,6 +141,14 @@ def forget_a_shard(folder: Path) -> None:
     )
 
 
+def break_off_before_the_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def break_off_before_the_first_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+
+
 def write_text(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs\n")
 
@@ -150,7 +158,16 @@ def spoil_tokenizer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, point_outside, forget_a_shard, write_text, spoil_tokenizer]
+    "damage",
+    [
+        truncate,
+        point_outside,
+        forget_a_shard,
+        break_off_before_the_index,
+        break_off_before_the_first_shard,
+        write_text,
+        spoil_tokenizer,
+    ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = save(tmp_path / "model", WEIGHTS, TOKENIZER)

@@ -279,10 +279,12 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     assert hub.resolve("owner/name") == converted
 
 
+@pytest.mark.parametrize("arrived", [[], ["model-00001-of-00009.safetensors"]])
 def test_a_download_that_breaks_off_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arrived: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", *arrived):
+        (tmp_path / name).write_text("{}")
 
     def snapshot(name: str, *, local_files_only: bool = False, **_: object) -> str:
         if not local_files_only:
@@ -365,6 +367,12 @@ def test_a_gguf_file_is_converted_once_for_its_content(
     with pytest.raises(TypeError):  # another dtype is another folder
         hub.pull(str(tiny_file), dtype="bfloat16")
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+def test_a_gguf_file_may_have_a_long_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    file = tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / f"{'n' * 250}.gguf")
+    assert hub.resolve(file).name.startswith("nnn")
 
 
 def test_a_gguf_file_names_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepseek.cli.main import main
+from deepseek.device.choose import choose_device
 from deepseek.errors import DataError
 from deepseek.train.jobs import merge, watch
 
@@ -128,3 +129,11 @@ def test_merge_loads_the_base_as_it_is_told_to(
         main(["expert", "merge", "greek", "stars", "--out", "both", *options])
     assert stop.value.code == 2
     assert [given["dtype"] for given in loaded] == [dtype]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_the_device_of_a_tensor_may_be_passed_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert choose_device(torch.device(kind, 0)) == torch.device(kind)

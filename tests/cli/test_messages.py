@@ -71,6 +71,7 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
         ("expert lock --experts-folder nosuch", "--experts-folder nosuch is not a folder"),
         ("expert lock --out .", "cannot be written, it is a folder; choose another path."),
         ("expert lock", "There is no expert for the base smollm2-135m in "),
+        ("pull ~nosuchuser/x", "'~nosuchuser/x' is no model's name or folder ("),
         ("eval one --against ,", "--against ',' names no method; give rag or lora or full."),
         ("expert lock --experts ,", "--experts ',' names no expert; give names, or all."),
         ("expert lock --base tiny", "There is no expert for the base tiny in "),

@@ -8,6 +8,7 @@ import tiny_gguf
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -155,6 +156,42 @@ def test_the_stops_of_a_folder_go_along(stops: int | list[int], tmp_path: Path) 
     written = generation_config(read_gguf(out)).eos_token_id
     expected = [2, stops] if stops == 5 else stops
     assert written == expected
+
+
+@pytest.mark.parametrize("stops", ["2", ["x"], 2.5, {"a": 1}])
+def test_stops_that_are_no_tokens_are_named(stops: object, tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    write_json(folder / "generation_config.json", {"eos_token_id": stops})
+    with pytest.raises(CheckpointError, match=r"generation_config.json has an eos_token_id"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+
+
+def test_a_tokenizer_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    write_json(
+        folder / "tokenizer.json", read_json(folder / "tokenizer.json") | {"pre_tokenizer": None}
+    )
+    with pytest.raises(ConfigError, match=r"rule that llama\.cpp has no known name for"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+
+
+def test_an_added_token_without_a_row_is_left_out(tmp_path: Path) -> None:
+    folder = stock("gemma3", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert len(tokenizer) == 261
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "out.gguf"
+    assert export_model(folder, out, "gguf") < 1e-2
+    assert len(read_gguf(out).facts["tokenizer.ggml.tokens"]) == 260
+
+
+def test_computed_tensors_of_older_checkpoints_are_left_out(tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert export_model(folder, tmp_path / "out.gguf", "gguf") < 1e-2
 
 
 def test_scaled_positions_and_the_licence_go_along(tmp_path: Path) -> None:

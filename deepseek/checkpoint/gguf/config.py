@@ -99,8 +99,9 @@ def model_config(file: GgufFile) -> PretrainedConfig:
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_rope(file),
+        **_window(file),
     }
-    _check_layers(file)
+    check_layers(file)
     if family in LARGEST_GEMMA and "head_dim" in values:
         values["query_pre_attn_scalar"] = values["head_dim"]
         if values.get("num_hidden_layers") == LARGEST_GEMMA[family]:
@@ -116,6 +117,16 @@ def model_config(file: GgufFile) -> PretrainedConfig:
     return config
 
 
+def _window(file: GgufFile) -> dict[str, Any]:
+    """Return the sliding window of Phi-3, which the tables of `transformers` leave out; 0 is none.
+
+    llama.cpp ignores it, and so computes another model beyond the window.
+    """
+    if file.architecture != "phi3":
+        return {}
+    return {"sliding_window": file.facts.get("phi3.attention.sliding_window") or None}
+
+
 def describes_no_model(file: GgufFile, family: str, error: Exception) -> CheckpointError:
     """Return the error of metadata that a class of `transformers` refuses."""
     reason = " ".join(str(error).split())
@@ -125,10 +136,11 @@ def describes_no_model(file: GgufFile, family: str, error: Exception) -> Checkpo
     )
 
 
-def _check_layers(file: GgufFile) -> None:
+def check_layers(file: GgufFile) -> None:
     """Raise `CheckpointError` if the file states more layers than it has tensors.
 
-    A model is built from the stated number, also on the meta device, before its tensors are read.
+    A model is built from the stated number, also on the meta device, before its tensors are read,
+    and `transformers` takes time in proportion to its cube.
     """
     layers = file.facts.get(f"{file.architecture}.block_count", 0)
     if not isinstance(layers, int) or not 0 <= layers <= len(file.tensors):

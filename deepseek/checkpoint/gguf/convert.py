@@ -22,9 +22,11 @@ from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
 )
+from transformers.utils.quantization_config import GgufConfig
 
 from deepseek.checkpoint.gguf.config import (
     FAMILIES,
+    check_layers,
     describes_no_model,
     generation_config,
     model_config,
@@ -78,6 +80,7 @@ def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> 
             f"{source} holds a model of the unknown architecture {file.architecture!r}; "
             f"{nearest(file.architecture, {*FAMILIES, *_read_by_transformers()})}."
         )
+    check_layers(file)
     tokenizer = gguf_tokenizer(file)
     weights_dtype = pick(DTYPES, dtype, "dtype") if dtype else exact_dtype(file)
     if file.architecture in FAMILIES:
@@ -142,10 +145,7 @@ def _parameters(
     missing = sorted(names.keys() - set(stems.values()))
     if unknown or missing:
         what = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor {missing[0]!r}"
-        raise CheckpointError(
-            f"{file.path} has {what}, so it does not fit its own metadata ({len(missing)} missing, "
-            f"{len(unknown)} unknown); convert the original model to GGUF again."
-        )
+        raise _does_not_fit(file, what, len(missing), len(unknown))
     sources: dict[str, list[str]] = {}
     for gguf_name, stem in stems.items():
         if stem in names:
@@ -158,6 +158,13 @@ def _parameters(
                 f"asks for {list(expected[name].shape)}; convert the original model again."
             )
         yield from revert_weight_conversion(model, {name: value.to(dtype)}).items()
+
+
+def _does_not_fit(file: GgufFile, what: str, missing: int, unknown: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file.path} has {what}, so it does not fit its own metadata ({missing} missing, "
+        f"{unknown} unknown); convert the original model to GGUF again."
+    )
 
 
 def parameter_names(
@@ -221,13 +228,20 @@ def _value(
 
 
 def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
-    """Load the model with `transformers` and save it."""
+    """Load the model with `transformers` and save it.
+
+    Raises:
+        CheckpointError: it cannot be read, or its tensors are not those of the model, which
+            `transformers` would fill with random numbers.
+    """
     try:
         with redirect_stderr(StringIO()):  # its progress bars
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.path.parent,
                 gguf_file=file.path.name,
                 dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
@@ -237,6 +251,9 @@ def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
             f"transformers cannot read the {file.architecture} model in {file.path} ({reason}); "
             "use the original model's folder or hub id."
         ) from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    model, report = loaded
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unknown:
+        what = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor for {missing[0]!r}"
+        raise _does_not_fit(file, what, len(missing), len(unknown))
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)

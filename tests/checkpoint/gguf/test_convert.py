@@ -52,6 +52,40 @@ def test_logits_are_those_of_the_model_and_of_transformers(
     assert torch.allclose(logits(ours), logits(model), atol=1e-6)  # Gemma's norms are stored + 1
 
 
+@pytest.mark.parametrize("architecture", tiny_gguf.OTHERS)
+def test_other_architectures_are_read_by_transformers(architecture: str, tmp_path: Path) -> None:
+    model = tiny_gguf.write_other(architecture, tmp_path / "tiny.gguf")
+    ours = AutoModelForCausalLM.from_pretrained(converted(tmp_path / "tiny.gguf"))
+    assert type(ours) is type(model)
+    assert torch.equal(logits(ours), logits(model))
+
+
+@pytest.mark.parametrize("architecture", tiny_gguf.OTHERS)
+def test_no_random_numbers_stand_for_a_missing_tensor(architecture: str, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf.write_other(architecture, file, without="blk.1.ffn_down.weight")
+    with pytest.raises(CheckpointError, match=r"no tensor for '.*1.*weight'.*1 missing, 0 unknown"):
+        converted(file)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "lfm2"])
+def test_more_layers_than_tensors_are_refused_at_once(architecture: str, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf.write_other(architecture, file, facts={"block_count": 300})
+    with pytest.raises(CheckpointError, match="states 300 layers and has"):
+        converted(file)
+
+
+@pytest.mark.parametrize("window", [8, 0])
+def test_the_window_of_phi_3_is_read(window: int, tmp_path: Path) -> None:
+    model = tiny_gguf.tiny_model("phi3", sliding_window=window or None)
+    facts = {} if window else {"phi3.attention.sliding_window": 0}
+    file = tiny_gguf.write_gguf(model, tmp_path / "tiny.gguf", "phi3", facts=facts)
+    ours = AutoModelForCausalLM.from_pretrained(converted(file))
+    assert ours.config.sliding_window == (window or None)
+    assert torch.allclose(logits(ours), logits(model), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [("llama", kind) for kind in (Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)]
@@ -322,7 +356,7 @@ def test_a_licence_id_becomes_an_spdx_expression(
     write_card(tmp_path, name, "https://example.org/terms", "A model: ours.")
     licence = read_licence(tmp_path)
     assert (licence.name, licence.link) == (expected, "https://example.org/terms")
-    assert licence.restricted is restricted
+    assert licence.restricted is licence_of(licence.name).restricted is restricted
     assert ("use restrictions" in str(licence)) is restricted
 
 
