@@ -60,13 +60,16 @@ def questions(
     from deepseek.data import clean
     from deepseek.data.builders.questions import all_questions
     from deepseek.data.text.filters import Skipped
-    from deepseek.errors import DataError
+    from deepseek.errors import ConfigError, DataError
     from deepseek.train.text.corpus import Source as TextSource
     from deepseek.train.text.corpus import read_source
 
     writable_file(out)
     refuse_address(from_git)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
+    file = from_jsonl or from_parquet
+    if file and file.resolve() == out.resolve():
+        raise ConfigError(f"--out {out} is the file to read; choose another name.")
     skipped = Skipped()
     documents, _ = clean(read_source(source, skipped), skipped)
     found_questions = all_questions(documents)

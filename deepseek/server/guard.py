@@ -44,6 +44,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
+ALERT = '<p role="alert">That key is not one of this server\'s; check it.</p>'
+"""Line of the login page for those who have just sent a wrong key."""
 
 
 class Guard:
@@ -133,8 +135,8 @@ class Guard:
         else:
             check_no_body(headers, method)
         check_length(headers, body.limit)
-        if path == LOGIN_PATH and method == "POST":
-            return self._login(await body.whole())
+        if path == LOGIN_PATH:
+            return self._login(await body.whole()) if method == "POST" else RedirectResponse("/")
         permissions = self._permissions(headers)
         scope.setdefault("state", {})["permissions"] = permissions
         if permissions is None and path not in OPEN_PATHS:
@@ -171,7 +173,7 @@ class Guard:
         key = parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip()
         permissions = permissions_of(key, self.keys)
         if permissions is None:
-            return login_page()
+            return login_page(refused=True)
         session = next(token for token, owner in self.sessions if owner == permissions)
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
@@ -280,12 +282,17 @@ def check_no_body(headers: Headers, method: str) -> None:
         raise ApiError(400, f"A {method} request has no body here; leave it out.")
 
 
-def login_page() -> Response:
-    """Return the login page with status 401."""
+def login_page(refused: bool = False) -> Response:
+    """Return the login page with status 401.
+
+    Args:
+        refused: whether it says that the key is not one of this server's.
+    """
     policy = {
         "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
     }
-    return HTMLResponse(LOGIN_PAGE.read_text(encoding="utf-8"), 401, policy)
+    page = LOGIN_PAGE.read_text(encoding="utf-8")
+    return HTMLResponse(page.replace(ALERT, ALERT if refused else ""), 401, policy)
 
 
 def require_admin(request: HttpRequest) -> None:

@@ -23,6 +23,17 @@ COMMANDS = (
 )
 
 
+def test_the_source_of_questions_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"text": "a text"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "questions", "--from-jsonl", str(file), "--out", str(file)])
+    assert "is the file to read; choose another name." in capsys.readouterr().err
+    assert file.read_text() == '{"text": "a text"}\n'
+
+
 def too_early(*_: object, **__: object) -> NoReturn:
     raise AssertionError("the path comes first")
 

@@ -156,7 +156,12 @@ def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
         asked = http.get("/")
         assert asked.status_code == 401
         assert "password" in asked.text
-        assert http.post("/login", data={"key": "wrong"}).status_code == 401
+        assert "role=" not in asked.text
+        refused = http.post("/login", data={"key": "wrong"})
+        assert refused.status_code == 401
+        assert '<p role="alert">That key is not one' in refused.text
+        again = http.get("/login")
+        assert (again.status_code, again.headers["location"]) == (307, "/")
         entered = http.post("/login", data={"key": USER})
         assert entered.status_code == 303
         assert {"HttpOnly", "SameSite=strict"} <= set(entered.headers["set-cookie"].split("; "))

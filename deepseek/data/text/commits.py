@@ -16,11 +16,11 @@ from pygit2.enums import DiffFind, DiffOption, SortMode
 
 from deepseek.data.text.document import Document, KnownNames, Lots
 from deepseek.data.text.git import damage_explained, file_name, repository_name
-from deepseek.data.text.git_diffs import diff_to_parent
+from deepseek.data.text.git_diffs import diff_to_parent, find_exact_renames
 from deepseek.data.text.patches import NOWHERE, Patch, message_and_patches
 
-MOST_MOVED = 100_000
-"""Most files of one commit that are looked for under other names with the same content."""
+MOST_COMPARED = 5_000
+"""Most files of one commit that are looked for under other names with similar content."""
 
 
 def renamed_files(
@@ -46,13 +46,18 @@ def renamed_files(
 
 
 def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
-    """Yield the former and the later path of each file that a diff renames."""
-    exact = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
-    # Git compares the content of a thousand files at most, so those that are the same are found
-    # before. The flags are given, lest the user's settings count.
-    diff.find_similar(flags=exact, rename_limit=MOST_MOVED)
+    """Yield the former and the later path of each file that a diff renames.
+
+    A module that moves may leave another file at its former path, which imports it from the new one.
+    """
+    if not added_paths(diff):
+        return
+    # Comparing contents takes time in proportion to the square of their number, so those that are
+    # the same are found before.
+    find_exact_renames(diff)
+    flags = DiffFind.FIND_RENAMES | DiffFind.FIND_RENAMES_FROM_REWRITES
     with suppress(pygit2.GitError):  # libgit2 fails at some diffs of files that are split
-        diff.find_similar(flags=DiffFind.FIND_RENAMES)
+        diff.find_similar(flags=flags, rename_limit=MOST_COMPARED)
     for delta in diff.deltas:
         if delta.status_char() == "R":
             yield delta.old_file.path, delta.new_file.path

@@ -3,16 +3,26 @@
 from collections.abc import Iterable, Iterator
 
 import pygit2
-from pygit2.enums import DiffOption, FileMode
+from pygit2.enums import DiffFind, DiffOption, FileMode
 
 from deepseek.data.text.document import Document, document_name
-from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped, reason_in_git
+from deepseek.data.text.filters import (
+    MAX_FILE_BYTES,
+    Skipped,
+    decode,
+    kind_of,
+    reason_by_content,
+    reason_in_git,
+)
 from deepseek.data.text.patches import NOWHERE
 
 MAX_COMMIT_CHARACTERS = 32_000
 """Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
 nothing.
 """
+
+MOST_MOVED = 100_000
+"""Most files of one commit that are looked for under other names with the same content."""
 
 MESSAGE_ENCODINGS = ("iso-8859-1", "iso-8859-15", "latin1", "windows-1252")
 """Encodings of messages, beside UTF-8, as git writes their names into commits."""
@@ -39,6 +49,15 @@ def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
     if commit.parents:
         return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
     return commit.tree.diff_to_tree(swap=True, flags=flags)
+
+
+def find_exact_renames(diff: pygit2.Diff) -> None:
+    """Make one change of each pair of a deleted and an added file with the same content.
+
+    The flags are given, lest the user's settings count.
+    """
+    flags = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
+    diff.find_similar(flags=flags, rename_limit=MOST_MOVED)
 
 
 def commit_documents(
@@ -97,13 +116,15 @@ def message_of(commit: pygit2.Commit) -> str:
 def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
     """Return a diff without line numbers, modes and blob ids, None if it is too long.
 
-    The format depends only on the two trees, not on the user's git settings. Files that are not
-    read as documents, by their names or sizes, are left out before their lines are compared.
+    The format does not depend on the user's git settings. Files that are not read as documents, by
+    their names, sizes or contents, are left out before their lines are compared, and so are files
+    that only their names have changed of: they would show the whole text, twice.
     """
+    find_exact_renames(diff)
     parts: list[str] = []
     left = MAX_COMMIT_CHARACTERS
     for index, delta in enumerate(diff.deltas):
-        if reason_in_git(delta.new_file.path) or is_oversized(repository, delta):
+        if reason_in_git(delta.new_file.path) or is_left_out(repository, delta):
             continue
         part = patch_text(diff[index], left)
         if part is None:
@@ -113,12 +134,19 @@ def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
     return "".join(parts)
 
 
-def is_oversized(repository: pygit2.Repository, delta: pygit2.DiffDelta) -> bool:
-    """Return whether a changed file is too large to be read, before or after; only the headers of
-    its objects are looked at.
+def is_left_out(repository: pygit2.Repository, delta: pygit2.DiffDelta) -> bool:
+    """Return whether a changed file, before or after, is too large to be read, is generated or
+    holds data.
     """
-    blobs = [file.id for file in (delta.old_file, delta.new_file) if file.mode in BLOB_MODES]
-    return any(repository.odb.read_header(blob)[1] > MAX_FILE_BYTES for blob in blobs)
+    for file in (delta.old_file, delta.new_file):
+        if file.mode not in BLOB_MODES:
+            continue
+        if repository.odb.read_header(file.id)[1] > MAX_FILE_BYTES:
+            return True
+        text = decode(repository[file.id].read_raw()) if file.mode != FileMode.LINK else None
+        if text and text.strip() and reason_by_content(text, kind_of(file.path)):
+            return True
+    return False
 
 
 def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:

@@ -88,13 +88,27 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
             file = Path(folder, name)
             reason = reason_by_path(name)
             if reason is None and file.is_symlink():
-                target = file.resolve()
-                is_inside = target.is_relative_to(inside)
-                reason = reason_by_path(target.name) if is_inside else "link out of the folder"
+                reason = _link_reason(file, inside)
             if reason:
                 skipped[reason] += 1
             else:
                 yield file
+
+
+def _link_reason(link: Path, root: Path) -> str | None:
+    """Return why the file that a link leads to is skipped, or None.
+
+    Args:
+        link: the link.
+        root: the folder that is read, without links in its path.
+    """
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return "unreadable"
+    if not target.is_relative_to(root):
+        return "link out of the folder"
+    return reason_by_path(target.relative_to(root).as_posix())
 
 
 def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Document | None:

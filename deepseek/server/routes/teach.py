@@ -142,10 +142,10 @@ class Teacher:
         """Interrupt the training process and wait for its end; kill it if it takes too long."""
         if self._task is None or self._task.done() or self._process is None:
             return
-        if self.lesson is not None:
-            self.lesson.state = "stopped"
         try:
             if self._process.returncode is None:
+                if self.lesson is not None:
+                    self.lesson.state = "stopped"
                 self._process.send_signal(signal.SIGINT)
             await asyncio.wait([self._task], timeout=STOP_SECONDS)
         finally:

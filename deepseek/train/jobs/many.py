@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from deepseek.errors import UserError
+from deepseek.checkpoint.files import located
+from deepseek.errors import ConfigError, UserError
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.cluster import connect
 from deepseek.train.jobs.expert import train_expert
@@ -80,12 +81,21 @@ def estimate_all(config: str | Path | Mapping[str, Any]) -> None:
 
 
 def _checked_settings(config: str | Path | Mapping[str, Any]) -> ExpertsSettings:
-    """Return the settings with arguments that an expert can have."""
+    """Return the settings with arguments that an expert can have.
+
+    Raises:
+        ConfigError: two experts have the same name or run folder.
+    """
     settings = ExpertsSettings.read(config)
+    places: dict[str, str] = {}
     for name, arguments in settings.experts.items():
         with _named(name):
-            given = {"base": settings.base, "name": name, **arguments}
-            ExpertArguments.read(**given).check_paths()
+            read = ExpertArguments.read(**{"base": settings.base, "name": name, **arguments})
+            read.check_paths()
+            place = str(located(read.run_folder)) if read.run_folder else str(read.name)
+            if place in places:
+                raise ConfigError(f"It is trained in {place} as {places[place]} is; change one.")
+            places[place] = name
     return settings
 
 

@@ -13,6 +13,7 @@ import pytest
 from git_history import Files, History
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pygit2.enums import DiffFind
 
 from deepseek.data import Document, clean, read_git, split
 from deepseek.data.text.commits import (
@@ -177,6 +178,24 @@ def test_every_moved_file_is_found_whatever_the_settings_say(history: History) -
     assert {later for _, later in moved} == {*places["b"], "b/other.py"}
 
 
+def test_a_module_that_leaves_an_import_behind_is_followed(history: History) -> None:
+    text = history.new_lines(30)
+    history.commit({"a.py": text, "other.py": history.new_lines(9)})
+    moved_text = text + history.new_lines(1)
+    history.commit({"a.py": "from b import *\n", "b.py": moved_text, "other.py": "line_0\n"})
+    assert ("a.py", "b.py") in renamed(history)
+    train, held_out = sides(history, "b.py")
+    assert not lines_of(train) & set(LINE.findall(moved_text))
+    assert lines_of(held_out) >= set(LINE.findall(moved_text))
+
+
+def test_more_than_a_thousand_files_that_move_with_a_change_are_found(history: History) -> None:
+    texts = {f"{number}.py": history.new_lines(8) for number in range(1100)}
+    history.commit({f"a/{name}": text for name, text in texts.items()})
+    history.commit({f"b/{name}": f"package b\n{text}" for name, text in texts.items()})
+    assert len(renamed(history)) == 1100
+
+
 def test_files_that_are_gone_are_on_one_side_each(history: History) -> None:
     gone = {f"gone_{number}.py": history.new_lines(9) for number in range(40)}
     rest = {"a.py": "a = 1\n", "b.py": "b = 1\n"}
@@ -233,10 +252,11 @@ class UncomparableDiff:
     """A diff of which libgit2 only finds equal files, as of a commit of `click`."""
 
     def __init__(self) -> None:
-        self.deltas: list[Any] = []
+        file = SimpleNamespace(path="a.py")
+        self.deltas: list[Any] = [SimpleNamespace(status_char=lambda: "A", new_file=file)]
 
     def find_similar(self, flags: int, rename_limit: int = 0) -> None:
-        if not rename_limit:
+        if not flags & DiffFind.FIND_EXACT_MATCH_ONLY:
             raise pygit2.GitError("unrecoverable internal error: 'delta_is_split(tgt)'")
         files = {"old_file": SimpleNamespace(path="b.py"), "new_file": SimpleNamespace(path="a.py")}
         self.deltas = [SimpleNamespace(status_char=lambda: "R", **files)]

@@ -122,9 +122,19 @@ def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
     (shelf / "b.txt").symlink_to("a.txt")
     (shelf / "c.txt").symlink_to("../private.txt")
     (shelf / "d.txt").symlink_to(".netrc")
+    (shelf / "vendor").mkdir()
+    (shelf / "vendor" / "x.txt").write_text("of others\n")
+    (shelf / "e.txt").symlink_to("vendor/x.txt")
+    (shelf / "f.txt").symlink_to("g.txt")
+    (shelf / "g.txt").symlink_to("f.txt")
     skipped = Skipped()
     assert [d.name for d in read_folder(shelf, skipped)] == ["shelf/a.txt", "shelf/b.txt"]
-    assert skipped == {"credentials": 2, "link out of the folder": 1}
+    assert skipped == {
+        "credentials": 2,
+        "link out of the folder": 1,
+        "vendored or built": 2,
+        "unreadable": 2,
+    }
 
 
 CREDENTIALS = [".env", ".env.production", ".netrc", ".pgpass", ".npmrc", ".git-credentials"]

@@ -190,6 +190,14 @@ def test_a_dry_run_estimates_each_expert_without_ray(
         estimate_all({"base": str(tiny_base), "experts": experts})
 
 
+@pytest.mark.parametrize("same", ["name", "run_folder"])
+def test_two_experts_in_one_place_are_refused(same: str, text_folder: Path, tmp_path: Path) -> None:
+    place = "x" if same == "name" else str(tmp_path / "x")
+    arguments = {"from_folder": str(text_folder), same: place}
+    with pytest.raises(ConfigError, match=r"experts\.two: It is trained in .*x as one is"):
+        estimate_all({"experts": {"one": arguments, "two": arguments}})
+
+
 def test_a_file_without_experts_is_refused() -> None:
     with pytest.raises(ConfigError, match="experts: "):
         next(train_all({"experts": {}}))
