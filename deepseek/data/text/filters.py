@@ -48,14 +48,14 @@ DATA_SUFFIXES = words("""
     .parquet .feather .arrow .h5 .hdf5 .pkl .pickle .pt .pth .safetensors .gguf .onnx .pyc .pyo .class .wasm .ttf
     .otf .woff .woff2 .eot .min.js .min.css
 """)
-CREDENTIALS = words(".env .git-credentials .htpasswd .netrc .npmrc .pgpass .pypirc")
+CREDENTIALS = words(".envrc .git-credentials .htpasswd .my.cnf .netrc .npmrc .pgpass .pypirc")
 """Names of files that hold passwords without quotes, which `redact` does not find."""
 
-ENVIRONMENT = ".env."
-"""Prefix of further such names, as in `.env.production`."""
+ENVIRONMENT = re.compile(r"\.env[.-].+|.*\.env", re.DOTALL)
+"""Further such names: `.env`, `.env.production`, `.env-prod`, `prod.env`."""
 
-EXAMPLES = (".example", ".sample", ".template")
-"""Suffixes of files of the same form that hold no passwords."""
+EXAMPLE = re.compile(r"(?:.*[._-])?(?:example|sample|template)(?:\.env)?", re.DOTALL)
+"""Names of files of the same form that hold no passwords: `.env.example`, `example.env`."""
 
 PROSE_SUFFIXES = words(".txt .md .markdown .rst .adoc .org .tex .html .htm .xhtml .text")
 GENERATED = re.compile(
@@ -92,7 +92,9 @@ def folder_reason(folder: Path) -> str | None:
 
 def is_credentials(name: str) -> bool:
     """Return whether a file of this name, in lower case, holds passwords without quotes."""
-    return name in CREDENTIALS or (name.startswith(ENVIRONMENT) and not name.endswith(EXAMPLES))
+    if name in CREDENTIALS:
+        return True
+    return bool(ENVIRONMENT.fullmatch(name)) and not EXAMPLE.fullmatch(name)
 
 
 def reason_in_git(path: str) -> str | None:

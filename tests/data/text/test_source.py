@@ -138,7 +138,9 @@ def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
 
 
 CREDENTIALS = [".env", ".env.production", ".netrc", ".pgpass", ".npmrc", ".git-credentials"]
+CREDENTIALS += [".envrc", "prod.env", "db.prod.env", ".my.cnf", ".env-prod"]
 NO_CREDENTIALS = [".env.example", ".env.sample", ".env.local.template", "env.py", ".envrc.md"]
+NO_CREDENTIALS += [".env-example", "example.env", ".sample.env", "my.cnf.txt", "prod.env.md", "env"]
 
 
 def test_files_of_passwords_are_not_read(tmp_path: Path) -> None:
