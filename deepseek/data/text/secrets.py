@@ -129,14 +129,21 @@ ADDRESS = re.compile(
 as it is. It is no placeholder of a format string, a shell or a page of documentation.
 """
 
-BEGIN = r"(?:(?<!\w)|(?<=\\[nrt]))"
-"""The begin of a word, or what follows an escaped end of a line."""
+BEGIN = r"(?:(?<!\w)|(?<=\\[nrt])|(?<=%[0-9A-F]{2}))"
+"""The begin of a word, or what follows an escaped end of a line or an escaped sign of an address."""
+
+AWS_RARE_ID = BEGIN + r"(?:ABIA|ACCA)(?=[A-Z]{0,15}[2-7])[A-Z0-9]{16}"
+"""Id of a key of AWS with a digit, as most have that are random in base 32. Without one, DNA in
+capitals would match.
+"""
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 
 RULES = (
     Rule("private-key", ("PRIVATE KEY",), PRIVATE_KEY),
-    *published("aws-key", "AKIA ASIA ABIA ACCA A3T aws AWS Aws", "AWS Access Key", group=1),
+    own("aws-key", "AKIA ASIA A3T", BEGIN + r"(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{16}" + TAIL),
+    own("aws-key", "ABIA ACCA", AWS_RARE_ID + TAIL),
+    *(rule for rule in published("aws-key", "aws AWS Aws", "AWS Access Key", 1) if rule.group),
     own("aws-key", "aws_secret AWS_SECRET", AWS_UNQUOTED, 1),
     *published("azure-key", "AccountKey=", "Azure Storage Account access key"),
     *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),

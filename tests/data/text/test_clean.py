@@ -75,6 +75,24 @@ def test_a_secret_leaves_only_its_kind(secret: str, kind: str) -> None:
     assert found[kind] == 1
 
 
+@pytest.mark.parametrize("prefix", ["AKIA", "ASIA", "ABIA", "ACCA"])
+@pytest.mark.parametrize("before", ["", "id=", "'", "[", "密钥", r"id\n", "Credential%3D"])
+def test_ids_of_keys_of_aws_go(prefix: str, before: str) -> None:
+    assert redact(f"{before}{prefix}QWERTYUIOPAS2DFG,")[0] == f"{before}<REDACTED:aws-key>,"
+
+
+@given(st.text("ACGT", max_size=200))
+def test_dna_is_no_key_of_aws(rest: str) -> None:
+    for before in ("", "GATT", ">seq1\n", "'"):
+        source = f"{before}ACCATTTGACCAGTTTGACCATTGAC{rest}\n"
+        assert redact(source) == (source, {})
+
+
+def test_capitals_within_a_word_are_no_key_of_aws() -> None:
+    protein = "MKTAYIAKIAQRQISFVKSHFSRQLEERASIAVLDEFGHIKLMNPQRST"
+    assert redact(protein) == (protein, {})
+
+
 @given(st.data(), st.sampled_from(list(TOKENS)))
 def test_nothing_is_left_of_a_token_that_is_longer(data: st.DataObject, prefix: str) -> None:
     kind, letters, shortest = TOKENS[prefix]
