@@ -31,6 +31,11 @@ MAX_SHINGLES = 2_000
 long texts stay cheap.
 """
 
+MOST_VERIFIED = 50
+"""Most candidates that are compared exactly with a document, those with the most similar sketches.
+Texts that share a header, such as a licence, are candidates of each other by the thousand.
+"""
+
 WITHOUT_SPACES = (
     r"\u0e00-\u0eff"  # Thai and Lao
     r"\u1000-\u109f\u1780-\u17ff"  # Burmese and Khmer
@@ -51,17 +56,22 @@ def near_duplicates(documents: Sequence[Document], progress: Progress = silent) 
     """
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+    sketches = np.empty((len(documents), PERMUTATIONS), dtype=np.uint32)
+    sizes = np.empty(len(documents), dtype=np.int64)
     retained: dict[int, NDArray[np.uint32]] = {}
     dropped: dict[int, int] = {}
     for number, document in enumerate(documents):
         shingles = document_shingles(document)
         sketch = prototype.copy()
         sketch.update_batch(shingles[:MAX_SHINGLES].tolist())
+        sketches[number] = sketch.hashvalues
+        sizes[number] = len(shingles)
+        candidates = np.array(index.query(sketch), dtype=np.int64)
+        candidates = candidates[may_be_alike(sizes[number], sizes[candidates])]
         near = [
             other
-            for other in index.query(sketch)
-            if may_be_alike(len(shingles), len(retained[other]))
-            and jaccard(shingles, retained[other]) >= THRESHOLD
+            for other in most_similar(sketches, number, candidates).tolist()
+            if jaccard(shingles, retained[other]) >= THRESHOLD
         ]
         if near:
             dropped[number] = min(near)
@@ -71,6 +81,27 @@ def near_duplicates(documents: Sequence[Document], progress: Progress = silent) 
         if number % 100 == 99:
             progress(number + 1, len(documents), "compare")
     return dropped
+
+
+def most_similar(
+    sketches: NDArray[np.uint32], number: int, candidates: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the candidates that are worth an exact comparison, at most `MOST_VERIFIED`: those
+    whose sketches have the most values in common with that of the document.
+
+    A value counts the more, the fewer candidates have it: values from a header tell nothing about
+    which of the texts under it are alike.
+
+    Args:
+        sketches: sketch of each document, of shape (documents, `PERMUTATIONS`).
+        number: index of the document.
+        candidates: indices of the documents that may be similar.
+    """
+    if len(candidates) <= MOST_VERIFIED:
+        return candidates
+    equal = sketches[candidates] == sketches[number]
+    scores = equal @ (1 - equal.mean(axis=0))
+    return candidates[np.argpartition(-scores, MOST_VERIFIED)[:MOST_VERIFIED]]
 
 
 def document_shingles(document: Document) -> NDArray[np.uint32]:
@@ -117,9 +148,11 @@ def jaccard(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:
     return shared / (len(left) + len(right) - shared)
 
 
-def may_be_alike(size: int, other: int) -> bool:
-    """Return whether sets of these sizes can be as similar as near duplicates are."""
-    return min(size, other) >= THRESHOLD * max(size, other)
+def may_be_alike(size: np.int64, others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return for each other size whether sets of these sizes can be as similar as near duplicates
+    are.
+    """
+    return np.minimum(size, others) >= THRESHOLD * np.maximum(size, others)
 
 
 @dataclass

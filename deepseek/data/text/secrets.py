@@ -130,7 +130,7 @@ as it is. It is no placeholder of a format string, a shell or a page of document
 """
 
 BEGIN = r"(?:(?<!\w)|(?<=\\[nrt])|(?<=%[0-9A-F]{2}))"
-"""The begin of a word, or what follows an escaped end of a line or an escaped sign of an address."""
+"""The begin of a word, or what follows an escaped end of a line or sign of an address."""
 
 AWS_RARE_ID = BEGIN + r"(?:ABIA|ACCA)(?=[A-Z]{0,15}[2-7])[A-Z0-9]{16}"
 """Id of a key of AWS with a digit, as most have that are random in base 32. Without one, DNA in

@@ -9,11 +9,18 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from deepseek.data import Document, clean
-from deepseek.data.text.clean import THRESHOLD, jaccard, near_duplicates, shingle_hashes
+from deepseek.data.text.clean import (
+    MOST_VERIFIED,
+    THRESHOLD,
+    jaccard,
+    near_duplicates,
+    shingle_hashes,
+)
 from deepseek.data.text.document import conversation
 from deepseek.data.text.secrets import RULES, redact
 from deepseek.errors import DataError
@@ -248,6 +255,43 @@ def test_no_document_below_the_threshold_is_dropped(length: int, seed: int, chan
     similarity = jaccard(shingle_hashes(left), shingle_hashes(right))
     dropped = set(near_duplicates(as_documents([left, right])))
     assert dropped <= ({1} if similarity >= THRESHOLD else set())
+
+
+def with_a_header(count: int, seed: int) -> list[str]:
+    """Texts of which five sixths are the same, and edited copies of a third of them."""
+    draw = random.Random(seed)
+    header = words(150, seed + 1000)
+    texts = [f"{header} {words(28, seed + number)}" for number in range(count)]
+    for original in draw.sample(texts, count // 3):
+        tokens = original.split()
+        for _ in range(draw.randint(1, 3)):
+            tokens[draw.randrange(len(tokens))] = "edited"
+        texts.insert(draw.randrange(len(texts)), " ".join(tokens))
+    return texts
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10_000))
+def test_the_most_similar_sketches_are_those_of_the_near_duplicates(seed: int) -> None:
+    documents = as_documents(with_a_header(200, seed))
+    found = near_duplicates(documents)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepseek.data.text.clean.MOST_VERIFIED", len(documents))
+        assert near_duplicates(documents) == found
+    assert len(found) > 50
+
+
+def test_texts_that_share_a_header_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def counted(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:
+        compared.append(1)
+        return jaccard(left, right)
+
+    monkeypatch.setattr("deepseek.data.text.clean.jaccard", counted)
+    documents = as_documents(with_a_header(600, 0))
+    near_duplicates(documents)
+    assert len(compared) <= MOST_VERIFIED * len(documents)
 
 
 def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
