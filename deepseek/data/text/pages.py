@@ -21,6 +21,12 @@ BREAKS = words(
 )
 """HTML elements that begin and end a line."""
 
+PARAGRAPHS = words("p div")
+"""Those of them that often wrap the whole text of a list item or of a table cell."""
+
+CELLS = words("td th")
+"""HTML elements that stand in one line with others of their kind."""
+
 
 def html_to_text(page: str) -> str:
     """Return the text of an HTML page: one line per paragraph, list item or table row, with
@@ -43,6 +49,8 @@ class PageReader(HTMLParser):
         self.num_silent: Counter[str] = Counter()
         self.preformatted = 0
         self.articles = 0
+        self.at_item_start = False  # directly behind the mark of a list item or of a cell
+        self.ended_paragraphs = 0  # whose line breaks are due unless the cell ends there too
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Enter an element."""
@@ -60,14 +68,27 @@ class PageReader(HTMLParser):
 
     def begin(self, tag: str) -> None:
         """Start a new line, list item or table cell if the element has one."""
+        if tag in PARAGRAPHS and self.at_item_start:
+            return
         if tag in BREAKS:
+            self.break_lines()
             self.parts.append("\n")
+            self.at_item_start = False
         if self.silent:
             return
         if tag == "li":
             self.parts.append("- ")
-        elif tag in ("td", "th"):
+            self.at_item_start = True
+        elif tag in CELLS:
+            self.ended_paragraphs = 0
             self.parts.append("  ")
+            self.at_item_start = True
+
+    def break_lines(self) -> None:
+        """Write the line breaks that are due after paragraphs."""
+        if self.ended_paragraphs:
+            self.parts.append("\n" * self.ended_paragraphs)
+            self.ended_paragraphs = 0
 
     def handle_endtag(self, tag: str) -> None:
         """Leave an element; ignore end tags without a start tag."""
@@ -78,8 +99,14 @@ class PageReader(HTMLParser):
             self.preformatted = max(0, self.preformatted - 1)
         elif tag in CONTENT:
             self.articles = max(0, self.articles - 1)
-        if tag in BREAKS:
+        if tag in CELLS and not self.silent:
+            self.ended_paragraphs = 0
+        elif tag in PARAGRAPHS:
+            self.ended_paragraphs += not self.at_item_start
+        elif tag in BREAKS:
+            self.break_lines()
             self.parts.append("\n")
+            self.at_item_start = False
 
     def parse_marked_section(self, i: int, report: int = 1) -> int:
         """Return the end of a marked section, such as Word's `<![if ...]>`, which is skipped."""
@@ -98,8 +125,15 @@ class PageReader(HTMLParser):
         if self.silent:
             return
         if self.preformatted:
+            self.break_lines()
             self.parts.append(data)
+            self.at_item_start = False
             return
         at_line_start = not self.parts or self.parts[-1].endswith("\n")
         text = re.sub(r"\s+", " ", data)
-        self.parts.append(text.lstrip() if at_line_start else text)
+        if at_line_start or self.at_item_start or self.ended_paragraphs:
+            text = text.lstrip()
+        if text:
+            self.break_lines()
+            self.parts.append(text)
+            self.at_item_start = False

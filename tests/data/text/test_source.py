@@ -252,6 +252,24 @@ def test_forms_and_heads_of_articles_are_text(page: str, lines: list[str]) -> No
     assert [line.strip() for line in html_to_text(page).splitlines() if line.strip()] == lines
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<ul><li><p>First</p></li>\n<li>\n<p>Second</p>\n</li></ul>", "- First\n\n- Second\n"),
+        ("<ul><li><div><p>a</p></div><p>b</p><p>c</p></li></ul>", "- a\n\nb\n\nc\n"),
+        ("<p>a</p><nav><td>x</td></nav>b", "a\nb\n"),
+        ("<ul><li><p>a</p>b</li></ul>", "- a\nb\n"),
+        ("<ul><li><p>a</p><ul><li><p>b</p></li></ul></li></ul>", "- a\n\n- b\n"),
+        ("<p>x<table><tr><td><p>a</p></td><td><p>b</p></td></tr></table>y", "x\n\n  a  b\n\ny\n"),
+        ("<p>x<table><tr><th><div><p>a</p></div><td><p>b<tr><td><p>c", "x\n\n  a  b\n  c\n"),
+        ("<p>x<table><tr><td><p>a</p><p>b</p></td><td>c</td></tr>", "x\n\n  a\n\nb  c\n"),
+    ],
+)
+def test_a_paragraph_in_an_item_or_a_cell_starts_no_line(page: str, text: str) -> None:
+    """So does Sphinx write its lists and tables."""
+    assert html_to_text(page) == text
+
+
 @given(st.text("ab &;#T\n", min_size=1))
 def test_the_last_text_of_a_page_needs_no_end_tag(text: str) -> None:
     assert html_to_text(f"<p>First</p><p>{text}") == html_to_text(f"<p>First</p><p>{text}</p>")
