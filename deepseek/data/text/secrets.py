@@ -7,6 +7,7 @@ used, since they would remove hashes and test data from code.
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +26,15 @@ class Rule:
             search.
         pattern: the regular expression.
         group: group of the pattern that holds the secret; default: 0, the whole match.
+        is_code: tells which secrets that the pattern finds are none; default: it finds only
+            secrets.
     """
 
     kind: str
     hints: tuple[str, ...]
     pattern: re.Pattern[str]
     group: int = 0
+    is_code: Callable[[str], bool] | None = None
 
 
 TAIL = "[A-Za-z0-9_-]*"
@@ -87,22 +91,51 @@ IS_SET_TO = r"""
 type, the sign, the prefix of a string; quotes may be escaped. The bounds keep the time linear.
 """
 
-VALUE = r"((?=[^\"'`\s]*\d)(?=[^\"'`\s]*[a-z])[\w+/=.~@!$^&*\#%?-]{BOUNDS})\\?[\"'`]"
-"""A value with letters and digits, of so many characters. Plain words and format strings do not
-match.
+VALUE = r"((?=[^\"'`\s]*\d)(?=[^\"'`\s]*[a-z])[\w+/=.~@!$^&*\#%?():,;\[\]{}<>|-]{BOUNDS})\\?[\"'`]"
+"""A value with letters and digits, of so many characters. Plain words do not match."""
+
+OF_A_PLACE = r"""
+    (?:[_-]?(?:base|v?\d{1,3}|prod(?:uction)?|stag(?:e|ing)|dev(?:elopment)?|test(?:ing)?|live
+    |local|default|main|primary|secondary|old|new|current|previous|backup)){0,2}
+"""
+"""What may follow the name of a secret, as in `API_KEY_V2` and `apiKeyProd`. Further words make it
+the name of something else, as in `password_file`.
 """
 
 ASSIGNED = re.compile(
     r"(?:secret|secret[_-]?(?:access[_-]?)?key|api[_-]?key|access[_-]?key|auth[_-]?token"
-    r"|access[_-]?token|private[_-]?key)" + IS_SET_TO + VALUE.replace("BOUNDS", "16,200"),
+    r"|access[_-]?token|private[_-]?key)"
+    + OF_A_PLACE
+    + IS_SET_TO
+    + VALUE.replace("BOUNDS", "16,200"),
     re.IGNORECASE | re.VERBOSE,
 )
 """A quoted value that is assigned to a name such as `api_key`."""
 
 PASSWORD = re.compile(
-    "passw(?:or)?d" + IS_SET_TO + VALUE.replace("BOUNDS", "8,200"), re.IGNORECASE | re.VERBOSE
+    "passw(?:or)?d" + OF_A_PLACE + IS_SET_TO + VALUE.replace("BOUNDS", "8,200"),
+    re.IGNORECASE | re.VERBOSE,
 )
 """The same for passwords, which people choose and which are shorter."""
+
+MARK_OF_CODE = re.compile(r"[():,;\[\]{}<>|]")
+"""Marks that are common in code; a value without any is a secret."""
+
+FORM = re.compile(
+    r"://|^(?:arn|vault):"
+    r"|\{\{|\$\{|\#\{|\{%|<%|\{\d?\}|\{\$?[A-Za-z_][\w.:!\[\]()|-]*\}|%\(\w+\)[a-z]"
+    r"|</?[A-Za-z_][\w:/-]*>|\$\([\w./-]+\)|\$env:|(?:^|[:,;/|=_-])%[sd](?:$|[:,;/|=_-])"
+    r"|\(\?[:=!<P]|\.[*+][?)$]?|[\w\])]\{\d+,?\d*\}|\[\^?[^\[\]]*\w-\w[^\[\]]*\]"
+)
+"""What occurs in an address, a reference to a store of secrets, a format string, a template, a
+shell's substitution or a regular expression, line by line.
+"""
+
+PLAIN_WORD = re.compile(
+    r"(?:\d{1,6}[a-zA-Z]?|\d{0,3}(?:[A-Z]?[a-z]+|[A-Z]+)\d{0,4}[a-z]*"
+    r"|\d{0,3}[A-Z]?[a-z]{2,}(?:[A-Z]{1,4}[a-z]+|[A-Z]{2,4})+\d{0,4})"
+)
+"""A number, or a word of names: `sha256`, `b64decode`, `SecretStr`, with digits in one place."""
 
 AWS_UNQUOTED = r"(?i)aws_secret_access_key[\"']?\s*[=:]\s*([a-z0-9/+]{40})(?![a-z0-9/+=])"
 """Without quotes, as in `~/.aws/credentials`; with quotes it is a published pattern."""
@@ -139,6 +172,24 @@ capitals would match.
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 
+
+def is_code(value: str) -> bool:
+    """Return whether a quoted value is no secret but a call, a type, a name or a form.
+
+    Brackets and colons are common in both. Code has plain words between them and closes its
+    brackets, unless a quote in it ends the value before; a secret mixes letters, digits and signs.
+    """
+    if not MARK_OF_CODE.search(value):
+        return False
+    if FORM.search(value):
+        return True
+    if re.search(r"\w[!@$%^~]", value):
+        return False
+    closed = all(value.count(left) == value.count(right) for left, right in ("()", "[]", "{}"))
+    words = re.findall("[A-Za-z0-9]+", value)
+    return (closed or value[-1] in "([{,:=") and all(map(PLAIN_WORD.fullmatch, words))
+
+
 RULES = (
     Rule("private-key", ("PRIVATE KEY",), PRIVATE_KEY),
     own("aws-key", "AKIA ASIA A3T", BEGIN + r"(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{16}" + TAIL),
@@ -167,8 +218,8 @@ RULES = (
     *published("telegram-token", ":", "Telegram Bot Token"),
     own("jwt", "eyJ", JWT, 1),
     Rule("password", ("://",), ADDRESS, 1),
-    Rule("password", ('"', "'", "`"), ASSIGNED, 1),
-    Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1),
+    Rule("password", ('"', "'", "`"), ASSIGNED, 1, is_code),
+    Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1, is_code),
 )
 
 
@@ -192,6 +243,8 @@ def replace_matches(rule: Rule, text: str) -> tuple[str, int]:
     for match in rule.pattern.finditer(text):
         start, stop = match.span(rule.group)
         if start < 0:  # the group is not part of this match
+            continue
+        if rule.is_code and rule.is_code(text[start:stop]):
             continue
         parts += [text[end:start], f"<REDACTED:{rule.kind}>"]
         end = stop

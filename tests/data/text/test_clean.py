@@ -151,6 +151,15 @@ def test_nothing_is_left_of_the_password_in_an_address(password: str, after: str
         (r'"{\"password\": \"', "hunter2hunter2", r'\"}"'),
         ('password = "', "S3cr3t#2024!", '"'),
         ("postgres://admin:", "P4$$w0rd", "@db.host/x"),
+        ("SECRET_KEY = '", "django-insecure-8y#k2(v!w0^x)3p@1m=z7q_c$e5r-t&u9i+o*a6s(d)f4g", "'"),
+        ('password = "', "kX9(mPq2!vL", '"'),
+        ('password: "', "a1b2c3d4:x", '"'),
+        ("PASSWORD = '", "p[4}8x<7>;|,Qz", "'"),
+        ('SECRET_KEY_BASE = "', "0123456789abcdef0123456789abcdef", '"'),
+        ('API_KEY_V2="', "abcd1234efgh5678ijkl", '"'),
+        ('apiKeyProd: "', "abcd1234efgh5678ijkl", '"'),
+        ("password = '", "P@ssw0rd(1)", "'"),
+        ("DB_PASSWORD_PROD = '", "kX9mPq2vLzz", "'"),
     ],
 )
 def test_short_passwords_and_keys_of_frameworks_go(before: str, secret: str, after: str) -> None:
@@ -182,10 +191,64 @@ def test_ordinary_code_stays_as_it_is() -> None:
     assert redact(ORDINARY) == (ORDINARY, {})
 
 
+DJANGO = "abcdefghijklmnopqrstuvwxyz0123456789!@#$%^&*(-_=+)"
+
+
+@given(st.integers(0, 100_000))
+def test_generated_keys_of_django_go(seed: int) -> None:
+    key = "".join(random.Random(seed).choices(DJANGO, k=50))
+    assert redact(f"SECRET_KEY = '{key}'\n")[0] == "SECRET_KEY = '<REDACTED:password>'\n"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "get_password(user1)",
+            "hashlib.sha256(",
+            "os.environ.get(KEY_1)",
+            "b64decode(data[0:8])",
+        ),
+        *("{user}:{password1}", "{0:08x}-secret", "${DB_PASSWORD:-changeme1}", "%(password1)s:x1"),
+        *("$(cat/run/secrets/db1)", "{{resolve:ssm:db:1}}", "<your-api-key-1>", "<%=secret1%>"),
+        *("https://example.org/reset/v1", "arn:aws:secretsmanager:us-east-1:12:secret:Db-a1b2c3"),
+        *(
+            "Optional[SecretStr1]",
+            "dict[str,np.float32]",
+            "Callable[[int],np.int64]",
+            "Vec<u8>|None",
+        ),
+        *(
+            "passlib.hash:sha256_crypt",
+            "app.models.v1:User",
+            "required|min:8|max:20",
+            "Length(8-20):",
+        ),
+        *(
+            r"^[a-zA-Z0-9]{8,20}$",
+            "^(?=.*[A-Z])(?=.*[0-9]).+$",
+            "[A-Za-z0-9+/]{40}",
+            "([a-z0-9]{64})",
+        ),
+        *(
+            "Enter password (8 characters)",
+            "input[name=password1]",
+            "min:8,max:20",
+            "[REDACTED:v1]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("before", ["password = '", '"password": "', "secret_key: str = '"])
+def test_quoted_code_is_no_secret(before: str, value: str) -> None:
+    source = f"{before}{value}{before[-1]}\n"
+    assert redact(source) == (source, {})
+
+
 HOSTILE = sorted(
     {hint for rule in RULES for hint in rule.hints}
     | {"eyJ-", "\n-eyJ-", "eyJaaaaaaaaaa.", f"sk-{'a' * 30}", "T3BlbkFJ", "xoxb-1-", "://a:"}
     | {"/:_authToken= ", "-----BEGIN A ", "aws key'", "password = '1a", "https://hooks.slack.com/"}
+    | {"password = '1a(", "password = '1a(b)' ", "password_1_1_", "secret_v1-base"}
     | {"password: a ", "password:  ", "api_key: a|", 'password["', "://a:$"}
 )
 
