@@ -123,8 +123,8 @@ MARK_OF_CODE = re.compile(r"[():,;\[\]{}<>|]")
 
 FORM = re.compile(
     r"://|^(?:arn|vault):"
-    r"|\{\{|\$\{|\#\{|\{%|<%|\{\d?\}|\{\$?[A-Za-z_][\w.:!\[\]()|-]*\}|%\(\w+\)[a-z]"
-    r"|</?[A-Za-z_][\w:/-]*>|\$\([\w./-]+\)|\$env:|(?:^|[:,;/|=_-])%[sd](?:$|[:,;/|=_-])"
+    r"|\{\{|\$\{|\#\{|\{%|<%|\{\d?\}|\{\$?[A-Za-z_][\w.:!\[\]()|-]*\}|%\([A-Za-z_]\w+\)[dfrs]"
+    r"|</?[A-Za-z_][\w:/-]*>|(?:^|[:/])\$\([\w./-]+\)|\$env:|(?:^|[:,;/|])%[ds](?:$|[:,;/|])"
     r"|\(\?[:=!<P]|\.[*+][?)$]?|[\w\])]\{\d+,?\d*\}|\[\^?[^\[\]]*\w-\w[^\[\]]*\]"
 )
 """What occurs in an address, a reference to a store of secrets, a format string, a template, a
@@ -183,7 +183,7 @@ def is_code(value: str) -> bool:
         return False
     if FORM.search(value):
         return True
-    if re.search(r"\w[!@$%^~]", value):
+    if re.search(r"\w[!@$%^~]|(?:[!@#$%^&*~+].*){3}", value):
         return False
     closed = all(value.count(left) == value.count(right) for left, right in ("()", "[]", "{}"))
     words = re.findall("[A-Za-z0-9]+", value)
