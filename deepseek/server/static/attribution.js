@@ -24,6 +24,13 @@ export function paint(painted, digest) {
   return painted;
 }
 
+/**
+ * Digest of an expert's pack, "" if it is unknown.
+ * @param {Record<string, string>} digests
+ * @param {string} name which may be one that all objects have, such as `constructor`
+ */
+export const digestOf = (digests, name) => (Object.hasOwn(digests, name) ? digests[name] : "");
+
 /** A spot in the colour of an expert, or of the base without a digest. @param {string} [digest] */
 export function dot(digest) {
   const made = element("span", { className: "dot", "aria-hidden": "true" });
@@ -64,7 +71,7 @@ function marked(text, expert, digests, className) {
       ? element("span", { className, textContent: text })
       : document.createTextNode(text);
   const span = element("span", { className: `by ${className}`, textContent: text, title: expert });
-  return paint(span, digests[expert] ?? "");
+  return paint(span, digestOf(digests, expert));
 }
 
 /** Index of the first number above `value` in an ascending list. */
@@ -91,7 +98,7 @@ export function legend(answer) {
       element(
         "span",
         {},
-        dot(name ? (answer.digests[name] ?? "") : undefined),
+        dot(name ? digestOf(answer.digests, name) : undefined),
         `${name || "base"} ${count}`,
       ),
     ),

@@ -2,7 +2,7 @@
 
 import { events } from "/static/api.js";
 import { messages, textOf } from "/static/conversations.js";
-import { experts } from "/static/experts.js";
+import { experts, refresh } from "/static/experts.js";
 import { sampling, settings } from "/static/settings.js";
 
 /** @typedef {import("/static/conversations.js").Answer} Answer */
@@ -37,8 +37,11 @@ export const blank = (model, choice) => ({
  * @param {() => void} changed called after each token
  */
 export async function generate(conversation, turn, answer, signal, changed) {
-  const earlier = { ...answer.counts };
+  const earlier = answer.counts;
   const begun = answer.tokens.length;
+  const known = recogniser(answer, changed);
+  let counted = false;
+  let finished = false;
   let first = 0;
   let last = 0;
   answer.finish = "stopped"; // unless the server says otherwise
@@ -49,17 +52,25 @@ export async function generate(conversation, turn, answer, signal, changed) {
       request(conversation, turn, answer),
       signal,
     )) {
-      if (chunk.usage) count(answer, chunk, earlier);
+      if (chunk.usage) {
+        count(answer, chunk, earlier);
+        counted = true;
+      }
       const choice = chunk.choices[0];
       if (!choice) continue;
-      if (choice.finish_reason) answer.finish = choice.finish_reason;
+      if (choice.finish_reason) {
+        answer.finish = choice.finish_reason;
+        finished = true;
+      }
       const text = choice.delta ? choice.delta.content : choice.text;
       if (!text) continue;
       last = performance.now();
       first ||= last;
       answer.tokens.push([text, choice.expert ?? null]);
+      known(choice.expert);
       changed();
     }
+    if (!finished) throw new Error("The connection broke off before the answer was whole.");
   } catch (error) {
     if (error.name === "AbortError") return;
     answer.finish = "failed";
@@ -67,10 +78,27 @@ export async function generate(conversation, turn, answer, signal, changed) {
   } finally {
     const made = answer.tokens.length - begun;
     answer.rate = made > 1 && last > first ? (1000 * (made - 1)) / (last - first) : 0;
-    if (!Object.keys(answer.counts).length) recount(answer);
-    for (const name of Object.keys(answer.counts))
-      if (experts.has(name)) answer.digests[name] = experts.get(name).digest;
+    if (!counted) recount(answer, earlier, begun);
+    await Promise.all(Object.keys(answer.counts).map(known));
   }
+}
+
+/**
+ * A function that notes the digest of an expert's pack, from which its colour follows, as soon as it
+ * writes. The experts are asked for once if one is unknown: it was plugged after the page was opened.
+ * @param {Answer} answer
+ * @param {() => void} changed
+ */
+function recogniser(answer, changed) {
+  /** @type {Promise<void> | null} */
+  let asked = null;
+  return async (name) => {
+    if (!name || Object.hasOwn(answer.digests, name)) return;
+    if (!experts.has(name)) await (asked ??= refresh().catch(() => {})); // without a colour, then
+    if (!experts.has(name)) return;
+    answer.digests[name] = experts.get(name).digest;
+    changed();
+  };
 }
 
 const path = (turn) => (turn.kind === "text" ? "/v1/completions" : "/v1/chat/completions");
@@ -99,17 +127,22 @@ function request(conversation, turn, answer) {
 // Tokens without a text of their own (parts of a character) count too, so the server's word goes over ours.
 function count(answer, { usage, experts: written }, earlier) {
   const byExperts = Object.values(written).reduce((sum, tokens) => sum + tokens, 0);
-  answer.counts = { ...earlier };
-  for (const [name, tokens] of [
+  answer.counts = added(earlier, [
     ...Object.entries(written),
     ["", usage.completion_tokens - byExperts],
-  ]) {
-    answer.counts[name] = (earlier[name] ?? 0) + tokens;
-  }
+  ]);
   answer.used = usage.total_tokens;
 }
 
-function recount(answer) {
-  for (const [, expert] of answer.tokens)
-    answer.counts[expert ?? ""] = (answer.counts[expert ?? ""] ?? 0) + 1;
+/** Count the tokens from `begun` on ourselves: the server did not come to it. */
+function recount(answer, earlier, begun) {
+  const written = answer.tokens.slice(begun).map(([, expert]) => [expert ?? "", 1]);
+  answer.counts = added(earlier, written);
+}
+
+/** Counts with others added. Nothing is inherited, for an expert may be named `constructor`. */
+function added(earlier, more) {
+  const counts = Object.assign(Object.create(null), earlier);
+  for (const [name, tokens] of more) counts[name] = (counts[name] ?? 0) + tokens;
+  return counts;
 }
