@@ -3,7 +3,7 @@
 import { legend, marker } from "/static/attribution.js";
 import { comparison } from "/static/compare.js";
 import { textOf } from "/static/conversations.js";
-import { button, copy, element } from "/static/dom.js";
+import { button, composing, copy, element } from "/static/dom.js";
 import { render } from "/static/markdown.js";
 
 /** @typedef {import("/static/conversations.js").Answer} Answer */
@@ -39,7 +39,7 @@ export function turnElement(turn, actions) {
   const made = element("div", { className: "exchange" }, question, answer);
   showAnswer(made, turn);
   if (turn.answer.finish) answer.append(...foot(turn, actions));
-  if (turn.answer.rival) answer.append(comparison(turn.answer, true));
+  if (turn.answer.rival) answer.append(comparison(turn.answer, turn.answer.rival, true));
   return made;
 }
 
@@ -92,14 +92,27 @@ function editor(place, said, open, edit) {
     if (field.value.trim()) edit(field.value);
   });
   field.addEventListener("keydown", (event) => {
+    if (composing(event)) return;
     if (event.key === "Escape") close();
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey) return;
     event.preventDefault();
     form.requestSubmit();
   });
   open.remove();
   said.replaceWith(form);
   field.focus();
+}
+
+/**
+ * Open the field in which the question of a turn is edited.
+ * @param {any} exchange made by `turnElement`
+ * @param {string} text what the field holds
+ */
+export function openEditor(exchange, text) {
+  exchange.querySelector(".user > button").click();
+  const field = exchange.querySelector(".editor textarea");
+  field.value = text;
+  return field;
 }
 
 function foot(turn, actions) {

@@ -48,15 +48,20 @@ async function patiently(ask) {
   }
 }
 
+// No form is for the browser to send: that would load the page anew and lose what was typed.
+addEventListener("submit", (event) => {
+  if (event.target.getAttribute("method") !== "dialog") event.preventDefault();
+});
 settings.setUp();
 setUpTabs();
+chat.setUp();
 const me = await patiently(() => json("GET", "/v1/me"));
 byId("model").textContent = me.model;
 byId("model").title = me.licence;
 experts.setUp(me);
 await patiently(experts.load);
 history.setUp();
-chat.setUp();
+chat.begin();
 files.setUp();
 review.setUp(me);
 await teach.setUp(me).catch((error) => notice(error.message));

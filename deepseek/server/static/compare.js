@@ -1,6 +1,6 @@
 // The same question to the base and to the experts, side by side: same words, seed and sampling.
 
-import { paint } from "/static/attribution.js";
+import { digestOf, paint } from "/static/attribution.js";
 import { textOf } from "/static/conversations.js";
 import { announce, element } from "/static/dom.js";
 import { baseAlone } from "/static/experts.js";
@@ -14,7 +14,8 @@ const MOST_CELLS = 4e6; // of the table that the difference is computed in
  * Which tokens two answers do not share, by a longest common subsequence.
  * @param {string[]} first
  * @param {string[]} second
- * @returns {[boolean[], boolean[]]} for each token whether it differs
+ * @returns {[boolean[], boolean[]] | null} for each token whether it differs; null if there are too
+ *   many to tell
  */
 export function difference(first, second) {
   let start = 0;
@@ -26,7 +27,7 @@ export function difference(first, second) {
     first.map((_, place) => place >= start),
     second.map((_, place) => place >= start),
   ];
-  if (left.length * right.length > MOST_CELLS) return differs;
+  if (left.length * right.length > MOST_CELLS) return null;
   const width = right.length + 1;
   const common = new Uint16Array((left.length + 1) * width);
   for (let row = left.length - 1; row >= 0; row -= 1) {
@@ -58,16 +59,13 @@ export const rivalOf = (model) => (model === baseAlone() ? model.split("+")[0] :
 /**
  * Show an answer beside its rival.
  * @param {Answer} answer
+ * @param {Answer} rival
  * @param {boolean} whole whether the rival has ended
  */
-export function comparison(answer, whole) {
-  const { rival } = answer;
+export function comparison(answer, rival, whole) {
   const baseFirst = rival.model === baseAlone();
   const [left, right] = baseFirst ? [rival, answer] : [answer, rival];
-  const differs = difference(
-    left.tokens.map(([text]) => text),
-    right.tokens.map(([text]) => text),
-  );
+  const differs = whole ? difference(texts(left), texts(right)) : null;
   const digests = { ...answer.digests, ...rival.digests };
   const columns = [left, right].map((one, side) =>
     element(
@@ -77,7 +75,7 @@ export function comparison(answer, whole) {
       element(
         "p",
         { className: "compared" },
-        ...words(one.tokens, whole ? differs[side] : [], digests),
+        ...words(one.tokens, differs?.[side] ?? [], digests),
       ),
     ),
   );
@@ -91,6 +89,8 @@ export function comparison(answer, whole) {
   return made;
 }
 
+const texts = (answer) => answer.tokens.map(([text]) => text);
+
 const heading = (model, side) =>
   side ? `${model} (with experts)` : `${model.split("+")[0]} (base alone)`;
 
@@ -100,13 +100,14 @@ function words(tokens, differs, digests) {
     if (expert === null) return node;
     node.classList.add("by");
     node.title = expert;
-    return paint(node, digests[expert] ?? "");
+    return paint(node, digestOf(digests, expert));
   });
 }
 
 function summary(left, right, differs) {
   if (textOf(left) === textOf(right))
     return "Both answers are the same: no expert changed a token.";
+  if (!differs) return "The answers are too long to compare token by token.";
   const changed = differs[1].filter(Boolean).length;
   return `${changed} of the ${right.tokens.length} tokens with experts differ from the base's; they are tinted. Same words, seed and sampling.`;
 }

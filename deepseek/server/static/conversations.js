@@ -1,5 +1,7 @@
 // Conversations, kept in this browser alone: one entry of its storage each.
 
+import { lasting } from "/static/storage.js";
+
 /**
  * A token of an answer: its text, and the expert that wrote it, or null for the base.
  * @typedef {[string, string | null]} Token
@@ -55,10 +57,24 @@ export function title(conversation) {
   return words.length > 60 ? `${words.slice(0, 59)}…` : words || "New chat";
 }
 
-/** @param {string} key @returns {Conversation | null} */
-function read(key) {
+/**
+ * Hear of conversations that other tabs have changed or deleted.
+ * @param {(id: string, found: Conversation | null) => void} tell
+ */
+export function listen(tell) {
+  addEventListener("storage", ({ key, newValue }) => {
+    if (!key?.startsWith(PREFIX)) return;
+    const id = key.slice(PREFIX.length);
+    if (newValue === null) removed.add(id);
+    else removed.delete(id);
+    tell(id, read(id));
+  });
+}
+
+/** A conversation as it is kept. @param {string} id @returns {Conversation | null} */
+export function read(id) {
   try {
-    const found = JSON.parse(localStorage.getItem(key) ?? "null");
+    const found = JSON.parse(lasting.read(PREFIX + id) ?? "null");
     return Array.isArray(found?.turns) ? { ...fresh(), ...found } : null;
   } catch {
     return null;
@@ -67,9 +83,9 @@ function read(key) {
 
 /** All kept conversations, the latest first. */
 export function all() {
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
+  const keys = lasting.keys().filter((key) => key.startsWith(PREFIX));
   return keys
-    .map(read)
+    .map((key) => read(key.slice(PREFIX.length)))
     .filter(Boolean)
     .sort((a, b) => b.changed - a.changed);
 }
@@ -85,10 +101,16 @@ export function search(wanted) {
 }
 
 /** The conversation that was open last, or a new one. */
-export const current = () => read(PREFIX + localStorage.getItem(CURRENT)) ?? fresh();
+export const current = () => read(lasting.read(CURRENT) ?? "") ?? fresh();
 
 /** Remember which conversation is open. @param {Conversation} conversation */
-export const open = (conversation) => localStorage.setItem(CURRENT, conversation.id);
+export function open(conversation) {
+  try {
+    lasting.write(CURRENT, conversation.id);
+  } catch {
+    // The storage is full, which matters when a conversation is kept and is told then.
+  }
+}
 
 /**
  * Keep a conversation. One without a turn is not worth keeping.
@@ -99,7 +121,7 @@ export function keep(conversation) {
   if (!conversation.turns.length) return forget(conversation.id);
   conversation.changed = Date.now();
   try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
+    lasting.write(PREFIX + conversation.id, JSON.stringify(conversation));
   } catch {
     throw new Error(
       "The browser's storage for this page is full; export old chats and delete them.",
@@ -108,7 +130,7 @@ export function keep(conversation) {
 }
 
 /** @param {string} id */
-const forget = (id) => localStorage.removeItem(PREFIX + id);
+const forget = (id) => lasting.remove(PREFIX + id);
 
 /** Delete a conversation for good. @param {string} id */
 export function remove(id) {
@@ -130,8 +152,10 @@ export const messages = (conversation, end = conversation.turns.length) =>
       { role: "assistant", content: textOf(turn.answer) },
     ]);
 
-/** All conversations as JSONL, a format that `deepseek expert train` reads. */
+/** All conversations with an answer as JSONL, a format that `deepseek expert train` reads. */
 export const asJsonLines = () =>
   all()
-    .map((conversation) => `${JSON.stringify({ messages: messages(conversation) })}\n`)
+    .map((conversation) => messages(conversation))
+    .filter((said) => said.length)
+    .map((said) => `${JSON.stringify({ messages: said })}\n`)
     .join("");

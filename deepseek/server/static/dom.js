@@ -49,8 +49,48 @@ export function button(text, act, fields = {}) {
   return made;
 }
 
+/**
+ * Whether a key belongs to an input method, which takes Enter and Escape for its own suggestions.
+ * Safari tells of the last key only by its code.
+ * @param {KeyboardEvent} event
+ */
+export const composing = (event) => event.isComposing || event.keyCode === 229;
+
+const nameOf = (control) => control.getAttribute("aria-label") ?? control.textContent;
+
+/**
+ * Put other children in a place. If the focus was on one of the old, it goes to the control with the
+ * same name, or else to the composer, so that the keyboard does not begin again at the top.
+ * @param {any} place
+ * @param {any[]} children
+ * @param {boolean} [inOrder] whether old and new children correspond by their order, as controls of
+ *   several have the same name
+ */
+export function refill(place, children, inOrder = false) {
+  const focused = document.activeElement;
+  const number = [...place.children].findIndex((child) => child.contains(focused));
+  place.replaceChildren(...children);
+  if (number < 0) return;
+  const near = inOrder ? place.children[number] : place;
+  const controls = [...(near?.querySelectorAll("button, input, summary") ?? [])];
+  refocus(
+    controls.find((one) => one.nodeName === focused.nodeName && nameOf(one) === nameOf(focused)),
+    focused,
+  );
+}
+
+/** Focus what stands for a control that has left the page. */
+function refocus(counterpart, lost) {
+  const folded = counterpart?.closest("details");
+  const before = lost.closest("details"); // one that has left the page too
+  if (folded && before) folded.open = before.open;
+  counterpart?.focus();
+  if (document.activeElement === document.body) byId("words").focus();
+}
+
 /** Show a sentence about something that went wrong; "" hides it. @param {string} text */
 export function notice(text) {
+  if (byId("notice").textContent === text) return; // a screen reader would say it again
   byId("notice").textContent = text;
   byId("notice").hidden = !text;
 }

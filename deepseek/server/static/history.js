@@ -2,7 +2,7 @@
 
 import * as chat from "/static/chat.js";
 import * as store from "/static/conversations.js";
-import { byId, download, button, element } from "/static/dom.js";
+import { byId, download, button, element, refill } from "/static/dom.js";
 
 export function setUp() {
   byId("search").addEventListener("input", showHistory);
@@ -14,7 +14,7 @@ export function setUp() {
 export function showHistory() {
   const wanted = byId("search").value;
   const found = store.search(wanted);
-  byId("chat-list").replaceChildren(...found.map(row));
+  refill(byId("chat-list"), found.map(row));
   byId("chat-count").textContent = String(store.all().length || "");
   byId("export").disabled = !store.all().length;
   byId("chat-none").hidden = Boolean(found.length);
@@ -24,15 +24,15 @@ export function showHistory() {
 }
 
 function row(conversation) {
-  const open = button(store.title(conversation), () => chat.show(conversation), {
-    className: "plain chosen",
-  });
-  if (conversation.id === chat.conversation.id) open.setAttribute("aria-current", "true");
+  // An answer may have been added since the list was made.
+  const open = () => chat.show(store.read(conversation.id) ?? conversation);
+  const title = button(store.title(conversation), open, { className: "plain chosen", dir: "auto" });
+  if (conversation.id === chat.conversation.id) title.setAttribute("aria-current", "true");
   const away = button("×", () => drop(conversation), {
     className: "plain small",
     "aria-label": `Delete the chat: ${store.title(conversation)}`,
   });
-  return element("li", {}, open, away);
+  return element("li", {}, title, away);
 }
 
 function drop(conversation) {

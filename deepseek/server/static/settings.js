@@ -1,6 +1,7 @@
 // Settings of the page, kept in the browser, and the dialog behind the gear.
 
-import { byId } from "/static/dom.js";
+import { byId, notice } from "/static/dom.js";
+import { lasting } from "/static/storage.js";
 
 /**
  * @typedef {object} Settings
@@ -34,7 +35,7 @@ export const settings = { ...DEFAULTS, ...stored() };
 
 function stored() {
   try {
-    const found = JSON.parse(localStorage.getItem(KEY) ?? "{}");
+    const found = JSON.parse(lasting.read(KEY) ?? "{}");
     const known = Object.entries(found).filter(
       ([name, value]) => typeof value === typeof DEFAULTS[name],
     );
@@ -61,15 +62,23 @@ export function sampling() {
 }
 
 export function setUp() {
-  apply();
-  for (const [name, value] of Object.entries(settings)) show(byId(`set-${name}`), value);
+  showAll();
+  addEventListener("storage", ({ key }) => {
+    if (key !== KEY) return; // otherwise another tab has changed them
+    Object.assign(settings, DEFAULTS, stored());
+    showAll();
+  });
   byId("gear").addEventListener("click", () => byId("settings").showModal());
   byId("settings").addEventListener("change", (event) => take(event.target));
   byId("set-reset").addEventListener("click", () => {
-    Object.assign(settings, DEFAULTS);
-    for (const [name, value] of Object.entries(settings)) show(byId(`set-${name}`), value);
-    keep();
+    keep(DEFAULTS);
+    showAll();
   });
+}
+
+function showAll() {
+  apply();
+  for (const [name, value] of Object.entries(settings)) show(byId(`set-${name}`), value);
 }
 
 /** Keep what was typed into a field, unless it is out of range. */
@@ -77,14 +86,20 @@ function take(field) {
   const name = field.id.replace("set-", "");
   if (!(name in settings)) return;
   if (!field.reportValidity()) return;
-  if (typeof DEFAULTS[name] === "boolean") settings[name] = field.checked;
-  else if (typeof DEFAULTS[name] === "number") settings[name] = Number(field.value);
-  else settings[name] = field.value;
-  keep();
+  let value = field.value;
+  if (typeof DEFAULTS[name] === "boolean") value = field.checked;
+  else if (typeof DEFAULTS[name] === "number") value = Number(field.value);
+  keep({ [name]: value });
 }
 
-function keep() {
-  localStorage.setItem(KEY, JSON.stringify(settings));
+/** Change some settings. The others are as another tab may have kept them. */
+function keep(changes) {
+  Object.assign(settings, stored(), changes);
+  try {
+    lasting.write(KEY, JSON.stringify(settings));
+  } catch {
+    notice("The browser's storage for this page is full, so the settings last until it is closed.");
+  }
   apply();
 }
 
