@@ -10,6 +10,7 @@ import { byId, element, notice } from "/static/dom.js";
 /** @type {Pair | null} */
 let pair = null;
 let seen = 0;
+let busy = false;
 
 export function setUp(me) {
   byId("tab-review").hidden = !me.admin; // pairs are of everyone's prompts and answers
@@ -17,7 +18,7 @@ export function setUp(me) {
   byId("skip").addEventListener("click", next);
   byId("compare").addEventListener("submit", (event) => {
     event.preventDefault();
-    ask().catch((error) => notice(error.message));
+    alone(ask);
   });
   for (const number of [0, 1])
     byId(`answer-${number}`).addEventListener("click", () => choose(number));
@@ -26,20 +27,41 @@ export function setUp(me) {
     if (event.repeat || typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden)
       return;
     if (event.key === "1" || event.key === "2") choose(Number(event.key) - 1);
-    if (event.key === "s") next();
+    if (event.key.toLowerCase() === "s") next();
   });
 }
 
-/** Show the next stored pair. */
-export async function next() {
+/**
+ * Do one thing at a time: a late reply would put another pair under a reader who is choosing.
+ * @param {() => Promise<void>} work
+ */
+async function alone(work) {
+  if (busy) return;
+  setBusy(true);
   try {
-    const told = await json("GET", `/v1/preferences?after=${seen}`);
-    byId("review-count").textContent = `${told.reviewed} of ${told.pairs} pairs reviewed.`;
-    seen = told.pair?.id ?? 0;
-    show(told.pair);
+    await work();
   } catch (error) {
     notice(error.message);
+  } finally {
+    setBusy(false);
   }
+}
+
+// Buttons that are really disabled would lose the focus.
+function setBusy(now) {
+  busy = now;
+  for (const one of byId("review").querySelectorAll("button"))
+    one.setAttribute("aria-disabled", String(now));
+}
+
+/** Show the next stored pair. */
+export const next = () => alone(load);
+
+async function load() {
+  const told = await json("GET", `/v1/preferences?after=${seen}`);
+  byId("review-count").textContent = `${told.reviewed} of ${told.pairs} pairs reviewed.`;
+  seen = told.pair?.id ?? 0;
+  show(told.pair);
 }
 
 async function ask() {
@@ -54,6 +76,7 @@ async function ask() {
     max_tokens: 200,
     ...experts,
   });
+  notice("");
   show({ id: null, prompt, answers: choices.map((one) => one.message.content) });
 }
 
@@ -64,7 +87,12 @@ function show(given) {
   byId("pair-none").hidden = Boolean(pair);
   if (!pair) return;
   const turns = pair.prompt.map(({ role, content }) =>
-    element("p", {}, element("span", { className: "quiet", textContent: `${role}  ` }), content),
+    element(
+      "p",
+      {},
+      element("span", { className: "quiet", textContent: `${role}  ` }),
+      element("bdi", { textContent: content }),
+    ),
   );
   byId("pair-prompt").replaceChildren(...turns);
   for (const number of [0, 1])
@@ -72,22 +100,19 @@ function show(given) {
   byId("answer-0").focus({ preventScroll: true });
 }
 
-async function choose(number) {
+function choose(number) {
   const chosen = pair;
-  if (!chosen) return; // it is being stored
-  pair = null;
-  try {
-    if (chosen.id === null) {
-      await json("POST", "/v1/preferences", {
-        prompt: chosen.prompt,
-        chosen: chosen.answers[number],
-        rejected: chosen.answers[1 - number],
-      });
-    } else await json("POST", `/v1/preferences/${chosen.id}`, { choice: number });
+  if (!chosen) return;
+  alone(async () => {
+    await judge(chosen, number);
     notice("");
-    await next();
-  } catch (error) {
-    pair = chosen;
-    notice(error.message);
-  }
+    await load();
+  });
+}
+
+/** Store which answer of a pair is the better one. */
+function judge({ id, prompt, answers }, number) {
+  if (id !== null) return json("POST", `/v1/preferences/${id}`, { choice: number });
+  const [chosen, rejected] = [answers[number], answers[1 - number]];
+  return json("POST", "/v1/preferences", { prompt, chosen, rejected });
 }
