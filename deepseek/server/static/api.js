@@ -2,12 +2,19 @@
 
 /** The reason that the server gives for a refusal. @param {Response} response */
 async function failure(response) {
+  const { status } = response;
   try {
-    return new Error((await response.json()).error.message);
+    return Object.assign(new Error((await response.json()).error.message), { status });
   } catch {
-    return new Error(`The server answered ${response.status}.`);
+    return Object.assign(new Error(`The server answered ${status}.`), { status });
   }
 }
+
+/** Why there is no answer at all: browsers only say that fetching failed. @param {Error} error */
+const unreached = (error) =>
+  error.name === "AbortError"
+    ? error
+    : new Error("The server cannot be reached; see whether it still runs.");
 
 /**
  * @param {string} method
@@ -23,6 +30,8 @@ export async function call(method, path, body, signal) {
     headers: body === undefined ? {} : { "Content-Type": type },
     signal,
     body: binary || body === undefined ? body : JSON.stringify(body),
+  }).catch((error) => {
+    throw unreached(error);
   });
   if (response.status === 401) location.reload(); // the session has ended: the server asks for the key
   if (!response.ok) throw await failure(response);

@@ -17,6 +17,7 @@ function select(tab) {
     other.tabIndex = chosen ? 0 : -1;
     byId(other.getAttribute("aria-controls")).hidden = !chosen;
   }
+  teach.attend();
   if (tab.id === "tab-review" && byId("pair").hidden) review.next();
 }
 

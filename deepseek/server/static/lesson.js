@@ -47,6 +47,7 @@ let shown = "";
 
 /** @param {Lesson} lesson */
 export function show(lesson) {
+  if (lesson.state === "none") return showLost();
   const running = lesson.state === "running";
   byId("lesson-state").hidden = false;
   byId("lesson-start").disabled = running;
@@ -65,6 +66,19 @@ export function show(lesson) {
     ),
   );
   say(lesson);
+}
+
+/** The server knows of no lesson: it was started anew since the one that is shown. */
+function showLost() {
+  byId("lesson-start").disabled = false;
+  byId("lesson-stop").hidden = true;
+  byId("lesson-count").textContent = "";
+  byId("lesson-progress").hidden = true;
+  byId("verdict").hidden = true;
+  byId("lesson-stage").textContent = "The server was started anew.";
+  byId("lesson-message").textContent =
+    "The lesson runs no longer. The same name and folder go on where it was.";
+  announce("The server was started anew, and the lesson runs no longer.");
 }
 
 const TITLES = { running: "being taught", stopped: "stopped", failed: "failed", plugged: "taught" };

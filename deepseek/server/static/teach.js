@@ -7,12 +7,21 @@ import * as folders from "/static/folders.js";
 import { minutes, show } from "/static/lesson.js";
 
 const IN_THE_PAGE = ["name", "kind", "path", "minutes", "layers"]; // arguments with a place of their own in the form
-// Seconds before and after training, at least and at most, on a processor.
 const AGAIN = 2000; // milliseconds before a stream that broke is opened again
+const SELDOM = 15000; // milliseconds between two looks at a lesson that nobody watches
+// Seconds before and after training, at least and at most, on a processor.
 const AROUND = { "last:3": [60, 180], all: [120, 600] };
 
+let allowed = false;
+/** Whether a lesson is followed to its end. */
+let following = false;
+/** @type {AbortController | null} */
+let stream = null;
+/** Ends the pause before the next look. */
+let wake = () => {};
+
 export async function setUp(me) {
-  const allowed = me.admin && me.teach;
+  allowed = Boolean(me.admin && me.teach);
   byId("teach-off").hidden = allowed;
   byId("lesson").hidden = !allowed;
   if (!allowed) return;
@@ -31,10 +40,27 @@ export async function setUp(me) {
   byId("lesson-stop").addEventListener("click", () =>
     json("DELETE", "/v1/teach").catch((error) => notice(error.message)),
   );
+  document.addEventListener("visibilitychange", attend);
   estimate();
+  await look();
+}
+
+/** Whether somebody may be watching the lesson. */
+const watched = () => !document.hidden && !byId("teach").hidden;
+
+/** Stream the lesson only while it is watched: a browser has few connections to a server for all its tabs. */
+export function attend() {
+  if (!allowed) return;
+  if (!watched()) stream?.abort();
+  else if (following) wake();
+  else look().catch((error) => notice(error.message));
+}
+
+/** Show the lesson that is or was taught, which another tab may have begun. */
+async function look() {
+  if (following) return;
   const lesson = await json("GET", "/v1/teach");
-  if (lesson.state === "running")
-    follow().catch((error) => notice(error.message)); // begun before the page was opened
+  if (lesson.state === "running") follow().catch((error) => notice(error.message));
   else if (lesson.state !== "none") show(lesson);
 }
 
@@ -109,23 +135,45 @@ async function start(event) {
     await follow();
   } catch (error) {
     notice(error.message);
+    if (error.status === 409) await look().catch(() => {}); // another one is being taught
   }
 }
 
 /** Show a lesson until it ends; a stream that breaks is opened again. */
 async function follow() {
+  if (following) return;
+  following = true;
   byId("lesson-state").scrollIntoView({ block: "nearest" });
+  let broken = false;
   for (let state = "running"; state === "running";) {
     try {
-      for await (const lesson of events("GET", "/v1/teach/events")) {
+      for await (const lesson of heard()) {
         state = lesson.state;
         show(lesson);
       }
-      notice("");
+      if (broken) notice("");
+      broken = false;
     } catch (error) {
+      if (error.name === "AbortError") continue; // it is no longer watched
       notice(`The lesson is not heard of (${error.message}); trying again.`);
+      broken = true;
     }
-    if (state === "running") await new Promise((wake) => setTimeout(wake, AGAIN));
+    if (state === "running") await pause(watched() ? AGAIN : SELDOM);
   }
+  following = false;
   await refresh();
 }
+
+/** The states of the lesson as they come, or only the present one while nobody watches. */
+async function* heard() {
+  if (!watched()) return yield await json("GET", "/v1/teach");
+  stream = new AbortController();
+  yield* events("GET", "/v1/teach/events", undefined, stream.signal);
+}
+
+/** Wait until it is time, or until the lesson is watched again. @param {number} milliseconds */
+const pause = (milliseconds) =>
+  new Promise((end) => {
+    wake = () => end(undefined);
+    setTimeout(wake, milliseconds);
+  });
