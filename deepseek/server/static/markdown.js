@@ -14,14 +14,18 @@ import { highlight } from "/static/highlight.js";
  * @typedef {(start: number, end: number, className?: string) => Node[]} Leaf
  */
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t#]*$/;
+// No two parts of a form that repeat may match the same text side by side: a line of thousands of
+// spaces would take seconds.
+const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
+const LANGUAGE = /^[\w+#.-]*/;
+const HEADING = /^( {0,3}(#{1,6})[ \t]+)(.*)$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}>[ ]?/;
 const ITEM = /^( {0,6})([-*+]|\d{1,9}[.)])[ \t]+/;
 /** Nested quotes and lists above this read as paragraphs: a model that loops writes thousands. */
 const DEEPEST = 40;
-const TABLE_LINE = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+/** The line under a table's head, without the spaces around it. */
+const TABLE_LINE = /^\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/;
 
 /**
  * @param {string} source
@@ -73,7 +77,7 @@ function blocks(lines, leaf, depth = 0) {
     }
     const reader =
       readers.find(({ form }) => form.test(text)) ??
-      (text.includes("|") && TABLE_LINE.test(lines[place + 1]?.text ?? "")
+      (text.includes("|") && TABLE_LINE.test(lines[place + 1]?.text.trim() ?? "")
         ? { read: table }
         : { read: paragraph });
     const { node, next } = reader.read(lines, place, leaf, depth);
@@ -92,7 +96,8 @@ const readers = [
 ];
 
 function fence(lines, place, leaf) {
-  const [, mark, language] = lines[place].text.match(FENCE);
+  const [, mark, info] = lines[place].text.match(FENCE);
+  const [language] = info.trim().match(LANGUAGE);
   let end = place + 1;
   while (end < lines.length && !closes(lines[end].text, mark)) end += 1;
   const code = joined(lines.slice(place + 1, end));
@@ -123,13 +128,22 @@ function codeBlock(code, language, leaf) {
 
 function heading(lines, place, leaf) {
   const line = lines[place];
-  const [, marks, text] = line.text.match(HEADING);
-  const from = line.text.indexOf(text, line.text.indexOf(marks) + marks.length);
+  const [, start, marks, text] = line.text.match(HEADING);
+  const from = start.length;
+  const to = from + withoutClosing(text).length;
   const level = Math.min(6, marks.length + 2); // the page has levels 1 and 2
   return {
-    node: element(`h${level}`, {}, ...inline(part(line, from, from + text.length), leaf)),
+    node: element(`h${level}`, {}, ...inline(part(line, from, to), leaf)),
     next: place + 1,
   };
+}
+
+/** A heading's text without the marks that may close it. Those that end a word belong to it, as in C#. */
+function withoutClosing(text) {
+  const trimmed = text.trimEnd();
+  let end = trimmed.length;
+  while (trimmed[end - 1] === "#") end -= 1;
+  return end === 0 || /[ \t]/.test(trimmed[end - 1]) ? trimmed.slice(0, end).trimEnd() : trimmed;
 }
 
 function quote(lines, place, leaf, depth) {
@@ -207,8 +221,10 @@ function table(lines, place, leaf) {
 
 function cells(line) {
   const made = [];
-  let from = line.text.match(/^\s*\|?/)[0].length;
-  const stop = line.text.length - line.text.match(/\|?\s*$/)[0].length;
+  let from = line.text.length - line.text.trimStart().length;
+  if (line.text[from] === "|") from += 1;
+  let stop = line.text.trimEnd().length;
+  if (line.text[stop - 1] === "|") stop -= 1;
   for (let place = from; place <= stop; place += 1) {
     if (place < stop && line.text[place] !== "|") continue;
     made.push(part(line, from, place));
@@ -224,6 +240,15 @@ function paragraph(lines, place, leaf) {
   while (end < lines.length && lines[end].text.trim() && !startsBlock(lines[end].text)) end += 1;
   return { node: element("p", {}, ...inline(joined(lines.slice(place, end)), leaf)), next: end };
 }
+
+const WORD = "[\\p{L}\\p{M}\\p{N}_]";
+/** What ends an address without brackets around it, marks and quotes of Chinese and Japanese among it. */
+const NO_URL =
+  "\\s<>()[\\]\"'`*\\u2018-\\u201f\\u3000-\\u303f\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65";
+
+/** A form of text between underscores, which inside a word are part of it. */
+const underscored = (mark, text) =>
+  new RegExp(`(?<!${WORD})(${mark})${text}(?<=\\S)${mark}(?!${WORD})`, "uy");
 
 // Forms inside a line, tried at each place in this order. Lengths are limited, so that a long line
 // of markers takes no quadratic time.
@@ -245,14 +270,20 @@ const INLINE = [
     ],
   },
   {
-    form: /https?:\/\/[^\s<>()[\]"'`*]{1,1000}[^\s<>()[\]"'`*.,;:!?]/y,
+    form: new RegExp(`https?://[^${NO_URL}]{1,1000}[^${NO_URL}.,;:!?]`, "y"),
     make: ([href], piece, leaf) => [link(href, leaves(piece, leaf))],
   },
+  {
+    form: /\*{3}(?=[^\s*])([^*]{1,1000}?)(?<=\S)\*{3}/y,
+    make: ([, text], piece, leaf) => [
+      element("em", {}, element("strong", {}, ...inline(part(piece, 3, 3 + text.length), leaf))),
+    ],
+  },
   { form: /(\*\*)(?=\S)([^]{1,1000}?)(?<=\S)\*\*/y, make: wrapped("strong") },
-  { form: /(?<!\w)(__)(?=\S)([^]{1,1000}?)(?<=\S)__(?!\w)/y, make: wrapped("strong") },
+  { form: underscored("__", "(?=\\S)([^]{1,1000}?)"), make: wrapped("strong") },
   { form: /(~~)(?=\S)([^]{1,1000}?)(?<=\S)~~/y, make: wrapped("del") },
   { form: /(\*)(?=[^\s*])([^*]{1,1000}?)(?<=\S)\*/y, make: wrapped("em") },
-  { form: /(?<!\w)(_)(?=[^\s_])([^_]{1,1000}?)(?<=\S)_(?!\w)/y, make: wrapped("em") },
+  { form: underscored("_", "(?=[^\\s_])([^_]{1,1000}?)"), make: wrapped("em") },
 ];
 
 function wrapped(name) {
