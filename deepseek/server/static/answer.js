@@ -59,7 +59,7 @@ export function showAnswer(exchange, turn) {
 }
 
 function showQuestion(place, turn, edit) {
-  const words = { className: "said", textContent: turn.question };
+  const words = { className: "said", dir: "auto", textContent: turn.question };
   const text = { ...words, tabIndex: 0, role: "group", "aria-label": "Beginning of a text" };
   const said = turn.kind === "text" ? element("pre", text) : element("div", words);
   place.append(said);
@@ -70,7 +70,11 @@ function showQuestion(place, turn, edit) {
 
 /** Put a field in place of a question, until it is sent or given up. */
 function editor(place, said, open, edit) {
-  const field = element("textarea", { value: said.textContent, "aria-label": "Edit the message" });
+  const field = element("textarea", {
+    value: said.textContent,
+    dir: "auto",
+    "aria-label": "Edit the message",
+  });
   const close = () => {
     form.replaceWith(said, open);
     open.focus();

@@ -40,12 +40,21 @@ export function drawn(name, attributes, text = "") {
 
 /**
  * @param {string} text what is written on the button
- * @param {() => unknown} act
+ * @param {() => unknown} act until a promise of it has ended, further clicks do nothing
  * @param {Record<string, unknown>} [fields]
  */
 export function button(text, act, fields = {}) {
   const made = element("button", { type: "button", textContent: text, ...fields });
-  made.addEventListener("click", act);
+  let acting = false;
+  made.addEventListener("click", async () => {
+    if (acting) return;
+    acting = true;
+    try {
+      await act();
+    } finally {
+      acting = false;
+    }
+  });
   return made;
 }
 

@@ -55,7 +55,7 @@ export async function showExamples(log, ask) {
 
 /** @param {Prompt} prompt @param {() => void} act */
 function chip(prompt, act) {
-  if (prompt.kind === "chat") return button(prompt.text, act, { className: "example" });
+  if (prompt.kind === "chat") return button(prompt.text, act, { className: "example", dir: "auto" });
   const lines = prompt.text.trimEnd().split("\n");
   const made = button("Continue ", act, {
     className: "example",

@@ -3,7 +3,7 @@
 import { json } from "/static/api.js";
 import { dot } from "/static/attribution.js";
 import * as chat from "/static/chat.js";
-import { announce, button, byId, element, notice } from "/static/dom.js";
+import { announce, button, byId, element, notice, refill } from "/static/dom.js";
 import { forget } from "/static/examples.js";
 
 /** @typedef {import("/static/conversations.js").Conversation} Conversation */
@@ -66,7 +66,7 @@ export async function load() {
   byId("expert-count").textContent = listed.data.length
     ? `${listed.data.length} plugged`
     : "none plugged";
-  byId("available").replaceChildren(...listed.available.map(folderRow));
+  refill(byId("available"), listed.available.map(folderRow));
   byId("available-part").hidden = !listed.available.length || !me.admin;
   byId("drop").hidden = !me.admin;
 }
@@ -84,7 +84,8 @@ export function showChoice(conversation) {
     ...models.map(({ id }) => element("option", { value: id, textContent: label(id) })),
   );
   byId("pick").value = modelOf(conversation);
-  byId("plugged").replaceChildren(...[...experts.values()].map((info) => card(info, conversation)));
+  const cards = [...experts.values()].map((info) => card(info, conversation));
+  refill(byId("plugged"), cards);
 }
 
 function label(model) {
@@ -131,9 +132,6 @@ function toggle(info, conversation) {
       made.checked && !info.armed ? [...without(added), info.name] : without(added);
     chat.keep();
     showChoice(conversation);
-    byId("plugged")
-      .querySelector(`[aria-label="${made.getAttribute("aria-label")}"]`)
-      .focus();
   });
   return made;
 }
@@ -210,12 +208,17 @@ function folderRow(name) {
 
 /** Change the server's experts, and show the outcome. @param {() => Promise<unknown>} work */
 export async function change(work) {
-  let failure = "";
-  try {
-    await work();
-  } catch (error) {
-    failure = error.message;
-  }
-  await refresh();
-  notice(failure);
+  notice(await attempt(work));
+}
+
+/**
+ * Change the server's experts.
+ * @param {() => Promise<unknown>} work
+ * @returns {Promise<string>} why it failed, or ""
+ */
+export async function attempt(work) {
+  const reason = (error) => error.message;
+  const failure = await work().then(() => "", reason);
+  const stale = await refresh().then(() => "", reason);
+  return failure || stale;
 }
