@@ -25,6 +25,8 @@ let running = null;
 let follows = true;
 /** Whether the server has told its models. */
 let ready = false;
+/** Whether the page is about to be left or loaded anew, which breaks off its answers. */
+let leaving = false;
 
 /** Listen to the composer. What is typed before `begin` waits in it. */
 export function setUp() {
@@ -46,6 +48,7 @@ export function setUp() {
     if (!composing(event) && event.key === "Escape" && !closes) running?.abort();
   });
   byId("stop").addEventListener("click", () => running?.abort());
+  addEventListener("beforeunload", () => (leaving = true));
 }
 
 /** Show the conversation, and let questions be asked. */
@@ -188,6 +191,7 @@ async function answer(turn, again = false) {
       keeping(asked, worthKeeping, generate(asked, turn, turn.answer, signal, paint)),
     () => showAnswer(exchange, turn),
   );
+  if (failure && leaving) turn.answer.finish = "stopped";
   const answered = turn.answer.tokens.length > 0 || turn.answer.finish === "stop";
   if (!answered && asked === conversation)
     asked.turns = asked.turns.filter((other) => other !== turn);
