@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from live_server import Live
 from page_driver import imported, keep, rendered, say, set_up, violations
+from page_routes import hold
 
 from deepseek.packs.library import prompts_file
 
@@ -75,6 +76,9 @@ MARKDOWN = {
         "<p>&lt;b&gt;no&lt;/b&gt;&lt;img src=x onerror=alert(1)&gt;</p>"
     ),
     "[a](javascript:alert(1))": "<p>[a](javascript:alert(1))</p>",
+    "***a***": "<p><em><strong>a</strong></em></p>",
+    "имя_поля_тут 变量_名称_列 क_ख_ग": "<p>имя_поля_тут 变量_名称_列 क_ख_ग</p>",
+    "## C#\n\n## a ##": "<h4>C#</h4><h4>a</h4>",
     "🙂 **é** 🙂": "<p>🙂 <strong>é</strong> 🙂</p>",
     "": "",
 }
@@ -93,6 +97,7 @@ def test_blocks_of_markdown(open_page: "Page") -> None:
     assert "<th>a</th><th>b</th>" in table and "<td><strong>2</strong></td>" in table
     link = rendered(open_page, "see [this](https://example.org/a) or https://example.org/b.")
     assert link.count('rel="noopener noreferrer nofollow"') == 2 and link.endswith(".</p>")
+    assert "</a>。然后</p>" in rendered(open_page, "见https://example.org。然后")
 
 
 def test_no_text_of_a_model_becomes_markup() -> None:
@@ -105,7 +110,18 @@ def test_no_text_of_a_model_becomes_markup() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["*" * 4000, "[" * 4000, "`" * 3999 + "a", "> " * 500 + "a", "_a" * 2000]
+    "source",
+    [
+        "*" * 4000,
+        "[" * 4000,
+        "`" * 3999 + "a",
+        "> " * 500 + "a",
+        "_a" * 2000,
+        "# " + "#" * 40000 + "x",
+        "```" + " " * 40000 + "`",
+        "a|b\n-|-\n|a" + " " * 40000 + "b",
+        "a|b\n" + " " * 40000 + "x",
+    ],
 )
 def test_awkward_markdown_takes_no_time(open_page: "Page", source: str) -> None:
     timed = f"""{{
@@ -130,12 +146,12 @@ def test_an_answer_that_nests_without_end_is_shown(open_page: "Page", level: str
 
 
 def test_a_chat_that_is_deleted_while_it_is_answered_stays_deleted(page: "Page") -> None:
-    set_up(page, tokens=400)
+    hold(page, "**/v1/chat/completions")
     page.locator("#words").fill("the expert of the model")
     page.keyboard.press("Enter")
-    expect(page.locator("#stop")).to_be_visible()
     page.get_by_role("button", name=re.compile("Delete the chat")).first.click()
     expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    expect(page.locator("#chat-none")).to_be_visible()
     page.reload()
     expect(page.locator("#chat-none")).to_be_visible()
 
@@ -409,7 +425,9 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
     say(page, "the expert of the model")
     page.get_by_role("button", name="Compare with base").click()
     expect(page.locator(".comparison > p")).to_be_visible(timeout=60_000)
+    imported(page, "dom.js", "m.notice('No expert named ' + 'a'.repeat(90) + ' is plugged.')")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    imported(page, "dom.js", "m.notice('')")
     boxes = [page.locator(name).bounding_box() for name in ("#attach", "#words", "#send")]
     middles = [box["y"] + box["height"] / 2 for box in boxes if box]
     assert len(middles) == 3 and max(middles) - min(middles) < 8  # one row

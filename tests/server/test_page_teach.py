@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 from live_server import Live, live
 from page_driver import imported, keep
+from page_routes import hold
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.packs.pack import read_pack
@@ -103,6 +104,71 @@ def test_a_pair_is_reviewed_with_the_keyboard(page: "Page", served: Live) -> Non
     if answers[0].strip():
         assert database.get(2).labels == ("reviewed",)
     database.close()
+
+
+def test_a_judgement_is_for_the_pair_on_the_screen(browser: "Browser", served: Live) -> None:
+    database = PreferenceDatabase(served.service.settings.preferences)
+    for words in ("Which way is left?", "Which way is right?"):
+        question = ({"role": "user", "content": words},)
+        database.add(Preference(question, f"{words} That one.", "This one.", "file"))
+    database.close()
+    page = browser.new_page()
+    page.goto(served.url)
+    page.locator("#words:focus").wait_for()
+    page.get_by_role("tab", name="Review").click()
+    expect(page.locator("#pair-prompt")).to_contain_text("left")
+    page.keyboard.press("Shift+S")
+    expect(page.locator("#pair-prompt")).to_contain_text("right")
+    held = hold(page, "**/v1/preferences/*")
+    page.keyboard.press("1")
+    page.keyboard.press("s")  # not while the judgement is being stored
+    page.locator("#question").fill("a fresh one")
+    page.locator("#question").press("Enter")
+    held[0].fulfill(status=503, json={"error": {"message": "The database is busy."}})
+    expect(page.locator("#notice")).to_have_text("The database is busy.")
+    expect(page.locator("#pair-prompt")).to_contain_text("right")
+    page.locator("#answer-1").click()
+    expect(page.locator("#skip")).to_have_attribute("aria-disabled", "true")
+    assert [route.request.url for route in held] == [held[0].request.url] * 2
+    page.close()
+
+
+LESSON = {
+    "name": "notes",
+    "state": "running",
+    "stage": "train",
+    "done": 3,
+    "total": 9,
+    "message": "",
+    "losses": [],
+    "held_out": [],
+    "verdict": "",
+    "armed": False,
+    "before": None,
+    "after": None,
+    "gain": None,
+    "story": "",
+    "seconds": 5,
+    "expected_seconds": None,
+}
+
+
+def test_a_lesson_is_streamed_while_it_is_watched_until_the_server_forgets_it(page: "Page") -> None:
+    page.route("**/v1/teach", lambda route: route.fulfill(json=LESSON))
+    held = hold(page, "**/v1/teach/events")
+    page.reload()
+    expect(page.locator("#lesson-stage")).to_have_text("notes: being taught")
+    assert held == []
+    with page.expect_request("**/v1/teach/events"):
+        page.get_by_role("tab", name="Teach").click()
+    with page.expect_event("requestfailed"):  # ended by the page itself
+        page.get_by_role("tab", name="Chat").click()
+    with page.expect_request("**/v1/teach/events"):
+        page.get_by_role("tab", name="Teach").click()
+    held[-1].fulfill(body='data: {"object": "lesson", "state": "none"}\n\n')
+    expect(page.locator("#lesson-stage")).to_have_text("The server was started anew.")
+    expect(page.locator("#lesson-start")).to_be_enabled()
+    expect(page.locator("#verdict")).to_be_hidden()
 
 
 def test_the_page_asks_for_a_key(browser: "Browser", served_folder: Path) -> None:
