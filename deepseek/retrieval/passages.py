@@ -84,9 +84,9 @@ def _windows(
     lines = split_lines(text)
     last = max(0, len(lines) - MATCHED_LINES + STRIDE - 1) // STRIDE * STRIDE
     for start in range(0, last + 1, STRIDE):
-        in_no_other = lines[start:] if start == last else lines[start : start + STRIDE]
-        if sum(map(len, in_no_other)) > LONGEST:
-            yield from _cut(document, first + start, in_no_other, path)
+        own_lines = lines[start:] if start == last else lines[start : start + STRIDE]
+        if sum(map(len, own_lines)) > LONGEST:
+            yield from _cut(document, first + start, own_lines, path)
             continue
         shown = lines[start : start + SHOWN_LINES]
         whole = "".join(shown)[:LONGEST]

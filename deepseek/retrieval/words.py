@@ -15,9 +15,20 @@ PART = regex.compile(
 """Part of a word: capitals, a capitalised or lower-case run, digits, or letters without case."""
 JOINER = "\u200d"
 """Asks for a joined form of the letters beside it; some writers leave it out."""
-SCRIPTS = ("Han", "Hiragana", "Katakana", "Hangul", "Thai", "Lao", "Khmer", "Myanmar")
+SCRIPTS_WITHOUT_SPACES = (
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Hangul",
+    "Thai",
+    "Lao",
+    "Khmer",
+    "Myanmar",
+)
 WITHOUT_SPACES = regex.compile(
-    "(?:[" + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS) + r"\u30fc]\p{M}*)+"
+    "(?:["
+    + "".join(rf"\p{{Script={name}}}" for name in SCRIPTS_WITHOUT_SPACES)
+    + r"\u30fc]\p{M}*)+"
 )
 """A run of a script without spaces between words; U+30FC lengthens vowels in Japanese."""
 

@@ -48,7 +48,8 @@ def renamed_files(
 def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
     """Yield the former and the later path of each file that a diff renames.
 
-    A module that moves may leave another file at its former path, which imports it from the new one.
+    A module that moves may leave another file at its former path, which imports it from where it is
+    now.
     """
     if not added_paths(diff):
         return

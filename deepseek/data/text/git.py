@@ -21,7 +21,7 @@ from deepseek.data.text.git_diffs import (
 from deepseek.data.text.git_stores import refuse_endless
 from deepseek.errors import DataError, shown
 
-UNSUPPORTED = ("unsupported extension", "unknown object format")
+UNSUPPORTED_FORMATS = ("unsupported extension", "unknown object format")
 """Parts of libgit2's errors about formats that it does not read, such as SHA-256."""
 
 
@@ -36,7 +36,7 @@ def damage_explained(path: str | Path) -> Iterator[None]:
     except DataError:
         raise
     except (pygit2.GitError, KeyError, LookupError, OSError, ValueError, OverflowError) as error:
-        if any(word in str(error) for word in UNSUPPORTED):
+        if any(word in str(error) for word in UNSUPPORTED_FORMATS):
             raise DataError(
                 f"The git repository at {path} has a format that is not supported ({error}); read "
                 "its checked-out files as a folder, or make a full clone with SHA-1 and loose "
