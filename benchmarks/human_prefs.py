@@ -42,13 +42,14 @@ from typing import Any
 
 import torch
 from entry import existing_path, run_main
+from kept import kept
 from matplotlib.figure import Figure
 from results import add_output, write
 from rlpo import helpful_batches, new_database
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.store import file_digest, home, read_object, write_json
+from deepseek.checkpoint.store import file_digest, home
 from deepseek.data import Batch
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import read_preferences
@@ -228,17 +229,10 @@ class Final:
             model: digest of what is measured.
             measure: measures it.
         """
-        path = self.options.work / "figures" / f"{name}.json"
         names = ("base", "answers", "helpful_tokens", "judge_layer")
         settings = {name: getattr(self.options, name) for name in names}
         settings |= {"pairs": self.digest, "model": model}
-        found = read_object(path) if path.exists() else {}
-        if found.get("settings") != settings:
-            found = {"settings": settings, "figures": measure()}
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, found)
-        figures: dict[str, Any] = found["figures"]
-        return figures
+        return kept(self.options.work / "figures" / f"{name}.json", settings, measure)
 
     def reward(self, folder: Path) -> dict[str, Any]:
         """Return the quality of a run's reward model."""

@@ -4,9 +4,9 @@
         [--problems HumanEval-SingleLineInfilling.jsonl [--count 200]]
 
 A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares` an expert is
-trained on the same tokens (`deepseek expert train --infill SHARE`; it resumes, and is not trained
-again); the files that all of them hold out give the cases, lines drawn by a hash. Greedily filled,
-up to the first line end, is each line by the base and by each expert,
+trained on the same tokens (`deepseek expert train --infill SHARE`). The files that all of them hold
+out give the cases, lines drawn by a hash. The base and each expert fill in each line greedily, up to
+the first line end. An interrupted run trains and scores no model again.
 
     exact, similarity   with the text before and after it in the layout of
                         `deepseek/text/infilling.py`, as the server fills it
@@ -35,12 +35,13 @@ from statistics import mean
 from typing import Any
 
 from entry import Source, existing_path, run_main
-from results import FOLDER, write
+from kept import kept
+from results import COMMIT, add_output, write
 from transformers import PreTrainedTokenizerFast
 
 import deepseek
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home, read_object
+from deepseek.checkpoint.store import file_digest, home, read_object
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.data.text.document import Document
@@ -56,6 +57,7 @@ from deepseek.evaluate.scores import Interval, edit_similarity, is_exact, paired
 from deepseek.text.infilling import encode_around_gap, infill_layout
 from deepseek.text.tokenizer import document_start_ids, load_tokenizer
 from deepseek.train.jobs.arguments import source_name
+from deepseek.train.text.inputs import base_digest
 
 TEXT_TOKENS = 256
 PROBLEM_TOKENS = 640
@@ -82,7 +84,10 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--problems", type=existing_path, help="JSONL file of HumanEval Infilling")
     parser.add_argument("--count", type=int, default=200, help="of its problems")
-    parser.add_argument("--json", type=Path, default=FOLDER / "infilling.json")
+    parser.add_argument(
+        "--work", type=Path, default=home() / "infilling", help="scores are kept here"
+    )
+    add_output(parser, "infilling")
     options = parser.parse_args()
     together: dict[str, list[Outcomes]] = {}
     figures: dict[str, Any] = {}
@@ -167,14 +172,16 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
     cases = next_line_cases(documents, options.cases)
     problems = drawn(options.problems, options.count) if options.problems else []
     names_of_cases = [case.name for case in cases]
+    weights = base_digest(options.base)
     with start_engine(options.base, experts=packs) as engine:
-        found = {
-            "base": Outcomes(scored(engine, cases, problems, ExpertChoice(())), names_of_cases)
-        }
-        for share, name in names.items():
+        scorer = Scorer(options.work, engine, cases, problems)
+        base = f"{source_name(path)}-base"
+        found = {"base": Outcomes(scorer.scores(base, weights, ExpertChoice(())), names_of_cases)}
+        for (share, name), pack in zip(names.items(), packs, strict=True):
             result = read_object(runs[share] / "result.json")
             gain = 1 - result["after"] / result["before"]
-            scores = scored(engine, cases, problems, ExpertChoice((name,)))
+            digest = f"{weights} {file_digest(pack)}"
+            scores = scorer.scores(name, digest, ExpertChoice((name,)))
             found[f"gaps {share:g}"] = Outcomes(scores, names_of_cases, gain)
     print(source.text, {name: one["exact"] for name, one in described(found).items()}, flush=True)
     return found
@@ -200,10 +207,54 @@ def held_out_by_all(runs: Sequence[Path], tokenizer: PreTrainedTokenizerFast) ->
     return found
 
 
-def scored(
-    engine: Engine, cases: Sequence[Case], problems: Sequence[dict[str, str]], experts: ExpertChoice
-) -> dict[str, list[float]]:
-    """Return the scores of each line with the text after it, and without, and of each problem."""
+@dataclass(frozen=True)
+class Scorer:
+    """Measures models on the same lines and problems, and keeps what it measured.
+
+    Attributes:
+        folder: where scores are kept.
+        engine: runs the models.
+        cases: lines of the held-out files.
+        problems: problems of a benchmark; may be none.
+    """
+
+    folder: Path
+    engine: Engine
+    cases: Sequence[Case]
+    problems: Sequence[dict[str, str]]
+
+    def scores(self, name: str, model: str, experts: ExpertChoice) -> dict[str, list[float]]:
+        """Return the scores of one model on each line and each problem.
+
+        Args:
+            name: name to keep them by.
+            model: digest of the model.
+            experts: what to arm.
+        """
+        settings = {"model": model, "commit": COMMIT}
+        of_lines = settings | {"lines": digest_of(self.cases), "tokens": TEXT_TOKENS}
+        scores = kept(
+            self.folder / f"{name}.json", of_lines, lambda: scored(self.engine, self.cases, experts)
+        )
+        if not self.problems:
+            return scores
+        of_problems = settings | {"problems": digest_of(self.problems), "tokens": PROBLEM_TOKENS}
+        # The problems are no part of any source: the base is measured on them once.
+        asked = f"{name}-problems" if experts.arm else "base-problems"
+        return scores | kept(
+            self.folder / f"{asked}.json",
+            of_problems,
+            lambda: solved(self.engine, self.problems, experts),
+        )
+
+
+def digest_of(asked: Sequence[object]) -> str:
+    """Return a digest of lines or problems."""
+    return sha256(repr(asked).encode()).hexdigest()
+
+
+def scored(engine: Engine, cases: Sequence[Case], experts: ExpertChoice) -> dict[str, list[float]]:
+    """Return the scores of each line with the text after it, and without."""
     gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in cases]
     filled = written(engine, gaps, experts, heals(engine))
     as_sent = written(engine, gaps, experts)
@@ -216,7 +267,7 @@ def scored(
         "as_sent_similarity": similarity(as_sent, cases),
         "left_to_right_exact": exact(plain, cases),
         "left_to_right_similarity": similarity(plain, cases),
-    } | (solved(engine, problems, experts) if problems else {})
+    }
 
 
 def drawn(path: Path, count: int) -> list[dict[str, str]]:

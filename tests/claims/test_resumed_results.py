@@ -58,6 +58,15 @@ def test_other_pairs_have_another_digest() -> None:
     assert digest([pair("a")]) != digest([pair("a", chosen="perhaps")])
 
 
+def test_kept_figures_are_those_of_the_same_settings(tmp_path: Path) -> None:
+    kept = benchmark("kept").kept
+    path = tmp_path / "figures" / "base.json"
+    assert kept(path, {"tokens": 1}, lambda: {"exact": 0.5}) == {"exact": 0.5}
+    assert kept(path, {"tokens": 1}, lambda: {"exact": 0.1}) == {"exact": 0.5}
+    assert kept(path, {"tokens": 2}, lambda: {"exact": 0.1}) == {"exact": 0.1}
+    assert [file.name for file in path.parent.iterdir()] == ["base.json"]
+
+
 def test_stages_of_another_shape_are_refused(tmp_path: Path) -> None:
     work = benchmark("scale").Work
     work(tmp_path, {"shape": "1.2b"})
