@@ -1,17 +1,16 @@
 """`deepseek run` (and `make run`): serve a model and train an expert on a git history meanwhile."""
 
 import re
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from deepseek.cli.options import Base, Device, Precision
-from deepseek.cli.output import plain, print_table
+from deepseek.cli.output import echo, plain, print_table
 from deepseek.device.names import Dtype
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,34 +27,84 @@ EVALUATION_TOKENS = 4096
 
 
 def run(
-    from_git: Annotated[Path, typer.Option(help="Git repository to train on.")] = Path(),
+    from_git: Annotated[
+        Path | None,
+        typer.Option(help="Git repository to train on; default: that of the current folder."),
+    ] = None,
     base: Base = "smollm2-135m",
     minutes: Annotated[
         float, typer.Option(min=0.1, max=1e5, help="Minutes to train the expert.")
     ] = 3.0,
+    serve: Annotated[
+        bool, typer.Option(help="Otherwise train, print the gain and one example line, and exit.")
+    ] = True,
     device: Device = "auto",
     dtype: Precision = "auto",
 ) -> None:
     """Fetch the base and serve it with its web page. If there is no expert for the git repository
     yet, train one meanwhile.
-
-    Without a terminal: train first, print the expert's gain and one example line, and exit.
     """
     from rich.console import Console
 
     from deepseek.cli.pull import fetch
-    from deepseek.cli.repository import check_repository
     from deepseek.device.choose import choose_device, choose_dtype
 
-    check_repository(from_git)
+    repository = _repository(from_git, needed=not serve)
     choose_dtype(dtype, choose_device(device))
     console = Console()
-    name, fresh = expert_for(from_git, base, fetch(base))
     where: Where = {"device": device, "dtype": dtype}
-    if sys.stdin.isatty() and console.is_terminal:
-        _serve(base, name, from_git, minutes if fresh else None, console, where)
+    folder = fetch(base)
+    if repository is None:
+        _serve(base, None, console, where)
+        return
+    name, fresh = expert_for(repository, base, folder)
+    lesson = RepositoryExpert(name, repository, minutes if fresh else None)
+    if serve:
+        _serve(base, lesson, console, where)
     else:
-        _demonstrate(base, name, from_git, minutes if fresh else None, console, where)
+        _demonstrate(base, lesson, console, where)
+
+
+@dataclass(frozen=True)
+class RepositoryExpert:
+    """An expert for a git repository.
+
+    Attributes:
+        name: name of the expert.
+        repository: what it is trained on.
+        minutes: time to train it; None: it is there already.
+    """
+
+    name: str
+    repository: Path
+    minutes: float | None
+
+
+def _repository(given: Path | None, needed: bool) -> Path | None:
+    """Return the repository to train on; None without one, which standard error says.
+
+    Args:
+        given: value of `--from-git`.
+        needed: whether there has to be one.
+
+    Raises:
+        ConfigError, DataError: the one given or needed cannot be trained on.
+    """
+    from deepseek.cli.repository import check_repository
+
+    repository = given or Path()
+    try:
+        check_repository(repository)
+    except DataError:
+        if given or needed:
+            raise
+        echo(
+            f"note: {repository.resolve()} has no git history to train an expert on; --from-git "
+            "names one.",
+            error=True,
+        )
+        return None
+    return repository
 
 
 def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
@@ -100,11 +149,9 @@ class Where(TypedDict):
     dtype: Dtype
 
 
-def _serve(
-    base: str, name: str, repository: Path, minutes: float | None, console: "Console", where: Where
-) -> None:
-    """Serve with the expert, or train it for `minutes` while serving; take a free port if the
-    default one is in use.
+def _serve(base: str, lesson: RepositoryExpert | None, console: "Console", where: Where) -> None:
+    """Serve with the expert, or train it while serving; take a free port if the default one is in
+    use.
     """
     import socket
 
@@ -113,45 +160,45 @@ def _serve(
     from deepseek.server.schema import TeachRequest
     from deepseek.server.service import Settings
 
-    settings = Settings(teach_root=repository.resolve())
+    settings = Settings(teach_root=lesson.repository.resolve()) if lesson else Settings()
     with socket.socket() as probe:
         if probe.connect_ex((settings.host, settings.port)) == 0:
             settings = replace(settings, port=0)
-    lesson = None
-    if minutes is not None:
-        fields = {"name": name, "kind": "git", "minutes": minutes, "dtype": where["dtype"]}
-        lesson = TeachRequest.model_validate(fields)
+    request = None
+    if lesson and lesson.minutes is not None:
+        fields = {"name": lesson.name, "kind": "git", "minutes": lesson.minutes}
+        request = TeachRequest.model_validate(fields | {"dtype": where["dtype"]})
 
     def announce(address: str) -> None:
         console.print(
             plain(f"Serving {base} at {address} (open it in a browser; Ctrl-C ends)"),
             soft_wrap=True,
         )
-        if lesson is not None:
+        if request is not None and lesson is not None:
             console.print(
                 plain(
-                    f"Meanwhile the expert {name} trains on {repository.resolve()}; "
+                    f"Meanwhile the expert {lesson.name} trains on {lesson.repository.resolve()}; "
                     "the page shows its progress."
-                )
+                ),
+                soft_wrap=True,
             )
 
     serve(
         base,
-        experts=[] if lesson else [name],
+        experts=[lesson.name] if lesson and request is None else [],
         settings=settings,
-        lesson=lesson,
+        lesson=request,
         announce=announce,
         progress=Waiting(),
         **where,
     )
 
 
-def _demonstrate(
-    base: str, name: str, repository: Path, minutes: float | None, console: "Console", where: Where
-) -> None:
+def _demonstrate(base: str, lesson: RepositoryExpert, console: "Console", where: Where) -> None:
     from deepseek.engine.start import start_engine
     from deepseek.train.jobs.expert import train_expert
 
+    name, repository, minutes = lesson.name, lesson.repository, lesson.minutes
     if minutes is not None:
         console.print(
             plain(f"Training the expert {name} from the git history of {repository.resolve()}"),

@@ -17,6 +17,7 @@ from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.packs.tensors import DTYPES
+from deepseek.server.schema import TeachRequest
 from deepseek.train.jobs import adapt as adapt_job
 from deepseek.train.jobs.arguments import AdaptArguments
 
@@ -123,6 +124,42 @@ def test_run_checks_the_repository_before_the_base_is_fetched(
         main(["run", "--from-git", str(history.path)])
     assert stop.value.code == 2
     assert "has no commits; commit something first." in capsys.readouterr().err
+
+
+@pytest.fixture
+def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What `deepseek run` serves, without a terminal, beside a base that is there."""
+    calls: list[dict[str, object]] = []
+    folder = save_base(home / "models" / "tiny", 1.0)
+    monkeypatch.setattr("deepseek.cli.pull.fetch", lambda *_: folder)
+    monkeypatch.setattr("deepseek.server.run.serve", lambda base, **kw: calls.append(kw))
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_run_serves_without_a_terminal(served: list[dict[str, object]], tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history.commit({"part.py": "x = 1\n"})
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["run", "--base", "tiny"])
+    lesson = served[0]["lesson"]
+    assert isinstance(lesson, TeachRequest)
+    assert (lesson.name, lesson.kind) == (tmp_path.name, "git")
+    assert served[0]["experts"] == []
+
+
+def test_run_serves_the_base_where_there_is_no_history(
+    served: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["run", "--base", "tiny"])
+    assert (served[0]["lesson"], served[0]["experts"]) == (None, [])
+    assert "has no git history to train an expert on; --from-git" in capsys.readouterr().err
+    for words in (["--no-serve"], ["--from-git", "."]):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(["run", "--base", "tiny", *words])
+        assert "error: . is not inside a git repository" in capsys.readouterr().err
+    assert len(served) == 1
 
 
 def test_paths_are_checked_before_a_base_is_downloaded(
