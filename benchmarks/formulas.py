@@ -29,8 +29,8 @@ def main() -> None:
     )
     add_output(parser, "formulas")
     options = parser.parse_args()
-    large = plan("--preset", "deepseek-175b", "--gpus", "256", "--device", "h200")
-    small = plan("--inference", "--preset", "deepseek-8b", "--bits", "8", "--memory", "12")
+    large = plan("deepseek-175b", "--gpus", "256", "--device", "h200")
+    small = plan("--inference", "deepseek-8b", "--bits", "8", "--memory", "12")
     figures = {
         "schedule": schedule(),
         "scaling": {row["gpus"]: row["efficiency"] for row in large["scaling"]},

@@ -137,8 +137,9 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
         return _pull_gguf(path, dtype, report)
     if name in UNPUBLISHED:
         raise HubError(
-            f"no weights are published for {name!r}; train it from "
-            f"DeepSeekModel(ModelConfig.preset({name!r})) or give the folder of a model you have."
+            f"no weights are published for {name!r}; give the folder of a model you have, plan its "
+            f"training with `deepseek plan {name}`, or build it without memory for its weights: "
+            f'`with torch.device("meta"): DeepSeekModel(ModelConfig.preset("{name}"))`.'
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)

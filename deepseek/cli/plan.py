@@ -11,7 +11,7 @@ from deepseek.cli.messages import about_options
 from deepseek.cli.options import Json, refuse_ignored
 from deepseek.errors import ConfigError
 
-OPTIONS = {"rows_per_gpu": "--batch"} | {
+OPTIONS = {"rows_per_gpu": "--batch", "preset": "PRESET"} | {
     name: f"--{name}"
     for name in (
         "attention",
@@ -22,7 +22,6 @@ OPTIONS = {"rows_per_gpu": "--batch"} | {
         "gpus",
         "length",
         "precision",
-        "preset",
         "tokens",
         "trained",
         "zero",
@@ -39,12 +38,18 @@ Hardware = "Hardware"
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="Preset of ModelConfig; default: deepseek-8b.")] = "",
+    preset: Annotated[
+        str, typer.Argument(help="Preset of ModelConfig; default: deepseek-8b.")
+    ] = "",
     config: Annotated[
-        Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of --preset.")
+        Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of a preset.")
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="Settings for a use: code, long or small; options override them.")
+        str,
+        typer.Option(
+            help="Fields of the model and settings of inference for a use: code, long or small; "
+            "options override them."
+        ),
     ] = "",
     inference: Annotated[
         bool, typer.Option("--inference", help="Plan inference; default: training.")
@@ -139,7 +144,7 @@ def plan(
     )
 
     if preset and config:
-        raise ConfigError("--preset and --config both name the model; give one of them.")
+        raise ConfigError(f"{preset} and --config both name the model; give one of them.")
     check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
     if is_inference:
@@ -173,7 +178,7 @@ def plan(
         bits=bits,
     )
     with about_options(OPTIONS):
-        model = ModelChoice.of(options.preset, config)
+        model = ModelChoice.of(options.preset, config, options.fields)
         hardware = options.hardware(memory, teraflops, bandwidth)
         if is_inference:
             print_inference(model, options, hardware, dtype or "bfloat16", as_json)

@@ -1,6 +1,7 @@
 """The options of `deepseek plan`, and the tables that it prints."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from deepseek.cli.output import echo, figures_table, print_table
 from deepseek.cli.shapes import InferenceEstimate, ScaleRow, TrainingEstimate, print_json
 from deepseek.cli.units import duration
+from deepseek.model.presets import PRESETS
 from deepseek.planning import DEVICES, Device, InferencePlan, Plan, deepspeed_config, plan_inference
 from deepseek.planning import plan as plan_training
 from deepseek.registry import pick
@@ -40,6 +42,7 @@ class PlanOptions:
         length: tokens per row; None: the longest context.
         attention: "exact", "flash" or "lsh"; None: as the config says.
         bits: 8 or 4 for quantised weights; None: they are not.
+        fields: fields of `ModelConfig` in place of the model's own.
     """
 
     preset: str = "deepseek-8b"
@@ -49,6 +52,7 @@ class PlanOptions:
     length: int | None = None
     attention: str | None = None
     bits: int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def overridden(self, **given: Any) -> "PlanOptions":
         """Return these options with those that the user gives (see `only_given`)."""
@@ -74,8 +78,16 @@ class PlanOptions:
 
 
 PROFILES = {
-    "code": PlanOptions(length=4096, batch=8),
-    "long": PlanOptions(length=131_072, attention="lsh"),
+    "code": PlanOptions(
+        length=4096, batch=8, fields={"routing_threshold": 0.7, "min_experts": 3, "max_experts": 5}
+    ),
+    "long": PlanOptions(
+        fields={
+            "positional_encoding": "dpe",
+            "attention": "lsh",
+            "max_position_embeddings": 131_072,
+        }
+    ),
     "small": PlanOptions(length=2048, bits=8, device="laptop"),
 }
 """Inference for a use: completion in an editor for a team, one long context, one user's own
@@ -104,24 +116,32 @@ class ModelChoice:
 
     Attributes:
         name: its preset, or the file of its configuration.
-        config: its preset or config.
+        config: its preset, fields or config.
         tokens: training tokens that its configuration states, else `TOKENS`.
     """
 
     name: str
-    config: "str | ModelConfig"
+    config: "str | Mapping[str, Any] | ModelConfig"
     tokens: float
 
     @staticmethod
-    def of(preset: str, file: Path | None) -> "ModelChoice":
-        """Return the model of a preset or, if there is one, of a file for `deepseek pretrain`."""
+    def of(preset: str, file: Path | None, fields: Mapping[str, Any]) -> "ModelChoice":
+        """Return the model of a preset or, if there is one, of a file for `deepseek pretrain`.
+
+        Args:
+            preset: name of the preset.
+            file: the file; None: the preset is meant.
+            fields: fields of `ModelConfig` in place of the model's own.
+        """
         if file is None:
-            return ModelChoice(preset, preset, TOKENS)
+            config = pick(PRESETS, preset, "preset") | dict(fields)
+            return ModelChoice(preset, config if fields else preset, TOKENS)
         from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
         settings = PretrainArguments.read(file)
-        config = settings.model_config_for(settings.vocab_size, 0)
-        return ModelChoice(str(file), config, settings.tokens)
+        read = settings.model_config_for(settings.vocab_size, 0)
+        changed = type(read)(**{**read.given, **fields}) if fields else read
+        return ModelChoice(str(file), changed, settings.tokens)
 
 
 @dataclass(frozen=True)
@@ -158,13 +178,16 @@ def print_inference(
         attention=options.attention,
     )
     if as_json:
-        print_json(_inference_json(model.name, estimate))
+        print_json(_inference_json(model.name, options.fields, estimate))
         return
     count = estimate.parameters
     echo(
         f"{model.name}: {count.total:,} parameters, {count.active:,} active per token; "
         f"{estimate.batch} x {estimate.length:,} tokens on {estimate.gpus} {options.device}"
     )
+    if options.fields:
+        stated = ", ".join(f"{name}={value!r}" for name, value in options.fields.items())
+        echo(f"with {stated}")
     _print_memory(asdict(estimate.memory), estimate.memory.total, hardware.memory)
     echo(
         f"first token after {_short(estimate.prefill_seconds)}, then "
@@ -257,9 +280,12 @@ def _scaling_table(estimate: Plan) -> Table:
     return table
 
 
-def _inference_json(model: str, estimate: InferencePlan) -> InferenceEstimate:
+def _inference_json(
+    model: str, fields: Mapping[str, Any], estimate: InferencePlan
+) -> InferenceEstimate:
     return InferenceEstimate(
         model=model,
+        fields=dict(fields),
         parameters=estimate.parameters.total,
         active=estimate.parameters.active,
         gpus=estimate.gpus,

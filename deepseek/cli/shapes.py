@@ -317,6 +317,9 @@ class InferenceEstimate(JsonShape):
     model: str
     """Preset"""
 
+    fields: dict[str, Any]
+    """Fields of `ModelConfig` that the profile sets"""
+
     parameters: int
     """Total parameters"""
 

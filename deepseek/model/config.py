@@ -86,7 +86,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
             "dense" (all).
         routing_threshold: cumulative weight at which dynamic routing stops adding experts.
         min_experts, max_experts: bounds on the number of experts per token with dynamic routing;
-            `max_experts` is the k of "topk".
+            `max_experts` (default: 5, or `num_experts` if there are fewer) is the k of "topk".
         candidate_experts: number of experts that the softmax of dynamic routing runs over.
         expert_sharing: number of adjacent layers that share one pool of routed experts (1: every
             layer owns its pool).
@@ -113,7 +113,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     intermediate_size: int = 1536
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int = None  # type: ignore[assignment]  # set in __post_init__, as head_dim
+    num_key_value_heads: int = None  # type: ignore[assignment]  # None: set in __post_init__
     head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -151,7 +151,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     routing_strategy: str = "dynamic"
     routing_threshold: float = 0.7
     min_experts: int = 1
-    max_experts: int = 5
+    max_experts: int = None  # type: ignore[assignment]
     candidate_experts: int = 8
     expert_sharing: int = 1
     target_experts: float | None = None
@@ -194,6 +194,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.shared_expert_dim is None:
             self.shared_expert_dim = self.num_shared_experts * self.expert_dim
+        if self.max_experts is None:
+            self.max_experts = min(5, self.num_experts or 5)
         check_indices(self)
         try:
             super().__post_init__(**kwargs)
@@ -238,6 +240,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
                     f"{name}={self.given[name]!r} contradicts the checkpoint, whose weights have "
                     f"{name}={checkpoint[name]!r}; leave {name} out."
                 )
+        if not checkpoint.get("num_experts"):  # a dense model states bounds for no experts
+            checkpoint = {key: value for key, value in checkpoint.items() if key != "max_experts"}
         return type(self)(**(checkpoint | self.given | self._rotary_over(checkpoint)))
 
     def _rotary_over(self, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ FIELDS: dict[str, Check] = {
     "shared_expert_dim": optional(count),
     "routing_threshold": partial(number, above=0, most=1),
     "min_experts": size,
-    "max_experts": size,
+    "max_experts": optional(size),
     "candidate_experts": size,
     "expert_sharing": size,
     "target_experts": optional(partial(number, least=1)),

@@ -94,12 +94,12 @@ COMMANDS: dict[str, tuple[str, Callable[[Any], object], object]] = {
     "prefs stats": ("prefs stats", lambda o: (o["pairs"], o["labels"]), (2, {"a": 2})),
     "prefs search": ("prefs search question", lambda o: o["pairs"][0]["chosen"], "yes"),
     "plan": (
-        "plan --preset deepseek-nano --gpus 4",
+        "plan deepseek-nano --gpus 4",
         lambda o: [row["gpus"] for row in o["scaling"]],
         [1, 2, 4],
     ),
     "plan --inference": (
-        "plan --inference --preset deepseek-nano --length 100 --batch 3",
+        "plan --inference deepseek-nano --length 100 --batch 3",
         lambda o: (o["length"], o["batch"], o["gpus"], o["fits"]),
         (100, 3, 1, True),
     ),

@@ -65,7 +65,7 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
         ("generate x --seed 99999999999999999999", "less than or equal to 4294967295"),
         ("chat --top-p 2", "Invalid value for '--top-p'"),
         ("plan --batch 99999999999999", "--batch=99999999999999 must be a whole number from 1 to"),
-        ("plan --preset deepseek-8b --config x.yaml", "both name the model; give one of them."),
+        ("plan deepseek-8b --config x.yaml", "both name the model; give one of them."),
         ("expert sign x --key me.pub", "me.pub is a public key; sign with the private key"),
         ("expert lock --key me.pub", "me.pub is a public key"),
         ("expert lock --experts-folder nosuch", "--experts-folder nosuch is not a folder"),
@@ -158,5 +158,5 @@ def test_help_says_what_an_option_is_and_its_default(
 
 def test_a_plan_of_training_names_its_preset(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["plan", "--preset", "deepseek-1b"])
+        main(["plan", "deepseek-1b"])
     assert capsys.readouterr().out.startswith("deepseek-1b: ")

@@ -7,6 +7,7 @@ import pytest
 
 from deepseek.cli.main import main
 from deepseek.data import read_records
+from deepseek.model.config import ModelConfig
 
 
 def call(*arguments: str) -> int:
@@ -39,11 +40,23 @@ def test_a_plan_is_printed_and_written_for_deepspeed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ds.json"
-    assert call("plan", "--preset", "deepseek-8b", "--gpus", "256", "--deepspeed", str(path)) == 0
+    assert call("plan", "deepseek-8b", "--gpus", "256", "--deepspeed", str(path)) == 0
     printed = capsys.readouterr().out
     assert "on 256 h100: " in printed and "efficiency" in printed and printed.count("%") == 9
     config = json.loads(path.read_text())
     assert config["zero_optimization"]["stage"] == 3 and config["train_batch_size"] == 512
+
+
+@pytest.mark.parametrize(("profile", "fields"), [("code", 3), ("long", 3), ("small", 0)])
+def test_a_profile_names_fields_that_a_preset_takes(
+    profile: str, fields: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("plan", "deepseek-nano", "--profile", profile, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    config = ModelConfig.preset("deepseek-nano", **printed["fields"])
+    assert len(printed["fields"]) == fields
+    if profile == "long":
+        assert printed["length"] == config.max_position_embeddings == 131_072
 
 
 @pytest.mark.parametrize("option", ["--memory", "--teraflops", "--bandwidth", "--tokens"])
@@ -69,7 +82,7 @@ def test_a_plan_for_hardware_of_any_speed_is_printed(option: str) -> None:
         (("pretrain", "--config", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("adapt",), "no text to learn from"),
-        (("plan", "--preset", "deepseek-9b"), "perhaps 'deepseek-8b'"),
+        (("plan", "deepseek-9b"), "perhaps 'deepseek-8b'"),
         (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
         (
             ("plan", "--bits", "4"),

@@ -213,6 +213,14 @@ def test_config_names_the_field_and_the_mend(fields: dict[str, Any], told: str) 
         ModelConfig(**fields)
 
 
+def test_fewer_experts_than_the_usual_bound_need_no_further_field(tmp_path: Path) -> None:
+    assert ModelConfig().max_experts == ModelConfig(num_experts=16, expert_dim=8).max_experts == 5
+    few = ModelConfig(num_experts=2, expert_dim=8, routing_strategy="dynamic")
+    assert (few.max_experts, ModelConfig.from_dict(few.to_dict()).max_experts) == (2, 2)
+    DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).save_pretrained(tmp_path)
+    assert DeepSeekModel.from_pretrained(tmp_path, config=few).config.max_experts == 2
+
+
 def test_preset_names_are_checked() -> None:
     with pytest.raises(ConfigError, match="deepseek-nano"):
         ModelConfig.preset("deepseek-nono")

@@ -2,12 +2,15 @@
 readable text.
 """
 
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ LATEST = 10**15
 """Latest time of a record, in seconds since 1970; milliseconds fit too."""
 
 PARQUET_ROWS = 1024
+
+LONGEST_LINE = 1 << 28
+"""Bytes of a record's line from which on it is refused."""
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -178,41 +184,52 @@ def read_records(path: str | Path) -> Iterator[Document]:
 
 
 def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number (from 1) and record of each non-blank line of a JSONL file, or of each row of a
-    `.parquet` file.
+    """Yield number (from 1) and record of each non-blank line of a JSONL file (a packed one is named
+    `.gz`), or of each row of a `.parquet` file.
 
     Raises:
         DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or
             Parquet file.
     """
     readable_file(file, "one JSONL or Parquet file")
-    if file.suffix.lower() in (".gz", ".zst", ".bz2", ".xz"):
-        raise DataError(f"{file} is compressed; unpack it first, with gunzip or the like.")
+    if file.suffix.lower() in (".zst", ".bz2", ".xz"):
+        raise DataError(f"{file} is compressed; unpack it first, with unzstd or the like.")
     if file.suffix.lower() == ".parquet":
         yield from enumerate(parquet_rows(file), 1)
         return
-    with open(file, encoding="utf-8-sig") as lines:
+    for number, line in enumerate(_lines(file), 1):
         try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, parse(line, f"{file.name} line {number}")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            # The error counts from the part of the file that was decoded at once.
             raise DataError(
-                f"{file} is not UTF-8 (line {undecodable_line(file)}); convert it with iconv -t "
-                "utf-8."
+                f"{file} is not UTF-8 (line {number}); convert it with iconv -t utf-8."
             ) from error
+        if text.strip():
+            yield number, parse(text, f"{file.name} line {number}")
 
 
-def undecodable_line(file: Path) -> int:
-    """Return the number of the first line that is not UTF-8; 0 if all are."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+def _lines(file: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, which is unpacked first if its name ends with `.gz`.
+
+    Raises:
+        DataError: it cannot be unpacked, or a line is longer than `LONGEST_LINE`, as one of a
+            small packed file can be.
+    """
+    packed = file.suffix.lower() == ".gz"
+    with gzip.open(file) if packed else open(file, "rb") as stream:
+        for number in count(1):
             try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
+                line = stream.readline(LONGEST_LINE)
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise DataError(f"{file} is damaged ({error}); fetch it again.") from None
+            if not line:
+                return
+            if len(line) == LONGEST_LINE:
+                raise DataError(
+                    f"{file} line {number} has {LONGEST_LINE >> 20} MiB or more; write one record "
+                    "per line."
+                )
+            yield line
 
 
 def parse(line: str, where: str) -> Mapping[str, Any]:

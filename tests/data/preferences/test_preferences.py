@@ -2,6 +2,7 @@
 together.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from deepseek.data.preferences.files import (
     record_of,
     write_preferences,
 )
+from deepseek.data.text import source
 from deepseek.errors import DataError
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -271,9 +273,33 @@ def test_transcripts_are_split_into_turns() -> None:
     assert (found.chosen, found.rejected) == ("Yes.\n\nNo.", "")
 
 
-def test_a_compressed_file_is_named_as_such(tmp_path: Path) -> None:
+def test_a_packed_file_is_read_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    plain = tmp_path / "pairs.jsonl"
+    plain.write_text('{"prompt": "ä", "chosen": "g", "rejected": "b"}\n' * 2, encoding="utf-8-sig")
     file = tmp_path / "pairs.jsonl.gz"
-    file.write_bytes(b"\x1f\x8b")
+    packed = gzip.compress(plain.read_bytes())
+    file.write_bytes(packed)
+    pairs = list(read_preferences(file))
+    assert [pair.digest for pair in pairs] == [pair.digest for pair in read_preferences(plain)]
+    for damaged in (b"\x1f\x8b", packed[:-9], b"no gzip"):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="is damaged"):
+            list(read_preferences(file))
+
+
+def test_a_line_of_a_packed_file_has_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "LONGEST_LINE", 1 << 20)
+    file = tmp_path / "pairs.jsonl.gz"
+    file.write_bytes(gzip.compress(b" " * (1 << 20)))
+    with pytest.raises(DataError, match="line 1 has 1 MiB or more; write one record"):
+        list(read_preferences(file))
+
+
+def test_other_packed_files_are_named_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl.zst"
+    file.write_bytes(b"\x28\xb5")
     with pytest.raises(DataError, match="is compressed; unpack it first"):
         list(read_preferences(file))
 
