@@ -77,17 +77,47 @@ def due_results(
         quick: those with a quick command instead.
         only_stale: leave out those that are there, whole and not stale.
     """
-    due = []
+    results = [result for row in rows for result in _wanted(declared, row, only_stale)]
+    return [result for result in dict.fromkeys(results) if _command(declared, result, quick)]
+
+
+def left_out(
+    declared: DeclaredClaims, rows: Iterable[ClaimRow], only_stale: bool
+) -> dict[str, str]:
+    """Return the results of claims that have no command of their own, with the one that made each.
+
+    Such a result needs text or models that nothing here fetches, or another machine.
+
+    Args:
+        declared: the claims.
+        rows: the claims, with their figures.
+        only_stale: leave out those that are there, whole and not stale.
+    """
+    found = {}
     for row in rows:
-        sources = [(figure.source, bool(figure.text)) for figure in row.figures if figure.source]
-        lacking = {source.result for source, is_measured in sources if not is_measured}
-        fresh = {source.result for source, _ in sources if source.changed == []} - lacking
-        for result in used_results(declared, row.name):
-            measurement = declared.results[result]
-            command = measurement.quick if quick else measurement.command
-            if command and not (only_stale and result in fresh):
-                due.append(result)
-    return list(dict.fromkeys(due))
+        made = {
+            figure.source.result: figure.source.command for figure in row.figures if figure.source
+        }
+        for result in _wanted(declared, row, only_stale):
+            if not _command(declared, result, quick=False):
+                found[result] = made.get(result, "")
+    return found
+
+
+def _command(declared: DeclaredClaims, result: str, quick: bool) -> str:
+    measurement = declared.results[result]
+    return measurement.quick if quick else measurement.command
+
+
+def _wanted(declared: DeclaredClaims, row: ClaimRow, only_stale: bool) -> list[str]:
+    """Return the results of a claim; with `only_stale` those that are missing, in part, or stale."""
+    used = used_results(declared, row.name)
+    if not only_stale:
+        return used
+    sources = [(figure.source, bool(figure.text)) for figure in row.figures if figure.source]
+    lacking = {source.result for source, is_measured in sources if not is_measured}
+    fresh = {source.result for source, _ in sources if source.changed == []} - lacking
+    return [result for result in used if result not in fresh]
 
 
 def used_results(declared: DeclaredClaims, claim: str) -> list[str]:

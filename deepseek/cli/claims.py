@@ -86,6 +86,7 @@ def run(
         Places,
         check_corpora,
         due_results,
+        left_out,
         quick_commands,
         run_commands,
         run_quick_commands,
@@ -96,11 +97,15 @@ def run(
     found = {row.name: row for row in claim_table(CHECKOUT).claims}
     is_all = name == "all"
     rows = list(found.values()) if is_all else [pick(found, name, "claim")]
-    results = due_results(declared, rows, quick, only_stale=is_all and not quick)
+    only_stale = is_all and not quick
+    results = due_results(declared, rows, quick, only_stale)
+    by_hand = {} if quick else left_out(declared, rows, only_stale)
+    if not results and not (is_all or quick):
+        raise UserError(_by_hand(by_hand))
+    if by_hand:
+        _say(_by_hand(by_hand))
     if not results:
-        echo(
-            "nothing to run: " + ("every result is up to date" if is_all else _no_command(rows[0]))
-        )
+        echo("nothing to run: every other result is up to date")
         return
     if not quick:
         places = Places.of_user(CHECKOUT)
@@ -128,8 +133,13 @@ def _say(line: str) -> None:
     echo(line, error=True)
 
 
-def _no_command(row: ClaimRow) -> str:
-    return f"{row.name} has no benchmark with such a command yet"
+def _by_hand(results: dict[str, str]) -> str:
+    """Return what is to be said of results without a command of their own."""
+    commands = ", ".join(f"{name} (`{command}`)" for name, command in results.items())
+    return (
+        f"not run, because no command fetches all that it takes (see docs/claims.md): {commands}; "
+        "run it with your own paths."
+    )
 
 
 def _report(failed: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from claim_files import commit_all, make_checkout, write_result
 
 from deepseek.claims.child import STOPS, run_python
@@ -145,6 +146,17 @@ def test_a_claim_without_a_quick_benchmark_runs_nothing(
 ) -> None:
     assert call("run", "better", "--quick") == 0
     assert "nothing to run" in capsys.readouterr().out
+
+
+def test_a_result_without_a_command_is_named_with_the_one_that_made_it(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkout / "benchmarks" / "claims.yaml"
+    declared = yaml.safe_load(file.read_text())
+    del declared["results"]["speed"]["command"]
+    file.write_text(yaml.safe_dump(declared, sort_keys=False))
+    assert call("run", "fast") == 2
+    assert "no command fetches all that it takes" in capsys.readouterr().err
 
 
 def test_text_that_is_missing_stops_before_anything_runs(
