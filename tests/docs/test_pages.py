@@ -13,40 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import CURRENT, DOCS, PAGES, ROOT, SHELL, blocks, page_id, prose
 from test_log import anchor
 
 import deepseek
-
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *DOCS.rglob("*.md")])
-CURRENT = [
-    page for page in PAGES if page.name != "CHANGELOG.md" and DOCS / "log" not in page.parents
-]
-"""Pages about the present; changelog and log name what was there once."""
 
 README_WORDS = 700
 
 COMMANDS = runpy.run_path(str(DOCS / "cli_reference.py"))
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
-BLOCK = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-SHELL = ("", "bash", "sh", "console")
 SEVERAL = re.compile(r"\w\|\w")
 """`train|list`: a choice, which is no command line."""
-
-
-def page_id(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """Return a page's fenced blocks of some languages."""
-    return [text for _, language, text in BLOCK.findall(page.read_text()) if language in languages]
-
-
-def prose(page: Path) -> str:
-    """Return a page without its fenced blocks."""
-    return BLOCK.sub("", page.read_text())
 
 
 @cache
