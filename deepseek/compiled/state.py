@@ -25,8 +25,7 @@ class PageSegment:
     of a page are written only once.
 
     Attributes:
-        shape: shape of the pages.
-        part: index of the part.
+        shape: shape of the pages; its layers say which part it is.
         pages: the pages that hold the tokens.
         start, stop: positions of the first token, and past the last one.
         sums: running gate sums `[members of the part, SUMS]` after the last token.
@@ -34,7 +33,6 @@ class PageSegment:
     """
 
     shape: PageShape
-    part: int
     pages: tuple[Page, ...]
     start: int
     stop: int
@@ -129,8 +127,6 @@ class CompiledState:
         sums: running gate sums `[RECENT, members, SUMS]`; those after position p are at p % RECENT.
     """
 
-    rewinds = True
-
     def __init__(
         self,
         parts: Sequence[LayerPart],
@@ -193,17 +189,19 @@ class CompiledState:
         part = self.parts[index]
         pages = part.pages[start // PAGE : -(-part.length // PAGE)]
         sums = self._sums_at(part.length)[part.members].copy()
-        return PageSegment(part.shape, index, tuple(pages), start, part.length, sums, stream_TD)
+        return PageSegment(part.shape, tuple(pages), start, part.length, sums, stream_TD)
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
-        part = self.parts[segment.part]
+        # The sequence that stored it may have had other parts: a plug changes where they are cut.
+        index = [part.shape.layers for part in self.parts].index(segment.shape.layers)
+        part = self.parts[index]
         part.extend(segment, self.capacity)
         self._sums_at(part.length)[part.members] = segment.sums
         if segment.stream_TD is None:
             self._entries.pop(segment.start, None)
         else:
-            self._entries[segment.start] = Entry(segment.part, segment.stream_TD)
+            self._entries[segment.start] = Entry(index, segment.stream_TD)
 
     def _sums_at(self, length: int) -> np.ndarray:
         """Return the running sums after the first `length` tokens."""

@@ -52,7 +52,7 @@ class Vocabulary:
 
     def __init__(self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.size = model.config.vocab_size
+        self.size = model.config.get_text_config(decoder=True).vocab_size
         self.ends = frozenset([*end_ids(model), document_end_id(tokenizer)])
         self._compiled = lru_cache(maxsize=COMPILED)(self._compile)
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_adapter import peft_logits, save_adapter, save_llama
+from tiny_adapter import peft_logits, save_adapter, save_llama, write_adapter
 from tiny_expert import save_expert
+from tiny_families import tiny_family
+from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.compiled.runner import CompiledRunner, supports
 from deepseek.engine.adapters import import_adapter
@@ -144,3 +146,29 @@ def test_a_prefix_is_reused_by_the_same_adapter_and_weight_only(loaded: Loaded) 
 def test_weights_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="above 0 and at most 2"):
         ExpertChoice({"one": 3.0})
+
+
+def test_an_adapter_of_latent_attention_changes_its_own_request_alone(tmp_path: Path) -> None:
+    """`kv_b_proj` reads the latents of all tokens of a sequence, not those of the new one."""
+    tokenizer = tiny_tokenizer()
+    tiny_family("deepseek_v3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = load(tmp_path / "base", dtype="float32")
+    layers = {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in loaded.model.named_modules()
+        if name.endswith("kv_b_proj")
+    }
+    adapter = write_adapter(tmp_path / "adapter", layers)
+    out = tmp_path / "one.safetensors"
+    pack = import_adapter(adapter, name="one", base=tmp_path / "base", out=out)
+    loaded.model.experts.plug(pack)
+    choices: list[object] = [(), ("one",), {"one": 0.5}]
+    with Engine(*loaded) as engine:
+        alone = [answers(engine, [choice])[0] for choice in choices]
+        together = answers(engine, choices)
+    for one, other in zip(alone, together, strict=True):
+        assert [event[0] for event in one] == [event[0] for event in other]
+        expected = [event[1].logprob for event in one]
+        assert [event[1].logprob for event in other] == pytest.approx(expected, abs=1e-4)
+    assert len({tuple(event[0] for event in events) for events in alone}) > 1

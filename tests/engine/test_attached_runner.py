@@ -3,8 +3,9 @@
 import pytest
 import torch
 from attached_fixtures import attached, plug_random
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import FAMILIES, SMALL, tiny_family
 from tiny_tokenizer import tiny_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from waiting import wait_for
 
 from deepseek.engine import attached_runner
@@ -13,7 +14,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
-from deepseek.model.attached.model import AttachedModel
+from deepseek.model.attached.model import AttachedModel, attach
 from deepseek.model.attached.traits import traits_of
 from deepseek.runner import Chunk, SequenceState
 
@@ -150,3 +151,20 @@ def test_the_engine_streams_what_generate_writes(family: str) -> None:
     whole_D = traits_of(model).hidden(torch.tensor([IDS]))[0].float().mean(0)
     whole = torch.nn.functional.normalize(whole_D, dim=0).tolist()
     assert base == pytest.approx(whole, abs=1e-4)  # in chunks as in one piece
+
+
+def test_the_text_part_of_an_image_model_is_served() -> None:
+    """The config of public Gemma 3 checkpoints says nothing of the text model itself."""
+    tokenizer = tiny_tokenizer()
+    text = SMALL | FAMILIES["gemma3_text"] | {"vocab_size": len(tokenizer)}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = attach(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    ids = torch.tensor([IDS])
+    written = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    with Engine(model, tokenizer) as engine:
+        request = Request(tuple(IDS), Sampling(max_new_tokens=6, temperature=0.0), ignore_end=True)
+        told = [event.token_id for event in engine.submit(request)]
+    assert told == written[0, len(IDS) :].tolist()

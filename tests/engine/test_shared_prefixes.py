@@ -2,7 +2,7 @@
 bit for bit, those without a prefix cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -234,6 +234,26 @@ def test_a_pass_may_resume_above_all_layers_of_an_expert(kind: str) -> None:
         assert one.run([ask], scheduler, True) == [one.alone(ask, 8)]
         shared.append(scheduler.shared_tokens)
     assert shared == [0, 32, 64, 64]
+
+
+@pytest.mark.parametrize("shape", ["dense", "dmoe"])
+@pytest.mark.parametrize("runner", [CompiledRunner, TorchRunner])
+def test_what_was_stored_before_a_plug_at_other_layers_serves_after_it(
+    shape: str, runner: Callable[[Any], Runner]
+) -> None:
+    model, tokenizer = tiny_model(shape, num_hidden_layers=8, **COMPILED)
+    request = Ask(200, 200, (), False).request()
+    module = ExpertModule.beside(model.layers, "low", [3, 4], 16)
+    pack = module.requires_grad_(False).to_pack(model.experts.base, "Apache-2.0")
+    told = []
+    with Engine(model, tokenizer, runner(model)) as engine:
+        for change in (engine.plug, None, None, engine.unplug, None):
+            told.append([event.token_id for event in engine.submit(request)])
+            if change is not None:
+                change(pack if change == engine.plug else "low")
+        cached = engine.stats().cached_tokens
+    assert told == [told[0]] * 5 and len(told[0]) == 3
+    assert cached >= 2 * 192, "a second request with the same parts takes all from the cache"
 
 
 def test_parts_cover_all_layers_once() -> None:

@@ -110,13 +110,17 @@ class RaggedExperts:
             x: input of the layer for all tokens, `[..., N, D]`.
             y: output of the layer, `[..., N, F]`.
         """
+        # A stock layer may read several rows of each sequence, such as all latents of its cache.
+        each = x.numel() // x.shape[-1] // self._total
+        x_NSD = x.reshape(self._total, each, x.shape[-1])
         for group, rows_R in self._groups:
             for adapter in group.roster.adapters:
-                x_RD = x.flatten(0, -2)[rows_R]
-                delta_RF = adapter.change(site, x_RD, group.factors(adapter.name))
-                if delta_RF is not None:
-                    added = y.flatten(0, -2).index_add(0, rows_R, delta_RF.to(y.dtype))
-                    y = added.view_as(y)
+                factor = group.factors(adapter.name)
+                factor = factor[:, None] if isinstance(factor, Tensor) else factor
+                delta_RSF = adapter.change(site, x_NSD[rows_R], factor)
+                if delta_RSF is not None:
+                    y_NSF = y.reshape(self._total, each, y.shape[-1])
+                    y = y_NSF.index_add(0, rows_R, delta_RSF.to(y.dtype)).view_as(y)
         return y
 
     def speakers(self) -> list[str | None]:

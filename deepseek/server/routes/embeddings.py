@@ -130,7 +130,7 @@ def check_dimensions(service: Service, dimensions: int | None) -> None:
     """Raise `ApiError` for more dimensions than the model's vectors have; None asks for all."""
     if dimensions is None:
         return
-    width = service.engine.model.config.hidden_size
+    width = service.engine.model.config.get_text_config(decoder=True).hidden_size
     if dimensions > width:
         raise ApiError(
             400,

@@ -60,7 +60,7 @@ async def loaded(service: TheService) -> dict[str, Any]:
 async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
     """Describe one model."""
     service.named_experts(base_name(body.wanted))
-    config = service.engine.model.config
+    config = service.engine.model.config.get_text_config(decoder=True)
     architecture = "llama"
     template = service.engine.tokenizer.chat_template
     return {
