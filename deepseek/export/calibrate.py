@@ -5,6 +5,7 @@ Only one layer's weights are in memory at a time.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.start import quickest_runner
+from deepseek.export.kept import KeptParts
 from deepseek.kernels.int8 import BLOCK_ELEMENTS, Compensation, Int8Matrix, quantize
 from deepseek.model.passes import begin, resume
 from deepseek.model.quantised import is_large
@@ -155,7 +157,7 @@ def quantised(stored: StoredMatrix, spans: list[Compensation] | None, bits: int)
 
 @torch.inference_mode()
 def quantise_along(
-    model: DeepSeekModel, ids_BT: Tensor, bits: Bits
+    model: DeepSeekModel, ids_BT: Tensor, bits: Bits, kept: KeptParts
 ) -> Iterator[tuple[str, Int8Matrix]]:
     """Quantise the stored matrices of a model along forward passes of calibration texts.
 
@@ -165,6 +167,7 @@ def quantise_along(
         model: a model whose matrices are stored (`load_stored`).
         ids_BT: calibration texts.
         bits: bits of each matrix.
+        kept: the layers that an earlier attempt has quantised already.
 
     Yields:
         Name of the weight and quantised matrix, in the order of the layers. A head that shares the
@@ -172,20 +175,33 @@ def quantise_along(
     """
     hidden_BTD = torch.cat([begin(model, ids).hidden_BTD for ids in ids_BT.split(BATCH)])
     for layer, block in enumerate(model.layers):
-        done = {}
         with in_memory(block) as matrices:
-            grams = Grams(block)
-            run_layer(model, hidden_BTD, layer)
-            grams.close()
-            for path, stored in matrices.items():
-                if is_large(stored.name, stored.shape):
-                    done[stored.name] = quantised(
-                        stored, grams.compensations(path), bits(stored.name)
-                    )
+            compute = partial(_quantised_layer, model, hidden_BTD, layer, matrices, bits)
+            done = kept.layer(layer, compute)
+            for stored in matrices.values():
+                if stored.name in done:
                     stored.hold(done[stored.name].float().to(hidden_BTD.device))
             hidden_BTD = run_layer(model, hidden_BTD, layer)
         yield from done.items()
     yield from _quantised_ends(model, hidden_BTD, bits)
+
+
+def _quantised_layer(
+    model: DeepSeekModel,
+    hidden_BTD: Tensor,
+    layer: int,
+    matrices: dict[str, StoredMatrix],
+    bits: Bits,
+) -> dict[str, Int8Matrix]:
+    """Return the quantised matrices of a layer, which has `matrices` in memory, by their names."""
+    grams = Grams(model.layers[layer])
+    run_layer(model, hidden_BTD, layer)
+    grams.close()
+    return {
+        stored.name: quantised(stored, grams.compensations(path), bits(stored.name))
+        for path, stored in matrices.items()
+        if is_large(stored.name, stored.shape)
+    }
 
 
 def _quantised_ends(

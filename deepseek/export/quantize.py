@@ -1,6 +1,7 @@
 """Quantise a model's weights to 8 bits or fewer, and check the result against the original."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor
 from deepseek import checks
 from deepseek.checkpoint.convert import FAMILIES
 from deepseek.checkpoint.files import new_path
+from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import copy_terms
-from deepseek.checkpoint.store import atomic_folder, read_object
+from deepseek.checkpoint.output import new_folder
+from deepseek.checkpoint.store import home, read_object
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.calibrate import Bits, quantise_along, sample
+from deepseek.export.kept import KeptParts
 from deepseek.export.sensitivity import costs, with_8_bits
 from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import load_stored
@@ -70,7 +74,8 @@ def quantize_model(
 
     The matrices of linear layers are quantised with calibration activations (GPTQ, see
     `kernels/int8.py`), layer by layer: memory is needed for one layer, and for the 8-bit model that
-    writes the calibration texts.
+    writes the calibration texts. A call that was interrupted has kept the layers that it had
+    finished, and the same call goes on after them.
 
     Args:
         base: a known base, a local folder or a hub id.
@@ -85,8 +90,8 @@ def quantize_model(
         Size and accuracy of the result.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, or the model is too small or already
-            quantised.
+        ConfigError: `out` exists, appears meanwhile, is being written by another process or cannot
+            be written, or the model is too small or already quantised.
         CheckpointError: the quantised model's predictions diverge too far from the original's.
     """
     bits = checks.number("bits", bits, least=4, most=8)
@@ -98,9 +103,10 @@ def quantize_model(
     tokenizer = load_tokenizer(folder)
     ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=place)
     elements = _elements(model)
-    with atomic_folder(out) as written_folder:
+    kept = KeptParts(_kept_folder(folder, bits, place))
+    with new_folder(out) as written_folder:
         writer = TensorWriter(written_folder)
-        _write_weights(model, writer, bits, progress)
+        _write_weights(model, writer, bits, kept, progress)
         model.config.save_pretrained(written_folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(written_folder)
@@ -111,11 +117,13 @@ def quantize_model(
         divergence = _divergence(model, written, ids)
         limit = LIMIT if bits == 8 else LIMIT_BELOW_8
         if not divergence < limit:
+            kept.remove()
             raise CheckpointError(
                 f"The quantised model's predictions are {divergence:.3f} nats from those of "
                 f"{base}, more than {limit}; nothing was written. Use "
                 f"{'the model in bf16' if bits == 8 else 'more bits'}."
             )
+    kept.remove()
     return Quantisation(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
 
 
@@ -146,7 +154,16 @@ def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekMod
     return model
 
 
-def choose_bits(model: DeepSeekModel, texts: Tensor, bits: float, progress: Progress) -> Bits:
+def _kept_folder(folder: Path, bits: float, device: torch.device) -> Path:
+    """Return the folder of what an interrupted call has done with a model."""
+    weights = fingerprint(folder).weights
+    key = f"{weights} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
+    return home() / "quantising" / sha256(key.encode()).hexdigest()[:16]
+
+
+def choose_bits(
+    model: DeepSeekModel, texts: Tensor, bits: float, kept: KeptParts, progress: Progress
+) -> Bits:
     """Return the bits of each matrix of a model whose layers have `bits` a weight on average.
 
     Head and embedding are more sensitive than the layers (docs/log/quantisation.md).
@@ -154,21 +171,23 @@ def choose_bits(model: DeepSeekModel, texts: Tensor, bits: float, progress: Prog
     if bits == 8:
         return lambda _: 8
     rows, length = TEXTS_OF_8  # enough to rank the costs
-    wide = with_8_bits(costs(model, texts[:rows, :length], progress), bits) if bits > 4 else set()
+    wide: set[str] = set()
+    if bits > 4:
+        wide = kept.names(lambda: with_8_bits(costs(model, texts[:rows, :length], progress), bits))
     return lambda name: 4 if name.startswith("layers.") and name not in wide else 8
 
 
 def _write_weights(
-    model: DeepSeekModel, writer: TensorWriter, bits: float, progress: Progress
+    model: DeepSeekModel, writer: TensorWriter, bits: float, kept: KeptParts, progress: Progress
 ) -> None:
     """Write all weights of a model, quantised."""
     stored = {matrix.name: matrix for matrix in stored_matrices(model).values()}
     count = len(stored)
     rows, length = TEXTS_OF_8 if bits == 8 else TEXTS_BELOW_8
-    texts = sample(model, rows, length, progress).to(model.device)
-    bits_of = choose_bits(model, texts, bits, progress)
+    texts = kept.texts(lambda: sample(model, rows, length, progress)).to(model.device)
+    bits_of = choose_bits(model, texts, bits, kept, progress)
     done = set()
-    for name, matrix in quantise_along(model, texts, bits_of):
+    for name, matrix in quantise_along(model, texts, bits_of, kept):
         writer.add(stored_form(name, matrix))
         done.add(name)
         progress(len(done), count, "quantising matrices")

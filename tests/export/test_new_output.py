@@ -1,5 +1,5 @@
-"""An export replaces nothing that somebody put at its place while it ran, and removes what killed
-ones left there.
+"""Exporting and quantising replace nothing that somebody put at the place meanwhile, and remove what
+killed attempts left there.
 """
 
 import shutil
@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from tiny_expert import save_base
 
+from deepseek.checkpoint.store import temporary_path
 from deepseek.errors import ConfigError
-from deepseek.export import gguf
+from deepseek.export import gguf, quantize
 from deepseek.export.export import FORMATS, export_model
 from deepseek.export.graph import Step
+from deepseek.export.quantize import quantize_model
 from deepseek.export.stock import write_stock
+from deepseek.model.pretrained import load_stored
 from deepseek.model.transformer import DeepSeekModel
 
 
@@ -34,6 +37,31 @@ def test_a_folder_that_appears_meanwhile_stays(
     monkeypatch.setitem(FORMATS, "hf", FORMATS["hf"]._replace(write=write))
     with pytest.raises(ConfigError, match="choose another path"):
         export_model(base, out, "hf")
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_appears_while_a_model_is_quantised_stays(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "int8"
+    leftover = temporary_path(out)
+    leftover.mkdir()
+
+    def divergence(*_: object) -> float:
+        assert not leftover.exists()
+        with pytest.raises(ConfigError, match="being written by another process"):
+            quantize_model(base, out)
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+        return 0.0
+
+    monkeypatch.setattr(quantize, "is_large", lambda *_: True)  # this model's matrices are small
+    monkeypatch.setattr(quantize, "_write_weights", lambda *_: None)
+    monkeypatch.setattr(quantize, "load_stored", lambda *_: load_stored(DeepSeekModel, base))
+    monkeypatch.setattr(quantize, "_divergence", divergence)
+    with pytest.raises(ConfigError, match="choose another path"):
+        quantize_model(base, out)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
     assert list(tmp_path.iterdir()) == [out]
 

@@ -11,7 +11,9 @@ from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
+from deepseek.export import calibrate
 from deepseek.export.calibrate import quantise_along, sample
+from deepseek.export.kept import KeptParts
 from deepseek.export.quantize import quantize_model
 from deepseek.export.sensitivity import costs
 from deepseek.kernels.int8 import quantize
@@ -66,6 +68,44 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("bits", [8, 5.5])
+def test_an_interrupted_call_goes_on_after_its_finished_layers(bits, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    quantize_model(source, tmp_path / "whole", bits=bits)
+    compute = calibrate._quantised_layer
+    layers = []
+
+    def stops_at_the_last(model, hidden_BTD, layer, *rest):
+        layers.append(layer)
+        if layers == [0, 1]:
+            raise KeyboardInterrupt
+        return compute(model, hidden_BTD, layer, *rest)
+
+    monkeypatch.setattr(calibrate, "_quantised_layer", stops_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(source, tmp_path / "stopped", bits=bits)
+    assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr("deepseek.export.quantize.sample", None)  # texts and bits are kept, too
+    monkeypatch.setattr("deepseek.export.quantize.costs", None)
+    quantize_model(source, tmp_path / "stopped", bits=bits)
+    assert layers == [0, 1, 1]
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "stopped"))
+    assert first.read_bytes() == second.read_bytes()
+    assert list((tmp_path / "home" / "quantising").iterdir()) == []
+
+
+def test_what_was_kept_of_other_bits_is_not_taken(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    quantize_model(source, tmp_path / "whole", bits=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.export.quantize._divergence", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_model(source, tmp_path / "stopped", bits=8)
+    quantize_model(source, tmp_path / "again", bits=4)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_the_terms_of_the_base_go_along(source, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(source, base)
@@ -118,7 +158,7 @@ def test_the_estimated_cost_of_4_bits_is_the_measured_divergence(source, tmp_pat
     model = load_stored(DeepSeekModel, source, "float32")
     texts = sample(model, 2000, 2)
     exact = model(texts[:, :1]).logits.double().log_softmax(-1)
-    done = dict(quantise_along(model, texts, lambda _: 4))
+    done = dict(quantise_along(model, texts, lambda _: 4, KeptParts(None)))
     for cost in costs(model, texts):
         twin = load(source, dtype="float32").model
         for name in cost.names:
@@ -162,7 +202,7 @@ def test_rounding_suits_what_the_model_meets(source, tmp_path, bits):
     texts = sample(stored, 16, 32)
     assert texts.shape == (16, 32) and torch.equal(texts, sample(stored, 16, 32))
     assert torch.equal(torch.get_rng_state(), before)
-    done = dict(quantise_along(stored, texts, lambda _: bits))
+    done = dict(quantise_along(stored, texts, lambda _: bits, KeptParts(None)))
     assert set(done) == {matrix.name for matrix in stored_matrices(stored).values()}
     ids = sample(stored, 20, 32)[16:]
     exact, errors = model(ids).logits, []
