@@ -1,11 +1,13 @@
 """Stock models with experts behind the engine: chunks, prefix cache, streaming and attribution."""
 
+from typing import Any
+
 import pytest
 import torch
 from attached_fixtures import attached, plug_random
 from tiny_families import FAMILIES, SMALL, tiny_family
 from tiny_tokenizer import tiny_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 from waiting import wait_for
 
 from deepseek.engine import attached_runner
@@ -14,11 +16,37 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
+from deepseek.errors import ConfigError
 from deepseek.model.attached.model import AttachedModel, attach
 from deepseek.model.attached.traits import traits_of
 from deepseek.runner import Chunk, SequenceState
 
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+# Families whose state is not in a stock cache, or that take one token at a time from it.
+UNFIT: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "attn_layer_indices": [1, 3],
+        "mamba_d_state": 8,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 4,
+        "mamba_d_state": 8,
+        "num_experts": 4,
+        "expert_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
+    "minimax": {"num_local_experts": 2, "block_size": 8},
+    "openai-gpt": {},
+    "recurrent_gemma": {"attention_window_size": 512, "num_hidden_layers": 6},
+    "rwkv": {},
+}
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -168,3 +196,33 @@ def test_the_text_part_of_an_image_model_is_served() -> None:
         request = Request(tuple(IDS), Sampling(max_new_tokens=6, temperature=0.0), ignore_end=True)
         told = [event.token_id for event in engine.submit(request)]
     assert told == written[0, len(IDS) :].tolist()
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_family_that_would_lose_its_state_is_refused(family: str) -> None:
+    fields = SMALL | UNFIT[family]
+    if family == "bamba":
+        del fields["head_dim"]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with pytest.raises(ConfigError, match=r"cannot continue a text .* use model\.generate\.$"):
+        AttachedRunner(attached(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_refuses_no_model(model: AttachedModel, dtype: torch.dtype) -> None:
+    AttachedRunner(model.to(dtype))
+
+
+def test_neither_dropout_nor_autocast_refuses_a_model() -> None:
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+    model = attached(AutoModelForCausalLM.from_config(config)).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    with torch.autocast("cpu"):
+        AttachedRunner(model)
+    assert [module.training for module in model.modules()] == modes
