@@ -50,10 +50,16 @@ class AttachedContext:
 
 
 class _Current(threading.local):
-    """The forward passes in progress in this thread, the outermost first."""
+    """The forward passes in progress in this thread, the outermost first.
+
+    Attributes:
+        passes: their contexts.
+        base: number of those that a call of the model is inside of; an interruption left the rest.
+    """
 
     def __init__(self) -> None:
         self.passes: list[AttachedContext | None] = []
+        self.base = 0
         self._scopes: list[AbstractContextManager[None]] = []
 
     def push(self, ctx: AttachedContext | None) -> None:
@@ -67,6 +73,12 @@ class _Current(threading.local):
         """End the innermost pass and return its context."""
         self._scopes.pop().__exit__(None, None, None)
         return self.passes.pop()
+
+    def cut(self, depth: int) -> None:
+        """End the passes inside the outermost `depth` ones."""
+        while len(self._scopes) > depth:
+            self._scopes.pop().__exit__(None, None, None)
+        del self.passes[depth:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Current":
         return _Current()
@@ -89,6 +101,7 @@ class ExpertHooks:
     def install(self, model: PreTrainedModel) -> None:
         """Register the hooks on the model's modules."""
         decoder = model.get_submodule(self.sites.decoder)
+        self._handles.append(model.register_forward_pre_hook(self._drop_interrupted))
         for module in (model, decoder):
             self._handles += [
                 module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -109,11 +122,15 @@ class ExpertHooks:
     @contextmanager
     def running(self, ctx: AttachedContext | None) -> Iterator[None]:
         """Within the block, forward passes of the model use `ctx`; with None, no experts."""
-        self._current.push(ctx)
+        current = self._current
+        depth, base = len(current.passes), current.base
         try:
+            current.push(ctx)
+            current.base = depth + 1
             yield
         finally:
-            self._current.pop()
+            current.base = base
+            current.cut(depth)  # more than one pass if an interruption ended the block
 
     def context(
         self, arguments: Mapping[str, Any], memory: ExpertMemory | None = None
@@ -158,6 +175,10 @@ class ExpertHooks:
             cache=memory,
             armed=memory.armed,
         )
+
+    def _drop_interrupted(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # torch calls `_leave` after every `Exception`, but not after a `KeyboardInterrupt`.
+        self._current.cut(self._current.base)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

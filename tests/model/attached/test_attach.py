@@ -231,3 +231,45 @@ def test_damaged_and_foreign_folders_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match="cannot load"):
         load()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("armed_before", [True, False])
+def test_an_interruption_leaves_no_pass_behind(armed_before: bool) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = attached(tiny_family("olmo2"))
+    plain = model(IDS).logits
+    plug_random(model)
+    with_expert = model(IDS).logits
+    assert not torch.equal(plain, with_expert)
+    model.experts.arm("code" if armed_before else None)
+    for module in (model.model.layers[2], model.lm_head):
+        handle = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(IDS, max_new_tokens=2)
+        with pytest.raises(KeyboardInterrupt), model.expert_hooks.running(None):
+            model(IDS)
+        handle.remove()
+        model.experts.arm(None if armed_before else "code")
+        assert torch.equal(model(IDS).logits, plain if armed_before else with_expert)
+        assert not model.expert_hooks._current.passes
+        model.experts.arm("code" if armed_before else None)
+
+
+@torch.no_grad()
+def test_a_block_without_experts_goes_on_after_an_interruption_inside_it() -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = attached(tiny_family("olmo2"))
+    plain = model(IDS).logits
+    plug_random(model)
+    with model.expert_hooks.running(None):
+        handle = model.lm_head.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS)
+        handle.remove()
+        assert torch.equal(model(IDS).logits, plain)
+    assert not torch.equal(model(IDS).logits, plain)
