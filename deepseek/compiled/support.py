@@ -2,9 +2,13 @@
 
 from typing import Any
 
+from torch import nn
+
 from deepseek.compiled.hashes import unknown_hash
 from deepseek.kernels.numba import openmp
 from deepseek.model.config import ModelConfig
+from deepseek.model.embedding import ScaledEmbedding
+from deepseek.model.stored import StoredEmbedding, StoredLinear
 from deepseek.model.support import (
     LSH_FIELDS,
     MIXTURE_FIELDS,
@@ -19,6 +23,10 @@ from deepseek.model.transformer import DeepSeekModel
 # The angles of each position are precomputed. This excludes the "dynamic" type of `transformers`,
 # whose angles depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# Layers whose output is determined by their weight and bias, which is all that the step reads.
+LAYERS = (nn.Linear, nn.Embedding, ScaledEmbedding, StoredLinear, StoredEmbedding)
+KNOWN_PACKAGES = ("deepseek.", "torch.nn.modules.")
 
 
 def _has_fixed_angles(rope_parameters: dict[str, Any] | None) -> bool:
@@ -92,7 +100,24 @@ def unsupported_reason(model: DeepSeekModel) -> str | None:
     hash_kind = unknown_hash(model)
     if hash_kind is not None:
         return f"The compiled runner does not compute hashes of the kind {hash_kind}."
-    return unsupported_config_reason(model.config)
+    layer = _foreign_layer(model)
+    return unsupported_config_reason(model.config) or (
+        None if layer is None else f"The compiled runner does not compute layers such as {layer}."
+    )
+
+
+def _foreign_layer(model: DeepSeekModel) -> str | None:
+    """Return kind and name of a layer that was put into a model and may compute more than its
+    weight says, such as one with an adapter of PEFT; None if there is none.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        known = kind.__module__.startswith(KNOWN_PACKAGES)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            known = kind in LAYERS
+        if not known and module is not model:
+            return f"the {kind.__name__} of {kind.__module__} at {name}"
+    return None
 
 
 def unsupported_config_reason(config: ModelConfig) -> str | None:

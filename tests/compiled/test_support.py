@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
 from deepseek.compiled import support
 from deepseek.compiled.runner import CompiledRunner, supports
@@ -197,3 +199,29 @@ def test_the_device_and_the_openmp_runtime_are_asked_for(
         assert "model is on meta" in str(unsupported_reason(DeepSeekModel(ModelConfig(**SHAPE))))
     monkeypatch.setattr(openmp, "runtime", lambda: None)
     assert "OpenMP runtime" in str(unsupported_reason(model))
+
+
+@pytest.mark.parametrize("target", ["q_proj", "down_proj", "embed_tokens", "lm_head"])
+def test_an_adapter_of_peft_means_the_reference_runner_until_it_is_merged(target: str) -> None:
+    model = build(ModelConfig(**SHAPE, tie_word_embeddings=False))
+    inject_adapter_in_model(LoraConfig(target_modules=[target], r=2), model)
+    assert type(quickest_runner(model)) is TorchRunner
+    assert target in str(unsupported_reason(model))
+    with pytest.raises(ConfigError, match=rf"of peft\..* at .*{target}.*Use TorchRunner"):
+        CompiledRunner(model)
+    for name, module in list(model.named_modules()):
+        if name.endswith(target):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    assert type(quickest_runner(model)) is CompiledRunner
+
+
+def test_a_layer_that_computes_more_than_its_weight_means_the_reference_runner(
+    model: DeepSeekModel,
+) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model.layers[0].attention.o_proj = Doubled(128, 64, bias=False)
+    assert "Doubled" in str(unsupported_reason(model))
