@@ -5,6 +5,8 @@ adapter is armed, it returns nothing, and the layer's own output goes on untouch
 out of the state dict and need no change in a model's code, so they work on any model.
 """
 
+import secrets
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -60,7 +62,9 @@ class _Scope(AbstractContextManager[None]):
         _running.reset(self._token)
 
 
-def _adapt_output(site: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Any:
+def _adapt_output(
+    site: str, _table: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
+) -> Any:
     armed = _running.get()
     return None if armed is None else armed.adapt(site, inputs[0], y)
 
@@ -69,20 +73,39 @@ class SiteHook:
     """The hook on one linear layer, removed when the last adapter that needs it is gone.
 
     Sequences in flight keep their adapters, and thereby the hooks, after an adapter is unplugged.
+
+    Args:
+        site: name of the layer in the model.
+        layer: the layer.
+        table: mark of the table that has no other living hook on the layer.
     """
 
-    def __init__(self, site: str, layer: nn.Linear) -> None:
+    def __init__(self, site: str, layer: nn.Linear, table: str) -> None:
         self.layer = layer  # keeps its id, by which the table finds this hook, from being reused
+        owners = _owners(layer)
         # A copied model's layers have copies of the hooks; a second hook would add twice.
-        if not any(_is_ours(hook) for hook in layer._forward_hooks.values()):
-            # The hook must not refer to this object, or it would never be collected; and a model
-            # with hooks must stay picklable, so the hook is no closure.
-            handle = layer.register_forward_hook(partial(_adapt_output, site))
-            weakref.finalize(self, handle.remove)
+        if any(owner != table for owner in owners.values()):
+            return
+        # One of the same table is about to be removed: the last adapter that needed it is gone, but
+        # its finaliser has not run yet.
+        for handle_id in owners:
+            layer._forward_hooks.pop(handle_id, None)
+        # The hook must not refer to this object, or it would never be collected; and a model with
+        # hooks must stay picklable, so the hook is no closure.
+        handle = layer.register_forward_hook(partial(_adapt_output, site, table))
+        weakref.finalize(self, handle.remove)
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func is _adapt_output
+def _owners(layer: nn.Linear) -> dict[int, str]:
+    """Return the marks of the tables of a layer's hooks, by the id of their handle."""
+    hooks = layer._forward_hooks
+    # Over a copy, as a finaliser may remove a hook at any time, in any thread.
+    found = [(handle_id, hooks.get(handle_id)) for handle_id in tuple(hooks)]
+    return {
+        handle_id: hook.args[1]
+        for handle_id, hook in found
+        if isinstance(hook, partial) and hook.func is _adapt_output
+    }
 
 
 class HookTable:
@@ -90,6 +113,9 @@ class HookTable:
 
     def __init__(self) -> None:
         self._hooks: weakref.WeakValueDictionary[int, SiteHook] = weakref.WeakValueDictionary()
+        # Tells the hooks of this table from those of a copied model, or of one from a pickle.
+        self._mark = secrets.token_hex(8)
+        self._lock = threading.RLock()
 
     def hook(self, site: str, layer: nn.Linear) -> SiteHook:
         """Return the hook on a linear layer, which lasts as long as the result is referenced.
@@ -98,11 +124,12 @@ class HookTable:
             site: name of the layer in the model.
             layer: the layer.
         """
-        hook = self._hooks.get(id(layer))
-        if hook is None:
-            hook = SiteHook(site, layer)
-            self._hooks[id(layer)] = hook
-        return hook
+        with self._lock:
+            hook = self._hooks.get(id(layer))
+            if hook is None:
+                hook = SiteHook(site, layer, self._mark)
+                self._hooks[id(layer)] = hook
+            return hook
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

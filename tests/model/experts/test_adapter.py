@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import PeftModel
 from tiny_adapter import ATTENTION, peft_logits, save_adapter, save_llama
 from tiny_expert import save_expert
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from deepseek.engine.adapters import import_adapter
@@ -17,6 +19,7 @@ from deepseek.engine.load import load
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.attached.model import attach
 from deepseek.model.config import ModelConfig
+from deepseek.model.experts.linear_hooks import HookTable, SiteHook
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel
 
@@ -182,6 +185,23 @@ def test_a_copied_model_applies_a_change_once(llama: Path, tmp_path: Path) -> No
     copied.experts.unplug("one")
     assert not torch.equal(logits(copied), expected)
     assert torch.equal(logits(model), expected)
+
+
+def test_an_adapter_that_comes_while_the_last_one_is_freed_has_its_hook() -> None:
+    layer, table = nn.Linear(2, 2), HookTable()
+    found: list[SiteHook] = []
+
+    def plug(_: object) -> None:  # as another thread does just before the finaliser runs
+        found.append(table.hook("site", layer))
+
+    old = table.hook("site", layer)
+    reference = weakref.ref(old, plug)
+    del old
+    assert reference() is None
+    assert len(layer._forward_hooks) == 1
+    assert table.hook("site", layer) is found[0]
+    found.clear()
+    assert not layer._forward_hooks
 
 
 def test_forced_adapter_acts_alone(llama: Path, tmp_path: Path) -> None:
