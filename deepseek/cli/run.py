@@ -111,7 +111,7 @@ def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
     """Return the name of a base's expert for a repository, and whether it has yet to be trained.
 
     The expert has the name of the repository, or the base's name behind that where the expert of
-    another base has it already.
+    another base or repository has it already.
 
     Args:
         repository: the git repository.
@@ -119,7 +119,7 @@ def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
         folder: folder of the base.
 
     Raises:
-        ConfigError: experts of other bases have both names.
+        ConfigError: experts of other bases or repositories have both names.
         PackError: an expert of one of the names is damaged.
     """
     from deepseek.checkpoint.fingerprint import fingerprint
@@ -134,12 +134,26 @@ def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
     for name in (short, full):
         if name not in packs:
             return name, True
-        if is_made_for(read_manifest(packs[name]), fingerprint(folder)):
+        is_of_base = is_made_for(read_manifest(packs[name]), fingerprint(folder))
+        if is_of_base and _may_be_of(repository, name):
             return name, False
     raise ConfigError(
-        f"The experts {short} and {full} were made for other bases than {base}; rename one with "
-        "`deepseek expert rename`."
+        f"The experts {short} and {full} were made for other bases than {base}, or of other "
+        "repositories; rename one with `deepseek expert rename`."
     )
+
+
+def _may_be_of(repository: Path, name: str) -> bool:
+    """Return whether an expert can be that of a repository: its run here, if there is one, has
+    read no other source.
+    """
+    from deepseek.checkpoint.store import home, read_object
+
+    request = home() / "runs" / name / "request.json"
+    if not request.is_file():
+        return True
+    source = read_object(request).get("source", {}).get("git")
+    return bool(source) and Path(source).resolve() == repository.resolve()
 
 
 class Where(TypedDict):

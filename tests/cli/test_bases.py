@@ -8,6 +8,7 @@ import torch
 from git_history import History
 from safetensors.torch import save_file
 
+from deepseek.checkpoint.store import write_json
 from deepseek.cli.expert_base import base_of
 from deepseek.cli.job_command import job_command
 from deepseek.cli.main import main
@@ -94,7 +95,7 @@ def test_experts_of_different_bases_have_none(home: Path) -> None:
         base_of("one,two")
 
 
-def test_run_trains_an_expert_beside_that_of_another_base(tmp_path: Path) -> None:
+def test_run_trains_an_expert_beside_that_of_another_base(home: Path, tmp_path: Path) -> None:
     """Both repositories and bases can be used in turn."""
     repository = tmp_path / "git" / "demo"
     first = save_base(tmp_path / "first", 1.0)
@@ -109,6 +110,13 @@ def test_run_trains_an_expert_beside_that_of_another_base(tmp_path: Path) -> Non
     assert expert_for(repository, "first", first) == ("demo", False)
     with pytest.raises(ConfigError, match="demo and demo-second were made for other bases"):
         expert_for(repository, str(third), third)
+    for name, source in (("demo", repository), ("demo-second", tmp_path / "other" / "demo")):
+        (home / "runs" / name).mkdir(parents=True)
+        write_json(home / "runs" / name / "request.json", {"source": {"git": str(source)}})
+    assert expert_for(repository, "first", first) == ("demo", False)
+    assert expert_for(tmp_path / "other" / "demo", "first", first) == ("demo-first", True)
+    with pytest.raises(ConfigError, match="or of other repositories"):
+        expert_for(repository, "owner/second", second)
     long = "n" * 64
     save_pack(long, first)
     name, fresh = expert_for(tmp_path / long, "second", second)

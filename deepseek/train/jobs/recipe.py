@@ -4,6 +4,7 @@ Running the same recipe again skips finished stages and resumes an interrupted o
 a model card beside the last model and a page of the whole run.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from deepseek.checkpoint.files import located, writable_folder
+from deepseek.checkpoint.licence import Licence, read_licence
 from deepseek.checkpoint.store import atomic_write, home, read_object, write_json
 from deepseek.errors import ConfigError, UserError
 from deepseek.packs.names import valid_name
@@ -66,7 +68,7 @@ class RecipeSettings(JobSettings):
     Attributes:
         name: name of the run folder, and title of the model card.
         base: model that the first stage starts from, unless it starts from scratch.
-        licence: SPDX expression of the results.
+        licence: SPDX expression of the results; default: that of the base.
         stages: the stages in order.
     """
 
@@ -232,7 +234,7 @@ def _report(
         for number, result in enumerate(results, 1)
     }
     write_page(folder, recipe.name, sections, plots)
-    card = model_card(recipe, results)
+    card = model_card(recipe, results, read_licence(Path(model)))
     places = [
         folder,
         *({Path(model)} if Path(model).is_dir() and Path(model) != Path(recipe.base) else ()),
@@ -245,11 +247,20 @@ def _report(
                 temporary.write_bytes(plot.read_bytes())
 
 
-def model_card(recipe: RecipeSettings, results: list[dict[str, Any]]) -> str:
-    """Return a model card in the format of the Hugging Face hub, with data, figures and plots."""
+def model_card(recipe: RecipeSettings, results: list[dict[str, Any]], terms: Licence) -> str:
+    """Return a model card in the format of the Hugging Face hub, with data, figures and plots.
+
+    Args:
+        recipe: the recipe.
+        results: what each stage has made.
+        terms: the licence that the last model has from its base; that of the recipe, if it states
+            one, takes its place.
+    """
+    inherits = recipe.licence == UNKNOWN_LICENCE and bool(terms.name)
     lines = [
         "---",
-        f"license: {recipe.licence}",
+        f"license: {terms.name if inherits else recipe.licence}",
+        *([f"license_link: {json.dumps(terms.link)}"] if inherits and terms.link else []),
         f"base_model: {recipe.base}",
         "library_name: transformers",
         "---",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from train.loop.tiny_pretrain import settings
 
+from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.checkpoint.store import home, write_json
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.evaluate.stage import STAGE, evaluate_stage
@@ -44,6 +45,21 @@ def test_a_recipe_runs_its_stages_and_writes_a_card(domains: Path, tmp_path: Pat
     train_recipe(recipe(domains, tmp_path), quiet=True)
     assert (tmp_path / "adapted" / "model.safetensors").stat().st_mtime_ns == before
     assert summary(find_run("two-stages-2-adapt"))["state"] == "finished"
+
+
+def test_a_recipe_keeps_the_terms_of_its_base(domains: Path, tmp_path: Path) -> None:
+    first = recipe(domains, tmp_path / "first")
+    base = tmp_path / "first" / "adapted"
+    train_recipe(first, quiet=True)
+    write_card(base, "llama3.2", "https://example.org/terms", "A base.")
+    adapt = first["stages"][1]["with"] | {"out": str(tmp_path / "second")}
+    train_recipe(
+        {"name": "second", "base": str(base), "stages": [{"stage": "adapt", "with": adapt}]},
+        quiet=True,
+    )
+    terms = read_licence(tmp_path / "second")
+    assert (terms.name, terms.link) == ("LicenseRef-Llama3.2", "https://example.org/terms")
+    assert terms.restricted
 
 
 def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) -> None:
