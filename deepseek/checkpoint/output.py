@@ -13,7 +13,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deepseek.checkpoint.files import new_path
-from deepseek.checkpoint.store import atomic_folder, atomic_write, remove_leftovers, temporary_path
+from deepseek.checkpoint.store import (
+    atomic_folder,
+    atomic_write,
+    disk_full_explained,
+    no_room,
+    remove_leftovers,
+    temporary_path,
+)
 from deepseek.errors import ConfigError
 
 
@@ -29,8 +36,13 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         ConfigError: something is at `out` or was put there meanwhile, another process is writing
             it, or nothing can be written there.
+        TrainError: the disk is full.
     """
-    with _reserved(out), atomic_folder(out, new=True) as temporary:
+    with (
+        _reserved(out),
+        disk_full_explained(no_room(out)),
+        atomic_folder(out, new=True) as temporary,
+    ):
         yield temporary
 
 
@@ -44,8 +56,13 @@ def new_file(out: str | Path) -> Iterator[Path]:
     Raises:
         ConfigError: something is at `out` or was put there meanwhile, another process is writing
             it, or nothing can be written there.
+        TrainError: the disk is full.
     """
-    with _reserved(out), atomic_write(out, new=True) as temporary:
+    with (
+        _reserved(out),
+        disk_full_explained(no_room(out)),
+        atomic_write(out, new=True) as temporary,
+    ):
         yield temporary
 
 

@@ -175,6 +175,13 @@ def disk_full_explained(message: str) -> Iterator[None]:
         raise TrainError(message) from error
 
 
+def no_room(path: str | Path) -> str:
+    """Return what to say when the disk is full that a file or folder was to be written to."""
+    return (
+        f"The disk of {path} is full, and nothing was written there; free some of it, and repeat."
+    )
+
+
 def canonical_json(value: object) -> bytes:
     """Return the canonical JSON of a value, sorted keys and no spaces, for digests."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -389,10 +396,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """Return whether the error means a full disk; safetensors reports it by message only."""
+    """Return whether the error means a full disk; safetensors and numpy tell by message only."""
     number = getattr(error, "errno", None)
-    return (
-        number in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left" in str(error)
-        or "os error 28" in str(error)
-    )
+    signs = ("No space left", "os error 28", "requested and")
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in signs)

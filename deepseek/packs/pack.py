@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deepseek import checks
-from deepseek.checkpoint.store import atomic_write, canonical_json
+from deepseek.checkpoint.store import atomic_write, canonical_json, disk_full_explained, no_room
 from deepseek.errors import PackError
 from deepseek.packs.container import DAMAGED, MAX_HEADER, check_names, open_regular, read_header
 from deepseek.packs.kinds import KEY, AnyManifest, manifest_in
@@ -89,6 +89,7 @@ def write_pack(
     Raises:
         ConfigError: `new`, and something is at `path`.
         PackError: `read_pack` would not accept the pack.
+        TrainError: the disk is full; what was at `path` is still there.
     """
     pack = pack.sign(key) if key else pack
     check_pack(pack)
@@ -100,7 +101,7 @@ def write_pack(
             f"{MAX_HEADER} are allowed; train it on fewer layers, or shorten the texts in its "
             "manifest (domain, metrics, data)."
         )
-    with atomic_write(path, new=new) as temporary:
+    with disk_full_explained(no_room(path)), atomic_write(path, new=new) as temporary:
         temporary.write_bytes(content)
     return pack
 

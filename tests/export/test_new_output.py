@@ -2,14 +2,19 @@
 killed attempts left there.
 """
 
+import errno
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from tiny_expert import save_base
 
+from deepseek.checkpoint.output import new_file, new_folder
 from deepseek.checkpoint.store import temporary_path
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, TrainError
 from deepseek.export import gguf, quantize
 from deepseek.export.export import FORMATS, export_model
 from deepseek.export.graph import Step
@@ -100,3 +105,23 @@ def test_all_that_a_killed_export_leaves_is_removed_by_the_next(
     assert len(list(place.iterdir())) == 3  # the file, the folder for the comparison, the lock
     export_model(base, out, "gguf")
     assert list(place.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("16384 requested and 14752 written"),  # numpy
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_a_full_disk_is_told(
+    error: Exception, new: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    told = r"The disk of .*out is full, and nothing was written there; free some of it, and repeat"
+    with pytest.raises(TrainError, match=told), new(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
