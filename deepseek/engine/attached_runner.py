@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from deepseek.engine.attached_batch import (
@@ -20,8 +20,8 @@ from deepseek.engine.attached_batch import (
     similar_lengths,
     split_layer,
 )
+from deepseek.engine.attached_probe import measure, new_cache, tensor_bytes
 from deepseek.engine.reference import ReferenceRunner
-from deepseek.errors import ConfigError, shown
 from deepseek.model.attached.hooks import AttachedContext
 from deepseek.model.attached.memory import ExpertMemory, remembering
 from deepseek.model.attached.model import AttachedModel
@@ -65,7 +65,7 @@ class AttachedState:
     """
 
     def __init__(self, model: AttachedModel, armed: ArmedExperts | None) -> None:
-        self.cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache: Cache = new_cache(model)
         self.memory = remembering(self.cache)
         self.memory.start(armed)
         self.length = 0
@@ -153,7 +153,7 @@ class AttachedRunner(ReferenceRunner):
 
     def __init__(self, model: AttachedModel) -> None:
         self.model = model
-        self._layers = _measure(model)
+        self._layers = measure(model)
         self._joins = can_join(AttachedState(model, None).cache)
 
     def cache_bytes(self, length: int) -> int:
@@ -274,99 +274,6 @@ def loudest(armed: ArmedExperts | None, count: int) -> list[str | None]:
     return [names[int(row.argmax())] if bool((row > 0).any()) else adapter for row in weights_TM]
 
 
-@dataclass(frozen=True)
-class _LayerBytes:
-    """Memory of one layer of a cache: a constant, and bytes per token up to a window."""
-
-    constant: int
-    per_token: int
-    window: int | None
-
-    def at(self, length: int) -> int:
-        """Return the bytes after `length` tokens."""
-        tokens = length if self.window is None else min(length, self.window)
-        return self.constant + self.per_token * tokens
-
-
-def _measure(model: AttachedModel) -> list[_LayerBytes]:
-    """Return the memory of a model's cache, measured after 8 and after 16 tokens.
-
-    Raises:
-        ConfigError: the model does not go on from a stock cache as from the text itself.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()  # dropout would make any two passes differ
-        with torch.autocast(model.device.type, enabled=False):  # the engine's thread has none
-            layers, error = _probe(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as cause:  # a family's code may raise anything
-        raise _unfit(model, f"it raises {shown(cause)}") from cause
-    finally:
-        for module in training:
-            module.training = True
-    if error > _largest_error(model):
-        raise _unfit(model, f"logits differ by {error:.0%} from those of one pass")
-    return layers
-
-
-def _unfit(model: AttachedModel, reason: str) -> ConfigError:
-    return ConfigError(
-        f"A {type(model).__name__} cannot continue a text from a cache by several tokens "
-        f"({reason}), as an engine does; use model.generate."
-    )
-
-
-@torch.inference_mode()
-def _probe(model: AttachedModel) -> tuple[list[_LayerBytes], float]:
-    """Return the memory of a model's cache, and how far the logits of 8 tokens after 8 others are
-    from those of one pass: the norm of the difference as a share of the norm.
-    """
-    ids = torch.arange(16, device=model.device)[None]
-    state = AttachedState(model, None)
-    sizes = []
-
-    def logits(ids: Tensor, state: AttachedState) -> Tensor:
-        output: Any = model(input_ids=ids, cache=state.cache, use_cache=True, logits_to_keep=8)
-        logits_TV = output.logits[0, -8:].float()
-        # What is added to all logits of a token changes no probability, and would hide differences.
-        centred: Tensor = logits_TV - logits_TV.mean(-1, keepdim=True)
-        return centred
-
-    def step(ids: Tensor) -> Tensor:
-        after = logits(ids, state)
-        sizes.append([tensor_bytes(layer) for layer in state.cache.layers])
-        return after
-
-    step(ids[:, :8])
-    # Between the two, as some models keep a part of the state in their own modules.
-    whole = logits(ids, AttachedState(model, None))
-    parts = step(ids[:, 8:])
-    layers = []
-    for layer, first, second in zip(state.cache.layers, *sizes, strict=True):
-        per_token = -(-(second - first) // 8)
-        window = getattr(layer, "sliding_window", None)
-        layers.append(_LayerBytes(max(0, second - 16 * per_token), per_token, window))
-    # The median, because rounding may send single tokens to another expert of a mixture.
-    return layers, float(((parts - whole).norm(dim=-1) / whole.norm(dim=-1)).median())
-
-
-def _largest_error(model: AttachedModel) -> float:
-    """Return the largest error of `_probe` that may be rounding.
-
-    Of tiny random models of 120 families, right ones have errors up to 1e-6 in fp32, 3e-3 in fp16
-    (as TF32 rounds) and 3e-2 in bf16; ones that lose state have errors of 2e-2 to 0.9 in every
-    dtype, and larger ones once trained, as their state then matters more. Rounding grows with depth
-    and where weights or activations are quantised, so the bound there leaves much room.
-    """
-    exact = all(parameter.dtype.itemsize >= 4 for parameter in model.parameters())
-    quantised = getattr(model, "hf_quantizer", None) is not None or any(
-        "quant" in type(module).__module__ for module in model.modules()
-    )
-    return 0.01 if exact and not quantised else 0.2
-
-
 def _segments(chunk: Chunk) -> dict[int, AttachedSegment]:
     """Return the segment of a chunk, if it is to be stored, by the index of the only part."""
     state = chunk.state
@@ -378,14 +285,3 @@ def _segment(layer: Any, start: int) -> Any:
     if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
         return layer.keys[:, :, start:].clone(), layer.values[:, :, start:].clone()
     return copy.deepcopy(layer)
-
-
-def tensor_bytes(value: Any) -> int:
-    """Return the bytes of the tensors in a tuple, list or dict, or in an object's attributes."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(tensor_bytes(part) for part in value.values())
-    if isinstance(value, tuple | list):
-        return sum(tensor_bytes(part) for part in value)
-    return tensor_bytes(vars(value)) if hasattr(value, "__dict__") else 0

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 from waiting import wait_for
 
 from deepseek.engine import attached_runner
-from deepseek.engine.attached_runner import AttachedRunner, AttachedState, tensor_bytes
+from deepseek.engine.attached_probe import tensor_bytes
+from deepseek.engine.attached_runner import AttachedRunner, AttachedState
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
@@ -198,8 +199,7 @@ def test_the_text_part_of_an_image_model_is_served() -> None:
     assert told == written[0, len(IDS) :].tolist()
 
 
-@pytest.mark.parametrize("family", UNFIT)
-def test_a_family_that_would_lose_its_state_is_refused(family: str) -> None:
+def unfit(family: str) -> AttachedModel:
     fields = SMALL | UNFIT[family]
     if family == "bamba":
         del fields["head_dim"]
@@ -209,8 +209,19 @@ def test_a_family_that_would_lose_its_state_is_refused(family: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    return attached(model)
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_family_that_would_lose_its_state_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot continue a text .* use model\.generate\.$"):
-        AttachedRunner(attached(model))
+        AttachedRunner(unfit(family))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_that_other_texts_change_is_found_in_every_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="another text in between changes logits"):
+        AttachedRunner(unfit("recurrent_gemma").to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
