@@ -16,6 +16,7 @@ from deepseek.errors import DataError
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs.pack_place import pack_of
 from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import whole_text
@@ -70,9 +71,8 @@ def _index_folder(name: str, run: Path) -> Path:
         name: name of the expert.
         run: its run folder.
     """
-    result = run / "result.json"
-    pack = Path(str(read_object(result).get("pack", ""))) if result.is_file() else Path()
-    return index_folder(name, pack.parent if pack.is_file() else None)
+    pack = pack_of(run)
+    return index_folder(name, pack.parent if pack is not None and pack.is_file() else None)
 
 
 def index_source(run: Path) -> str:

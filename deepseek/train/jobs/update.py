@@ -32,6 +32,7 @@ from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert import ExpertRun
 from deepseek.train.jobs.expert_request import ExpertRequest
 from deepseek.train.jobs.outcome import Outcome
+from deepseek.train.jobs.pack_place import pack_of
 from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.jobs.text_run import Texts, text_inputs
 from deepseek.train.loop.loop import Task
@@ -74,15 +75,14 @@ class TrainedExpert:
                 gone.
         """
         folder = find_run(name)
-        result = folder / "result.json"
-        pack = str(read_object(result).get("pack", "")) if result.is_file() else ""
-        if not pack:
+        pack = pack_of(folder)
+        if pack is None:
             raise DataError(
                 f"{folder} is no finished run of `deepseek expert train`; complete it first."
             )
-        if not Path(pack).is_file():
+        if not pack.is_file():
             raise DataError(f"The expert {name} is gone ({pack}); train it anew.")
-        return cls(folder, Path(pack), stored_request(folder / "request.json"))
+        return cls(folder, pack, stored_request(folder / "request.json"))
 
     @property
     def name(self) -> str:

@@ -329,6 +329,32 @@ def test_an_index_lies_beside_a_pack_that_lies_elsewhere(words: Home, tmp_path: 
     assert (tmp_path / "words.index" / "meta.json").is_file()
 
 
+def test_a_copied_home_updates_its_own_pack(
+    words: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has noted where its pack was at the training."""
+    copied = tmp_path / "copied"
+    shutil.copytree(words.run, copied / "runs" / "words")
+    (copied / "experts").mkdir()
+    pack = copied / "experts" / PACK
+    pack.write_bytes(words.pack.read_bytes())
+    monkeypatch.setenv("DEEPSEEK_HOME", str(copied))
+    assert TrainedExpert.find("words").pack == pack
+    assert expert_index.index_expert("words") == copied / "experts" / "words.index"
+    words.pack.unlink()
+    assert TrainedExpert.find("words").pack == pack, "the former home may be gone"
+
+
+def test_a_pack_that_lies_elsewhere_is_updated_there(words: Home, tmp_path: Path) -> None:
+    """A folder `experts` that is no home's was asked for."""
+    elsewhere = tmp_path / "experts" / PACK
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(words.pack.read_bytes())
+    result = words.run / "result.json"
+    write_json(result, read_json(result) | {"pack": str(elsewhere)})
+    assert TrainedExpert.find("words").pack == elsewhere
+
+
 def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
     ExpertServer(server.url + "/", "secret").plug_again("words")
     ((method, path, body),) = server.seen

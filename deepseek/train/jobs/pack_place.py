@@ -1,0 +1,35 @@
+"""Where the pack of an expert's run lies, also after the library's home was copied or moved."""
+
+from pathlib import Path
+
+from deepseek.checkpoint.files import located
+from deepseek.checkpoint.store import home, read_object
+from deepseek.packs.library import SUFFIX, experts_folder
+
+
+def pack_of(run: Path) -> Path | None:
+    """Return the path of the pack that a run wrote; None: it has written none yet.
+
+    A run notes an absolute path. In a home that was copied or moved since, it names the former one,
+    whose pack is not that of this run. So the usual place is taken anew from where the home is now;
+    any other, as `--out` names it, stays.
+
+    Args:
+        run: the run folder.
+    """
+    result = run / "result.json"
+    noted = str(read_object(result).get("pack", "")) if result.is_file() else ""
+    if not noted:
+        return None
+    pack = Path(noted)
+    is_ours = located(run).parent == located(home() / "runs")
+    return experts_folder() / pack.name if is_ours and _is_usual(pack) else pack
+
+
+def _is_usual(pack: Path) -> bool:
+    """Return whether a pack lies, or lay, in a home's folder of trained experts: beside a run of its
+    name. A folder `experts` that `--out` named has none.
+    """
+    if pack.parent.name != experts_folder().name or pack.suffix != SUFFIX:
+        return False
+    return (pack.parent.parent / "runs" / pack.stem).is_dir() or not pack.is_file()
