@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from deepseek.checkpoint.store import RUN_STARTED, atomic_write, read_object, write_json
-from deepseek.data import RowLoader
+from deepseek.data import RowLoader, TokenShards
 from deepseek.data.text.git import find_commit, open_repository
 from deepseek.errors import DataError, PackError
 from deepseek.model.experts import ExpertModule
+from deepseek.packs.listing import read_manifest
 from deepseek.packs.manifest import Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.train.gates.calibrate import GateCalibration
@@ -105,12 +106,30 @@ class TrainedExpert:
         return _state(text, _head(source))
 
     def learnt_states(self) -> frozenset[str]:
-        """Return the digests of what the source held at the training and at each update."""
+        """Return the digests of what the source held at the training and at each update.
+
+        Raises:
+            PackError: as `finished_runs` says.
+        """
         return frozenset(map(_stored_state, self.finished_runs()))
 
     def finished_runs(self) -> list[Path]:
-        """Return the folders of the training and of the finished updates, in their order."""
-        return finished_runs(self.folder)
+        """Return the folders of the training and of the finished updates that are in the pack, in
+        their order.
+
+        Others are in a pack that was deleted: what was trained anew lacks the updates.
+
+        Raises:
+            PackError: the pack cannot be read, or another training made it.
+        """
+        data = read_manifest(self.pack).data
+        first, *updates = finished_runs(self.folder)
+        if _text_learnt(first) not in data:
+            raise PackError(
+                f"{self.pack} is not what {self.folder} trained; restore it, or delete it and "
+                "train it anew."
+            )
+        return [first, *(run for run in updates if _text_learnt(run) in data)]
 
 
 def update_expert(arguments: ExpertArguments) -> Path:
@@ -123,7 +142,7 @@ def update_expert(arguments: ExpertArguments) -> Path:
 
     Raises:
         DataError: there is no such expert, its source is gone, or its changes hold no new text.
-        PackError: the expert's pack cannot be read.
+        PackError: the expert's pack cannot be read, or another training made it.
         TrainError: another process trains or updates the expert.
     """
     expert = TrainedExpert.find(arguments.update)
@@ -147,7 +166,7 @@ def update_expert(arguments: ExpertArguments) -> Path:
     )
     with run_lock(expert.folder):
         if not request.dry_run:
-            _drop_other(folder, request)
+            _drop_other(folder, request, expert)
         pack = run_once(partial(UpdateRun, expert=expert), request, run)
         if not request.dry_run:
             _drop_unfinished(expert)
@@ -298,10 +317,21 @@ def _stored_state(run: Path) -> str:
     return _state(inputs.get("text", ""), commit or "")
 
 
-def _drop_other(folder: Path, request: ExpertRequest) -> None:
-    """Delete an unfinished update that was begun with other arguments, such as fewer minutes."""
+def _text_learnt(run: Path) -> str:
+    """Return the digest of a run's training text, as its pack names it."""
+    return TokenShards(run / "corpus" / "train").digest
+
+
+def _drop_other(folder: Path, request: ExpertRequest, expert: TrainedExpert) -> None:
+    """Delete an unfinished update that was begun with other arguments, such as fewer minutes, and a
+    finished one that is not in the pack.
+    """
     begun = folder / RUN_STARTED
     if not begun.is_file():
+        return
+    if (folder / "result.json").is_file():
+        if folder not in expert.finished_runs():
+            shutil.rmtree(folder)
         return
     before = read_object(begun).get("request")
     now = json.loads(json.dumps(request.as_json()))
@@ -310,7 +340,9 @@ def _drop_other(folder: Path, request: ExpertRequest) -> None:
 
 
 def _drop_unfinished(expert: TrainedExpert) -> None:
-    """Delete interrupted updates, which a later one has made up for."""
+    """Delete interrupted updates, and those that are not in the pack: a later one has made up for
+    them.
+    """
     finished = expert.finished_runs()
     for folder in (expert.folder / "updates").iterdir():
         if folder.is_dir() and folder not in finished:

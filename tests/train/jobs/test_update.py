@@ -17,9 +17,9 @@ from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.cli.main import main
 from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
-from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.errors import ConfigError, DataError, PackError, TrainError
 from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder
-from deepseek.packs.pack import read_pack
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs import expert_index, watch
@@ -353,6 +353,36 @@ def test_a_pack_that_lies_elsewhere_is_updated_there(words: Home, tmp_path: Path
     result = words.run / "result.json"
     write_json(result, read_json(result) | {"pack": str(elsewhere)})
     assert TrainedExpert.find("words").pack == elsewhere
+
+
+def test_what_a_pack_that_was_trained_anew_lacks_is_learnt_again(words: Home) -> None:
+    first = words.pack.read_bytes()
+    words.write(40, 41)
+    update()
+    words.write(42, 43, 44)
+    update()
+    updated = documents(latest_run(words.run))
+    assert len(words.updates()) == 2
+    words.pack.write_bytes(first)  # as the same command writes it after `expert rm`
+    update()
+    (folder,) = words.updates()
+    assert read_json(folder / "result.json")["update"] == 1
+    assert documents(folder) == updated
+    assert len(read_pack(words.pack).manifest.data) == 2
+    learnt = {document.text for document in texts(folder)}
+    news = [sentence(number) + f" {number}" for number in range(40, 45)]
+    assert len(learnt & {*news}) > 2, "of both updates"
+
+
+def test_a_pack_of_another_training_is_not_updated(words: Home) -> None:
+    pack = read_pack(words.pack)
+    manifest = pack.manifest.model_copy(update={"data": ("0" * 64,), "digest": ""})
+    write_pack(words.pack, ExpertPack.seal(manifest, pack.tensors))
+    foreign = words.pack.read_bytes()
+    words.write(40, 41)
+    with pytest.raises(PackError, match=r"is not what .*words trained; restore it, or delete"):
+        update()
+    assert words.pack.read_bytes() == foreign
 
 
 def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
