@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from deepseek.checkpoint.files import located
+from deepseek.checkpoint.store import home
 from deepseek.errors import ConfigError
+from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.names import valid_name
 from deepseek.train.jobs.declaration import DECLARED, arguments_of
 from deepseek.train.jobs.device_arguments import PrecisionArguments
@@ -34,6 +37,7 @@ from deepseek.train.jobs.limits import (
     SpdxLicence,
     model_name,
 )
+from deepseek.train.jobs.pack_place import refuse_other_place
 from deepseek.train.jobs.run_arguments import AnyPath, RunArguments
 
 if TYPE_CHECKING:
@@ -208,9 +212,15 @@ class ExpertArguments(TextArguments):
     """Pack file to write; default: `<name>.safetensors` in the folder of trained experts"""
 
     def check(self) -> None:
-        """Raise `ConfigError` if `update` is given with an argument that the expert has already."""
+        """Raise `ConfigError` if `update` is given with an argument that the expert has already, or
+        the expert is trained and its pack is to lie elsewhere.
+        """
         if not self.update:
             super().check()
+            run = located(self.run_folder or home() / "runs" / self.named())
+            refuse_other_place(
+                run, located(self.out or experts_folder() / f"{self.named()}{SUFFIX}")
+            )
             return
         PrecisionArguments.check(self)
         for name, argument in arguments_of(ExpertArguments).items():

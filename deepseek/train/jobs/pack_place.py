@@ -4,6 +4,7 @@ from pathlib import Path
 
 from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import home, read_object
+from deepseek.errors import ConfigError
 from deepseek.packs.library import SUFFIX, experts_folder
 
 
@@ -24,6 +25,25 @@ def pack_of(run: Path) -> Path | None:
     pack = Path(noted)
     is_ours = located(run).parent == located(home() / "runs")
     return experts_folder() / pack.name if is_ours and _is_usual(pack) else pack
+
+
+def refuse_other_place(run: Path, asked: Path) -> None:
+    """Check that a finished run is not asked for its pack at another path while it has one.
+
+    The run would write that of its training there, without the updates, and take it for its own.
+
+    Args:
+        run: the run folder, which need not exist.
+        asked: path of the pack that is asked for.
+
+    Raises:
+        ConfigError: its pack lies elsewhere.
+    """
+    pack = pack_of(run)
+    if pack is not None and pack.is_file() and located(pack) != asked:
+        raise ConfigError(
+            f"{run} has its expert in {pack}; copy that file to {asked}, or give another --name."
+        )
 
 
 def _is_usual(pack: Path) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,23 @@ def test_a_pack_of_another_training_is_not_updated(words: Home) -> None:
     with pytest.raises(PackError, match=r"is not what .*words trained; restore it, or delete"):
         update()
     assert words.pack.read_bytes() == foreign
+
+
+def test_a_finished_run_keeps_the_place_of_its_pack(
+    words: Home, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The run would write the pack of its training, without the updates."""
+    asked = tmp_path / "elsewhere.safetensors"
+    again = partial(train_expert, str(tiny_base), from_folder=words.source, **DIALS)
+    with pytest.raises(ConfigError, match=r"words\.safetensors; copy that file to .*elsewhere"):
+        again(out=asked)
+    assert not asked.exists()
+    assert again() == again(out=words.pack) == words.pack
+    result = words.run / "result.json"
+    shutil.copy(words.pack, asked)
+    write_json(result, read_json(result) | {"pack": str(asked)})
+    with pytest.raises(ConfigError, match=r"elsewhere\.safetensors; copy that file"):
+        again()
 
 
 def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
