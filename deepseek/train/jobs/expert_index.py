@@ -1,10 +1,12 @@
 """Retrieval index of an expert's training text, stored beside its pack."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from hashlib import sha256
-from pathlib import Path
+from operator import or_
+from pathlib import Path, PurePosixPath
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,9 +21,9 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.pack_place import pack_of
 from deepseek.train.loop.past_runs import find_run, finished_runs, latest_run
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.text.corpus import whole_text
+from deepseek.train.text.corpus import known_documents, whole_text
 
-FORMAT = "5"
+FORMAT = "6"
 """Changes when the same text is indexed in another way."""
 
 
@@ -87,11 +89,19 @@ def index_source(run: Path) -> str:
 def learnt_documents(run: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     """Yield the training documents of a run and its updates, each once, and a file that has changed
     as it was read last.
+
+    A file that was deleted is left out, and one that was renamed has its new name: what retrieval
+    cites is looked up in the source.
     """
     known = set()
     unnamed = 0
-    for finished in reversed(finished_runs(run)):
-        for document in decode_documents(whole_text(finished / "corpus"), tokenizer):
+    runs = finished_runs(run)
+    files = _Files(runs) if len(runs) > 1 else None
+    for finished in reversed(runs):
+        for stored in decode_documents(whole_text(finished / "corpus"), tokenizer):
+            document = files.current(stored) if files else stored
+            if document is None:
+                continue
             is_unnamed = document.kind == "text"
             key = document.text if is_unnamed else document.name
             if key in known:
@@ -99,6 +109,50 @@ def learnt_documents(run: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[
             known.add(key)
             unnamed += is_unnamed
             yield replace(document, name=f"text {unnamed}") if is_unnamed else document
+
+
+class _Files:
+    """The files that the source of an expert held when its last update read it.
+
+    Args:
+        runs: folders of the training and of its finished updates.
+    """
+
+    def __init__(self, runs: Sequence[Path]) -> None:
+        *earlier, self.latest = (known_documents(run / "corpus") for run in runs)
+        before = reduce(or_, earlier)
+        self.learnt_before = before.learnt
+        self.new_names = sorted(self.latest.train_names - before.train_names)
+        source = read_object(runs[0] / "request.json").get("source", {})
+        # Shards store no names of prose, so that records cannot be told from files.
+        self.has_records = any(source.get(kind) for kind in ("jsonl", "parquet"))
+
+    def current(self, document: Document) -> Document | None:
+        """Return a training document under the name that its file has now; None: it has none.
+
+        What is no file stays as it is: commits, conversations and records.
+        """
+        if document.kind == "code":
+            # Earlier versions did not note the names.
+            is_named = not self.latest.train_names or document.name in self.latest.train_names
+            return document if is_named else self._renamed(document)
+        if document.kind == "text" and not self.has_records and self.latest.learnt:
+            digest = document.text_digest
+            is_gone = digest in self.learnt_before and digest not in self.latest.learnt
+            return None if is_gone else document
+        return document
+
+    def _renamed(self, document: Document) -> Document | None:
+        """Return a document under the new name of its file; None: the file is gone."""
+        if document.text_digest not in self.latest.learnt:
+            return None
+        file = PurePosixPath(document.name).name
+        # Most files are moved to another folder, so these names come first.
+        for name in sorted(self.new_names, key=lambda name: PurePosixPath(name).name != file):
+            renamed = replace(document, name=name)
+            if renamed.digest in self.latest.train:
+                return renamed
+        return None
 
 
 def held_out_names(run: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:

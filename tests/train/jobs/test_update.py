@@ -162,9 +162,8 @@ def test_after_an_update_its_text_is_the_one_to_report_on_and_to_search(words: H
     tokenizer = load_tokenizer(resolve(read_json(words.run / "request.json")["base"]))
     learnt = [document.text for document in expert_index.learnt_documents(words.run, tokenizer)]
     assert len(set(learnt)) == len(learnt)
-    assert {document.text for run in (words.run, update_run) for document in texts(run)} == {
-        *learnt
-    }
+    read = {document.text for run in (words.run, update_run) for document in texts(run)}
+    assert {*learnt} == read - {f"{sentence(3)} 3"}, "of a changed file, what it holds now"
     again = Index.load(expert_index.index_expert("words"))
     assert again.source != index.source
     assert len({passage.name for passage in again.passages}) == len(learnt)
