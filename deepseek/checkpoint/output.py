@@ -17,11 +17,17 @@ from deepseek.checkpoint.store import (
     atomic_folder,
     atomic_write,
     disk_full_explained,
-    no_room,
     remove_leftovers,
     temporary_path,
 )
 from deepseek.errors import ConfigError
+
+
+def no_room(path: str | Path) -> str:
+    """Return what to say when the disk is full that a file or folder was to be written to."""
+    return (
+        f"The disk of {path} is full, and nothing was written there; free some of it, and repeat."
+    )
 
 
 @contextmanager

@@ -175,13 +175,6 @@ def disk_full_explained(message: str) -> Iterator[None]:
         raise TrainError(message) from error
 
 
-def no_room(path: str | Path) -> str:
-    """Return what to say when the disk is full that a file or folder was to be written to."""
-    return (
-        f"The disk of {path} is full, and nothing was written there; free some of it, and repeat."
-    )
-
-
 def canonical_json(value: object) -> bytes:
     """Return the canonical JSON of a value, sorted keys and no spaces, for digests."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deepseek import checks
-from deepseek.checkpoint.store import atomic_write, canonical_json, disk_full_explained, no_room
+from deepseek.checkpoint.output import no_room
+from deepseek.checkpoint.store import atomic_write, canonical_json, disk_full_explained
 from deepseek.errors import PackError
 from deepseek.packs.container import DAMAGED, MAX_HEADER, check_names, open_regular, read_header
 from deepseek.packs.kinds import KEY, AnyManifest, manifest_in
