@@ -27,7 +27,8 @@ def quantize(
     """Quantise a model's weight matrices to 8 bits or fewer, compare its predictions with the
     original, and write it.
 
-    The model is read and written layer by layer, so that it need not fit into memory.
+    The model is read and written layer by layer, so that it need not fit into memory. If
+    interrupted, the same command goes on after the last finished layer.
     """
     from deepseek.device.choose import choose_device
     from deepseek.export.quantize import quantize_model
