@@ -29,7 +29,7 @@ from deepseek.model.positions.learned import DynamicPositionalEncoding
 from deepseek.packs.library import find_pack
 from deepseek.packs.pack import read_pack
 from deepseek.packs.policy import PackPolicy
-from deepseek.planning import DEVICES, plan
+from deepseek.planning import DEVICES, plan, plan_inference
 from deepseek.server.service import Settings
 from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
@@ -349,6 +349,16 @@ PLAN = {
     "recompute": FLAG,
 }
 
+PLAN_INFERENCE = {
+    "model": V("deepseek-nano"),
+    "gpus": COUNT,
+    "device": st.sampled_from(sorted(DEVICES)),
+    "length": COUNT,
+    "batch": COUNT,
+    "dtype": st.sampled_from(["bfloat16", "float32"]),
+    "bits": st.sampled_from([None, 4, 8]),
+}
+
 MODULE = {"name": NAME, "layers": V([0, 2]), "hidden_size": COUNT, "width": COUNT}
 
 
@@ -405,6 +415,7 @@ PURE = [
     Target("distill_hash", DistillHashArguments.read, HASH_JOB, 40),
     Target("PackPolicy", PackPolicy, POLICY, 40),
     Target("plan", plan, PLAN, 40),
+    Target("plan_inference", plan_inference, PLAN_INFERENCE, 40),
     Target("ExpertModule", ExpertModule, MODULE, 40),
 ]
 

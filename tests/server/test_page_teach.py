@@ -120,7 +120,8 @@ def test_a_judgement_is_for_the_pair_on_the_screen(browser: "Browser", served: L
     page.keyboard.press("Shift+S")
     expect(page.locator("#pair-prompt")).to_contain_text("right")
     held = hold(page, "**/v1/preferences/*")
-    page.keyboard.press("1")
+    with page.expect_request("**/v1/preferences/*"):
+        page.keyboard.press("1")
     page.keyboard.press("s")  # not while the judgement is being stored
     page.locator("#question").fill("a fresh one")
     page.locator("#question").press("Enter")

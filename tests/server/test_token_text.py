@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from live_server import Live, live
 from tiny_expert import save_base
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.server.token_text import TokenReader, TokenText, TokenTexts
@@ -124,7 +124,7 @@ def test_a_decoder_that_tells_no_bytes_still_tells_texts() -> None:
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "\ufffd": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]")
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=3), generation_config=None)
+    model = SimpleNamespace(config=PreTrainedConfig(vocab_size=3), generation_config=None)
     vocabulary = Vocabulary(cast(Any, model), tokenizer)
     engine = SimpleNamespace(tokenizer=tokenizer, token_bytes=vocabulary.token_bytes)
     texts = TokenTexts(cast(Any, engine))
