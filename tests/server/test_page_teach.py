@@ -184,8 +184,10 @@ def test_the_page_asks_for_a_key(browser: "Browser", served_folder: Path) -> Non
         page.locator("#key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("tiny")
-        assert page.locator("#drop").is_hidden()  # a user's key changes nothing
-        assert page.locator("#tab-review").is_hidden()  # nor does it show what others have written
+        expect(page.locator("#drop")).to_be_hidden()  # a user's key changes nothing
+        expect(
+            page.locator("#tab-review")
+        ).to_be_hidden()  # nor does it show what others have written
         page.get_by_role("tab", name="Teach").focus()
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("tab", name="Chat")).to_be_focused()
