@@ -4,9 +4,9 @@
         [--problems HumanEval-SingleLineInfilling.jsonl [--count 200]]
 
 A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares` an expert is
-trained on the same tokens (`deepseek expert train --infill SHARE`). The files that all of them hold
-out give the cases, lines drawn by a hash. The base and each expert fill in each line greedily, up to
-the first line end. An interrupted run trains and scores no model again.
+trained on the same tokens (`deepseek expert train --infill SHARE`). The files that all of them
+hold out give the cases, lines drawn by a hash. The base and each expert fill in each line greedily,
+up to the first line end. An interrupted run trains and scores no model again.
 
     exact, similarity   with the text before and after it in the layout of
                         `deepseek/text/infilling.py`, as the server fills it

@@ -77,8 +77,8 @@ def due_results(
         quick: those with a quick command instead.
         only_stale: leave out those that are there, whole and not stale.
     """
-    results = [result for row in rows for result in _wanted(declared, row, only_stale)]
-    return [result for result in dict.fromkeys(results) if _command(declared, result, quick)]
+    wanted = chain.from_iterable(_wanted(declared, row, only_stale) for row in rows)
+    return [result for result in dict.fromkeys(wanted) if _command(declared, result, quick)]
 
 
 def left_out(
@@ -110,7 +110,7 @@ def _command(declared: DeclaredClaims, result: str, quick: bool) -> str:
 
 
 def _wanted(declared: DeclaredClaims, row: ClaimRow, only_stale: bool) -> list[str]:
-    """Return the results of a claim; with `only_stale` those that are missing, in part, or stale."""
+    """Return the results of a claim; with `only_stale` those that are stale, or lack figures."""
     used = used_results(declared, row.name)
     if not only_stale:
         return used

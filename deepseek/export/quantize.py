@@ -44,6 +44,12 @@ tokens lower the divergence of SmolLM2 by a sixth; with 8 bits little is left to
 """
 
 
+METHOD = 1
+"""Changes when the same matrices are quantised in another way, so that layers that an interrupted
+call of an earlier version has kept are not taken.
+"""
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """Result of quantising a model.
@@ -157,7 +163,7 @@ def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekMod
 def _kept_folder(folder: Path, bits: float, device: torch.device) -> Path:
     """Return the folder of what an interrupted call has done with a model."""
     weights = fingerprint(folder).weights
-    key = f"{weights} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
+    key = f"{METHOD} {weights} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
     return home() / "quantising" / sha256(key.encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,5 @@
-"""Exporting and quantising replace nothing that somebody put at the place meanwhile, and remove what
-killed attempts left there.
+"""Exporting and quantising replace nothing that somebody put at the place meanwhile, and remove
+what killed attempts left there.
 """
 
 import errno

@@ -184,8 +184,8 @@ def read_records(path: str | Path) -> Iterator[Document]:
 
 
 def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number (from 1) and record of each non-blank line of a JSONL file (a packed one is named
-    `.gz`), or of each row of a `.parquet` file.
+    """Yield number (from 1) and record of each non-blank line of a JSONL file, packed if its name
+    ends with `.gz`, or of each row of a `.parquet` file.
 
     Raises:
         DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or

@@ -113,7 +113,7 @@ class HookTable:
 
     def __init__(self) -> None:
         self._hooks: weakref.WeakValueDictionary[int, SiteHook] = weakref.WeakValueDictionary()
-        # Tells the hooks of this table from those of a copied model, or of one from a pickle.
+        # Tells the hooks of this table from those that a copy of the model has brought along.
         self._mark = secrets.token_hex(8)
         self._lock = threading.RLock()
 

@@ -47,8 +47,9 @@ def refuse_other_place(run: Path, asked: Path) -> None:
 
 
 def _is_usual(pack: Path) -> bool:
-    """Return whether a pack lies, or lay, in a home's folder of trained experts: beside a run of its
-    name. A folder `experts` that `--out` named has none.
+    """Return whether a pack lies, or lay, in a home's folder of trained experts.
+
+    That has a run of the pack's name beside it; a folder `experts` that `--out` named has none.
     """
     if pack.parent.name != experts_folder().name or pack.suffix != SUFFIX:
         return False
