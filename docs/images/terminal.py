@@ -1,11 +1,21 @@
-"""Draw what a command prints in a terminal, as a picture for the pages.
+"""Draw what a program prints in a terminal, as a picture for the pages.
 
-Runs `deepseek run --no-serve` on this repository's history, and writes `terminal-repository.svg`. A
-folder for its runs and models leaves those of the user alone:
+    python docs/images/terminal.py PICTURE PROGRAM [ARGUMENT ...]
 
-DEEPSEEK_HOME=build/recording python docs/images/terminal.py
+runs a program of this repository, as `python PROGRAM ARGUMENT ...` or, if it is named `deepseek`,
+by the command line, and writes `PICTURE.svg` beside this file. A path among the arguments is shown
+by its last part. The pictures of the tutorials are those of
+
+    terminal-assistant  examples/applications/code_assistant.py CORPORA/final-litestar --cases 200
+    terminal-papers     examples/applications/papers.py CORPORA/papers --minutes 10
+    terminal-support    examples/applications/support.py german=CORPORA/german
+                        spanish=CORPORA/spanish
+    terminal-team       examples/applications/team_server.py NAME=FOLDER ... --tokens 16384
+
+each in a folder of its own for runs and models, such as `DEEPSEEK_HOME=build/recording`.
 """
 
+import argparse
 import os
 import pty
 import re
@@ -20,18 +30,14 @@ from rich.text import Text
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WIDTH = 100
-PICTURES = {"terminal-repository.svg": ["run", "--no-serve", "--from-git", ".", "--minutes", "3"]}
-"""Name of a picture, and the words behind `deepseek`."""
-
 REPLACED = re.compile(r"(?:\r|\x1b\[\d*[AK])+")
 """What a progress bar writes before it draws itself again."""
 
 
-def printed(words: list[str]) -> str:
+def printed(command: list[str]) -> str:
     """Return what a command prints on its standard output, which is a terminal."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
-    command = [sys.executable, "-m", "deepseek", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stdin=theirs)
     os.close(theirs)
     parts = []
@@ -43,20 +49,35 @@ def printed(words: list[str]) -> str:
                 break
     os.close(ours)
     if process.wait() != 0:
-        raise SystemExit(f"deepseek {' '.join(words)} failed with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
     text = b"".join(parts).decode()
     return "\n".join(REPLACED.split(line.rstrip("\r"))[-1] for line in text.split("\n"))
 
 
-def draw(name: str, words: list[str]) -> None:
-    """Write one picture."""
+def shown(word: str) -> str:
+    """Return an argument as the picture shows it."""
+    before, equals, path = word.rpartition("=")
+    return before + equals + (Path(path).name if Path(path).is_absolute() else path)
+
+
+def main() -> None:
+    """Run the program and write the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", help="name of the picture, without .svg")
+    parser.add_argument("program", help="a program of this repository, or `deepseek`")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    ours = options.program == "deepseek"
+    program = ["-m", "deepseek"] if ours else [options.program]
+    text = printed([sys.executable, *program, *options.arguments])
+    typed = [options.program] if ours else ["python", options.program]
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(Text(f"$ deepseek {' '.join(words)}", style="bold"))
-    text = printed(words).replace(str(ROOT), "~/deepseek")
+    console.print(Text(f"$ {' '.join([*typed, *map(shown, options.arguments)])}", style="bold"))
     console.print(Text.from_ansi(text.strip()))
-    console.save_svg(str(HERE / name), title="")
+    console.save_svg(str(HERE / f"{options.picture}.svg"), title="")
 
 
 if __name__ == "__main__":
-    for name, words in PICTURES.items():
-        draw(name, words)
+    main()

@@ -10,7 +10,6 @@ update: the newest text of its source is kept from the first training. Prints wh
 count.
 """
 
-import json
 import re
 import secrets
 import shutil
@@ -92,9 +91,27 @@ def main() -> None:
             name: int(float(count))
             for name, count in re.findall(r'expert_tokens_total{expert="(.*?)"} (\S+)', metrics)
         }
-    print(json.dumps(figures, indent=1))
+    show(figures, updated)
     if options.json:
         write_figures(options.json, figures)
+
+
+def show(figures: dict[str, Any], updated: str) -> None:
+    """Print the figures of the teams, of the update and of the metrics."""
+    print(
+        f"\n{'team':16}{'replies':>8}{'tokens':>8}{'own expert':>12}{'others':>8}{'in metrics':>12}"
+    )
+    for name, team in figures["teams"].items():
+        own = team["experts"].get(name, 0)
+        others = sum(team["experts"].values()) - own
+        counted = figures["tokens"].get(name, 0)
+        print(f"{name:16}{team['replies']:8}{team['tokens']:8}{own:12}{others:8}{counted:12}")
+    update = figures["update"]
+    print(
+        f"\nrequests for another team's expert: {figures['refused']} of {figures['experts']} refused"
+        f"\n{updated} updated and replaced in {update['seconds']:.0f} s; meanwhile its team got "
+        f"{update['replies']} replies, and {update['failures']} requests failed"
+    )
 
 
 def without_newest(source: Path, name: str) -> tuple[Path, Path]:
