@@ -19,7 +19,8 @@ plugged:
               same requests that name the right expert, or none; as conversations and as documents
               to continue
     routing   share of held-out passages answered by the right expert, or by none where no expert of
-              theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens
+              theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens. The
+              same for documents of `--longer` tokens
 
 `embeddings` is a rival's routing: a ridge classifier over the embeddings of the base, fitted on
 `--fitting` passages of each expert's training text and of each text of none, by default about as
@@ -103,6 +104,9 @@ def main() -> None:
         "--fitting", type=int, default=94, help="passages of each text's classifier"
     )
     parser.add_argument("--length", type=int, default=128, help="tokens of a passage")
+    parser.add_argument(
+        "--longer", type=int, nargs="*", default=[1024], help="tokens of longer documents"
+    )
     parser.add_argument("--tokens", type=int, default=48, help="of a reply that is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=FOLDER / "many_experts.json")
@@ -180,12 +184,13 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
     with start_engine(options.base, expert_bytes=expert_bytes) as engine:
         names = [path.stem for path in paths]
         fitting, held_out = passages(engine, options, set(names), options.fitting)
+        longer = longer_documents(engine, options, set(names))
         plugged = 0
         for count in options.counts:
             row: dict[str, Any] = {"plug": plug(engine, paths[plugged:count])}
             plugged = count
             known = set(names[:count])
-            asked = [p if p.label in known else replace(p, label=None) for p in held_out]
+            asked = labelled(held_out, known)
             decided = {kind: decisions(engine, asked, kind) for kind in KINDS}
             row["routing"] = {kind: shares(asked, decided[kind]) for kind in KINDS}
             right = {
@@ -194,6 +199,10 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             }
             row["overhead"] = {kind: overhead(engine, right[kind], kind, options) for kind in KINDS}
             row["routing"]["embeddings"] = embeddings(engine, fitting, asked, known)
+            for length, documents in longer.items():
+                found = labelled(documents, known)
+                rights = shares(found, decisions(engine, found, "document"))
+                row["routing"][f"document of {length}"] = rights | {"passages": len(found)}
             stats = engine.stats()
             row["weights_mib"] = round(stats.expert_bytes / (1 << 20), 1)
             assert stats.expert_bytes <= expert_bytes
@@ -201,6 +210,23 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             figures[str(count)] = row
             write(options.json, {"figures": figures})  # what an interrupted run keeps
     return figures
+
+
+def labelled(found: Sequence[Passage], known: set[str]) -> list[Passage]:
+    """Return passages with the labels of the plugged experts; the others are no expert's."""
+    return [p if p.label in known else replace(p, label=None) for p in found]
+
+
+def longer_documents(
+    engine: Engine, options: argparse.Namespace, names: set[str]
+) -> dict[int, list[Passage]]:
+    """Return held-out passages of each length of `longer`, of the folders that have some."""
+    found = {}
+    for length in options.longer:
+        changed = argparse.Namespace(**{**vars(options), "length": length})
+        _, held_out = passages(engine, changed, names, 0)
+        found[length] = [passage for passage in held_out if len(passage.ids) == length]
+    return found
 
 
 def passages(

@@ -51,18 +51,8 @@ def test_it_measures_all_that_it_says(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     words = ["benchmarks/many_experts.py", "--packs", packs, "--texts", tmp_path / "texts"]
     words += ["--base", base_folder, "--counts", 1, 5, "--room", 2, "--rounds", 1]
-    words += [
-        "--passages",
-        1,
-        "--tokens",
-        4,
-        "--length",
-        20,
-        "--width",
-        8,
-        "--json",
-        tmp_path / "out.json",
-    ]
+    words += ["--passages", 1, "--tokens", 4, "--length", 20, "--longer", 24, "--width", 8]
+    words += ["--json", tmp_path / "out.json"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     runpy.run_path(str(BENCHMARKS / "many_experts.py"), run_name="__main__")
     record = json.loads((tmp_path / "out.json").read_text())
@@ -79,6 +69,7 @@ def test_it_measures_all_that_it_says(
             assert all(one["step_over_named"] > 0 for one in timed.values())
             assert 0 <= row["routing"][kind]["right"] <= 100
         assert 0 <= row["routing"]["embeddings"]["right"] <= 100
+        assert row["routing"]["document of 24"]["passages"] > 0
     assert figures["room"]["experts"] == 5
     assert figures["room"]["loads"] > 0
     assert all(figures["room"][how]["room_over_all"] > 0 for how in ("even", "zipf"))

@@ -1,10 +1,10 @@
 """Background of an expert's relevance tables: public text of many kinds, cached once per base.
 
 It has more text than the calibration of gates, since only tokens are needed: hundreds of source
-files and package descriptions of the Python installation, besides the public rows and everyday
-conversations in fifteen languages. Pairs of tokens are rarer than tokens and need more text: some
-files of every installed package. A quarter of the packages are not counted; passages of them show
-how far code of other projects scores.
+files and package descriptions of the Python installation, besides the public rows, everyday
+conversations in fifteen languages and the commonest words of these. Pairs of tokens are rarer than
+tokens and need more text: some files of every installed package. A quarter of the packages are not
+counted; passages of them show how far code of other projects scores.
 """
 
 import sysconfig
@@ -27,6 +27,7 @@ from deepseek.train.gates.conversations import (
     expected_frequencies,
     without_reserved,
 )
+from deepseek.train.gates.languages import language_counts
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place, pseudorandom
 from deepseek.train.gates.relevance import Background, count_pairs
 
@@ -62,7 +63,8 @@ def background(
     """
     rows = without_reserved(kept_rows(model, tokenizer, progress), tokenizer)
     root, name = place(model)
-    stored = kept(root / f"words-{name}", lambda: _measured(model, tokenizer, rows, progress))
+    # Earlier versions kept one without languages in "words".
+    stored = kept(root / f"words-2-{name}", lambda: _measured(model, tokenizer, rows, progress))
     chats = stored["chats"].long().split(stored["lengths"].tolist())
     paired = kept(root / f"pairs-{name}", lambda: _measured_pairs(tokenizer, rows, progress))
     passages = [paired[f"passages.{kind}"].long() for kind in ("rows", "code", "descriptions")]
@@ -96,8 +98,9 @@ def _measured(
         # messages lack.
         counts.append(observed_V + observed_V.sum() * frequency_V)
     chats = _messages(tokenizer, reserved)
+    languages_LV = language_counts(tokenizer, size, list(expected))
     return {
-        "counts": torch.stack(counts),
+        "counts": torch.cat([torch.stack(counts), languages_LV]),
         "chats": torch.cat(chats).int(),
         "lengths": torch.tensor([len(ids) for ids in chats]),
     }

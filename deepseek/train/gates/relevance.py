@@ -1,8 +1,8 @@
 """Fit an expert's relevance table in closed form: the evidence of each token for its domain.
 
 A token's evidence is the log-ratio of its frequency in the expert's own text to its largest
-frequency in any kind of public text (conversations in fifteen languages, prose, source code,
-descriptions):
+frequency in any kind of public text (conversations in fifteen languages, the words of these
+languages, prose, source code, descriptions):
 
     table[v] = log max_k p_own,k(v) - log max_g p_public,g(v),   clipped to [-LEAST, MOST]
 
@@ -38,13 +38,15 @@ from deepseek.packs.manifest import PAIR_SLOTS
 PRIOR_TOKENS = 200.0
 """Weight of the Dirichlet prior in each frequency, in tokens."""
 
-LEAST = 1.0
+LEAST = 0.7
 """Largest evidence of one token against a domain, in nats. It is small, since a question about a
 domain consists of everyday words but for a name or two."""
+PAIR_LEAST = 1.0
+"""The same of a pair of tokens."""
 MOST = 8.0
-"""Largest evidence of one token for a domain, in nats."""
+"""Largest evidence of one token or pair for a domain, in nats."""
 
-THRESHOLD = 5.0
+THRESHOLD = 3.0
 """Evidence in nats at which a conversation admits the only plugged expert."""
 
 PIECE = 64
@@ -112,8 +114,8 @@ def fit_relevance(
         [ids_N.bincount(minlength=background.counts_GV.shape[1]) for ids_N in own if len(ids_N)]
     )
     own_KS = torch.stack([count_pairs(ids_N) for ids_N in own if len(ids_N)])
-    table_V = log_odds(own_KV, background.counts_GV, 1e-3, PRIOR_TOKENS)
-    pairs_S = log_odds(own_KS, background.pairs_GS, 1e-2, PAIR_PRIOR_TOKENS)
+    table_V = log_odds(own_KV, background.counts_GV, 1e-3, PRIOR_TOKENS, LEAST)
+    pairs_S = log_odds(own_KS, background.pairs_GS, 1e-2, PAIR_PRIOR_TOKENS, PAIR_LEAST)
     relevance = Relevance(table_V, THRESHOLD, offset(pairs_S, background.passages), pairs_S)
     chats = [text_evidence(relevance, ids_N) > THRESHOLD for ids_N in background.chats]
     pieces = held_out_N[: len(held_out_N) // PIECE * PIECE].view(-1, PIECE)
@@ -121,7 +123,9 @@ def fit_relevance(
     return RelevanceFit(relevance, _share(chats), _share(own_text))
 
 
-def log_odds(own_KV: Tensor, public_GV: Tensor, flat: float, prior_tokens: float) -> Tensor:
+def log_odds(
+    own_KV: Tensor, public_GV: Tensor, flat: float, prior_tokens: float, least: float
+) -> Tensor:
     """Return the evidence `[V]` of each token or pair for a domain, in nats.
 
     Args:
@@ -129,6 +133,7 @@ def log_odds(own_KV: Tensor, public_GV: Tensor, flat: float, prior_tokens: float
         public_GV: counts in each kind of public text.
         flat: weight of a uniform distribution in the prior, relative to that of public text.
         prior_tokens: weight of the prior in each frequency, in tokens.
+        least: largest evidence against the domain.
     """
     public_GV = public_GV.double()
     prior_V = (public_GV / public_GV.sum(1, keepdim=True)).mean(0)
@@ -137,7 +142,7 @@ def log_odds(own_KV: Tensor, public_GV: Tensor, flat: float, prior_tokens: float
         _frequencies(counts.double(), prior_V, prior_tokens).amax(0)
         for counts in (own_KV, public_GV)
     )
-    evidence_V = (own_V / public_V).log().clamp(-LEAST, MOST)
+    evidence_V = (own_V / public_V).log().clamp(-least, MOST)
     # In fp16, the precision of a pack: rates are measured on what it will hold.
     evidence_V = evidence_V.half().float()
     # The less own text there is, the larger the prior's share in it. What it lacks is no evidence.

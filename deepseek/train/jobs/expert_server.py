@@ -35,9 +35,23 @@ class ExpertServer:
         self._url = url.rstrip("/")
         self._key = key
 
-    def check(self) -> None:
-        """Raise `DataError` if the server does not answer."""
-        self._send("GET", "/v1/experts")
+    def plugged_digest(self, name: str) -> str | None:
+        """Return the content digest of the pack that is plugged under a name; None: none is.
+
+        Args:
+            name: name of the expert.
+
+        Raises:
+            DataError: the server cannot be reached or refuses; the message says why.
+        """
+        listed = self._send("GET", "/v1/experts")
+        try:
+            return {one["name"]: str(one["digest"]) for one in json.loads(listed)["data"]}.get(name)
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"The server at {self._url} lists no experts; give the address of a `deepseek "
+                "serve`."
+            ) from None
 
     def plug(self, name: str) -> None:
         """Plug the pack of a name in the server's folder.
@@ -70,7 +84,7 @@ class ExpertServer:
         """
         self._send("POST", "/v1/experts", {"name": name, "replace": True})
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         # The scheme is checked above.
         request = urllib.request.Request(self._url + path, data, method=method)  # noqa: S310
@@ -78,8 +92,8 @@ class ExpertServer:
         if self._key:
             request.add_header("Authorization", f"Bearer {self._key}")
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT):  # noqa: S310
-                return
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:  # noqa: S310
+                return bytes(reply.read())
         except urllib.error.HTTPError as error:
             raise DataError(
                 f"The server refused {method} {path} ({error.code}): {_fault(error)}"

@@ -9,7 +9,7 @@ both, and both held-out texts are scored.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from deepseek.train.jobs.expert import CALIBRATION_TOKENS, RELEVANCE_TOKENS, UNS
 from deepseek.train.jobs.update import TrainedExpert
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.text.corpus import whole_text
+from deepseek.train.text.corpus import KnownDocuments, known_documents, whole_text
 
 RIDGE = 1e-4
 """Ridge of the regression, as a share of the mean second moment of the hidden units."""
@@ -53,11 +53,15 @@ class Score:
 
     Attributes:
         base, alone, merged: by the base, by the expert, and by the merged expert.
+        documents: number of held-out documents.
+        learnt: how many of them the other expert has learnt, so that the merged one knows them.
     """
 
     base: float
     alone: float
     merged: float
+    documents: int
+    learnt: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,13 @@ class Merged:
         for name, score in self.scores.items():
             merged = Metric(before=score.base, after=score.merged).verdict
             alone = Metric(before=score.base, after=score.alone).verdict
-            lines.append(f"held-out text of {name}: {merged}; {name} alone: {alone}")
+            line = f"held-out text of {name}: {merged}; {name} alone: {alone}"
+            if score.learnt:
+                line += (
+                    f"; the other expert has learnt {score.learnt} of its {score.documents} "
+                    "documents, so the merged one looks better than it is"
+                )
+            lines.append(line)
         return lines
 
 
@@ -121,6 +131,13 @@ class Part:
             count = max(1, tokens // len(corpora) // request.row_length)
             rows += loader.with_targets().first(count).batches()
         return rows
+
+    @cached_property
+    def known(self) -> KnownDocuments:
+        """Documents that the expert has learnt, and those that its last run has held out."""
+        runs = [known_documents(corpus) for corpus in self._corpora]
+        learnt = frozenset[str]().union(*(run.learnt for run in runs))
+        return replace(runs[-1], learnt=learnt)
 
     @cached_property
     def ids_N(self) -> Tensor:
@@ -190,7 +207,8 @@ def merge_experts(
             progress=progress,
         )
         progress.say("scoring the held-out texts")
-        scores = {part.name: scored(model, part, module) for part in parts}
+        others = zip(parts, reversed(parts), strict=True)
+        scores = {part.name: scored(model, part, other, module) for part, other in others}
     write_pack(path, merged_pack(model, module, parts, scores), new=True)
     return Merged(path, scores)
 
@@ -307,8 +325,15 @@ def fitted(
     return module.requires_grad_(False).eval()
 
 
-def scored(model: LanguageModel, part: Part, module: ExpertModule) -> Score:
-    """Return the losses of an expert's held-out text."""
+def scored(model: LanguageModel, part: Part, other: Part, module: ExpertModule) -> Score:
+    """Return the losses of an expert's held-out text.
+
+    Args:
+        model: the base.
+        part: the expert.
+        other: the expert that it was merged with.
+        module: the merged expert.
+    """
     batches = part.rows("held-out", part.expert.request.held_out_tokens)
     with model.experts.arming(None):
         base = held_out_loss(model, batches).loss
@@ -316,7 +341,8 @@ def scored(model: LanguageModel, part: Part, module: ExpertModule) -> Score:
     for forced in (part.module, module):
         with model.experts.forced(forced):
             losses.append(held_out_loss(model, batches).loss)
-    return Score(base, *losses)
+    tested = part.known.tested
+    return Score(base, *losses, len(tested), len(tested & other.known.learnt))
 
 
 def merged_pack(

@@ -9,6 +9,7 @@ from typing import Any
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.errors import DataError, UserError
+from deepseek.packs.listing import read_manifest
 from deepseek.packs.signature import load_key
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert_server import ExpertServer
@@ -64,10 +65,10 @@ class Watcher:
         self.seen = self.expert.state()
         self.failures = 0
         self.pause = 0.0
-        self.must_plug = False
         self.complaint = ""
-        if server is not None:
-            server.check()
+        plugged = None if server is None else server.plugged_digest(name)
+        # It may have been updated while nobody watched.
+        self.must_plug = plugged not in (None, read_manifest(self.expert.pack).digest)
 
     def look(self) -> None:
         """Update the expert if its source is new and as it was at the last look.

@@ -55,7 +55,7 @@ def test_a_kind_of_public_text_may_be_missing(monkeypatch: pytest.MonkeyPatch) -
     rows = torch.randint(5, 60, (6, 128))
     counts_GS = background._measured_pairs(tokenizer, rows, silent)["counts"]
     assert len(counts_GS) == 1
-    evidence_S = log_odds(counts_GS, counts_GS, 1e-2, 100.0)
+    evidence_S = log_odds(counts_GS, counts_GS, 1e-2, 100.0, 1.0)
     assert evidence_S.isfinite().all()
 
 

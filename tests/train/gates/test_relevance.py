@@ -12,6 +12,7 @@ from deepseek.model.experts.relevance import PASSAGE, price_of, text_evidence
 from deepseek.train.gates.relevance import (
     LEAST,
     MOST,
+    PAIR_LEAST,
     THRESHOLD,
     Background,
     RelevanceFit,
@@ -70,7 +71,7 @@ def test_the_domain_is_told_from_every_kind() -> None:
             assert text_evidence(relevance, piece) < THRESHOLD
     assert text_evidence(relevance, words(200, 300, 6, 3)) > THRESHOLD
     assert float(relevance.table_V.max()) <= MOST
-    assert float(relevance.table_V.min()) >= -LEAST
+    assert float(relevance.table_V.min()) >= -LEAST - 1e-3, "rounded to fp16"
 
 
 def test_words_that_nobody_has_seen_are_no_evidence_for_a_domain() -> None:
@@ -111,7 +112,7 @@ def test_documents_of_public_text_are_ruled_out_and_own_ones_are_not() -> None:
     own = phrases(100, 300, 40 * PASSAGE, 3).view(40, PASSAGE)
     assert sum(found.keeps(ids_N) for ids_N in own) >= 39
     assert found.pairs_S is not None
-    assert float(found.pairs_S.min()) >= -LEAST and float(found.pairs_S.max()) <= MOST
+    assert float(found.pairs_S.min()) >= -PAIR_LEAST and float(found.pairs_S.max()) <= MOST
 
 
 @settings(deadline=None, max_examples=25)

@@ -21,6 +21,7 @@ from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.train.jobs import merge
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.merge import Units, merge_experts, merged_pack
+from deepseek.train.jobs.update import TrainedExpert
 
 WIDTH = 6
 DIALS: dict[str, Any] = {
@@ -110,6 +111,18 @@ def test_it_can_be_as_narrow_as_one(trained: Path) -> None:
     assert read_pack(merged.pack).manifest.width == 24
     assert all(score.merged < score.base for score in merged.scores.values())
     merged.pack.unlink()
+
+
+def test_what_the_other_expert_has_learnt_is_said(trained: Path) -> None:
+    """The same texts, divided otherwise: each has learnt what the other has held out."""
+    texts = TrainedExpert.find("greek").request.from_folder
+    train_expert(str(trained), name="again", from_folder=texts, seed=1, **DIALS)
+    merged = merge_experts("greek", "again", "twice")
+    assert all(0 < score.learnt <= score.documents for score in merged.scores.values())
+    assert "has learnt" in merged.report()[0] and "better than it is" in merged.report()[1]
+    apart = merge_experts("greek", "stars", "apart")
+    assert not any(score.learnt for score in apart.scores.values())
+    assert "learnt" not in " ".join(apart.report())
 
 
 def test_an_expert_that_takes_the_name_meanwhile_stays(

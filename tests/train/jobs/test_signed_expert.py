@@ -89,8 +89,8 @@ def test_a_watcher_signs_before_it_plugs(pack: Path, key: Path) -> None:
     plugged: list[str] = []
 
     class Noting:
-        def check(self) -> None:
-            """The server answers."""
+        def plugged_digest(self, _: str) -> None:
+            """The server has no such expert."""
 
         def plug_again(self, _: str) -> None:
             plugged.append(read_pack(pack, SIGNED).manifest.domain)

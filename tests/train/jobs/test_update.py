@@ -20,6 +20,7 @@ from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError, PackError, TrainError
 from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder
+from deepseek.packs.listing import read_manifest
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
@@ -283,6 +284,7 @@ class Asked(BaseHTTPRequestHandler):
     """Notes the requests; refuses those without the key."""
 
     seen: list[tuple[str, str, str]]
+    plugged: list[dict[str, str]]
 
     def _answer(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
@@ -292,6 +294,8 @@ class Asked(BaseHTTPRequestHandler):
         self.end_headers()
         if not allowed:
             self.wfile.write(b'{"error": {"message": "An admin key is needed."}}')
+        elif self.command == "GET":
+            self.wfile.write(json.dumps({"data": self.plugged}).encode())
 
     do_GET = do_POST = do_DELETE = _answer
 
@@ -305,15 +309,18 @@ class Served:
 
     url: str
     seen: list[tuple[str, str, str]]
+    plugged: list[dict[str, str]]
 
 
 @pytest.fixture
 def server() -> Iterator[Served]:
-    handler = type("Handler", (Asked,), {"seen": []})
+    seen: list[tuple[str, str, str]] = []
+    plugged: list[dict[str, str]] = []
+    handler = type("Handler", (Asked,), {"seen": seen, "plugged": plugged})
     served = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=served.serve_forever)
     thread.start()
-    yield Served(f"http://127.0.0.1:{served.server_port}", handler.seen)  # type: ignore[attr-defined]
+    yield Served(f"http://127.0.0.1:{served.server_port}", seen, plugged)
     served.shutdown()
     thread.join()
     served.server_close()
@@ -408,7 +415,7 @@ def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
     assert (method, path) == ("POST", "/v1/experts")
     assert json.loads(body) == {"name": "words", "replace": True}
     with pytest.raises(DataError, match=r"refused GET .*\(401\): An admin key is needed"):
-        ExpertServer(server.url).check()
+        ExpertServer(server.url).plugged_digest("words")
 
 
 def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
@@ -449,6 +456,27 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
     assert [method for method, _, _ in server.seen] == ["GET", "POST"]
 
 
+@pytest.mark.parametrize(
+    ("digest", "asked"), [("0" * 64, ["GET", "POST"]), (None, ["GET"]), ("", ["GET"])]
+)
+def test_a_watcher_plugs_what_was_updated_while_it_was_off(
+    words: Home, monkeypatch: pytest.MonkeyPatch, server: Served, digest: str | None, asked: object
+) -> None:
+    """The server has another pack, that of the run, or none."""
+    own = read_manifest(words.pack).digest
+    if digest != "":
+        server.plugged.append({"name": "words", "digest": digest or own})
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    watch.watch_expert("words", ExpertServer(server.url, "secret"), rounds=3)
+    assert [method for method, _, _ in server.seen] == asked
+
+
+def test_a_server_of_another_kind_is_told_from_ours(server: Served) -> None:
+    server.plugged.append({"id": "some-model"})
+    with pytest.raises(DataError, match="lists no experts; give"):
+        ExpertServer(server.url, "secret").plugged_digest("words")
+
+
 def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
     words: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,8 +508,8 @@ def test_a_watcher_plugs_later_what_the_server_has_missed(
     faults = [DataError("The server is gone."), DataError("The server is gone."), None]
 
     class Restarted:
-        def check(self) -> None:
-            """The server answers."""
+        def plugged_digest(self, name: str) -> str:
+            return read_manifest(words.pack).digest
 
         def plug_again(self, name: str) -> None:
             fault = faults.pop(0)
