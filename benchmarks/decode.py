@@ -23,9 +23,9 @@ Models in the rivals' formats are written to a temporary folder, or once and for
 
 A machine with AVX2 alone is imitated on another one by NUMBA_CPU_NAME=znver3 with
 NUMBA_CPU_FEATURES=+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt for our engine, by
-ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and `--dtype float32` for torch, and by a
-llama-cpp-python that is built with GGML_NATIVE=OFF and GGML_AVX2, GGML_FMA, GGML_F16C and
-GGML_BMI2=ON; OpenVINO is left out.
+ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2 (which counts on
+Intel's processors) and `--dtype float32` for torch, and by a llama-cpp-python that is built with
+GGML_NATIVE=OFF and GGML_AVX2, GGML_FMA, GGML_F16C and GGML_BMI2=ON; OpenVINO is left out.
 """
 
 import argparse
