@@ -108,7 +108,7 @@ def show(figures: dict[str, Any], updated: str) -> None:
         print(f"{name:16}{team['replies']:8}{team['tokens']:8}{own:12}{others:8}{counted:12}")
     update = figures["update"]
     print(
-        f"\nrequests for another team's expert: {figures['refused']} of {figures['experts']} refused"
+        f"\nrequests for another's expert: {figures['refused']} of {figures['experts']} refused"
         f"\n{updated} updated and replaced in {update['seconds']:.0f} s; meanwhile its team got "
         f"{update['replies']} replies, and {update['failures']} requests failed"
     )

@@ -29,17 +29,20 @@ def language_counts(
     """Return the expected counts of tokens `[L, V]` in `TOKENS` tokens of each language.
 
     The frequencies of words are those of `wordfreq`, which are lower-case; half of a word's
-    occurrences count as capitalised.
+    occurrences count as capitalised. A language whose script the tokenizer lacks is left out.
 
     Args:
         tokenizer: tokenizer of the base.
         vocab_size: V.
         languages: ISO 639-1 codes.
     """
-    return torch.stack([_counts(tokenizer, vocab_size, language) for language in languages])
+    counts_LV = torch.stack([_counts(tokenizer, vocab_size, language) for language in languages])
+    totals_L1 = counts_LV.sum(1, keepdim=True)
+    return (counts_LV * (TOKENS / totals_L1))[totals_L1[:, 0] > 0]
 
 
 def _counts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, language: str) -> Tensor:
+    """Return the expected tokens `[V]` per word of a language."""
     from wordfreq import get_frequency_dict  # reads its lists of languages when it is imported
 
     frequencies = {
@@ -54,5 +57,4 @@ def _counts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, language: str) 
     lengths_W = torch.tensor([len(ids) for ids in rows], device="cpu")
     ids_N = torch.tensor([token for ids in rows for token in ids], device="cpu")
     shares_W = torch.tensor([frequencies[word] for word in words], device="cpu").repeat(2)
-    counts_V = ids_N.bincount(shares_W.repeat_interleave(lengths_W), minlength=vocab_size)
-    return (counts_V * (TOKENS / counts_V.sum())).float()
+    return ids_N.bincount(shares_W.repeat_interleave(lengths_W), minlength=vocab_size).float()

@@ -9,7 +9,7 @@ both, and both held-out texts are scored.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from deepseek.train.jobs.expert import CALIBRATION_TOKENS, RELEVANCE_TOKENS, UNS
 from deepseek.train.jobs.update import TrainedExpert
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.text.corpus import KnownDocuments, known_documents, whole_text
+from deepseek.train.text.corpus import known_documents, whole_text
 
 RIDGE = 1e-4
 """Ridge of the regression, as a share of the mean second moment of the hidden units."""
@@ -99,8 +99,12 @@ class Part:
         name: its name.
         model: the base, which both have in common.
 
+    Attributes:
+        learnt: digests of the texts that the expert has learnt.
+        tested: digests of the texts that its last run has held out.
+
     Raises:
-        DataError: there is no such finished run.
+        DataError: there is no such finished run, or an earlier version made it.
         PackError: the pack belongs to another base, or holds no expert module.
     """
 
@@ -113,6 +117,9 @@ class Part:
         self.manifest = pack.manifest
         self.module = ExpertModule.from_pack(pack, torch.float32, model.device)
         self._corpora = [run / "corpus" for run in self.expert.finished_runs()]
+        known = [known_documents(corpus) for corpus in self._corpora]
+        self.learnt = frozenset[str]().union(*(run.learnt for run in known))
+        self.tested = known[-1].tested
 
     def rows(self, part: str, tokens: int) -> list[Batch]:
         """Return rows of what the expert has learnt ("train"), or of the "validation" or "held-out"
@@ -131,13 +138,6 @@ class Part:
             count = max(1, tokens // len(corpora) // request.row_length)
             rows += loader.with_targets().first(count).batches()
         return rows
-
-    @cached_property
-    def known(self) -> KnownDocuments:
-        """Documents that the expert has learnt, and those that its last run has held out."""
-        runs = [known_documents(corpus) for corpus in self._corpora]
-        learnt = frozenset[str]().union(*(run.learnt for run in runs))
-        return replace(runs[-1], learnt=learnt)
 
     @cached_property
     def ids_N(self) -> Tensor:
@@ -337,12 +337,11 @@ def scored(model: LanguageModel, part: Part, other: Part, module: ExpertModule) 
     batches = part.rows("held-out", part.expert.request.held_out_tokens)
     with model.experts.arming(None):
         base = held_out_loss(model, batches).loss
-    losses = []
-    for forced in (part.module, module):
-        with model.experts.forced(forced):
-            losses.append(held_out_loss(model, batches).loss)
-    tested = part.known.tested
-    return Score(base, *losses, len(tested), len(tested & other.known.learnt))
+    with model.experts.forced(part.module):
+        alone = held_out_loss(model, batches).loss
+    with model.experts.forced(module):
+        merged = held_out_loss(model, batches).loss
+    return Score(base, alone, merged, len(part.tested), len(part.tested & other.learnt))
 
 
 def merged_pack(

@@ -1,10 +1,12 @@
-"""The commonest words of languages as token counts: within a text, in both cases, without digits."""
+"""The commonest words of languages as token counts: within a text, in both cases, no digits."""
 
 from collections import Counter
 
 import pytest
 import torch
 from tiny_model import tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from wordfreq import get_frequency_dict
 
 from deepseek.data.builders.everyday import everyday_conversations
@@ -41,3 +43,11 @@ def test_counts_are_those_of_words_one_by_one(
     assert set(counts_V.nonzero().flatten().tolist()) == set(expected)
     for token, share in expected.items():
         assert float(counts_V[token]) == pytest.approx(TOKENS * share / total, rel=1e-4)
+
+
+def test_a_language_that_the_tokenizer_cannot_write_is_left_out() -> None:
+    letters = {letter: place for place, letter in enumerate("абвгдежзийклмнопрстуфхцчшщъыьэюя")}
+    alphabet = Tokenizer(models.BPE(letters, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=alphabet)
+    counts_LV = language_counts(tokenizer, len(letters), ["ru", "hi", "ko"])
+    assert counts_LV.shape == (1, len(letters)) and bool(counts_LV.isfinite().all())
