@@ -55,6 +55,7 @@ def _counts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, language: str) 
     capitalised = [word[:1].upper() + word[1:] for word in words]
     rows = encode_continued(tokenizer, [space + word for word in [*words, *capitalised]])
     lengths_W = torch.tensor([len(ids) for ids in rows], device="cpu")
-    ids_N = torch.tensor([token for ids in rows for token in ids], device="cpu")
+    tokens = [token for ids in rows for token in ids]
+    ids_N = torch.tensor(tokens, dtype=torch.long, device="cpu")
     shares_W = torch.tensor([frequencies[word] for word in words], device="cpu").repeat(2)
     return ids_N.bincount(shares_W.repeat_interleave(lengths_W), minlength=vocab_size).float()
