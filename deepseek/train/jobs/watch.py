@@ -66,9 +66,11 @@ class Watcher:
         self.failures = 0
         self.pause = 0.0
         self.complaint = ""
-        plugged = None if server is None else server.plugged_digest(name)
-        # It may have been updated while nobody watched.
-        self.must_plug = plugged not in (None, read_manifest(self.expert.pack).digest)
+        self.must_plug = False
+        if server is not None:
+            plugged = server.plugged_digest(name)
+            # It may have been updated while nobody watched.
+            self.must_plug = plugged not in (None, read_manifest(self.expert.pack).digest)
 
     def look(self) -> None:
         """Update the expert if its source is new and as it was at the last look.
