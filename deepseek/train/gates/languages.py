@@ -6,6 +6,7 @@ evidence for it in any French conversation.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -55,7 +56,6 @@ def _counts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, language: str) 
     capitalised = [word[:1].upper() + word[1:] for word in words]
     rows = encode_continued(tokenizer, [space + word for word in [*words, *capitalised]])
     lengths_W = torch.tensor([len(ids) for ids in rows], device="cpu")
-    tokens = [token for ids in rows for token in ids]
-    ids_N = torch.tensor(tokens, dtype=torch.long, device="cpu")
+    ids_N = torch.tensor([*chain.from_iterable(rows)], dtype=torch.long, device="cpu")
     shares_W = torch.tensor([frequencies[word] for word in words], device="cpu").repeat(2)
     return ids_N.bincount(shares_W.repeat_interleave(lengths_W), minlength=vocab_size).float()
