@@ -245,7 +245,8 @@ async def events(teacher: TheTeacher) -> Response:
             now = lesson_fields(teacher.lesson)
             if now != before:
                 yield now
-            if now["state"] != "running" or teacher.service.draining:
+            # A server that drains stops its lesson soon, and the last event should say so.
+            if now["state"] != "running" or teacher.service.admission.ended:
                 return
             before = now
             await asyncio.sleep(LOOK_SECONDS)
