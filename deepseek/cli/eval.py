@@ -93,7 +93,7 @@ def evaluate(
     from deepseek.engine.load import load
     from deepseek.engine.request import ExpertChoice
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
-    from deepseek.evaluate.quality import collected, compare, expert_texts
+    from deepseek.evaluate.quality import collected, compare, expert_texts, trained_here
     from deepseek.packs.library import packs_for
     from deepseek.train.loop.progress import ProgressBar
 
@@ -101,9 +101,15 @@ def evaluate(
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)
     plugged = [info.name for info in model.experts.list()]
-    known = expert_texts(
-        [*plugged, *(name for name in packs_for(base)[0] if name not in plugged)], plugged
-    )
+    namesakes = [name for name in plugged if not trained_here(model.experts.manifest(name))]
+    for name in namesakes:
+        echo(
+            f"warning: the run {name} of this home trained another pack of that name; its "
+            "held-out text is left out.",
+            error=True,
+        )
+    trained = dict.fromkeys((*plugged, *packs_for(base)[0]))
+    known = expert_texts([name for name in trained if name not in namesakes], plugged)
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens or TOKENS, progress, as_reported=not tokens))
         choices = (ExpertChoice(()), ExpertChoice()) if problems else ()

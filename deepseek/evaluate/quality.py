@@ -15,8 +15,9 @@ from deepseek.data.text.document import Document, silent
 from deepseek.data.text.public import public_documents, read_documents
 from deepseek.errors import CheckpointError, DataError
 from deepseek.model.language_model import LanguageModel
+from deepseek.packs.manifest import PackManifest
 from deepseek.train.loop.losses import held_out_loss
-from deepseek.train.loop.past_runs import latest_run
+from deepseek.train.loop.past_runs import finished_runs, latest_run
 
 ROW_LENGTH = 512
 BATCH_ROWS = 4
@@ -155,6 +156,21 @@ def compare(
 def held_out_folder(expert: str) -> Path:
     """Return the folder of a trained expert's held-out text, as of its last update."""
     return latest_run(home() / "runs" / expert) / "corpus" / "held-out"
+
+
+def trained_here(manifest: PackManifest) -> bool:
+    """Whether a run of this home trained a pack; true if no run bears its name.
+
+    A pack from elsewhere may bear the name of an expert that was trained here, whose held-out text
+    is not what the pack knows.
+
+    Args:
+        manifest: manifest of the pack.
+    """
+    runs = finished_runs(home() / "runs" / manifest.name)
+    texts = [run / "corpus" / "train" for run in runs]
+    digests = {TokenShards(text).digest for text in texts if text.is_dir()}
+    return not digests or not digests.isdisjoint(manifest.data)
 
 
 def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutText]:

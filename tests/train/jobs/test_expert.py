@@ -384,3 +384,17 @@ def test_eval_names_the_loss_of_the_base_that_the_training_named(
     assert row.alone == pytest.approx(metric.after, rel=5e-3)
     (other,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=512, as_reported=False)
     assert other.before != pytest.approx(metric.before, rel=1e-5)
+
+
+def test_a_pack_from_elsewhere_is_not_taken_for_its_namesake(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek.evaluate.quality import trained_here
+
+    dials = {**DIALS, "epochs": 1, "tokens": 1000}
+    monkeypatch.setenv("DEEPSEEK_HOME", str(new_home(tmp_path / "home")))
+    own = read_pack(train_expert(str(tiny_base), from_folder=text_folder, **dials)).manifest
+    assert trained_here(own)
+    assert not trained_here(own.model_copy(update={"data": ("0" * 64,)}))
+    monkeypatch.setenv("DEEPSEEK_HOME", str(new_home(tmp_path / "other")))
+    assert trained_here(own)

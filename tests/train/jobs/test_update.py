@@ -19,7 +19,7 @@ from deepseek.cli.main import main
 from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError, PackError, TrainError
-from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder
+from deepseek.evaluate.quality import ReportedRows, expert_texts, held_out_folder, trained_here
 from deepseek.packs.listing import read_manifest
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.retrieval.index import Index
@@ -159,6 +159,7 @@ def test_after_an_update_its_text_is_the_one_to_report_on_and_to_search(words: H
     assert held_out_folder("words") == update_run / "corpus" / "held-out"
     (text,) = expert_texts(["words"], ["words"])
     assert text.reported == ReportedRows.of(update_run)
+    assert trained_here(read_pack(words.pack).manifest)
 
     tokenizer = load_tokenizer(resolve(read_json(words.run / "request.json")["base"]))
     learnt = [document.text for document in expert_index.learnt_documents(words.run, tokenizer)]
