@@ -42,10 +42,27 @@ def damage_explained(path: str | Path) -> Iterator[None]:
                 "its checked-out files as a folder, or make a full clone with SHA-1 and loose "
                 "references."
             ) from error
+        if _is_partial(path):
+            raise DataError(
+                f"The git repository at {path} is a partial clone that lacks objects ({error}); "
+                "clone it again without `--filter`."
+            ) from error
         raise DataError(
             f"The git repository at {path} is damaged or incomplete ({error}); run `git fsck` in "
             "it, or clone it again."
         ) from error
+
+
+def _is_partial(path: str | Path) -> bool:
+    """Return whether a remote has promised the objects that the repository at `path` lacks."""
+    try:
+        config = pygit2.Repository(pygit2.discover_repository(str(path))).config
+        return any(
+            entry.name.startswith("remote.") and entry.name.endswith(".promisor")
+            for entry in config
+        )
+    except (pygit2.GitError, TypeError, ValueError):  # too damaged to tell
+        return False
 
 
 def open_repository(path: str | Path) -> pygit2.Repository:

@@ -252,6 +252,20 @@ def test_a_shallow_clone_adds_no_files_where_it_ends(repository: Path, commit: C
     assert [document.time for document in future] == [300, 300]
 
 
+def test_a_partial_clone_is_told_from_a_damaged_one(repository: Path, commit: Commit) -> None:
+    first = commit({"a.py": "print(1)\n" * 20}, "one", 100)
+    commit({"a.py": "print(2)\n" * 20}, "two", 200)
+    opened = pygit2.Repository(repository)
+    blob = str(opened[first].tree["a.py"].id)
+    (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    with pytest.raises(DataError, match="damaged or incomplete"):
+        list(read_git(repository))
+    # As `git clone --filter=blob:none` notes it.
+    opened.config["remote.origin.promisor"] = True
+    with pytest.raises(DataError, match=r"partial clone .* clone it again without `--filter`"):
+        list(read_git(repository))
+
+
 def test_a_first_commit_is_no_shallow_boundary(repository: Path, commit: Commit) -> None:
     first = commit({"a.py": "a = 1\n"}, "one\n\nparent of all", 100)
     make_shallow(repository, first)
