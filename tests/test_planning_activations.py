@@ -10,6 +10,7 @@ import deepseek
 from deepseek.data import Batch
 from deepseek.kernels.lsh import attention as lsh_attention
 from deepseek.kernels.lsh import tiles
+from deepseek.kernels.lsh.bf16_product import multiplies_fast
 from deepseek.kernels.moe.grouped_mm import mix_experts_grouped
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe import experts
@@ -120,5 +121,9 @@ def test_what_lsh_attention_saves_beside_flash_attention(
         .attention
         for fields in (flash, lsh)
     ]
+    if (device, precision, encoding) == ("laptop", "mixed", "none") and not multiplies_fast():
+        # A processor that multiplies bf16 no faster than fp32 keeps the kernel's output in fp32 as
+        # well, in both LSH layers; the planner has one that does (`copy_bytes`).
+        more -= 2 * 4 * DENSE["hidden_size"] * ROWS * LENGTH
     # The tiles' output has a spare row.
     assert planned[1] - planned[0] == pytest.approx(more, rel=1e-3)

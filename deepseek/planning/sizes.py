@@ -283,7 +283,9 @@ def copy_bytes(architecture: Architecture, *, mixed: bool, processor: bool = Fal
 
     In mixed precision rotary positions leave queries and keys in fp32, and values and output follow
     them (`kernels/lsh/attention.py`). The output projection saves its input besides. On a GPU it
-    always does: there the kernel's output is in fp32, head by head (`kernels/lsh/tiles.py`).
+    always does: there the kernel's output is in fp32, head by head (`kernels/lsh/tiles.py`). So is
+    it on a processor that multiplies bf16 no faster than fp32. That is not counted: such a
+    processor trains in fp32 unless told otherwise.
 
     Args:
         architecture: the model.
