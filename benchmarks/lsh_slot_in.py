@@ -16,28 +16,42 @@ of the corpora that the hashes were fitted on, one a step; none of them is score
 tuned on with windows as much smaller, so that the share of keys looked at stays. The labels of the
 texts are not used, so that they cannot teach what the exact model does not know: what the tuned
 model gains is what LSH had lost.
+
+Tuning is saved every twenty steps; the same command goes on from there.
 """
 
 import argparse
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from entry import run_main
-from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted
+from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted, hash_file
 from results import FOLDER, write
 
 import deepseek
+from deepseek.checkpoint.store import home, load_state, save_state
 from deepseek.data.text.encode import long_texts
+from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.model.precision import autocast
-from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients, learning_rate
+from deepseek.train.loop.optim import (
+    OptimConfig,
+    adamw,
+    clip_gradients,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 PARTS = ("whole", "second half")
+SAVE_EVERY = 20  # steps
 
 
 def main() -> None:
@@ -91,16 +105,25 @@ def main() -> None:
         (name, long_texts(corpus(name), tokenizer, options.texts, options.length, seed=1))
         for name in options.test
     ]
-    figures = {kind: score(kind, model, texts) for kind, model in {"exact": full, **models}.items()}
-    if options.tune:
+    scored: dict[str, Any] = {"exact": full, **models}
+    if not options.tune:
+        figures = {kind: score(kind, model, texts) for kind, model in scored.items()}
+    else:
         documents = [document for name in FIT for document in corpus(name)]
         lessons_RT = long_texts(documents, tokenizer, options.tune, options.tune_length, seed=2)
-        scale = options.tune_length / options.length
-        for step in tune(distilled, full, lessons_RT, options.rate, scale):
+        tuning = Tuning(distilled, full, options.rate, options.tune_length / options.length)
+        state = state_folder(looks, options)
+        figures = tuning.restore(state)
+        if not figures:
+            figures = {kind: score(kind, model, texts) for kind, model in scored.items()}
+            tuning.save(state, figures)
+        for step in tuning.steps(lessons_RT):
             if step % options.score_every == 0 or step == len(lessons_RT):
                 kind = f"after {step} steps"
                 figures[kind] = score(kind, distilled, texts)
                 print(kind, change(figures[kind], figures["exact"]), flush=True)
+            if step % SAVE_EVERY == 0 or step % options.score_every == 0:
+                tuning.save(state, figures)
     changes = {
         kind: change(one, figures["exact"]) for kind, one in figures.items() if kind != "exact"
     }
@@ -121,6 +144,8 @@ def main() -> None:
             "change": changes,
         },
     )
+    if options.tune:
+        shutil.rmtree(state)  # the same command measures anew
 
 
 def change(mine: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, float]:
@@ -136,43 +161,89 @@ def score(kind: str, model: Any, texts: list[tuple[str, torch.Tensor]]) -> list[
     return rows
 
 
-def tune(
-    model: Any, exact: Any, lessons_RT: torch.Tensor, rate: float, scale: float
-) -> Iterator[int]:
-    """Train the projections of attention in all layers but the first ones towards `exact`; yield
-    after each step.
+def state_folder(looks: dict[str, Any], options: argparse.Namespace) -> Path:
+    """Return the folder of what tuning has reached; its name tells runs apart."""
+    named = ("length", "test", "texts", "tune", "tune_length", "rate", "skip_random")
+    made_of = repr((sorted(looks.items()), [getattr(options, name) for name in named]))
+    hashes = hash_file("distilled").stem
+    return home() / "lsh-slot-in" / f"{hashes}-{sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+class Tuning:
+    """Trains the projections of attention in all layers but the first ones towards an exact model.
 
     Windows are `scale` of their size in the steps, and of their own size when a step is yielded.
     """
-    config, steps = OptimConfig(rate), len(lessons_RT)
-    model.requires_grad_(False)
-    trained = {
-        f"{layer}.{name}": parameter
-        for layer, block in enumerate(model.layers[FIRST:], FIRST)
-        for name, parameter in block.attention.named_parameters()
-    }
-    for parameter in trained.values():
-        parameter.requires_grad_()
-    optimizer = adamw(trained, config)
-    layers = [block.attention for block in model.layers[FIRST:]]
-    windows = layers[0].windows
-    small = replace(
-        windows, local=round(scale * windows.local), bucket=round(scale * windows.bucket)
-    )
-    for step, ids_T in enumerate(lessons_RT):
-        started = time.perf_counter()
-        model.train()
-        for layer in layers:
-            layer.windows = small
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
+
+    def __init__(self, model: Any, exact: Any, rate: float, scale: float) -> None:
+        self.model = model
+        self.exact = exact
+        self.config = OptimConfig(rate)
+        self.done = 0
+        model.requires_grad_(False)
+        self.trained = {
+            f"{layer}.{name}": parameter
+            for layer, block in enumerate(model.layers[FIRST:], FIRST)
+            for name, parameter in block.attention.named_parameters()
+        }
+        for parameter in self.trained.values():
+            parameter.requires_grad_()
+        self.optimizer = adamw(self.trained, self.config)
+        self.layers = [block.attention for block in model.layers[FIRST:]]
+        self.windows = self.layers[0].windows
+        self.small = replace(
+            self.windows,
+            local=round(scale * self.windows.local),
+            bucket=round(scale * self.windows.bucket),
+        )
+
+    def save(self, folder: Path, figures: dict[str, Any]) -> None:
+        """Save weights, optimizer and figures."""
+        moments = optimizer_tensors(self.optimizer, self.trained)
+        save_state(folder, {**self.trained, **moments}, {"done": self.done, "figures": figures})
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Restore what `save` saved and return its figures; none if nothing was saved."""
+        if not folder.exists():
+            return {}
+        tensors, meta = load_state(folder)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[name])
+        load_optimizer_tensors(self.optimizer, self.trained, tensors)
+        self.done = meta["done"]
+        figures: dict[str, Any] = meta["figures"]
+        return figures
+
+    def steps(self, lessons_RT: torch.Tensor) -> Iterator[int]:
+        """Train on the lessons not yet seen, one a step; yield the number done after each step."""
+        for step in range(self.done, len(lessons_RT)):
+            started = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, step, len(lessons_RT))
+            self.model.train()
+            self._look(self.small)
+            loss = self._step(lessons_RT[step], step)
+            self.model.eval()
+            self._look(self.windows)
+            seconds = time.perf_counter() - started
+            print(f"step {step + 1}/{len(lessons_RT)} KL {loss:.5f} {seconds:.0f} s", flush=True)
+            self.done = step + 1
+            yield self.done
+
+    def _look(self, windows: Windows) -> None:
+        for layer in self.layers:
+            layer.windows = windows
+
+    def _step(self, ids_T: torch.Tensor, step: int) -> float:
+        """Take one step and return its loss."""
         # Of every fourth token: the head is most of a step's cost, and neighbours teach much the
         # same.
         inputs = {"use_cache": False, "logits_to_keep": torch.arange(step % 4, len(ids_T), 4)}
-        with autocast(model):
+        with autocast(self.model):
             with torch.no_grad():
-                goal_TV = exact(ids_T[None], **inputs).logits[0]
-            found_TV = model(ids_T[None], **inputs).logits[0]
+                goal_TV = self.exact(ids_T[None], **inputs).logits[0]
+            found_TV = self.model(ids_T[None], **inputs).logits[0]
             loss = torch.nn.functional.kl_div(
                 found_TV.float().log_softmax(-1),
                 goal_TV.float().log_softmax(-1),
@@ -180,17 +251,10 @@ def tune(
                 log_target=True,
             )
         loss.backward()
-        clip_gradients(trained.values(), config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.eval()
-        for layer in layers:
-            layer.windows = windows
-        print(
-            f"step {step + 1}/{steps} KL {float(loss):.5f} {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
-        yield step + 1
+        clip_gradients(self.trained.values(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss)
 
 
 @torch.no_grad()
