@@ -165,7 +165,7 @@ def state_folder(looks: dict[str, Any], options: argparse.Namespace) -> Path:
     """Return the folder of what tuning has reached; its name tells runs apart."""
     named = ("length", "test", "texts", "tune", "tune_length", "rate", "skip_random")
     made_of = repr((sorted(looks.items()), [getattr(options, name) for name in named]))
-    hashes = hash_file("distilled").stem
+    hashes = hash_file("distilled", None).stem
     return home() / "lsh-slot-in" / f"{hashes}-{sha256(made_of.encode()).hexdigest()[:12]}"
 
 
