@@ -108,8 +108,8 @@ class RunnerOutput:
     Attributes:
         logits_RV: next-token logits in fp32 on the CPU, one row for each kept token. The caller may
             overwrite them.
-        experts: for each row, the name of the expert with the largest weight; None if no expert
-            fired.
+        experts: for each row, the name of the expert with the largest weight; of the strongest
+            armed adapter if no expert fired, and None without one.
         segments: for each chunk, its segments by part, out of those that its `store` asks for. A
             part whose layers came from the cache is left out.
     """

@@ -22,8 +22,9 @@ PAGE = 64  # tokens in a page of keys and values
 RECENT = 8
 SUMS = 3  # running sums of a gate: detecting scores, contrasting scores, and the token weights
 BLOCK = 64  # rows that a panel of weights is multiplied by before the results are used
-TILE_BLOCK = 256  # the same where tiles multiply, which start slowly after a pause
-# Fewest rows for tiles. A panel is opened for them first, which costs as much as about 16 rows.
+TILE_BLOCK = 256  # the same for products by tiles, which start slowly after a pause
+# Minimum number of rows for tiles. A panel is unpacked ("opened") for them first, which costs as
+# much as about 16 rows.
 FEWEST_TILE_ROWS = 48
 # Maximum number of queries in a unit of attention: those of a tile, or as many as fill the
 # registers with four vectors each.

@@ -1,5 +1,5 @@
-"""The layers of a batch: where its rows enter the model, in which pages the keys and values of each
-layer lie, and what is stored at the cuts (see `model/layer_parts.py`).
+"""The layers of a batch: where its rows enter the model, which pages hold the keys and values of
+each layer, and what is stored at the cuts (see `model/layer_parts.py`).
 """
 
 from bisect import bisect_left
@@ -16,8 +16,8 @@ from deepseek.runner import Chunk
 
 
 def by_entry(states: Sequence[CompiledState]) -> list[list[int]]:
-    """Return the indices of the states whose next chunks enter the model at the same layer, a list
-    for each such layer.
+    """Return the indices of the states, grouped by the layer at which their next chunks enter the
+    model.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for index, state in enumerate(states):
@@ -33,13 +33,13 @@ def entry_layer(state: CompiledState) -> int:
 
 @dataclass(frozen=True)
 class BatchLayers:
-    """The step's arguments that concern single layers (in `BATCH` of `compiled/abi.py`).
+    """The step's arguments that depend on the layer (in `BATCH` of `compiled/abi.py`).
 
     Attributes:
         cuts: layers at which a state of the batch is divided, in increasing order.
         values: value of each buffer.
         extents: its extents.
-        streams_CND: becomes the residual stream at each cut; no cuts if no chunk is stored.
+        streams_CND: receives the residual stream at each cut; C = 0 if no chunk is stored.
     """
 
     cuts: list[int]

@@ -1,8 +1,8 @@
 """Candidates of LSH attention in the compiled step: which cached keys a query attends to.
 
 Pages hold the bucket of each key. A query looks for its buckets from the newest page to the oldest,
-64 codes at a time, until it has found as many keys as the bucket window holds. So nothing but the
-pages must be kept, shared or taken back. The candidates are a set of bits, which unites rounds of
+64 codes at a time, until it has found as many keys as the bucket window holds. So there is no state
+beside the pages to keep, share or rewind. The candidates are a set of bits, which unites rounds of
 hashing, and are listed in the order of their positions, whatever bucket they were found in. The
 reference is `kernels/lsh/reference.py`.
 """

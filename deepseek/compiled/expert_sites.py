@@ -57,7 +57,7 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
     """Compute the weight of each expert at each row: running means of the gate scores, then
     arbitration.
 
-    The threads share the chunks.
+    The chunks are divided among the threads.
     """
     first_site = sites.first_site[layer]
     first, last = share(len(batch.first_row) - 1)

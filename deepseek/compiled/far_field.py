@@ -12,7 +12,7 @@ from deepseek.compiled.pages import layer_address, token_row
 from deepseek.kernels.numba.primitives import pointer, share, widen
 from deepseek.kernels.numba.subroutine import subroutine
 
-PER_LEVEL = 2  # least number of summaries of each size; the reference's tests compare both
+PER_LEVEL = 2  # minimum number of summaries of each size, as in the reference
 SUMMARIES = 3 * 40  # more than any number of pages has
 
 
@@ -26,7 +26,7 @@ def _sums(weights, batch, chunk, page, layer, group):  # type: ignore[no-untyped
 
 @subroutine(error_model="numpy")
 def _start(sums, before, follows):  # type: ignore[no-untyped-def]
-    """Set `sums` to those before them, or to 0 if they do not follow any."""
+    """Set `sums` to those of the page before, or to 0 for the first page."""
     for side in range(2):
         for k in range(sums.shape[1]):
             sums[side, k] = before[side, k] if follows else 0.0

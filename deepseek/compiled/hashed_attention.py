@@ -1,6 +1,6 @@
 """LSH attention over pages: a query attends to its candidates, token by token.
 
-The reference is `model/attention/lsh.py`. Each query at a head is computed by itself, over its
+The reference is `model/attention/lsh.py`. Each query at a head is computed separately, over its
 candidates in the order of their positions, so that its bits depend on the tokens before it alone.
 """
 
@@ -133,7 +133,7 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
     count = list_tokens(listed, pages, first, 4 * width, positions, tokens)
     query[: weights.width] = work.queries[group, r, head % group_heads]
     addresses = tokens.ctypes.data
-    # Tokens are scored in whole blocks; the last one fills its own.
+    # Tokens are scored in whole blocks; the last block is padded with the last token.
     blocks = _whole_blocks(count)
     tokens[count:blocks] = tokens[count - 1]
     score_tokens(query.ctypes.data, addresses, blocks, width, scores.ctypes.data)
@@ -153,7 +153,7 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
 
 @subroutine(error_model="numpy")
 def attend_hashed(weights, batch, work, layer):  # type: ignore[no-untyped-def]
-    """Compute the attention of queries until none is left; the threads take them in turn."""
+    """Compute the attention of queries until none is left, taking them from a shared counter."""
     span = batch.pages.shape[2] * PAGE
     lsh = weights.lsh
     most = min(span, lsh[LOCAL] + lsh[SINKS] + work.query_codes.shape[2] * lsh[WINDOW])

@@ -1,4 +1,4 @@
-"""What the compiled step reads of LSH attention: hashes and windows of the layers that have it."""
+"""Arguments of the compiled step for LSH attention: hashes and windows of the layers with it."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def hashed_layers(model: DeepSeekModel) -> dict[int, LshAttention]:
 
 
 def unknown_hash(model: DeepSeekModel) -> str | None:
-    """Return the name of a kind of hash that the step does not compute; None if there is none."""
+    """Return the class name of a hash that the step does not support; None if there is none."""
     for attention in hashed_layers(model).values():
         for part in _rounds(attention):
             if type(part) not in (LinearHash, RandomHash):

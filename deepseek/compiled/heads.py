@@ -96,7 +96,7 @@ def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
 
 @subroutine(error_model="numpy")
 def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
-    """Store a value in slot `slot` of a page, as bf16; up to the width of the page follow zeros."""
+    """Store a value in slot `slot` of a page, as bf16; beyond its width the page stays 0."""
     parts = (len(x) + GROUP - 1) // GROUP
     values = carray(pointer(page), (parts, PAGE // 2, GROUP, 2), np.uint16)
     for part in range(len(values)):
@@ -120,7 +120,7 @@ def _read_head(weights, work, layer, r, part, x):  # type: ignore[no-untyped-def
     heads = weights.heads
     width = weights.width
     normed = weights.head_norms.shape[2] > 0 and part < heads + weights.groups
-    # In place, a head would change under the threads that norm over the full width.
+    # A copy: in place, the head would change while other threads norm over the full width.
     x[:] = work.projected[r, part * width : (part + 1) * width]
     _add(x, weights.qkv_bias[layer, part * width : (part + 1) * width])
     if normed and weights.joint_norm:

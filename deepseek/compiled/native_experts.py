@@ -41,7 +41,7 @@ def score_experts(routed, work, layer, r, block, x):  # type: ignore[no-untyped-
 
 @subroutine(error_model="numpy")
 def route(routed, work, layer, rows):  # type: ignore[no-untyped-def]
-    """Choose the experts of each row and their weights; the threads share the rows."""
+    """Choose the experts of each row and their weights; the rows are divided among the threads."""
     first, last = share(rows)
     for r in range(first, last):
         logits = work.router_logits[r]
@@ -133,7 +133,7 @@ def _exclude_groups(keys, groups, max_groups):  # type: ignore[no-untyped-def]
             strength[g] += keys[g * size + best[1]]
     allowed = np.empty(max_groups, np.int64)
     _best(strength, max_groups, allowed)
-    # `_best` has marked the allowed groups.
+    # `_best` has set the strength of the allowed groups to minus infinity.
     for e in range(len(keys)):
         if strength[e // size] != -np.inf:
             keys[e] = -np.inf
@@ -203,7 +203,7 @@ def _ends_by(limit, before, cost, most):  # type: ignore[no-untyped-def]
 def activate_routed(weights, routed, work, layer, calls):  # type: ignore[no-untyped-def]
     """Compute the hidden values of a layer's routed experts at the rows that chose them.
 
-    The threads share the groups of hidden values of all experts, weighted by their cost.
+    The groups of hidden values of all experts are divided among the threads by their cost.
     """
     first, places, _ = calls
     groups = (weights.hidden + GROUP - 1) // GROUP

@@ -111,7 +111,7 @@ class NativeExperts:
 
 
 def rules(router: Router | None) -> dict[str, int]:
-    """Return the numbers of `ROUTED` that say how to route, which all layers share.
+    """Return the numbers of `ROUTED` that define the routing, the same for all layers.
 
     Args:
         router: the router of a layer; None: a dense model.

@@ -46,7 +46,7 @@ class MatrixSource:
 
 
 def source_of(layer: nn.Module) -> MatrixSource:
-    """Return the weight of a linear layer or an embedding, to be quantised if it is not yet."""
+    """Return the weight of a linear layer or embedding; it is quantised on packing if need be."""
     if isinstance(layer, StoredLinear | StoredEmbedding):
         stored = layer.stored
 
@@ -95,7 +95,7 @@ def concatenate(sources: Sequence[MatrixSource]) -> MatrixSource:
 
 
 def pack_matrices(matrices: Mapping[Key, Sequence[MatrixSource]]) -> dict[Key, np.ndarray]:
-    """Return packed matrices under the same keys, one after the other in one stretch of memory.
+    """Return packed matrices under the same keys, one after another in one block of memory.
 
     Args:
         matrices: one matrix to pack, or a gate projection and an up projection.

@@ -1,4 +1,4 @@
-"""What a page holds: the keys and values of 64 tokens of one sequence, and what belongs to them."""
+"""Layout of a page: keys and values of 64 tokens of one sequence, and the state beside them."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from deepseek.compiled.abi import PAGE
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.buffers import aligned
 
-# Bytes of one layer after another, each in the parts of `PageShape`, one behind the other.
+# Bytes: the layers one after another, each with the parts that `PageShape` lists, in order.
 Page = np.ndarray
 
 
@@ -83,7 +83,7 @@ class PageShape:
             there[:] = here
 
     def _token(self, page: Page, slot: int) -> list[np.ndarray]:
-        """Return views of what a page holds of a token, and of what it holds once."""
+        """Return views of a token's data in a page, and of the data that a page holds once."""
         layers = page.reshape(len(self.layers), self.layer_bytes)
         kappa_stop = self._kappa_start + self.biases * PAGE * 4
         kappa = layers[:, self._kappa_start : kappa_stop].view(np.float32)

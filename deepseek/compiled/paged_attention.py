@@ -145,7 +145,7 @@ def attend(weights, batch, work, layer):  # type: ignore[no-untyped-def]
 
 @subroutine(error_model="numpy")
 def round_attended(work, rows):  # type: ignore[no-untyped-def]
-    """Quantise the outputs of heads whose width is no multiple of 64."""
+    """Quantise the outputs of heads whose width is not a multiple of 64."""
     groups = work.attended.shape[1] // GROUP
     first, last = share(rows)
     for r in range(first, last):

@@ -51,14 +51,14 @@ def _nibble_tiles(emit: Emit, start: Any) -> list[list[Any]]:
 
 
 def tile_words(emit: Emit, start: Any, bits: int) -> list[list[Any]]:
-    """Return the weights that lie in the same bytes: of one step, or of two with 4 bits, each tile
-    by tile.
+    """Return the weights that share bytes: those of one step, or with 4 bits of two, each tile by
+    tile.
     """
     return (_byte_tiles if bits == 8 else _nibble_tiles)(emit, start)
 
 
 def _correction(emit: Emit, address: Any, bits: int) -> Any:
-    """Return what the sums of a row start with, in all lanes.
+    """Return the initial value of a row's sums, in all lanes.
 
     Rows are stored with the correction for weights q + 128: -128 times their sum. Weights of 4 bits
     are q + 8 and need a sixteenth of it.
@@ -77,7 +77,7 @@ def _group_sums(emit: Emit, block: Any, inputs: list[Any], sums: list[Any], bits
         sums: initial sums, by row and tile.
         bits: bits of a weight.
     """
-    steps = 8 // bits  # whose weights lie in the same bytes
+    steps = 8 // bits  # number of steps whose weights share bytes
     builder = emit.builder
 
     def one_load(number: Any, sums: list[Any]) -> list[Any]:

@@ -1,7 +1,7 @@
-"""What is done with the product of a panel and rows, written in LLVM IR (see
+"""Activations and sums of the products of a panel and rows, written in LLVM IR (see
 `kernels/numba/emit.py`).
 
-Slices of 16 or 32 numbers cost Numba more than the arithmetic on them.
+In Numba, slicing 16 or 32 numbers costs more than the arithmetic on them.
 """
 
 from typing import Any
@@ -32,8 +32,10 @@ def _gate_rows(activation: Any) -> Any:
 
     @intrinsic
     def gate_rows(_typing: Any, _product: Any, _rows: Any, _hidden: Any) -> Any:
-        """Set hidden values, fp32 `[rows, 64]` at an address that may be that of any quarter, to
-        the activation of the gates times the ups: product fp32 `[rows, 2, 16]`.
+        """Set 16 hidden values of each row to the activation of the gates times the ups.
+
+        The product is fp32 `[rows, 2, 16]`. `hidden` is the address of one quarter of the columns
+        of fp32 `[rows, 64]`.
         """
 
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:

@@ -13,8 +13,7 @@ from deepseek.model.transformer import DeepSeekModel
 
 
 def angles(model: DeepSeekModel, positions: int) -> dict[str, np.ndarray]:
-    """Return what the step reads for each position below `positions`: `cosine`, `sine` and
-    `growth`.
+    """Return the step's tables for each position below `positions`: `cosine`, `sine` and `growth`.
 
     Without rotary positions, heads are rotated by an angle of 0.
     """
@@ -35,7 +34,7 @@ def angles(model: DeepSeekModel, positions: int) -> dict[str, np.ndarray]:
 
 
 def rotations(model: DeepSeekModel) -> int:
-    """Return how many rotary angles a position has: 2 if windowed layers have their own."""
+    """Return the number of sets of rotary angles: 2 if windowed layers have their own, else 1."""
     return 1 if model.config.local_rope_theta is None else 2
 
 

@@ -1,4 +1,4 @@
-"""Products of packed weights and quantised rows, and what is done with them.
+"""Products of packed weights and quantised rows: projections and activations.
 
 Rows are passed as a table of their addresses. A panel of weights is multiplied by many rows at a
 time: by AMX tiles if there are enough rows (`tile_dot.py`), else by vectors (`panel_dot.py`). Both
@@ -127,8 +127,8 @@ def tile_workspace(panels, number, table, count, groups):  # type: ignore[no-unt
     """Return memory for `number` opened panels if tiles are to multiply them by `count` rows; else
     an empty array.
 
-    It holds the address of the first row, the ring of sums, and the opened panels. Tiles read rows
-    at equal distances; others are copied behind the panels. Tables are in the order of the rows.
+    It holds the address of the first row, the ring of sums, and the opened panels. Tiles need rows
+    at equal distances; other rows are copied behind the panels. Addresses in a table ascend.
     """
     if not panels & BY_TILES or count < FEWEST_TILE_ROWS:
         return np.empty(0, np.uint8)
@@ -152,7 +152,7 @@ def tile_workspace(panels, number, table, count, groups):  # type: ignore[no-unt
 
 @subroutine(error_model="numpy")
 def _open(panels, first, number, groups, workspace):  # type: ignore[no-untyped-def]
-    """Open `number` panels from panel `first` on, if the workspace is for that."""
+    """Open `number` panels from panel `first` on, unless the workspace is empty."""
     for i in range(number if len(workspace) else 0):
         panel = _panel_at(panels, first + i, groups)
         opened = _opened(workspace, i, groups)

@@ -39,8 +39,9 @@ def barrier(counter):  # type: ignore[no-untyped-def]
 
     `counter` is the address of two int64s, initially 0: the number of arrivals, and the number of
     sleeping threads. Waits are short while cores are free, so a thread spins for a while before it
-    sleeps. Sleepers count themselves out: the last thread to arrive, which can be late here, could
-    count out one that goes to sleep at the next barrier, and nobody would wake it there.
+    sleeps. Each sleeper decrements the count itself. If the last thread to arrive reset it instead,
+    it could do so late and miss a thread that already sleeps at the next barrier, which nobody
+    would wake.
     """
     threads = thread_count()
     sleepers = counter + 8
@@ -79,7 +80,7 @@ def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
 def put_attended(weights, work, r, head, attended):  # type: ignore[no-untyped-def]
     """Quantise the output of a head as part of row `r`'s input of the output projection."""
     width = weights.width
-    if width % GROUP:  # a group of 64 holds parts of two heads: `round_attended` rounds them
+    if width % GROUP:  # a group of 64 holds parts of two heads: `round_attended` quantises them
         work.attended[r, head * width : (head + 1) * width] = attended[:width]
         return
     for part in range(width // GROUP):

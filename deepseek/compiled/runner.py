@@ -51,7 +51,7 @@ class StepOutput(NamedTuple):
     Attributes:
         logits_RV: logits of the kept rows.
         weights_NS: weights of the experts in all rows, by site.
-        layers: what was stored at the cuts.
+        layers: the layers of the batch, with the residual streams at the cuts.
     """
 
     logits_RV: np.ndarray
@@ -78,7 +78,7 @@ class Scratch:
         self._capacity = 0
         self._span = 0
         self._threads = 0
-        # Weak: the weights of its experts leave memory with the sites.
+        # Weak, so that the weights of its experts can be freed with the sites.
         self._sites: ReferenceType[Sites] | None = None
 
     def step(
@@ -268,14 +268,14 @@ class CompiledRunner:
         self._lock = threading.Lock()
 
     def computes(self, armed: ArmedExperts | None) -> bool:
-        """Return whether the step computes these experts: expert modules, but no adapters, whose
-        sites lie within its fused projections.
+        """Return whether the step supports these experts: it does, unless there are adapters, which
+        act inside its fused projections.
         """
         return armed is None or not armed.adapts
 
     def prepare(self, module: ExpertModule | AdapterModule) -> None:
-        """Quantise and pack an expert; nothing for an adapter, which this runner does not
-        compute.
+        """Quantise and pack an expert; do nothing for an adapter, which this runner does not
+        support.
         """
         if isinstance(module, ExpertModule):
             module.form(pack_module)
@@ -298,7 +298,7 @@ class CompiledRunner:
             raise ConfigError("The compiled runner does not compute adapters; use an Engine.")
         stored = self.expert_bytes(armed)
         if stored:
-            with self._lock:  # frees what has left the budget's memory, before more is read
+            with self._lock:  # frees weights that the cache has evicted, before more are read
                 self._sites.drop_outdated()
         for module in stored:
             self.prepare(module)
@@ -310,7 +310,7 @@ class CompiledRunner:
         states = [_state(chunk) for chunk in chunks]
         groups = by_entry(states)
         with self._lock:
-            # The same for all groups, as other sites mean other work buffers.
+            # The same for all groups, because other sites would reallocate the work buffers.
             sites = self._sites.get(
                 [state.armed.roster for state in states if state.armed is not None]
             )

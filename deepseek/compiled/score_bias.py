@@ -1,8 +1,8 @@
 """Biases of attention scores in the compiled step: ALiBi, and dynamic positions.
 
 The reference is `model/positions/dynamic.py`, whose symbols are used here. kappa, the running sum
-of the forget gates, lies in the pages behind a layer's keys and values: fp32 within a page,
-relative to an fp64 number of the page, so that differences stay exact however long the text is.
+of the forget gates, is stored in the pages behind a layer's keys and values: in fp32, relative to
+an fp64 origin of the page, so that differences stay exact however long the text is.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The sites of the latest batches, for batches with the same experts."""
+"""Cache of the sites of recent batches, for batches with the same experts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,14 +8,14 @@ from weakref import ReferenceType, ref
 from deepseek.compiled.weights import Sites
 from deepseek.model.experts.armed import Roster
 
-CAPACITY = 16  # number of sets of rosters
+CAPACITY = 16  # maximum number of entries
 
 
 class _Entry(NamedTuple):
-    """Sites, and the rosters that they are for.
+    """Sites, and their rosters.
 
-    The references are weak, so that experts leave memory once they are unplugged and no sequence
-    runs with them.
+    The references are weak, so that experts are freed once they are unplugged and no sequence runs
+    with them.
     """
 
     sites: Sites
@@ -23,7 +23,7 @@ class _Entry(NamedTuple):
 
 
 class SitesCache:
-    """Sites by the rosters that they are for, for as long as these are in memory.
+    """Sites by their rosters; an entry is dropped when one of its rosters is freed.
 
     Args:
         layers: number of layers of the model.
@@ -50,15 +50,15 @@ class SitesCache:
         return entry.sites
 
     def drop_outdated(self) -> None:
-        """Drop the sites with weights that have left memory outside the cache."""
-        # The copy does not change when a roster leaves memory meanwhile.
+        """Drop the sites with weights that are kept nowhere else."""
+        # A copy, because a roster may be freed meanwhile, which drops its entries.
         for key, entry in self._entries.copy().items():
             if not entry.sites.is_current:
                 self._entries.pop(key, None)
 
 
 def _forget(cache: ReferenceType[SitesCache], key: tuple[int, ...], _: object) -> None:
-    """Drop an entry, one of whose rosters is leaving memory, before another has the same id.
+    """Drop an entry when one of its rosters is freed, before another roster gets the same id.
 
     It runs in any thread, so it takes no lock.
     """

@@ -1,4 +1,4 @@
-"""What the compiled step reads of a model beside matrices: norms, biases, windows and numbers."""
+"""Arguments of the compiled step beside matrices: norms, biases, attention windows and numbers."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def small_arrays(model: DeepSeekModel) -> dict[str, Any]:
         if model.config.post_norms:
             post_norms += [block.attention_post_norm.scale(), block.feed_forward_post_norm.scale()]
         if attention.normed:
-            # Over the full width, there are fewer scales for the keys.
+            # Padded: over the full width, keys have fewer scales than queries.
             scales = [attention.q_norm.scale(), attention.k_norm.scale()]
             head_norms.append(pad_sequence(scales, batch_first=True))
         else:

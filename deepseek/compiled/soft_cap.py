@@ -39,7 +39,7 @@ def cap_values(_typing: Any, _values: Any, _count: Any, _cap: Any) -> Any:
 
 @subroutine(error_model="numpy")
 def cap_columns(logits, first, last, cap):  # type: ignore[no-untyped-def]
-    """Cap columns `first` to `last - 1` of logits `[N, V]`, of which V may be fewer."""
+    """Cap columns `first` to `last - 1` of logits `[N, V]`; `last` may exceed V."""
     last = min(last, logits.shape[1])
     whole = (last - first) // LANES * LANES
     rest = np.zeros(LANES, np.float32)

@@ -1,6 +1,6 @@
 """The softmax of attention scores, written in LLVM IR (see `kernels/numba/emit.py`).
 
-Numba would compile the loops to one number at a time.
+Numba would not vectorise the loops.
 """
 
 import math
@@ -28,10 +28,11 @@ def _reduce(emit: Emit, values: Any, join: Any) -> Any:
 @intrinsic
 def softmax(_typing: Any, _scores: Any, _probs: Any, _first: Any, _stop: Any) -> Any:
     """Set probabilities `first` to `stop - 1` to the exponentials of the scores minus the largest
-    one, as bf16, and those beside them in the same 16 to zero; return the reciprocal of their sum.
+    one, as bf16, and the others in the same groups of 16 to zero; return the reciprocal of their
+    sum.
 
     `scores` and `probs` are the addresses of fp32 and of bf16 numbers. The result depends on the
-    place of a score in its 16, but not on how many come before `first`.
+    place of a score in its group of 16, but not on how many come before `first`.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:

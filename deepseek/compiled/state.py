@@ -25,7 +25,7 @@ class PageSegment:
     of a page are written only once.
 
     Attributes:
-        shape: shape of the pages; its layers say which part it is.
+        shape: shape of the pages; its layers identify the part.
         pages: the pages that hold the tokens.
         start, stop: positions of the first token, and past the last one.
         sums: running gate sums `[members of the part, SUMS]` after the last token.
@@ -83,7 +83,7 @@ class PartState:
         self.addresses: list[int] = []
 
     def reserve(self, length: int, capacity: int) -> None:
-        """Allocate pages for `length` tokens; ahead of need, at most for `capacity` tokens."""
+        """Allocate pages for `length` tokens, `AHEAD` at a time within `capacity` tokens."""
         missing = -(-length // PAGE) - len(self.pages)
         if missing > 0:
             pages_left = -(-capacity // PAGE) - len(self.pages)
@@ -193,7 +193,7 @@ class CompiledState:
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
-        # The sequence that stored it may have had other parts: a plug changes where they are cut.
+        # The sequence that stored it may have had other parts: plugging an expert moves the cuts.
         index = [part.shape.layers for part in self.parts].index(segment.shape.layers)
         part = self.parts[index]
         part.extend(segment, self.capacity)

@@ -105,7 +105,7 @@ def _scale(x, factor):  # type: ignore[no-untyped-def]
 
 @subroutine(error_model="numpy")
 def _sum_of_outputs(weights, work):  # type: ignore[no-untyped-def]
-    """Return what outputs are added to: the residual stream, or what is normed before."""
+    """Return the buffer for outputs: the residual stream, or `update` if they are normed first."""
     return work.update if len(weights.post_norms) else work.residual
 
 
@@ -164,7 +164,7 @@ def _prepare_experts(weights, batch, sites, routed, work, layer):  # type: ignor
     """Normalise and quantise the input of the feed-forward network, and compute the gate scores of
     `layer`'s plugged experts and the router logits of its native ones.
 
-    The threads share the rows, or the blocks of router logits at all rows.
+    The rows, or the blocks of router logits at all rows, are divided among the threads.
     """
     normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
     plugged = sites.first_site[layer + 1] > sites.first_site[layer]
@@ -321,7 +321,7 @@ def address() -> int:
     """Return the address of the compiled step, `void step(int64 *numbers)`, whose numbers
     `read_tables` reads.
 
-    It is compiled anew when one of its source files changes, or a constant from elsewhere.
+    It is recompiled when one of `SOURCES` or `gate.SHARPNESS` changes.
     """
     source = b"".join((PACKAGE / name).read_bytes() for name in SOURCES)
 

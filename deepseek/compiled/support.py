@@ -107,8 +107,8 @@ def unsupported_reason(model: DeepSeekModel) -> str | None:
 
 
 def _foreign_layer(model: DeepSeekModel) -> str | None:
-    """Return kind and name of a layer that was put into a model and may compute more than its
-    weight says, such as one with an adapter of PEFT; None if there is none.
+    """Return class and name of a layer that the step does not know and whose output may depend on
+    more than its weight and bias, such as a PEFT adapter; None if there is none.
     """
     for name, module in model.named_modules():
         kind = type(module)

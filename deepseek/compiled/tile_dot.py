@@ -2,7 +2,7 @@
 the bits of `panel_dot.py`.
 
 A panel is opened first: its weights become signed bytes, `[groups, 2, 16 steps, 16 outputs, 4]`,
-behind which lie their scales in fp32, `[groups, 32]`. A product of two tiles then is the sum of one
+followed by their scales in fp32, `[groups, 32]`. A product of two tiles is then the sum of one
 group at 16 rows and 16 outputs. Its 256 numbers go through memory to the vector units, which scale
 and add them while the tiles compute the sums that follow.
 """
@@ -23,9 +23,9 @@ OPENED_BYTES = TILES * TILE_BYTES + COLUMNS * 4
 """Bytes of a group in an opened panel."""
 SUMS = 4  # tiles that hold sums; 4 and 5 hold activations, 6 and 7 weights
 AHEAD = 6  # products by which the tiles are ahead of the vector units
-SLOTS = 8  # of sums in memory, a power of two: AHEAD - SUMS, and those that are read
+SLOTS = 8  # slots for sums in memory, a power of two above AHEAD - SUMS
 RING_BYTES = SLOTS * TILE_BYTES
-STATE = 4  # numbers that say which product comes next
+STATE = 4  # numbers that identify the next product
 
 
 def _open_panel(bits: int) -> Any:
@@ -150,7 +150,7 @@ class _Stream:
         line = slot.type(amx.ROW_BYTES)
         instruct("tileloadd64", left, pointer(a), self.stride)
         instruct("tileloadd64", right, pointer(b), line)
-        # Stores come this late, because one that waits for its product holds up those behind it.
+        # The store comes this late, because one that waits for its product stalls those behind it.
         instruct("tilestored64", c, pointer(slot), line)
         instruct("tilezero", c)
         instruct("tdpbssd", c, left, right)

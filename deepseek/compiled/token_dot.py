@@ -1,8 +1,8 @@
 """Products of one query with single tokens, and the scores of its buckets, written in LLVM IR (see
 `kernels/numba/emit.py`).
 
-LSH attention reads tokens that lie anywhere, each with its key before its value. Numba's loops
-would keep the sums in memory, and add up each key's lanes by themselves.
+LSH attention reads tokens at arbitrary addresses, each with its key before its value. Numba's loops
+would keep the sums in memory, and add up the lanes of each key separately.
 """
 
 from typing import Any
@@ -97,8 +97,8 @@ def mix_tokens(
     """Set `out` to the weighted sum of tokens' values.
 
     Args are addresses, and numbers: the weights, fp32 `[count]`; the addresses of the tokens, int64
-    `[count]`; their number, at least 1; where a value, bf16 `[width]`, lies behind that; the width,
-    a multiple of 64; the result, fp32 `[width]`.
+    `[count]`; their number, at least 1; the offset in bytes of a token's value, bf16 `[width]`; the
+    width, a multiple of 64; the result, fp32 `[width]`.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:

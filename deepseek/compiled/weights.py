@@ -114,8 +114,8 @@ class Sites:
     """The sites of all experts in a batch, ordered by layer; a site is an expert at a layer.
 
     Args:
-        rosters: the rosters of the batch, all different. Who keeps this object drops it when one of
-            them leaves memory, as another one may have its id then.
+        rosters: the distinct rosters of the batch. A holder of this object must drop it when one of
+            them is freed, because another one may then get its id.
         layers: number of layers of the model.
         hidden: width D of the residual stream.
 
@@ -137,7 +137,7 @@ class Sites:
         # must not depend on the other rosters of the batch.
         keys = sorted(modules, key=lambda key: (key[0], modules[key].digest, key[1]))
         site_of = {key: site for site, key in enumerate(keys)}
-        # Of stored experts that no running request uses, the weights may leave while this is kept.
+        # The weight cache may evict stored experts that no running request uses; see `is_current`.
         self._packed = {module: module.form(pack_module) for module in modules.values()}
         parts = [self._packed[modules[key]][key[0]] for key in keys]
         self.count = len(keys)
@@ -228,7 +228,7 @@ class PackedModel:
     Attributes:
         extents: sizes of the model, under their names in `compiled/abi.py`.
         arguments: arguments of the step (`WEIGHTS` there).
-        native: routers and routed experts; without any for a dense model.
+        native: routers and routed experts; empty for a dense model.
         hashes: hashes of LSH attention.
         positions: number of positions with precomputed rotary angles.
         nbytes: bytes of the packed matrices.
@@ -360,7 +360,7 @@ def _dense_part(block: nn.Module) -> SwiGLU | None:
 
 
 def _inner(block: nn.Module) -> int:
-    """Return the groups of 64 hidden values of that network; 0 if there is none."""
+    """Return the groups of 64 hidden values of the network of `_dense_part`; 0 if there is none."""
     dense = _dense_part(block)
     return 0 if dense is None else -(-dense.down_proj.in_features // GROUP)
 

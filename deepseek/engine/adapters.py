@@ -41,7 +41,7 @@ def import_adapter(
 ) -> Path:
     """Import a LoRA adapter that PEFT saved, and return the pack that it becomes.
 
-    The pack is plugged, armed by name and weighted as an expert is.
+    The pack is plugged, armed by name and weighted like that of an expert.
 
     Args:
         folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -80,7 +80,7 @@ def import_adapter(
     if path.exists():
         _check_same(path, pack)
         if signing_key is None:
-            return path  # as it is: written again, it would lose a signature
+            return path  # unchanged: writing it again would drop a signature
     elif out is None:
         check_free(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def other_base(manifest: LoraManifest) -> str | None:
 
 
 def _name_of(folder: Path) -> str:
-    """Return the name of an adapter folder, as far as it can be the name of an expert."""
+    """Return the name of an adapter folder, made valid as the name of an expert."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:64] or "adapter"
 
 
@@ -149,7 +149,7 @@ def _skeleton(folder: Path) -> nn.Module:
 
 
 def _check_same(path: Path, pack: ExpertPack) -> None:
-    """Raise `PackError` if a file exists that is not this very pack."""
+    """Raise `PackError` unless an existing file holds this same pack."""
     try:
         is_same = read_pack(path).manifest.digest == pack.manifest.digest
     except PackError:

@@ -1,5 +1,5 @@
-"""What an engine must know of a stock model before it runs it, measured on a few tokens: the memory
-of its cache, and whether the model continues a text from it.
+"""Probe a stock model on a few tokens before an engine runs it: how much memory its cache takes,
+and whether the model can continue a text from it.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from deepseek.errors import ConfigError, shown
 from deepseek.model.attached.model import AttachedModel
 
 LARGEST_MIX = 0.05
-"""Largest share of the logits that may depend on what another sequence computed in between.
+"""Largest allowed relative change of logits by another sequence that is computed in between.
 
-The same kernels compute the same numbers twice, so that it is 0 on a processor; on a GPU, some
-kernels sum in any order. RecurrentGemma, which keeps its state in its modules, has 0.1 in every
-dtype on a tiny random model, whose state matters less than that of a trained one.
+On a CPU the same kernels compute the same numbers twice, so it is 0; on a GPU, some kernels sum in
+any order. RecurrentGemma, which keeps its state in its modules, has 0.1 in every dtype on a tiny
+random model, whose state matters less than that of a trained one.
 """
 
 
@@ -42,12 +42,12 @@ def measure(model: AttachedModel) -> list[LayerBytes]:
         model: the model.
 
     Raises:
-        ConfigError: the model does not go on from a stock cache as from the text itself.
+        ConfigError: the model does not continue from a stock cache as it does from the text.
     """
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()  # dropout would make any two passes differ
-        # The engine's thread is in no autocast.
+        # Without autocast, as in the engine's thread.
         with torch.autocast(model.device.type, enabled=False), model.expert_hooks.running(None):
             layers, lost, mixed = _probe(model)
     except torch.OutOfMemoryError:
@@ -100,9 +100,9 @@ def new_cache(model: AttachedModel) -> Cache:
 
 
 def _logits(model: AttachedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """Return the logits of the last 8 tokens, less what is added to all logits of a token.
+    """Return the logits of the last 8 tokens, minus the mean over each token's logits.
 
-    That changes no probability, and would hide differences.
+    A constant added to all logits of a token changes no probability, and would hide differences.
     """
     output: Any = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=8)
     logits_TV: Tensor = output.logits[0, -8:].float()
@@ -110,19 +110,19 @@ def _logits(model: AttachedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _error(found_TV: Tensor, expected_TV: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm."""
+    """Return the median over tokens of the relative error: norm of the difference / norm."""
     error_T = (found_TV - expected_TV).norm(dim=-1) / expected_TV.norm(dim=-1)
     # The median, because rounding may send single tokens to another expert of a mixture.
     return float(error_T.median())
 
 
 def _largest_error(model: AttachedModel) -> float:
-    """Return the largest difference from one pass that may be rounding.
+    """Return the largest relative error against one pass that may be rounding.
 
-    Of tiny random models of 120 families, right ones have errors up to 1e-6 in fp32, 3e-3 in fp16
-    (as TF32 rounds) and 3e-2 in bf16; ones that lose state have errors of 2e-2 to 0.9 in every
-    dtype, and larger ones once trained, as their state then matters more. Rounding grows with depth
-    and where weights or activations are quantised, so the bound there leaves much room.
+    Of tiny random models of 120 families, correct ones have errors up to 1e-6 in fp32, 3e-3 in fp16
+    (like TF32) and 3e-2 in bf16; ones that lose state have errors of 2e-2 to 0.9 in every dtype,
+    and larger ones once trained, because their state then matters more. Rounding errors grow with
+    depth and with quantised weights or activations, so the bound for these has a wide margin.
     """
     exact = all(parameter.dtype.itemsize >= 4 for parameter in model.parameters())
     quantised = getattr(model, "hf_quantizer", None) is not None or any(

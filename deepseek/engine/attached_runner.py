@@ -57,7 +57,7 @@ class AttachedSegment:
 class AttachedState:
     """The stock cache of one sequence, of the classes that `generate` would choose.
 
-    While the sequence decodes beside others, its keys and values lie in a batch.
+    While the sequence decodes beside others, its keys and values are in a `DecodingBatch`.
 
     Args:
         model: the model.
@@ -87,7 +87,7 @@ class AttachedState:
         self.leave_batch()
         layers = tuple(_segment(layer, start) for layer in self.cache.layers)
         nbytes = sum(tensor_bytes(layer) for layer in layers) + self.memory.nbytes
-        # Without the experts, which leave memory before their gates' sums leave the prefix cache.
+        # Without the experts, so that the prefix cache does not keep them in memory.
         memory = copy.deepcopy(replace(self.memory, armed=None))
         return AttachedSegment(layers, memory, self.length, nbytes)
 
@@ -98,13 +98,13 @@ class AttachedState:
             if isinstance(part, tuple):
                 self.cache.update(*part, index)
             else:
-                self.cache.layers[index] = copy.deepcopy(part)  # others may extend by it as well
+                self.cache.layers[index] = copy.deepcopy(part)  # other states may extend by it too
         self.memory.gate_state = dict(segment.memory.gate_state)
         self.memory.relevance_state = segment.memory.relevance_state
         self.length = segment.length
 
     def close(self) -> None:
-        # Without leaving the batch first, whose rows would be copied: the device may be full.
+        # Not by `leave_batch`, which would copy the rows: the device may be full.
         self.batch = None
         self.cache.layers.clear()
 
@@ -148,7 +148,7 @@ class AttachedRunner(ReferenceRunner):
         model: the model to run.
 
     Raises:
-        ConfigError: the model does not go on from a stock cache as from the text itself.
+        ConfigError: the model does not continue from a stock cache as it does from the text.
     """
 
     def __init__(self, model: AttachedModel) -> None:
@@ -160,7 +160,7 @@ class AttachedRunner(ReferenceRunner):
         return sum(layer.at(length) for layer in self._layers)
 
     def divides(self, armed: ArmedExperts | None) -> bool:
-        """Return False: the layers of a stock cache cannot be computed apart."""
+        """Return False: the layers of a stock cache cannot be divided into parts."""
         return False
 
     def empty_state(
@@ -262,7 +262,7 @@ def _ragged(
 
 def loudest(armed: ArmedExperts | None, count: int) -> list[str | None]:
     """Return, for each of the last `count` positions of a pass over one sequence, the expert with
-    the largest weight; where no expert fired an adapter, or None if none is armed.
+    the largest weight; where no expert fired, the strongest adapter, or None if none is armed.
     """
     if armed is None or count == 0:
         return [None] * count

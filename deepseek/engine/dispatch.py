@@ -1,4 +1,4 @@
-"""Two runners for one batch: sequences that the fast one does not compute run on the reference."""
+"""Two runners for one batch: sequences that the fast one does not support run on the reference."""
 
 from collections.abc import Mapping, Sequence
 from weakref import WeakSet
@@ -12,7 +12,7 @@ from deepseek.runner import Chunk, Runner, RunnerOutput, SequenceState, in_group
 class DispatchingRunner:
     """Runs each sequence, from its first to its last token, on the first runner that computes it.
 
-    The two never share keys and values: what decides between them, the armed experts, is part of
+    The two never share keys and values: the armed experts, which decide between them, are part of
     the prefix cache's key, and only states of the fast runner are divided.
 
     Args:

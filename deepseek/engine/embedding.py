@@ -11,20 +11,20 @@ from deepseek.runner import Runner
 
 
 class ActiveEmbedding:
-    """Texts on their way through the base model, one after another.
+    """Computes the embeddings of texts, one after another.
 
     The vector of a text is the mean of the last hidden states over its tokens, normalised to
     length 1. Experts are not used, so that embeddings stay comparable when experts come and go.
 
     Args:
         model: the model.
-        runner: the runner that computes any model; it knows how much memory a text needs.
+        runner: the reference runner, which tells how much memory a text needs.
         texts: tokens of each text, at least one.
-        block: most tokens in one chunk. The few stock models without a cache of keys and values
-            compute a text whole.
+        block: maximum number of tokens in one chunk. The few stock models without a cache of keys
+            and values compute a text in one chunk.
 
     Attributes:
-        state_bytes: most memory of keys and values, in bytes: that of the longest text.
+        state_bytes: maximum memory of keys and values, in bytes: that of the longest text.
         cancelled: set by any thread to end the computation before the next step.
         result: the vectors, `[texts][hidden_size]`, when all are computed.
     """
@@ -75,7 +75,7 @@ class ActiveEmbedding:
         return False
 
     def finish(self, reason: FinishReason, error: str | None) -> None:
-        """Free the memory, and end `result` with an error if it is not there.
+        """Free the memory, and end `result` with an error if it is incomplete.
 
         Args:
             reason: why the computation ends.

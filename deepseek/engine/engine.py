@@ -54,8 +54,8 @@ class Engine:
     Args:
         model: the model with its expert set.
         tokenizer: the model's tokenizer.
-        runner: computes the forward passes; default `reference_runner(model)`. That one also
-            computes the sequences whose experts `runner` does not, such as those with adapters.
+        runner: computes the forward passes; default `reference_runner(model)`, which also computes
+            the sequences whose experts `runner` does not support, such as adapters.
         cache_bytes: key/value budget in bytes, shared by running requests and the prefix cache;
             default 1 GiB.
         max_running: maximum number of requests in a batch; default 16.
@@ -66,10 +66,10 @@ class Engine:
 
     Attributes:
         model, tokenizer, runner, max_running: as passed.
-        max_requests: most requests in batch and queue together.
+        max_requests: maximum number of requests in batch and queue together.
 
     Raises:
-        ConfigError: a limit is not a positive whole number.
+        ConfigError: a limit is not a positive integer.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Engine:
     def submit_all(self, requests: Sequence[Request]) -> list[Generation]:
         """Queue requests that belong together and return their streams of events.
 
-        They are taken all or none: where the queue is not full and batch and queue together have
-        places for all, even if there are more than the queue alone would take.
+        All are accepted or none: they are if the queue is not full, and batch and queue together
+        have places for all, even if the queue alone does not.
 
         Args:
             requests: the prompts and their options.
@@ -239,7 +239,7 @@ class Engine:
 
         Args:
             sequence: the computation.
-            tokens: most tokens of which it keeps keys and values at a time.
+            tokens: maximum number of tokens whose keys and values it keeps at a time.
         """
         need = self._scheduler.need(sequence)
         budget = self._scheduler.cache_bytes
@@ -273,7 +273,7 @@ class Engine:
 
         Args:
             source: an expert pack, loaded or as the path of its file.
-            in_place: take the place of the plugged expert of its name, armed as that was.
+            in_place: replace the plugged expert of the same name, if any, and keep its arming.
 
         Raises:
             PackError: the pack cannot be read, or does not fit the base model.
@@ -363,9 +363,9 @@ class Engine:
         self.close()
 
     def _fail(self, error: Exception) -> None:
-        """End the running sequences, whose states the failed step has left half advanced.
+        """End the running sequences, whose states are inconsistent after a failed step.
 
-        After a lack of memory, what only saves time is given up, so that the next request fits.
+        If memory ran out, drop the prefix cache too, so that the next request fits.
         """
         reason = f"{type(error).__name__}: {error}"
         memory_is_full = is_out_of_memory(error)
@@ -381,7 +381,7 @@ class Engine:
         """Run steps while there is work, until the engine is closed."""
         while True:
             with self._changed:
-                self._changed.notify_all()  # of the end of a step
+                self._changed.notify_all()  # a step has ended
                 self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
                 if self._closed:
                     break
@@ -392,7 +392,7 @@ class Engine:
                 log.exception("a step failed")
                 try:
                     self._fail(error)
-                except Exception:  # such as of a device that cannot be used any more
+                except Exception:  # for example, the device has failed
                     log.exception("memory was not freed after a failed step")
             self._seconds += time.perf_counter() - started
         self._scheduler.end_all("cancelled")

@@ -24,7 +24,7 @@ from deepseek.engine.gbnf_tree import (
 from deepseek.errors import ConfigError, shown
 
 MAX_NESTING = 40
-"""Most levels of nested parentheses."""
+"""Maximum depth of nested parentheses."""
 
 MAX_REPETITION = 2000
 """Largest number in a repetition, as in llama.cpp."""
@@ -56,21 +56,21 @@ def lark_of(text: str) -> str:
     """Return a GBNF grammar in Lark syntax.
 
     Args:
-        text: the grammar; its first rule to match is `root`.
+        text: the grammar; its start rule is `root`.
 
     Raises:
-        ConfigError: it is no GBNF, a rule is missing, or it nests too deep.
+        ConfigError: it is not valid GBNF, a rule is missing, or it nests too deep.
     """
     return joined(read(text), ROOT)
 
 
 def reference_lark(text: str) -> str:
-    """Return the same with each character as a terminal of its own, the slow reference."""
+    """Return what `lark_of` does, but with a terminal per character: the slow reference."""
     return by_character(read(text), ROOT)
 
 
 def read(text: str) -> dict[str, Node]:
-    """Return the rules of a grammar by their names; arguments and errors as of `lark_of`."""
+    """Return the rules of a grammar by their names. Args and Raises: see `lark_of`."""
     reader = _Reader(list(_tokens(text)))
     reader.read()
     names = [ROOT, *chain.from_iterable(map(called, reader.rules.values()))]
@@ -150,14 +150,14 @@ class _Reader:
         raise _invalid(f"{shown(token.text)} has nothing before it")
 
     def _repeated(self, node: Node) -> Node:
-        """Return a node with the repetition behind it, if there is one."""
+        """Return a node with the repetition that follows it, if there is one."""
         if self.place >= len(self.tokens) or self.tokens[self.place].kind != "repeat":
             return node
         return Repeat(node, *_bounds(self._next().text))
 
 
 def _bounds(text: str) -> tuple[int, int | None]:
-    """Return how often an operator repeats at least and at most; None: without a limit."""
+    """Return the minimum and maximum count of a repetition; maximum None: no limit."""
     if text in OPERATORS:
         return OPERATORS[text]
     low, comma, high = (part.strip() for part in text.strip("{}").partition(","))
@@ -186,7 +186,7 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 def _character(text: str, place: int) -> tuple[str, int]:
-    """Return the character at a place of a literal or a class, and the place behind it."""
+    """Return the character at a place of a literal or a class, and the place after it."""
     match = CHARACTER.match(text, place)
     if match is None:
         raise _invalid(f"the escape {shown(text[place : place + 2])} is unknown")

@@ -1,7 +1,7 @@
-"""Automata of positions (Glushkov 1961) of the terminals of a grammar.
+"""Position automata (Glushkov 1961) of a grammar's terminals.
 
-A position is a character's place in a terminal. What matches there is kept as a set of first bytes
-in UTF-8, the bits of a whole number: llguidance's lexer reads bytes.
+A position is a character's place in a terminal. The characters that match there are stored as the
+set of their first UTF-8 bytes, as the bits of an integer, because llguidance's lexer reads bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,11 @@ from deepseek.engine.gbnf_tree import LAST_CHARACTER, Alt, Chars, Node, Ranges, 
 
 
 class TooMuchWorkError(Exception):
-    """The work on one grammar is above its limit."""
+    """The work on one grammar exceeds its limit."""
 
 
 class Budget:
-    """A limit of work.
+    """A limit on work.
 
     Args:
         steps: number of steps that may be taken.
@@ -24,10 +24,10 @@ class Budget:
         self._left = steps
 
     def spend(self, steps: int = 1) -> None:
-        """Take steps.
+        """Use up steps.
 
         Raises:
-            TooMuchWorkError: none is left.
+            TooMuchWorkError: fewer are left.
         """
         self._left -= steps
         if self._left < 0:
@@ -39,7 +39,7 @@ class Automaton:
 
     Args:
         body: the terminal, without references.
-        budget: of the work.
+        budget: limit on the work.
 
     Attributes:
         bytes: first bytes that match at each position.
@@ -76,7 +76,7 @@ class Automaton:
                 return first, last, any(empty for _, _, empty in added)
             case Repeat(part, least, most):
                 first, last, empty = self._add(part)
-                if most != 1:  # a number of times is taken for any number
+                if most != 1:  # a bounded repetition is treated as unbounded
                     self._link(last, first)
                 return first, last, empty or least == 0
             case Seq(parts):
@@ -110,7 +110,7 @@ def overtakes(longer: Automaton, shorter: Automaton, after: int, budget: Budget)
         longer: another terminal, or the same.
         shorter: the terminal.
         after: the bytes that may follow it.
-        budget: of the work.
+        budget: limit on the work.
     """
     reached = list(_matching(shorter, shorter.first, longer, longer.first))
     seen = set(reached)
@@ -143,7 +143,7 @@ def first_bytes(chars: Chars) -> int:
 
 
 def lead_byte(code: int) -> int:
-    """Return the first byte of a character in UTF-8; it grows with the character."""
+    """Return the first byte of a character in UTF-8; it never decreases with the code point."""
     if code < 0x80:
         return code
     if code < 0x800:

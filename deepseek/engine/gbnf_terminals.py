@@ -1,15 +1,15 @@
-"""Write a grammar's rules in Lark syntax with terminals that are as long as they may be.
+"""Write a grammar's rules in Lark syntax with terminals that are as long as possible.
 
 llguidance walks all tokens of the vocabulary for a mask. Within a terminal it follows an automaton,
 between two it runs a parser, which costs far more, so that a terminal for each character
-(`by_character`, the reference) makes masks slow. But it takes the longest text that fits: in
+(`by_character`, the reference) makes masks slow. But its lexer takes the longest match: in
 `letters "x"` with `letters ::= [a-z]+` as a terminal, the last "x" would be swallowed, and the
-grammar never completed. llguidance's own converter joins characters all the same.
+grammar would never complete. llguidance's own converter joins characters all the same.
 
-So parts without recursion are joined here, and taken apart again where the longest text could be
-the wrong one: where a text of one terminal, and a byte that may follow it, begin a text of any
-terminal. The sets FIRST and FOLLOW (Aho, Sethi, Ullman 1986, section 4.4) say what may follow. What
-is taken apart without need costs time, never a text.
+So parts without recursion are joined here, and split again where the longest match could be the
+wrong one: where a text of one terminal, and a byte that may follow it, begin a text of any
+terminal. The sets FIRST and FOLLOW (Aho, Sethi, Ullman 1986, section 4.4) say what may follow.
+Splitting without need costs time, but never changes which texts match.
 """
 
 from collections import defaultdict
@@ -36,10 +36,10 @@ from deepseek.engine.gbnf_tree import (
 )
 
 MAX_NODES = 300
-"""Most nodes of a terminal; a part with more is left in pieces."""
+"""Maximum number of nodes of a terminal; a larger part is left in pieces."""
 
 WORK = 100_000
-"""Most steps that are taken for one grammar, about a tenth of a second."""
+"""Maximum number of steps for one grammar, about a tenth of a second."""
 
 Rules = dict[str, Node]
 
@@ -55,7 +55,9 @@ def by_character(rules: Rules, root: str) -> str:
 
 
 def joined(rules: Rules, root: str) -> str:
-    """Return rules in Lark syntax with long terminals; arguments as of `by_character`."""
+    """Return rules in Lark syntax with long terminals, or like `by_character` if that takes too
+    much work. Args: see there.
+    """
     budget = Budget(WORK)
     automaton = cache(partial(Automaton, budget=budget))
     try:
@@ -82,7 +84,7 @@ def reachable(rules: Rules, root: str) -> Rules:
 def written(rules: Rules, root: str) -> str:
     """Return rules of terminals in Lark syntax.
 
-    They are numbered, since names of Lark have other rules.
+    They are renamed to r0, r1 and so on, because Lark allows other names than GBNF.
     """
     numbers = {name: f"r{number}" for number, name in enumerate(rules)}
     lines = [f"{numbers[name]}: {_lark(body, numbers)}" for name, body in rules.items()]
@@ -134,7 +136,7 @@ def _with_parts(node: Node, change: Callable[[Node], Node]) -> Node:
 
 
 def _split(node: Node, wrong: set[Node]) -> Node:
-    """Return a node with its terminals of some bodies taken apart, once."""
+    """Return a node in which terminals with a body in `wrong` are split by one level."""
     if isinstance(node, Terminal):
         return _with_parts(node.body, terminal) if node.body in wrong else node
     return _with_parts(node, lambda part: _split(part, wrong))
@@ -145,7 +147,7 @@ class _Joiner:
 
     Args:
         rules: the grammar's rules by name.
-        budget: of the work.
+        budget: limit on the work.
     """
 
     def __init__(self, rules: Rules, budget: Budget) -> None:
@@ -193,7 +195,7 @@ class _Joiner:
         return runs
 
     def _size(self, node: Node) -> int:
-        """Return the number of nodes with references replaced; too many for recursive rules."""
+        """Return the number of nodes with references replaced; above `MAX_NODES` if recursive."""
         names = list(called(node))
         return size(node) + sum(self._sizes.get(name, MAX_NODES + 1) for name in names)
 
@@ -205,12 +207,12 @@ class _Joiner:
 
 
 def conflicts(rules: Rules, automaton: Callable[[Node], Automaton], budget: Budget) -> set[Node]:
-    """Return the bodies of the terminals whose longest text could be the wrong one.
+    """Return the bodies of the terminals whose longest match could be the wrong one.
 
     Args:
         rules: rules of terminals by name.
         automaton: returns the automaton of a terminal's body.
-        budget: of the work.
+        budget: limit on the work.
     """
     following = _Following(rules, automaton, budget).of
     ends = [(automaton(body), after) for body, after in following.items()]
@@ -224,10 +226,10 @@ def conflicts(rules: Rules, automaton: Callable[[Node], Automaton], budget: Budg
 
 
 class _Following:
-    """What may follow each terminal.
+    """The FOLLOW sets of terminals.
 
     Args:
-        rules, automaton, budget: as of `conflicts`.
+        rules, automaton, budget: see `conflicts`.
 
     Attributes:
         of: first bytes of what may follow a terminal, by its body.

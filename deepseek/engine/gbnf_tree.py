@@ -1,5 +1,5 @@
-"""Grammars as trees: what the reader of GBNF makes, and how a part without references becomes a
-regular expression.
+"""Grammars as trees: the output of the GBNF reader, and the conversion of parts without references
+to regular expressions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Terminal:
-    """A part without references and without the empty text that llguidance matches at once."""
+    """A part that llguidance's lexer matches; it has no references and does not match ""."""
 
     body: "Node"
 
@@ -109,7 +109,7 @@ def impossible(node: Node) -> bool:
 
 
 def without_empty(node: Node) -> Node:
-    """Return a node without references that matches the same texts but the empty one."""
+    """Return a node that matches the same texts as a node without references, except ""."""
     if not nullable(node):
         return node
     match node:

@@ -53,7 +53,7 @@ class Generation:
             yield event
 
     def subscribe(self, put: Callable[[TokenEvent], object]) -> None:
-        """Have `put` called with every event, in the running event loop.
+        """Call `put` with every event, in the running event loop.
 
         Events that arrived earlier are delivered first.
 

@@ -1,6 +1,6 @@
-"""Translate what constrains an answer to the form that llguidance reads, within limits.
+"""Translate the grammar of an answer to the form that llguidance reads, within limits.
 
-Grammars come from clients. Their size is checked here, and a compiler of its own process tries them
+Grammars come from clients. Their size is checked here, and a separate process tries to compile them
 first (`grammar_trial`).
 """
 
@@ -15,14 +15,14 @@ from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
 
 MAX_CHARACTERS = {"json_schema": 1 << 16, "regex": 1 << 14, "lark": 1 << 14, "gbnf": 1 << 14}
-"""Most characters of a grammar by kind."""
+"""Kind of grammar -> maximum number of characters."""
 
 LIMITS = LLParserLimits(step_max_items=20_000, verbose_errors=False)
 """llguidance's limits on the work for one token."""
 
 NO_FORCING = {"no_forcing": True}
-"""Option of llguidance. It would else compute at once, in one step, all text that has no
-alternative, such as the million letters of `(a{1000}){1000}`.
+"""Option of llguidance. Without it, one step computes all text that has no alternative, such as the
+million letters of `(a{1000}){1000}`.
 """
 
 WHITESPACE = r"\n?[ \t]{0,32}"
@@ -36,13 +36,13 @@ most languages cannot represent.
 """
 
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
-"""What messages call a grammar, by its kind; others are a "grammar"."""
+"""Kind of grammar -> its name in messages; the others are called "grammar"."""
 
 PLACE = re.compile(r"^(?:at )?\d+\(\d+\): (?:failed to compile JSON schema: )?")
-"""Where llguidance found a mistake, in our translation, which the client has not seen."""
+"""Position of a mistake in our translation; dropped, because the client has not seen that."""
 
 SETTINGS = re.compile(r"%llguidance\s*(\{[^{}]*\})?")
-"""llguidance's settings in a client's grammar."""
+"""llguidance's settings in a client's grammar; removed."""
 
 
 def llguidance_form(grammar: Grammar) -> str:

@@ -43,7 +43,7 @@ class Trial:
     def complaint(self, lark: str) -> str:
         """Return why llguidance cannot compile a grammar; "" if it can.
 
-        The answer is kept, unless time was up, since that may be due to a machine that was busy.
+        The answer is cached, except after a timeout, which may be due to a busy machine.
         """
         try:
             return self._kept(lark)
@@ -75,7 +75,7 @@ class Trial:
         """Return the running process.
 
         Raises:
-            RuntimeError: it does not start; the cache of complaints does not keep that.
+            RuntimeError: it does not start; this is not cached.
         """
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
@@ -106,7 +106,7 @@ def _line(process: subprocess.Popen[str], seconds: float) -> str:
     """Return the next line of a process; "" if it ended.
 
     Raises:
-        TimeoutError: there is none within so many seconds.
+        TimeoutError: there is none within `seconds`.
     """
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], seconds)

@@ -64,7 +64,7 @@ def load(
         stored: leave the matrices in the checkpoint's files and read them when they are used, for a
             runner that packs its own; default: load them. For our own families, without `config`.
         expert_bytes: budget in bytes for the weights of experts, which are then read when they are
-            armed or chosen; those used least recently leave. Default: all stay in memory.
+            armed or chosen; the least recently used are evicted. Default: all stay in memory.
 
     Returns:
         The model and its tokenizer.
@@ -106,7 +106,7 @@ def load(
 
 
 def arming_at_start(experts: Packs, manifests: Iterable[AnyManifest]) -> Arming:
-    """Return how packs are armed that a model starts with (see `load`).
+    """Return the arming of the packs that a model starts with (see `load`).
 
     Args:
         experts: the packs, or their weights.

@@ -49,13 +49,13 @@ class MemoryNeed:
         )
 
     def check(self, name: str) -> None:
-        """Check that the memory is there.
+        """Check that this much memory is free.
 
         Args:
             name: the model, for the message.
 
         Raises:
-            DeviceError: it is not.
+            DeviceError: less is free.
         """
         free = free_memory(CPU)
         if self.total > free:
@@ -94,8 +94,8 @@ def _bytes(header: TensorHeader, dtype: torch.dtype, packed: bool) -> int:
     if packed and not is_routed(name):
         is_packed = stored_bits or is_large(name, header.shape)
         return quantised_bytes if is_packed else loaded_bytes
-    # What is loaded whole keeps the quantised matrix of its checkpoint, and routed experts are
-    # packed beside that.
+    # A tensor that is loaded whole keeps its checkpoint's quantised matrix too, and routed experts
+    # are packed in addition.
     copies = len(stored_bits) + int(packed)
     return loaded_bytes + copies * quantised_bytes
 

@@ -66,9 +66,9 @@ def part_keys(
         armed: the sequence's experts; None for the base alone.
         ids: tokens of the prompt.
         block: tokens in a block.
-        first_needed: number of prompt tokens whose logits and experts are not needed, plus 1. What
-            is needed is computed above the parts that come from the cache, so it limits only parts
-            at which experts act and the uppermost part.
+        first_needed: position, counted from 1, of the first prompt token whose logits and experts
+            are needed. It limits only the uppermost part and parts at which experts act: the others
+            can come from the cache while the layers above are computed.
     """
     result = []
     for part in parts:
@@ -85,12 +85,12 @@ def part_keys(
 
 @dataclass(frozen=True)
 class Restored:
-    """What a sequence continues from.
+    """The cached state that a sequence continues from.
 
     Attributes:
         segments: segments of the first blocks, lower parts first.
-        blocks: number of blocks of which at least the lowest part is there.
-        stream_bytes: bytes of the residual streams at which upper parts are continued.
+        blocks: number of blocks of which at least the lowest part is cached.
+        stream_bytes: bytes of the residual streams from which upper parts are computed.
     """
 
     segments: list[Segment]
@@ -99,7 +99,7 @@ class Restored:
 
 
 def restore_within(matched: Sequence[Sequence[Segment]], budget: int) -> Restored:
-    """Return what a sequence continues from.
+    """Return the cached state that a sequence continues from.
 
     Args:
         matched: segments of the first blocks for each part of the layers (see `PrefixCache.match`).
@@ -134,7 +134,7 @@ class PrefixCache:
         """Return the blocks of the longest stored prefix for each part of the layers, and mark them
         as recently used.
 
-        A part has at most as many blocks as the one below, without which they are of no use.
+        A part has at most as many blocks as the one below, without which they are useless.
 
         Args:
             parts: cache keys of a prompt, from the lowest part to the uppermost.
@@ -148,8 +148,8 @@ class PrefixCache:
                     break
                 segments.append(self._blocks[key])
             matched.append(segments)
-        # In reverse, so that the first block is evicted last, and lower parts after upper ones:
-        # without it no other one can match.
+        # In reverse, so that the first block is evicted last, and lower parts after upper ones: no
+        # other block can match without them.
         for part, segments in reversed([*zip(parts, matched, strict=True)]):
             for key in reversed(part.keys[: len(segments)]):
                 self._blocks.move_to_end(key)

@@ -1,4 +1,4 @@
-"""What the runners on PyTorch share: they compute whatever can be plugged into a model."""
+"""Base class of the runners on PyTorch, which support everything that can be plugged."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

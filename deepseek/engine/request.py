@@ -108,7 +108,7 @@ class Request:
 
     Raises:
         ConfigError: the prompt is empty, a field has a wrong type or is out of range, a stop text
-            is empty, or `heal` meets a grammar or log probabilities of the prompt.
+            is empty, or `heal` is combined with `grammar` or `prompt_logprobs`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -184,7 +184,8 @@ class TokenEvent:
             the start of a stop text; a later event then delivers what was held back. The answer is
             the concatenation of all events' texts.
         logprob: None unless the request asks for `logprobs`.
-        expert: name of the expert with the largest weight at this token; None if no expert fired.
+        expert: name of the expert with the largest weight at this token, or of an armed adapter if
+            no expert fired; None: the base alone.
         finish_reason: "stop" after an end token, a stop text or a completed grammar; "length" at a
             token limit; "cancelled"; "error".
         error: one sentence on the failure, if the reason is "error".

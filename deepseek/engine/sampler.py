@@ -25,7 +25,7 @@ above the previous one do not suffice.
 """
 
 BLOCK = 64
-"""Neighbouring tokens whose largest weight bounds the search for the k likeliest tokens."""
+"""Size of the blocks of tokens whose largest weights bound the search for the likeliest tokens."""
 
 COLD = 1e-4
 """Temperatures below this choose the likeliest token, because dividing by them would overflow."""
@@ -209,10 +209,9 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
 
 
 def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.int64]:
-    """Return ids in ascending order, among them those of all tokens that can pass.
+    """Return candidate ids in ascending order, which include every token that can pass.
 
-    Usually few tokens pass, and all of them are likely ones, so that the whole vocabulary need not
-    be sorted.
+    Usually few tokens pass, all of them likely ones, so the whole vocabulary need not be sorted.
 
     Args:
         weights_V: probabilities `[V]`, up to a common factor.
@@ -222,11 +221,11 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
     """
     blocks = len(weights_V) // BLOCK
     if 0 < sampling.top_k <= blocks:
-        # As many blocks as top-k admits tokens have a token at or above this floor.
+        # At least `top_k` blocks have a token at or above this floor.
         largest = weights_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
         place = blocks - sampling.top_k
         return above(weights_V, np.partition(largest, place)[place])
-    # The nucleus is measured among all tokens that top-k leaves, also those that min-p does not.
+    # Top-p is applied to the tokens that top-k leaves, including those that min-p removes.
     min_p = 0.0 if sampling.top_k and sampling.top_p < 1.0 else sampling.min_p
     likeliest = weights_V.max()
     for floor in FLOORS:
@@ -238,7 +237,7 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
 
 
 def above(weights_V: Logits, floor: np.float32) -> NDArray[np.int64]:
-    """Return the ids of the weights from `floor` on; of a floor of 0, those that can be drawn."""
+    """Return the ids of the weights at or above `floor`; with a floor of 0, the positive ones."""
     return np.flatnonzero(weights_V >= floor if floor > 0 else weights_V > 0)
 
 

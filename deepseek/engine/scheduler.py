@@ -44,8 +44,8 @@ class Scheduler:
     Attributes:
         weights: as passed.
         waiting: the queue of what has not been admitted; any thread may append.
-        running: what has been admitted, in the order of admission; texts to be embedded go to the
-            end after each text.
+        running: what has been admitted, in the order of admission; an embedding moves to the end
+            after each of its texts.
         prefixes: the prefix cache.
         reserved: bytes reserved for the running sequences.
         steps, prompt_tokens, cached_tokens, shared_tokens, completion_tokens, finished: counters,
@@ -150,11 +150,11 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _start(self, sequence: ActiveSequence) -> bool:
-        """Start an admitted sequence with what the prefix cache has of it, and return whether that
-        worked: it fails alone if an expert of it cannot be read.
+        """Start an admitted sequence from its cached prefix, and return whether that worked. If one
+        of its experts cannot be read, this sequence alone fails.
 
-        It starts when it gets its first chunk: sequences of the same prompt that were admitted
-        together, such as the answers of one request, have stored its blocks by then.
+        It starts when it gets its first chunk: by then, sequences of the same prompt that were
+        admitted together, such as the answers of one request, have stored its blocks.
         """
         try:
             sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
@@ -185,7 +185,7 @@ class Scheduler:
         embeddings = []
         free_tokens = self.prefill_chunk
         guesses = MAX_GUESSES // max(1, len(self.running))
-        for sequence in list(self.running):  # a copy: what fails to start is taken off
+        for sequence in list(self.running):  # a copy: one that fails to start is removed
             if isinstance(sequence, ActiveEmbedding):
                 # A text that cannot be cut has a step of its own.
                 if sequence.next_size <= free_tokens or free_tokens == self.prefill_chunk:
@@ -234,7 +234,7 @@ class Scheduler:
         """Store segments of the prompt block that the last step completed in the prefix cache."""
         assert sequence.state is not None
         block = sequence.state.length // self.prefill_chunk - 1
-        # Upper parts first, so that they are evicted first: without lower ones they are of no use.
+        # Upper parts first, so that they are evicted first: without lower ones they are useless.
         for part, segment in sorted(segments.items(), reverse=True):
             free_bytes = self.cache_bytes - self.reserved
             self.prefixes.add(sequence.keys[part].keys[block], segment, free_bytes)
@@ -266,7 +266,7 @@ class Scheduler:
         sequence.deliver(sequence.failure(error))
 
     def _release(self, sequence: ActiveSequence | ActiveEmbedding) -> None:
-        """Take a sequence or an embedding off its list, and free its memory and reservation."""
+        """Remove a sequence or an embedding from its list; free its memory and reservation."""
         if sequence not in self.running:
             self.waiting.remove(sequence)
             return
@@ -282,7 +282,7 @@ class Scheduler:
 def _close(state: SequenceState) -> None:
     """Free the memory of a state.
 
-    An error in it must not keep the sequence's last event from whoever waits for it.
+    An error in it must not prevent the delivery of the sequence's last event.
     """
     try:
         state.close()

@@ -81,10 +81,11 @@ class ActiveSequence:
         vocabulary: the model's tokens.
         capacity: maximum number of tokens, including the prompt.
         block: tokens in a prefill chunk and in a block of the prefix cache.
-        parts: the parts of the layers whose keys and values are cached apart.
+        parts: the parts of the layers whose keys and values are cached separately.
         expert_bytes: memory for each expert whose weights are read when they are needed.
-        opening: text of a further token of the prompt, which is sampled again: the generated text
-            must begin with it, and it is left out of the reply; default: none.
+        opening: text of the prompt's last token, if that is sampled again instead of being part of
+            `request`: the generated text must begin with it, and it is left out of the reply;
+            default: none.
 
     Attributes:
         expert_bytes: as passed.
@@ -192,8 +193,8 @@ class ActiveSequence:
 
         Args:
             logits_RV: logits of the kept tokens.
-            experts: for each kept token, the expert with the largest weight; None if no expert
-                fired.
+            experts: for each kept token, the expert with the largest weight, or an adapter if no
+                expert fired; None: the base alone.
 
         Returns:
             One event for each new token; none within the prompt.
@@ -251,7 +252,7 @@ class ActiveSequence:
             # Counted in bytes: a token can end within the character after the opening.
             self._opening_bytes -= len(self._token_bytes(token))
             self._opening_tokens += 1
-            top = None  # it is no part of the reply
+            top = None  # it is not part of the reply
         else:
             self._expert_counts[expert] += 1
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
@@ -282,7 +283,7 @@ class ActiveSequence:
 
     @property
     def _at_limit(self) -> bool:
-        """Whether no further token is wanted or fits."""
+        """Whether no further token is requested or fits."""
         count = self._expert_counts.total()
         free_tokens = self.capacity - len(self.request.prompt_ids) - self._opening_tokens
         return count >= min(self.request.sampling.max_new_tokens, free_tokens)

@@ -29,7 +29,7 @@ from deepseek.model.language_model import LanguageModel, is_own
 from deepseek.runner import Runner
 
 LIGHTER = "take --dtype bfloat16, a smaller model or --device cpu."
-"""What needs less memory, for the message when the device has too little."""
+"""Advice for the message when the device has too little memory."""
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def start_engine(
             and those on a GPU.
         device: where to compute (see `load`).
         dtype: dtype of the weights (see `load`).
-        expert_bytes: budget for the weights of experts, as they are computed with (see `load`).
-        progress: told which step is running: each can take many seconds.
+        expert_bytes: budget in bytes for the weights of experts in the runner's form (see `load`).
+        progress: called with the name of each step, because each can take many seconds.
         report: called with one sentence on the memory that the model needs, before it is loaded;
             default: it is logged at level INFO.
         dials: passed on to `Engine`.
@@ -102,7 +102,7 @@ def start_engine(
 
 
 def _is_compiled(folder: Path) -> bool:
-    """Return whether the compiled runner computes the model in a folder."""
+    """Return whether the compiled runner supports the model in a folder."""
     raw = read_object(folder / "config.json")
     return is_own(raw) and unsupported_config_reason(ModelConfig(**convert_config(raw))) is None
 

@@ -75,9 +75,9 @@ class TorchRunner(ReferenceRunner):
 
     Every weight is read once a step, so 16 sequences cost little more than one. A chunk's logits
     beside others differ from those alone in the tests by at most 1e-4 in fp32 (5e-4 with dynamic
-    positions), with the same experts attributed.
-    Padding a lone row to a fixed block of rows would make the bits equal, and a lone sequence up to
-    2.5 times as slow (docs/log/engine.md, 2026-11-26).
+    positions), with the same experts attributed. Padding a lone row to a fixed block of rows would
+    make the bits equal, but a lone sequence up to 2.5 times slower (docs/log/engine.md,
+    2026-11-26).
 
     Args:
         model: the model to run.

@@ -21,7 +21,7 @@ from deepseek.text.tokenizer import document_end_id
 TRIAL = Trial()
 
 COMPILED = 16
-"""Most compiled grammars that a model's vocabulary keeps."""
+"""Maximum number of compiled grammars that a vocabulary caches."""
 
 
 def end_ids(model: LanguageModel) -> list[int]:
@@ -90,9 +90,9 @@ class Vocabulary:
         return bytes(self._tokens.decode_bytes([token]))
 
     def opening(self, token: int) -> str:
-        """Return the text of a token that a reply can begin with in its place.
+        """Return the text of a token if it can be sampled again at the start of a reply, else "".
 
-        It is empty for control tokens, parts of a character, and tokens whose text differs at the
+        It cannot for control tokens, parts of a character, and tokens whose text differs at the
         beginning of a text, where some tokenizers drop a space.
 
         Args:
@@ -104,8 +104,8 @@ class Vocabulary:
     def begins_with(self, opening: str) -> "Matcher":
         """Return a matcher of the texts that begin with `opening`.
 
-        White space at its end is not continued: the tokens of deeper indentation begin with those
-        of the right one, but a cursor behind white space stands where the text is to begin.
+        Trailing white space is not extended: tokens of deeper indentation begin with it too, but a
+        cursor after white space marks where the text is to begin.
         """
         rest = r"/([^ \t](?s:.*))?/" if opening[-1] in " \t" else "/(?s:.*)/"
         lark = f"start: {json.dumps(opening)} REST\nREST: {rest}"
@@ -186,7 +186,7 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = stop
-        self._ids: list[int] = []  # the latest tokens, as far as the next one's text needs them
+        self._ids: list[int] = []  # the latest tokens, on which the next one's text may depend
         self._read = 0  # number of them whose text is complete
         self._known = ""  # the text of these
         self._pending = ""
@@ -222,8 +222,8 @@ class TextStream:
     def _decode(self, token: int) -> str:
         """Return the text that a token completes.
 
-        As `DecodeStream` of `tokenizers`, which fails at bytes that are no UTF-8, where byte
-        fallback writes a text anew that it has returned already.
+        Like `DecodeStream` of `tokenizers`, but that fails at bytes that are not UTF-8, where byte
+        fallback rewrites text that has been returned already.
         """
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)

@@ -2,8 +2,8 @@
 
 The kernel also appends the new key and value to their sequence's memory. A query attends to a range
 of positions that ends with its own, and with LSH attention to the candidates of its buckets (see
-`lsh/decode.py`). Threads share out the pairs of sequence and key head. Keys and values are fp32 or
-bf16; sums are fp32.
+`lsh/decode.py`). Pairs of sequence and key head are divided among the threads. Keys and values are
+fp32 or bf16; sums are fp32.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ KEYS, VALUES, CAPACITY, TOTAL, FIRST, KEY_BIAS, BIAS_STRIDE, RING, COUNT, CODES,
 
 @dataclass(frozen=True)
 class Memory:
-    """Keys and values of one sequence at one layer, of which the last are still to be written.
+    """Keys and values of one sequence at one layer; the kernel writes those of the newest token.
 
     Attributes:
         keys, values: contiguous `[1, G, capacity, K]`.
         total: number of tokens, the newest one included.
-        first: first position that the newest token attends to, but for candidates of buckets.
+        first: first position that the newest token attends to, apart from bucket candidates.
         key_bias: term of each key `[1, H, S]`, fp64; None: none.
         buckets: addresses of the rings, their counts and the codes, and the capacity of the codes,
             for LSH attention; None: attention to the range alone.
@@ -155,7 +155,7 @@ def _candidates(ring, count, probed, sinks, window, num_buckets, positions):  # 
 
 @subroutine(error_model="numpy")
 def _at(memory, column, index, shape, like):  # type: ignore[no-untyped-def]
-    """Return the array of a shape, the `index`-th of those that lie at a sequence's address."""
+    """Return the `index`-th of the adjacent arrays of a shape at a sequence's address."""
     offset = index * shape[0] * shape[1] * like.itemsize
     return carray(pointer(memory[column] + offset), shape, like.dtype)
 
@@ -253,7 +253,7 @@ def attend(
         query_RHK: the queries, scaled.
         key_RGK, value_RGK: the new keys and values, in the dtype of the memories: fp32 or bf16.
         table_RHN: bias of each query and bucket of distance (see `bias/distance.py`); None: none.
-        memories: where each sequence's keys and values lie.
+        memories: keys and values of each sequence.
         probes: buckets of LSH attention; None: attention to the ranges alone.
     """
     rows, heads, _ = query_RHK.shape

@@ -24,7 +24,7 @@ DAMPING = 0.01
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Number of bits -> smallest and largest value."""
 BLOCK_ELEMENTS = 1 << 23
-"""Most weights to quantise or pack at once, so that temporary copies stay small."""
+"""Maximum number of weights to process at once, so that temporary copies stay small."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Int8Matrix:
 
 
 def to_nibbles(values: Tensor) -> Tensor:
-    """Return int8 values in -8..7, `[..., D]`, as bytes that hold two of them, uint8 `[..., D/2]`.
+    """Return int8 values in -8..7, `[..., D]`, packed two per byte, uint8 `[..., D/2]`.
 
-    The lower half of a byte is value + 8 of the even place, the upper half that of the odd one.
+    The lower half of a byte is value + 8 at the even index, the upper half that at the odd one.
     """
     unsigned = (values + 8).view(torch.uint8)
     return unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
 
 
 def from_nibbles(nibbles: Tensor) -> Tensor:
-    """Return the int8 values that `to_nibbles` has put into bytes."""
+    """Return the int8 values `[..., D]` that `to_nibbles` packed."""
     unsigned = nibbles.view(torch.uint8)
     pairs = torch.stack((unsigned & 15, unsigned >> 4), -1)
     return pairs.flatten(-2).view(torch.int8) - 8
@@ -95,10 +95,10 @@ def _grouped(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Compensation:
-    """How the error of a quantised column is made up for by later columns (GPTQ,
+    """Error compensation: later columns compensate the quantisation errors of earlier ones (GPTQ,
     arXiv:2210.17323).
 
-    Columns with large inputs come first, for those after them make up for their errors.
+    Columns with large inputs come first, so that more columns can compensate their errors.
 
     Attributes:
         upper_DD: upper Cholesky factor of the inverse of the inputs' second moments, in that order.
@@ -130,8 +130,8 @@ def quantize(
 
     Args:
         weight_FD: the matrix.
-        compensation: how later columns make up for the errors of earlier ones; None (default)
-            rounds each weight to the nearest value.
+        compensation: error compensation from calibration activations; None (default) rounds each
+            weight to the nearest value.
         bits: bits of a weight, 8 or 4.
 
     Returns:
@@ -164,8 +164,8 @@ def _scales(groups: Tensor, bits: int) -> Tensor:
 
 
 SEARCHED = 1024
-"""Groups whose scales are searched at once: their temporary copies stay in the cache, which takes a
-tenth of the time that a whole matrix takes.
+"""Groups whose scales are searched at once: their temporary copies stay in the processor's cache,
+which is ten times as fast as a whole matrix at once.
 """
 
 SEARCH = (0.8, 0.85, 0.9, 0.95, 1.0, 1.1, 1.2)
@@ -175,7 +175,7 @@ SEARCH = (0.8, 0.85, 0.9, 0.95, 1.0, 1.1, 1.2)
 def _searched_scales(groups: Tensor) -> Tensor:
     """Return the bf16 scales, of either sign, with the least squared error of 4-bit values.
 
-    The largest weight of a group is mapped near -8, of which there is no positive counterpart.
+    The largest weight of a group is mapped near -8, which has no positive counterpart.
     """
     place = groups.abs().argmax(-1, keepdim=True)
     base = (groups.gather(-1, place).squeeze(-1) / LEVELS[4][0]).bfloat16()
@@ -198,7 +198,7 @@ def _nearest(weights: Tensor, steps: Tensor, bits: int) -> Tensor:
 
 
 def _compensated(weight_DF: Tensor, steps_DF: Tensor, upper_DD: Tensor, bits: int) -> Tensor:
-    """Quantise one input column after the other and compensate its error in the later ones.
+    """Quantise one input column after another and compensate its error in the later ones.
 
     `weight_DF` is overwritten.
     """
@@ -243,9 +243,9 @@ def pack(matrices: list[Int8Matrix], bits: int = 8) -> np.ndarray:
     A panel holds 32 outputs. For each group of 64 inputs it has 16 steps of two tiles, then 32
     scales; a tile is 16 outputs by 4 inputs, as unsigned bytes q + 128. With 4 bits there are 8
     steps: the lower halves of the bytes hold q + 8 of an even step, the upper halves those of the
-    step after it. Outputs are padded with zeros to whole panels. A single matrix lies in order.
-    Gate and up projections alternate by tile, so that a panel holds both numbers of 16 hidden
-    values; they are padded to whole groups of hidden values.
+    step after it. Outputs are padded with zeros to whole panels. Those of a single matrix are in
+    order. Gate and up projections alternate by tile, so that a panel holds both numbers of 16
+    hidden values; they are padded to whole groups of hidden values.
 
     Args:
         matrices: one matrix, or a gate projection and an up projection.

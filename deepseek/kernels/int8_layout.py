@@ -1,7 +1,7 @@
-"""How quantised weights and activations lie in memory.
+"""Memory layout of quantised weights and activations.
 
-Apart from `kernels/int8.py`, because the compiled step is compiled from this file: editing how
-matrices are quantised does not compile it again.
+Separate from `kernels/int8.py`, because the compiled step depends on this file: editing the
+quantisation itself does not recompile the step.
 """
 
 GROUP = 64  # inputs with one scale

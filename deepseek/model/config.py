@@ -74,7 +74,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
             `model/positions/dynamic.py`), "alibi", "learned" (one vector per position) or "none".
         rope_parameters: parameters of "rope" and "dpe" in Hugging Face's form: `rope_theta`,
             `rope_type` ("yarn" and others). `rope_theta` and `rope_scaling`, the older names of its
-            parts, are taken as well.
+            parts, are accepted as well.
         local_rope_theta: rotary base of layers with a sliding window (Gemma 3), whose angles are
             not scaled; None: that of `rope_parameters`, scaling included.
         train_len: tokens per row that "dpe" is trained on (default: the longest context).
@@ -246,7 +246,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     def _rotary_over(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the `rope_parameters` of a checkpoint with the parts that were set on this config
-        by their older names, `rope_theta` and `rope_scaling`; nothing if none was.
+        by their older names, `rope_theta` and `rope_scaling`; {} if neither was set.
         """
         older = {"rope_theta", "rope_scaling"} & set(self._given)
         if not older or "rope_parameters" in self._given:

@@ -18,7 +18,7 @@ from deepseek.model.relevance_state import RelevanceState
 
 
 class GateMemory(Protocol):
-    """What gates and relevance keep of past tokens (see `KVCache` for the shapes)."""
+    """State of gates and relevance after the past tokens (see `KVCache` for the shapes)."""
 
     gate_state: dict[int, Tensor]
     relevance_state: RelevanceState | None
@@ -79,9 +79,9 @@ class ForwardContext:
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
         routing: layer -> routing decisions of an earlier pass over the same tokens, to replay.
         sequences: contexts of the sequences that lie end to end in the only row, each with its own
-            cache and experts (see `ragged.begin_ragged`); empty: every row is one text. What
-            reads a token alone (norms, projections, feed-forward networks) treats the row as any
-            other; what reads a whole text takes one of these contexts at a time.
+            cache and experts (see `ragged.begin_ragged`); empty: every row is one text.
+            Token-wise operations (norms, projections, feed-forward networks) treat the row like any
+            other; operations across tokens take one of these contexts at a time.
     """
 
     positions: PreparedPositions
@@ -161,8 +161,8 @@ def resolve_positions(
 ) -> Tensor:
     """Return the positions `[B, T]` of the new tokens.
 
-    These are `position_ids` if passed; otherwise tokens are counted, without padding if there is an
-    attention mask, else from the length of the cache on.
+    These are `position_ids` if passed. Otherwise they count the real tokens of the attention mask
+    or, without a mask, continue from the length of the cache.
     """
     if position_ids is not None:
         return position_ids.expand(batch, length)
@@ -195,15 +195,16 @@ def real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor
 def document_ids(position_ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor | None:
     """Return the document number `[B, T]` of each token, or None if no row is packed.
 
-    A new document starts where positions do not go on by 1 from token to token, and after padding
-    between tokens, which positions may count or not, where they do not increase.
+    A new document starts at a token whose position is not that of the token before plus 1. If there
+    is padding in between, which positions may or may not count, it starts where the position does
+    not increase.
 
     Args:
-        position_ids_BT: position of each token; those of padding mean nothing.
+        position_ids_BT: position of each token; ignored at padding.
         real_BT: False at padding; None: no padding.
     """
     if position_ids_BT.shape[1] == 1:
-        return None  # fast: every step of decoding asks
+        return None  # fast path: called at every decoding step
     real_BT = torch.ones_like(position_ids_BT, dtype=torch.bool) if real_BT is None else real_BT
     slots_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
     latest_BT = slots_T.where(real_BT, -1).cummax(-1).values
@@ -215,8 +216,8 @@ def document_ids(position_ids_BT: Tensor, real_BT: Tensor | None = None) -> Tens
 
 
 def goes_on(position_ids_BT: Tensor, past: int, real_BS: Tensor | None) -> bool:
-    """Return whether the first new token of each row belongs to the document in the cache, if there
-    is one.
+    """Return whether the first new token of each row continues the document in the cache; True if
+    the cache is empty.
 
     Args:
         position_ids_BT: positions of the new tokens.

@@ -1,4 +1,4 @@
-"""Token embeddings of a scale of their own."""
+"""Token embeddings that are scaled by the root of their width."""
 
 import math
 

@@ -19,7 +19,7 @@ class ExactBuffers(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             moved = getattr(self, name)
-            # The moved one may have lost bits in a cast. A buffer of the meta device has none.
+            # The moved buffer may have lost bits in a cast; one on the meta device has no values.
             source = moved if buffer.is_meta else buffer
             setattr(self, name, source.to(moved.device, torch.float32))
         return self

@@ -33,14 +33,14 @@ TEMPERATURE = partial(number, least=1e-3, most=1e3)
 BALANCE_RATE = partial(number, least=0, most=1)
 
 MAX_LAYERS = 4096
-"""Most layers of a model; each one is built, also on the meta device, before weights are read."""
+"""Maximum number of layers; each is built, on the meta device too, before weights are read."""
 
 size = partial(whole, least=1, most=MAX_SIZE)
 count = partial(whole, least=0, most=MAX_SIZE)
 
 
 def dtype(name: str, value: Any) -> Any:
-    """Return a torch dtype or the name of one."""
+    """Return a floating-point dtype or the name of one; raise `ConfigError` if it is neither."""
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         valid = ("bfloat16", "float16", "float32")

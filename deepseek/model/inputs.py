@@ -1,7 +1,7 @@
-"""Checks of what a forward pass reads: ids, embeddings, positions, labels and a foreign cache.
+"""Checks of the inputs of a forward pass: ids, embeddings, positions, labels and a foreign cache.
 
-Integers of any dtype are accepted and returned as int64: other dtypes are no indices for torch, or
-overflow where positions and ids are multiplied.
+Integers of any dtype are accepted and returned as int64: torch does not index with other dtypes, or
+they overflow where positions and ids are multiplied.
 """
 
 import torch
@@ -18,7 +18,7 @@ MAX_POSITION = 2**31 - 1
 
 
 def check_ids(input_ids: Tensor | None, vocab_size: int, weight: Tensor) -> Tensor:
-    """Return ids `[B, T]` as int64; raise `ConfigError` unless they are of a vocabulary.
+    """Return ids `[B, T]` as int64; raise `ConfigError` unless all are in the vocabulary.
 
     Args:
         input_ids: what the caller passed.
@@ -72,7 +72,7 @@ def check_labels(
     labels: Tensor, hidden_BTD: Tensor, vocab_size: int, logits_to_keep: int | Tensor
 ) -> Tensor:
     """Return target ids `[B, T]`, or -100 where there is none, as int64; raise `ConfigError` unless
-    they are such ids and all logits are computed.
+    the labels are valid and all logits are computed.
     """
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ConfigError("labels need the logits of all tokens; leave logits_to_keep out.")

@@ -133,7 +133,7 @@ class ReservedLayer(DynamicLayer):
         return self._memory if self.get_seq_length() + count <= self.capacity else None
 
     def written(self, count: int) -> tuple[Tensor, Tensor]:
-        """Take `count` tokens into account that were written to `memory`; return keys and values of
+        """Count `count` tokens that were written to `memory` as cached; return keys and values of
         all tokens.
         """
         assert self._memory is not None
@@ -155,7 +155,7 @@ class KVCache(DynamicCache):
         armed: the experts that the sequence started with. They are pinned here so that plugging or
             unplugging between two steps never changes a sequence in flight.
         started: whether `armed` has been set.
-        packed: whether its tokens are of several documents to a row.
+        packed: whether a row holds several documents.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +163,7 @@ class KVCache(DynamicCache):
         self._clear_state()
 
     def reset(self) -> None:
-        """Forget all tokens, so that the cache serves another sequence as a new one would.
+        """Forget all tokens, so that the cache can be reused for another sequence.
 
         Memory that `reserve` asked for is allocated again at the next token.
         """
@@ -237,7 +237,7 @@ class KVCache(DynamicCache):
             else:
                 # Copy: the same segment may be appended to other caches.
                 self.states[key] = state.segment(0)
-        # No copy of the tensors: a step replaces the sums and never writes into them.
+        # No copy of the tensors: a step replaces the sums and never writes to them in place.
         self.gate_state = self.gate_state | segment.gates
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -254,7 +254,7 @@ class KVCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put the cache back as it was: not with sums of gates in it."""
+        """Whether `crop` can restore an earlier state; running sums of gates cannot be undone."""
         return super().is_croppable and not self.gate_state
 
     def crop(self, tokens_to_remove: int) -> None:

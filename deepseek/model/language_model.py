@@ -1,4 +1,4 @@
-"""A language model with experts: our own, or a stock one of `transformers` with experts beside."""
+"""A language model with experts: our own, or a stock `transformers` model with attached experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a base model of any family.
 
-    Our own families become a `DeepSeekModel`, every other causal language model of `transformers`
-    its stock model with experts attached.
+    Our own families become a `DeepSeekModel`; every other causal language model of `transformers`
+    is loaded as its stock class, with experts attached.
 
     Args:
         name_or_path: a known base, a folder or a hub id.
@@ -71,6 +71,7 @@ def load_language_model(
         HubError: the model does not exist or cannot be fetched.
         CheckpointError: the folder is damaged, or `transformers` has no such model.
         ConfigError: `config` does not fit the model, or experts cannot attach to it.
+        DeviceError: there is no such device, or it does not support the dtype.
     """
     folder = resolve(str(name_or_path))
     if is_own(raw := read_object(folder / "config.json")):
@@ -93,7 +94,7 @@ def is_own(config: dict[str, Any]) -> bool:
     """Return whether the content of a `config.json` describes a model of `DeepSeekModel`.
 
     Raises:
-        CheckpointError: neither it nor a stock model of `transformers` does.
+        CheckpointError: it describes neither that nor a stock model of `transformers`.
     """
     try:
         convert_config(config)
@@ -127,7 +128,7 @@ def output_head(model: LanguageModel) -> OutputHead:
     """Return the output head of a model.
 
     Raises:
-        ConfigError: the head of an attached model is no matrix.
+        ConfigError: an attached model has no output head with a weight matrix.
     """
     if isinstance(model, AttachedModel):
         return OutputHead(output_weight(model), traits_of(model).logit_cap)
@@ -154,25 +155,26 @@ def feed_forward(model: LanguageModel, layer: int) -> nn.Module:
 
 
 def context_length(model: LanguageModel) -> int:
-    """Return the largest number of tokens of a sequence."""
+    """Return the maximum length of a sequence in tokens; `UNBOUNDED` if the config sets none."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
 
 
 class BaseText:
-    """One text on its way through the base alone, chunk by chunk, whatever is armed.
+    """Runs a text through the base alone, chunk by chunk, whatever is armed.
 
     Args:
         model: the model.
 
     Attributes:
-        continues: whether a text can come in several chunks. Otherwise the first must be all of it.
+        continues: whether a text can be passed in several chunks. Otherwise the first chunk must be
+            the whole text.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._own_cache = KVCache()
-        self._own_cache.started = True  # a cache that has started does not arm any expert
+        self._own_cache.started = True  # so that a pass does not arm experts
         self._stock_cache = (
             traits_of(model).base_cache() if isinstance(model, AttachedModel) else None
         )

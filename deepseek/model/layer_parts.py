@@ -1,4 +1,4 @@
-"""Parts of a model's layers whose keys and values are cached apart, so that sequences with
+"""Parts of a model's layers whose keys and values are cached separately, so that sequences with
 different experts share those of the lower layers.
 
 An expert at layer f changes the residual stream after layer f's attention. So keys and values up to
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 CUTS = 3
-"""Most cuts of a model. Each cut stores the residual stream of every cached token, which takes
+"""Maximum number of cuts. Each cut stores the residual stream of every cached token, which takes
 about a tenth of the memory of its keys and values.
 """
 LEAST_SHARE = 0.25
-"""Smallest share of the layers below a cut, as sharing fewer does not pay for its memory."""
+"""Minimum share of the layers below a cut; sharing fewer does not pay for the cut's memory."""
 DEFAULT_EXPERT_LAYERS = 3
-"""Experts sit in the last three layers by default. That cut always exists, so that a prompt that
-was read before the first such expert was plugged serves it too.
+"""By default, experts are in the last three layers. That cut always exists (above `LEAST_SHARE`),
+so that a prompt cached before the first such expert was plugged can be reused with it.
 """
 
 

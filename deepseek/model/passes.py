@@ -229,8 +229,8 @@ def begin(
             armed expert counts as relevant.
         attention_mask: 1 for real tokens and 0 for padding, `[B, S]` over past and new tokens;
             None: no padding.
-        position_ids: positions `[B, T]`, which do not go on by 1 where a document of a packed row
-            starts (see `context.document_ids`); None: counted over real tokens.
+        position_ids: positions `[B, T]`; a document of a packed row starts where they do not
+            increase by 1 (see `context.document_ids`); None: counted over real tokens.
         cache: keys and values of past tokens; new ones are appended. None: no cache. A cache of
             packed documents cannot be continued.
         routing: layer -> routing decisions of an earlier pass over the same tokens, to replay;
@@ -308,11 +308,11 @@ def resume(
             counts as relevant.
         attention_mask, position_ids, routing: those of the pass that computed the stream (see
             `begin`).
-        upper: layers to run in place of the model's own, from `layer` or a lower one on; None: the
-            model's.
+        upper: layers to run in place of the model's own, from `layer` or lower; None: the model's.
 
     Raises:
-        ConfigError: a mask of the wrong shape, or `upper` starts above `layer`.
+        ConfigError: a mask or positions of a wrong shape, `upper` starts above `layer`, or an
+            attached model needs `input_ids` to resume there.
     """
     if isinstance(model, AttachedModel):
         return resume_attached(

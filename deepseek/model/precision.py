@@ -1,6 +1,6 @@
-"""Mixed precision: in which dtype a model's matrix products are computed.
+"""Mixed precision: the dtype of a model's matrix products.
 
-Weights that are trained stay in fp32 whatever the products are computed in.
+Trained weights stay in fp32 whatever that dtype.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""Named model shapes. A number in a name is about that of all parameters; the planner has the exact
-one (`deepseek plan NAME`). No weights are published for them.
+"""Named model shapes. The number in a name is the approximate number of parameters;
+`deepseek plan NAME` prints the exact one. No weights are published for them.
 """
 
 from typing import Any

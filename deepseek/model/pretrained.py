@@ -129,7 +129,7 @@ def load_stored(
         device: device to compute on.
 
     Raises:
-        HubError, CheckpointError, ConfigError: see `DeepSeekModel.from_pretrained`.
+        HubError, CheckpointError, ConfigError, DeviceError: see `DeepSeekModel.from_pretrained`.
     """
     folder = resolve(str(name_or_path))
     config = ModelConfig(**read_config(folder))
@@ -140,7 +140,7 @@ def load_stored(
         model = cls(config)
     stored = store_weights(model, files, target, device)
     suffixes = ("", SCALES, *SUFFIXES.values())
-    # A tied head in the files is that of the embeddings, and is not kept beside these.
+    # A tied head in the files equals the embeddings, so it is not loaded as well.
     names = (*stored, *model.all_tied_weights_keys)
     read_later = {name + suffix for name in names for suffix in suffixes}
     rest = ((name, files.read(name)) for name in files if name not in read_later)
@@ -151,16 +151,16 @@ def load_stored(
 
 
 def _check_head(config: ModelConfig, tensors: Tensors) -> None:
-    """Raise `CheckpointError` if a checkpoint has an output head of its own, and a config that
-    makes the head the embeddings.
+    """Raise `CheckpointError` if the config ties the output head to the embeddings, but the
+    checkpoint has a different head.
 
-    Quantised matrices in files are not compared: they have no head beside the embeddings.
+    Quantised matrices in files are not compared: checkpoints with them store no tied head.
     """
     names = ("embed_tokens.weight", "lm_head.weight")
     if not config.tie_word_embeddings or not all(name in tensors for name in names):
         return
     table, head = (tensors.shape(name) for name in names)
-    blocks = range(0, sum(table[:1]), BLOCK_ROWS)  # none of a scalar, which has no rows
+    blocks = range(0, sum(table[:1]), BLOCK_ROWS)  # empty for a scalar, which has no rows
     if table != head or not all(
         torch.equal(*(tensors.read(name, first, first + BLOCK_ROWS) for name in names))
         for first in blocks
@@ -178,7 +178,7 @@ def _placed(
     """Return a checkpoint's tensors on a device and in a dtype.
 
     Raises:
-        CheckpointError: some are no floating-point numbers.
+        CheckpointError: a tensor is not floating point.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -196,7 +196,7 @@ def _placed(
 def _finish(
     model: Model, folder: Path, name: str, device: torch.device, dtype: torch.dtype
 ) -> Model:
-    """Return a filled model in eval mode, with what its folder says beside the weights."""
+    """Return a filled model in eval mode, with the name and generation config of its folder."""
     model.config.name_or_path = name
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder

@@ -1,7 +1,7 @@
 """The experts of a call of Hugging Face's `generate`, chosen by its whole prompt.
 
-Generated tokens are no evidence of what the user asked about. So the choice is made when the first
-forward pass is prepared, and the cache keeps it. Without a cache, `generate` hands the same
+Generated tokens are not evidence of what the user asked about. So the choice is made when the first
+forward pass is prepared, and the cache keeps it. Without a cache, `generate` passes the same
 `PromptExperts` to every pass.
 """
 
@@ -16,7 +16,7 @@ from deepseek.model.experts.armed import ArmedExperts
 
 
 class PinnedExperts(Protocol):
-    """What keeps the experts of sequences: a cache, or `PromptExperts`.
+    """Holds the experts of sequences: a cache, or `PromptExperts`.
 
     Attributes:
         armed: the experts; None: the base alone.
@@ -48,8 +48,8 @@ def pin(
         pinned: keeps the experts.
         experts: the experts of the model.
         input_ids: the prompts `[B, T]`.
-        inputs_embeds: embeddings `[B, T, D]` in place of the prompts, whose relevance cannot be
-            scored: they admit every armed expert. None: there are none.
+        inputs_embeds: embeddings `[B, T, D]` in place of the prompts. Their relevance cannot be
+            scored, so they admit every armed expert. None: `input_ids` are scored.
         attention_mask: 0 at padding, `[B, T]`; None: no padding.
     """
     if pinned.started:
@@ -63,7 +63,7 @@ def pin(
 
 
 def _all_admitted(experts: ExpertSet) -> ArmedExperts | None:
-    """Return the armed experts, whatever later tokens say about their relevance."""
+    """Return the armed experts, all admitted whatever the relevance of later tokens."""
     while True:
         armed = experts.armed()
         if armed is None or armed.roster.relevance is None:

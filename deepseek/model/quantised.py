@@ -1,7 +1,7 @@
 """Checkpoints with quantised weights.
 
-The checkpoint stores `X.weight` as `X.weight_int8` or, two numbers a byte, `X.weight_int4`, and
-`X.weight_scale`.
+The checkpoint stores `X.weight` as `X.weight_scale` and `X.weight_int8` or, with two values per
+byte, `X.weight_int4`.
 """
 
 import math
@@ -16,7 +16,7 @@ from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, from_nibbles, quan
 from deepseek.kernels.int8_layout import GROUP
 
 SUFFIXES = {8: "_int8", 4: "_int4"}
-"""Number of bits -> what is added to the name of a matrix."""
+"""Number of bits -> suffix of the name of a matrix."""
 
 SCALES = "_scale"
 SMALLEST = 1 << 12  # elements; quantising smaller matrices saves nothing
@@ -37,7 +37,7 @@ class Tensors(Protocol):
 
 
 class LoadedTensors:
-    """Tensors that lie in memory.
+    """Tensors in memory.
 
     Args:
         tensors: the tensors by name.
@@ -116,7 +116,7 @@ def check_scales(tensors: Tensors, name: str) -> None:
     """Check that a quantised matrix has scales that fit it.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: the scales are missing or have the wrong shape.
     """
     *rows, width = stored_shape(tensors, name) or (1,)  # a scalar is refused as one column
     if (
@@ -204,8 +204,8 @@ def kept_matrix(module: nn.Module, parameter: str, expert: int | None = None) ->
         expert: index of an expert of a pool; None: the whole weight.
 
     Returns:
-        The matrix; None if there is none, or the weight has changed since, as by training or by an
-        adapter that was merged into it.
+        The matrix; None if there is none, or the weight has changed since, for example by training
+        or by merging an adapter.
     """
     matrix = getattr(module, _kept_name(parameter), None)
     if not isinstance(matrix, Int8Matrix):
@@ -219,12 +219,12 @@ def kept_matrix(module: nn.Module, parameter: str, expert: int | None = None) ->
 
 
 def _kept_name(parameter: str) -> str:
-    """Return the name of the attribute that has the matrix of a parameter."""
+    """Return the name of the attribute that holds the matrix of a parameter."""
     return "int8" if parameter == "weight" else f"{parameter}_int8"
 
 
 def _restores(matrix: Int8Matrix, weight_FD: Tensor) -> bool:
-    """Return whether a weight has the values of a quantised matrix, in its own dtype."""
+    """Return whether a weight equals a quantised matrix, dequantised to the weight's dtype."""
     if len(weight_FD) != len(matrix.values) or weight_FD.shape[1] != matrix.width:
         return False
     rows = max(1, BLOCK_ELEMENTS // matrix.width)

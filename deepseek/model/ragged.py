@@ -32,7 +32,7 @@ def begin_ragged(model: Decoder, chunks: Sequence[RaggedChunk]) -> ForwardPass:
     """Return a forward pass over new tokens of many sequences, which is about to run layer 0.
 
     The tokens of all sequences lie end to end in one row, so that every weight is read once.
-    Attention, position biases and gates take each sequence by itself, with its cache and the
+    Attention, position biases and gates process each sequence separately, with its cache and the
     experts that it started with.
 
     Args:

@@ -1,4 +1,4 @@
-"""What relevance (`model/experts/relevance.py`) keeps of the tokens so far."""
+"""The state of relevance (`model/experts/relevance.py`) after the tokens so far."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class RelevanceState:
     """The accumulated evidence that texts are about the domains of M modules.
 
     Attributes:
-        sums_BM: decayed sums of evidence in nats, the last column that of the tokens' number,
-            `[B, M+1]`.
+        sums_BM: decayed sums `[B, M+1]` of evidence in nats; the last column is the decayed count
+            of tokens.
         last_B: last token of each row, -1 if there is none or it is padding, `[B]`.
     """
 

@@ -1,8 +1,8 @@
 """Linear layers and embeddings whose weights stay in the checkpoint's files.
 
 The compiled runner packs its own copy of the weights. The layers themselves are the reference: an
-adapter, an embedding of a text or a calibration reads a matrix from its file, dequantises it if
-need be, and forgets it. A model that is small for the machine keeps what it has read once.
+adapter, a text embedding or a calibration reads a matrix from its file, dequantises it if need be,
+and drops it. If the model is small for the machine, matrices are kept after the first read.
 """
 
 import math
@@ -20,7 +20,7 @@ from deepseek.model.embedding import ScaledEmbedding
 from deepseek.model.quantised import check_scales, read_quantised, stored_bits, stored_shape
 
 KEPT_SHARE = 1 / 8
-"""Largest share of the machine's memory that the restored weights of a model may take."""
+"""Share of the machine's memory up to which the dequantised weights of a model are kept."""
 
 
 class StoredMatrix:
@@ -38,7 +38,7 @@ class StoredMatrix:
         keeps: whether it stays in memory after the first `tensor`.
 
     Raises:
-        CheckpointError: it is no matrix of floating-point numbers, or its scales do not fit.
+        CheckpointError: it is neither floating point nor quantised, or its scales do not fit.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StoredMatrix:
         return tensor
 
     def hold(self, tensor: Tensor | None) -> None:
-        """Use a tensor `[F, D]` in place of the file's; None: the file's again."""
+        """Use a tensor `[F, D]` instead of the file's; None: use the file's again."""
         self._tensor = tensor
 
     @property
@@ -186,7 +186,7 @@ def store_weights(
 
 
 def _replace(model: nn.Module, path: str, module: Any, stored: StoredMatrix) -> None:
-    """Put a stored layer in the place of another one."""
+    """Replace a layer by one with a stored weight."""
     if stored.shape != tuple(module.weight.shape):
         raise CheckpointError(
             f"The checkpoint's tensors do not fit its config.json: {stored.name} has the shape "

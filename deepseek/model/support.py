@@ -98,8 +98,8 @@ MIXTURE_FIELDS = (
 def config_fields(config: ModelConfig) -> list[str]:
     """Return the names of all fields of a config, including attributes set on the instance.
 
-    What Hugging Face itself sets there, such as `model_type` where a config is made of the
-    dictionary of another, is no field.
+    Attributes that Hugging Face itself sets, such as `model_type` in a config that is created from
+    another's dictionary, are not fields.
     """
     declared = {field.name for field in fields(config)}
     assigned = {name for name in vars(config) if not name.startswith("_")}

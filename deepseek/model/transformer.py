@@ -124,9 +124,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
                 None: no padding.
             position_ids: positions `[B, T]`. A position that is not the one before plus 1 starts a
                 new document, whose tokens do not attend to the previous one (see
-                `context.document_ids`). None: counted.
-            cache: keys and values of past tokens; new ones are appended. A cache of several
-                documents to a row cannot be continued.
+                `context.document_ids`). None: counted over real tokens.
+            cache: keys and values of past tokens; new ones are appended. A cache with several
+                documents per row cannot be continued.
             inputs_embeds: embeddings `[B, T, D]` in place of `input_ids`.
             labels: target ids `[B, T]`, shifted internally as Hugging Face does; -100 is ignored.
             use_cache: whether to create a cache if none is passed; None: `config.use_cache`. A
@@ -139,9 +139,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             return_dict: False returns a tuple.
             prompt_experts: the experts that `generate` has chosen by the prompt; None: those of the
                 cache, or else those that are armed now.
-            num_items_in_batch: what the sum of the losses is divided by: the number of labels in
-                all micro-batches of an optimizer step, as Hugging Face's `Trainer` passes it; None:
-                the number of labels in this batch.
+            num_items_in_batch: divisor of the summed loss: the number of labels in all
+                micro-batches of an optimizer step, as Hugging Face's `Trainer` passes it; None: the
+                number of labels in this batch.
             **kwargs: ignored; Hugging Face's callers pass them.
 
         Returns:
@@ -181,7 +181,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             logits=logits,
             cache=cache,
             hidden_states=(*hidden_states, hidden_BTD) if output_hidden_states else None,
-            # A copy, as activation checkpointing appends to the list once more.
+            # A copy, because activation checkpointing appends to the list again.
             router_stats=tuple(step.ctx.router_stats) or None,
             experts=step.ctx.armed,
         )
@@ -203,7 +203,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             input_ids: token ids `[B, T]`.
 
         Raises:
-            ConfigError: these are no ids of the vocabulary.
+            ConfigError: an id is outside the vocabulary.
         """
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None].long()
@@ -247,7 +247,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if model_kwargs.get("cache") is not None:
-            # Hugging Face notes that the cache is its caller's, who sees what is left in it.
+            # Hugging Face records that the caller owns the cache and may read it afterwards.
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args
             )
@@ -262,7 +262,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        # By its name in the signature, Hugging Face knows that prompts may be embeddings.
+        # Hugging Face looks for this name in the signature to allow embeddings as prompts.
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -306,14 +306,14 @@ def next_token_loss(
     Args:
         logits_BTV: logits.
         labels_BT: target ids.
-        items: number by which the sum is divided; None: the number of labels.
+        items: divisor of the sum; None: the number of labels.
     """
     logits_NV = logits_BTV[:, :-1].flatten(0, 1).float()
     labels_N = labels_BT[:, 1:].flatten()
     if items is None:
         return cross_entropy(logits_NV, labels_N, ignore_index=-100)
     total = cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="sum")
-    # Under data parallelism one number serves the replicas of all devices.
+    # Under data parallelism, one tensor is passed to the replicas on all devices.
     return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 

@@ -94,8 +94,8 @@ def _slopes(slope, start, stop, reference, out):  # type: ignore[no-untyped-def]
 
 @subroutine
 def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
-    """Return the columns that the query in `slot` sees in the tile of keys `start` to `stop -
-    1`.
+    """Return the range of columns that the query in `slot` sees in the tile of keys `start` to
+    `stop` - 1.
     """
     low = min(max(first - start, 0), stop - start)
     return low, max(min(slot + 1, stop) - start, low)
@@ -117,7 +117,7 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
         _slopes(slope, start, stop, slope[last - 1], bias)
         for t in range(begin, end):
             low, high = _limits(first[t], past + t, start, stop)
-            # Of the whole buffer: known to be contiguous.
+            # A row of the whole buffer: numba knows that it is contiguous.
             row, i = (scores[t - begin, : stop - start], t - begin)
             if high > low:
                 _add_bias(row[low:high], table[t], bias[low:high], past + t - start - high + 1)
@@ -137,8 +137,8 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
 
 @subroutine
 def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped-def]
-    """Compute this thread's tiles of queries, dealt out in turn because neighbours cost about the
-    same.
+    """Compute this thread's tiles of queries, assigned round-robin because neighbours cost about
+    the same.
     """
     batch, heads, length, _ = q.shape
     past = k.shape[2] - length
@@ -204,7 +204,7 @@ def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped
 
 @subroutine(fastmath=True)
 def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
-    """Compute all tiles of one head."""
+    """Compute the gradients of one head, tile by tile."""
     length = len(q)
     past = len(k) - len(q)
     scores = np.empty((QUERIES, KEYS), np.float32)

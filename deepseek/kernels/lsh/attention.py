@@ -194,7 +194,7 @@ class _Attention(torch.autograd.Function):
 
     Inputs, output and denominators are saved for the backward pass, which recomputes intervals and
     scores. The bias is a table `[B, H, T, 32]` in fp32 and a term of each key `[B, H, S]` in fp64,
-    or both are None. Autocast is off in both passes, which must arrive at the same scores.
+    or both are None. Autocast is off in both passes, which must compute the same scores.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Operations on rows of numbers, given by address, in vectors of 16.
 
-Numba counts the references to an array with every slice of it, which takes a sixth of the time of
-attention with its short rows. Addresses are not counted.
+Numba counts references for every slice of an array. With short rows, that takes a sixth of the time
+of attention. Addresses have no reference counts.
 """
 
 from collections.abc import Callable
@@ -54,12 +54,12 @@ class _Rows(Emit):
         )
 
     def weights(self, exponents: Any) -> Any:
-        """Return the exponentials of numbers up to 0, and 0 instead of the least ones."""
+        """Return the exponentials of numbers up to 0, and 0 for those at or below -`LIMIT`."""
         low = self.builder.fcmp_ordered("<=", exponents, floats(-LIMIT))
         return self.builder.select(low, floats(0.0), exp(self, exponents))
 
     def reduce(self, name: str, *args: Any) -> Any:
-        """Return the maximum or the sum of the lanes, the sum in the order of a tree."""
+        """Return the maximum or the sum of the lanes; the sum is a tree reduction."""
         kind = ir.FunctionType(FLOAT, [arg.type for arg in args])
         function = self.builder.module.declare_intrinsic(
             f"llvm.vector.reduce.{name}.v16f32", (), kind

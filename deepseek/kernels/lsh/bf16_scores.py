@@ -21,7 +21,7 @@ Space = namedtuple(
         "columns",  # N: columns of the matrices of a strip
         "most",  # L: maximum number of keys of a list, with BLOCK to spare
         "tiled",  # whether the threads have AMX configured
-        # Addresses of matrices, bf16 where nothing else stands:
+        # Addresses of matrices, bf16 unless noted:
         "queries",  # [BLOCK, W]: a strip's queries
         "grads",  # [BLOCK, W]: gradients of their outputs
         "weights",  # [BLOCK, N]
@@ -114,7 +114,7 @@ def lay_words(x, length, space, words):  # type: ignore[no-untyped-def]
 @subroutine
 def strip_range(first, starts, stops, most):  # type: ignore[no-untyped-def]
     """Return the end of the strip that starts at interval `first`, up to `BLOCK` intervals over at
-    most `most` keys, and its first key, which is even for the sake of pairs.
+    most `most` keys, and its first key, which is even because keys are stored in pairs.
     """
     base = starts[first] // 2 * 2
     last = first + 1

@@ -1,4 +1,4 @@
-"""The intervals of probed buckets, by one scan over the keys in place of a search for each interval.
+"""Find the intervals of probed buckets by one scan over the keys, without a search per interval.
 
 While the scan passes over the queries, it counts the keys of each bucket that have left the local
 window, and those before the query's document.

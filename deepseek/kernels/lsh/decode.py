@@ -133,10 +133,10 @@ class BucketCache:
         return self._room_BJS
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Count one more key, whose code the kernel of `decode_attention` stores, and return where:
-        the addresses of rings, counts and codes, and the capacity of the codes.
+        """Count one more key, whose code the kernel of `decode_attention` will store; return the
+        addresses of rings, counts and codes, and the capacity of the codes.
 
-        Only for one sequence without padding, of which some keys are in the cache.
+        Only for one sequence without padding, with at least one key in the cache.
         """
         if self._ring_BJCW is None:
             self._build()

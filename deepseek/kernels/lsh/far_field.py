@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 BLOCK = 64
 PER_LEVEL = 2
-"""Minimum number of summaries of each size that a query attends to; the maximum is PER_LEVEL +
-1.
-"""
+"""Minimum number of summaries of each size that a query attends to; the maximum is one more."""
 
 LOWEST = -1e30
 

@@ -20,7 +20,7 @@ from deepseek.kernels.numba.transpose import transpose
 
 @intrinsic
 def _exceeds(_typing: Any, _scores: Any, _least: Any) -> Any:
-    """Return whether a score of any lane is higher than the other number of that lane."""
+    """Return whether in any lane the score is higher than the least of the best scores."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         emit = Emit(context, builder)

@@ -28,8 +28,8 @@ def candidate_mask(
     `local_window`. Among the older ones, it attends to the document's first `sinks` keys and, in
     each bucket that it probes, to the `bucket_window` most recent others. So a key enters its
     bucket when it leaves the local window. The first `exact_tokens` queries of a document attend to
-    all older keys. Each round of hashing has its own buckets, and the
-    candidates of all rounds are combined.
+    all older keys. Each round of hashing has its own buckets, and the candidates of all rounds are
+    combined.
 
     Args:
         query_codes_BHTP, key_codes_BJS, bucket_window, local_window, sinks, document_ids_BS,

@@ -1,14 +1,14 @@
-"""Widths of experts that torch's `grouped_mm` takes, and padding of all others to them."""
+"""The widths of experts that torch's `grouped_mm` supports, and padding of other widths."""
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 ALIGNMENT = 16
-"""Bytes of which the rows of `grouped_mm`'s operands must be multiples."""
+"""`grouped_mm` requires that rows of its operands are a multiple of this many bytes."""
 
 
 def is_aligned(*weights: Tensor) -> bool:
-    """Return whether `grouped_mm` takes weights `[E, ..., width]` as they are."""
+    """Return whether `grouped_mm` supports weights `[E, ..., width]` without padding."""
     return all(part.shape[-1] * part.element_size() % ALIGNMENT == 0 for part in weights)
 
 

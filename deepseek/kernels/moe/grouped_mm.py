@@ -132,8 +132,8 @@ def mix_experts_sorted(
 def _is_slow(gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor) -> bool:
     """Whether grouped products are faster than the CPU path for training these experts.
 
-    They are where bf16 products are native, because the kernels for few tokens convert the weights
-    to fp32; not where they pad them first.
+    They are if bf16 products are native, because the kernels for few tokens convert the weights to
+    fp32, and if the weights need no padding.
     """
     native = gate_up_E2FD.dtype == torch.bfloat16 and has_bfloat16()
     trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
@@ -147,8 +147,8 @@ def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
 
 
 def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
-    """Whether a compiled kernel supports these weights, four rows at a time, and is faster than
-    torch's operators.
+    """Whether a compiled kernel supports these weights, whose rows it reads in fours, and is faster
+    than torch's operators.
     """
     dtypes = (torch.float32, torch.bfloat16)
     if ids_NA.numel() == 0 or sum(t.numel() for t in weights) < SMALL:

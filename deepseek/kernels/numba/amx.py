@@ -4,8 +4,8 @@ A thread calls `configure` before it uses tiles and `release` afterwards. A kern
 the processor that it runs on, so on one without AMX these functions emit nothing: a caller passes
 the result of `available` to the kernel and calls them only if it is true.
 
-A product adds A B to C. A has 16 rows of 64 bytes. B holds, in row k, what row k of C is a sum
-over: the elements of each 4 bytes of A's row, for each of 16 columns. C is 16 x 16 numbers of 4
+A product adds A B to C. A has 16 rows of 64 bytes. Row k of B holds, for each of the 16 columns of
+C, the 4 bytes that bytes 4k to 4k + 3 of A's rows are multiplied with. C is 16 x 16 numbers of 4
 bytes. Tiles are given by their numbers 0 to 7, which must be constants.
 
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
@@ -82,7 +82,7 @@ def emit(context: Any, builder: Any, name: str, *args: Any) -> Any:
 def configure_rows(_typing: Any, _rows: Any) -> Any:
     """Give tiles 0 to 5 of the calling thread `rows` rows, 1 to 16, and tiles 6 and 7 all 16.
 
-    So A and C can have fewer rows than B, which lies in tiles 6 and 7.
+    So A and C can have fewer rows than B, which is in tile 6 or 7.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:

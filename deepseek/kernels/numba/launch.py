@@ -55,8 +55,8 @@ class _Closed(JITCodeLibrary):
     """A code library whose functions call only their own copies of other functions.
 
     Otherwise the process that compiles a kernel would run copies that were optimised separately,
-    and every later process, which loads the kernel from the cache, the copies inside it. With
-    fast-math, their last bits differ.
+    while every later process, which loads the kernel from the cache, would run the copies inside
+    it. With fast-math, their last bits differ.
     """
 
     def _optimize_final_module(self) -> None:
@@ -82,8 +82,8 @@ class _KernelCompiler(Compiler):
 
 
 class _KernelCache(FunctionCache):
-    """Numba's cache with a further part of the key. Numba itself sees a change of the file that a
-    kernel is defined in, but none of the files with the functions that it calls.
+    """Numba's cache with one more part in the key. Numba itself notices a change of the file that a
+    kernel is defined in, but not of the files with the functions that it calls.
     """
 
     def __init__(self, kernel: Callable[[Any], None], source: Hashable) -> None:
@@ -105,8 +105,8 @@ def compiled(kernel: Callable[[Any], None], source: Hashable = None) -> int:
 
     Args:
         kernel: function of the address of its arguments.
-        source: stands for the code that the kernel is compiled from; another one compiles it anew.
-            None: that of all kernels (`kernel_sources`).
+        source: part of the cache key that stands for the code of the kernel; if it changes, the
+            kernel is recompiled. None: the checksum of all kernels (`kernel_sources`).
     """
     signature = ((types.CPointer(types.int64),), types.void)
     function: Any = CFunc(kernel, signature, locals={}, options={}, pipeline_class=_KernelCompiler)

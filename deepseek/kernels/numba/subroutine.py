@@ -49,7 +49,7 @@ class _SubroutineCompiler(Compiler):
 
 
 class _Subroutine(CPUDispatcher):
-    """What numba's compiler finds where a kernel calls a subroutine."""
+    """The dispatcher that numba's compiler finds where a kernel calls a subroutine."""
 
     def compile(self, sig: Any) -> object:
         """Return the key under which numba finds the function for these types of arguments."""
@@ -66,7 +66,7 @@ class _Subroutine(CPUDispatcher):
 
     @cached_property
     def _alone(self) -> Callable[..., Any]:
-        """The function with machine code of its own."""
+        """The function compiled to machine code of its own, to be called from Python."""
         return jit(**self.targetoptions)(self.py_func)
 
     def __call__(self, *arguments: Any) -> Any:

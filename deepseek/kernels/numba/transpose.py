@@ -46,8 +46,8 @@ def _transpose(_typing: Any, _source: Any, _row: Any, _target: Any, _row_t: Any)
 def transpose(source, row, target, row_t, rows, columns):  # type: ignore[no-untyped-def]
     """Transpose a matrix of 32-bit words, each size rounded up to a multiple of 16.
 
-    Transposed rows of bf16 numbers are the pairs of the transposed matrix. `row` and `row_t` are
-    the bytes from a row to the next.
+    Transposing rows of bf16 numbers in this way gives the pairs of the transposed matrix. `row` and
+    `row_t` are the bytes from one row to the next.
     """
     for i in range(0, rows, 16):
         for j in range(0, columns, 16):

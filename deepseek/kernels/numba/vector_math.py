@@ -24,7 +24,7 @@ EXP = (
 
 
 def floats(value: float) -> Any:
-    """Return 16 times the same number."""
+    """Return a vector of 16 copies of a number."""
     return ir.Constant(FLOATS, [value] * LANES)
 
 
@@ -33,7 +33,7 @@ def _words(value: int) -> Any:
 
 
 def larger(emit: Emit, a: Any, b: Any) -> Any:
-    """Return the larger one of each two numbers; that of `b` if one is no number."""
+    """Return the elementwise maximum; the element of `b` where either is NaN."""
     return emit.builder.select(emit.builder.fcmp_ordered(">", a, b), a, b)
 
 

@@ -14,7 +14,8 @@ class Documents:
 
     Attributes:
         shape: B and T.
-        slots_NL: index of each token among the B * T tokens; that of the last one at padding.
+        slots_NL: index of each token among the B * T tokens; padding has that of its document's
+            last token.
         real_NL: False at padding.
     """
 
@@ -27,7 +28,7 @@ class Documents:
         """Return the documents of rows without padding (see `context.document_ids`).
 
         Args:
-            position_ids_BT: positions, which do not go on by 1 where a document starts.
+            position_ids_BT: positions; a document starts where they do not increase by 1.
         """
         batch, length = position_ids_BT.shape
         starts_BT = torch.diff(position_ids_BT, dim=-1, prepend=position_ids_BT[:, :1] - 1) != 1
@@ -46,5 +47,5 @@ class Documents:
 
     def join(self, split_NL: Tensor) -> Tensor:
         """Return values `[N, L, ...]` as packed rows `[B, T, ...]`."""
-        # Documents lie in their rows one after the other, so their tokens are in order.
+        # Documents follow each other in their rows, so boolean indexing returns tokens in order.
         return split_NL[self.real_NL].unflatten(0, self.shape)

@@ -1,9 +1,9 @@
 """`ForwardPass` for attached models: a stock decoder that is stopped and resumed at any layer.
 
-The decoder's own `forward` runs every time, so masks, positions and whatever else it computes are
-its own. To stop before a layer, a hook takes the hidden states that enter it and raises an
-exception that only this file catches. To resume there, the layers below return the stored hidden
-states instead of computing them.
+The decoder's own `forward` runs every time, so it computes masks, positions and everything else
+itself. To stop before a layer, a hook takes the hidden states that enter it and raises an exception
+that only this file catches. To resume there, the layers below return the stored hidden states
+instead of computing them.
 
 Some decoders cannot be resumed from hidden states alone, for example if upper layers reuse the
 keys of lower ones. Each layer is checked on a few tokens when it is first cut; where resuming
@@ -52,7 +52,7 @@ class AttachedPass:
         layer: the next layer to run, or the one of which only the attention has run.
         attended: whether the attention of `layer` has run.
         stream_BTD: the residual stream that enters `layer`; None: not computed yet.
-        documents: the documents of packed rows, if the model must run them apart.
+        documents: the documents of packed rows, if each must run in a row of its own; else None.
     """
 
     model: AttachedModel
@@ -117,7 +117,7 @@ class AttachedPass:
         """Run the remaining layers and return what the output head multiplies, `[B, T, D]`.
 
         These are the final hidden states after the norm, scaled if the model scales its logits. The
-        pass itself stays where it is.
+        pass itself does not advance.
 
         Args:
             last: return only the last `last` tokens of each row; None: all tokens.
@@ -156,7 +156,7 @@ class AttachedPass:
         return hidden if self.documents is None else self.documents.join(hidden)
 
     def _before(self, layer: int) -> Callable[[], Any]:
-        """Return what registers a hook that stops the decoder before `layer`."""
+        """Return a function that registers a hook that stops the decoder before `layer`."""
         layers = layers_of(self.model)
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def begin_attached(
     if cache is None and _is_packed(given):
         given.pop(
             "attention_mask", None
-        )  # it is of ones, but a decoder that gets it joins documents
+        )  # all ones, but given a mask, a decoder does not separate documents
         if not traits_of(model).separates_documents:
             documents = Documents.of(given["position_ids"])
     if documents is not None:
@@ -264,8 +264,8 @@ def _is_packed(inputs: Mapping[str, Tensor]) -> bool:
         inputs: the arguments of a decoder: positions and attention mask, if there are any.
 
     Raises:
-        ConfigError: one does, and there is padding, which a stock decoder takes with one document
-            per row only.
+        ConfigError: one does, and there is padding, which a stock decoder supports only with one
+            document per row.
     """
     positions_BT = inputs.get("position_ids")
     if positions_BT is None:
@@ -291,7 +291,7 @@ def can_cut(model: AttachedModel, layer: int) -> bool:
 
 @torch.no_grad()
 def _resumes(model: AttachedModel, layer: int) -> bool:
-    """Return whether a few tokens, stopped before `layer` and resumed, end as they do uncut."""
+    """Return whether stopping before `layer` and resuming changes nothing for a few tokens."""
     traits = traits_of(model)
     arguments = supported(decoder_of(model), input_ids=traits.ids, use_cache=False)
     stream_BTD = AttachedPass(model, arguments, None).run_to(layer)
@@ -314,7 +314,7 @@ INCOMPLETE = (
     TypeError,
     ValueError,
 )
-"""Errors of a decoder whose upper layers lack what the lower ones would have left for them."""
+"""Errors of a decoder whose upper layers lack state that the lower ones would have stored."""
 
 
 @contextmanager

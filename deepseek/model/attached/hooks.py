@@ -2,7 +2,7 @@
 
 A pre-hook on the model and on its decoder notes positions, padding, documents and cache; a hook on
 each feed-forward module adds what the armed experts contribute. With no expert armed the hooks
-return nothing, so the stock code path runs and its bits stay as they are.
+return None, so the stock code path runs, bit for bit.
 """
 
 import inspect
@@ -28,12 +28,12 @@ from deepseek.model.experts.linear_hooks import adapting
 from deepseek.model.prompt_experts import PromptExperts
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the cache among the arguments and outputs of a stock model, the present one first."""
+"""Names of the cache among the arguments and outputs of a stock model, the current one first."""
 
 
 @dataclass
 class AttachedContext:
-    """What armed experts read of one forward pass (see `GateContext` and `ForwardContext`)."""
+    """The context of one forward pass for armed experts (see `GateContext`, `ForwardContext`)."""
 
     position_ids_BT: Tensor
     token_mask_BT: Tensor | None
@@ -54,7 +54,8 @@ class _Current(threading.local):
 
     Attributes:
         passes: their contexts.
-        base: number of those that a call of the model is inside of; an interruption left the rest.
+        base: number of passes up to that of the innermost `running`; when a call of the model
+            starts, any beyond these were left by an interruption.
     """
 
     def __init__(self) -> None:
@@ -217,7 +218,7 @@ class ExpertHooks:
             return
         output.experts = None if ctx is None else ctx.armed
         cache = _cache(output)
-        if cache is not None:  # the model may have made it
+        if cache is not None:  # the model may have created it
             remembering(cache, ExpertMemory(started=True) if ctx is None else ctx.cache)
 
     def _add(
@@ -241,7 +242,7 @@ class ExpertHooks:
 
 
 def _check_recomputation(decoder: nn.Module) -> None:
-    """Check that no layer will be computed again in the backward pass, without its experts.
+    """Check that the backward pass will not recompute a layer, which would omit its experts.
 
     Raises:
         ConfigError: activation checkpointing is on.
@@ -265,7 +266,7 @@ def gate_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def _cache(arguments: Mapping[str, Any]) -> Cache | None:
     """Return the cache among arguments or outputs, under its present or its older name."""
-    # By key, as reading an older name from an output logs a warning.
+    # Look keys up first: reading an older name from an output logs a warning.
     for name in CACHE_NAMES:
         if name in arguments.keys() and isinstance(arguments[name], Cache):  # noqa: SIM118
             cache: Cache = arguments[name]
@@ -274,5 +275,5 @@ def _cache(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def _text_positions(position_ids: Tensor | None) -> Tensor | None:
-    """Return positions `[B, T]`; the first of several axes counts the tokens of a text."""
+    """Return positions `[B, T]`; of several axes `[A, B, T]`, the first counts text tokens."""
     return position_ids[0] if position_ids is not None and position_ids.dim() == 3 else position_ids

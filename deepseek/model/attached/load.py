@@ -14,7 +14,7 @@ from deepseek.model.attached.model import AttachedModel, attach
 from deepseek.model.attached.sites import find_sites
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-"""What `transformers` raises for damaged folders."""
+"""Errors that `transformers` raises for damaged folders."""
 
 
 def is_stock(config: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a stock `transformers` cache must remember for armed experts.
+"""The state of armed experts, kept with a stock `transformers` cache.
 
 `remembering` gives a cache of any class an `ExpertMemory`, and extends its class so that the memory
 is reordered, repeated, selected and reset along with keys and values. A copied cache carries its
@@ -54,7 +54,7 @@ class ExpertMemory:
 
 
 class RemembersExperts(Cache):
-    """The part of a remembering cache's class that keeps its `ExpertMemory` in step."""
+    """Mixin for the class of a cache: keeps its `ExpertMemory` in step with keys and values."""
 
     expert_memory: ExpertMemory
 
@@ -74,7 +74,7 @@ class RemembersExperts(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put the cache back as it was: not with sums of gates in it."""
+        """Whether `crop` can restore an earlier state; running sums of gates cannot be undone."""
         return super().is_croppable and not self.expert_memory.gate_state
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -91,14 +91,14 @@ class RemembersExperts(Cache):
 
 
 def remembering(cache: Cache, memory: ExpertMemory | None = None) -> ExpertMemory:
-    """Return the expert memory of a cache, after giving it one if it has none.
+    """Return the expert memory of a cache; a cache without one gets one.
 
-    A cache that already holds tokens when it gets its memory continues without experts: they have
-    not seen its tokens.
+    A cache that already holds tokens when it gets an empty memory continues without experts,
+    because their gates have not seen its tokens.
 
     Args:
         cache: a cache of any class.
-        memory: the memory to give; None: an empty one.
+        memory: the memory for a cache without one; None: an empty one.
     """
     if not isinstance(cache, RemembersExperts):
         begun = memory is None and int(cache.get_seq_length()) > 0

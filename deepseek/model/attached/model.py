@@ -49,7 +49,7 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        # By its name in the signature, Hugging Face knows that prompts may be embeddings.
+        # Hugging Face looks for this name in the signature to allow embeddings as prompts.
         inputs_embeds: Tensor | None = None,
         prompt_experts: PromptExperts | None = None,
         **kwargs: Any,
@@ -67,7 +67,7 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
             pin(pinned, self.experts, input_ids, inputs_embeds, kwargs.get("attention_mask"))
         prepared: dict[str, Any] = prepare(input_ids, **kwargs)
         if isinstance(pinned, PromptExperts):
-            prepared["prompt_experts"] = pinned  # for the hooks, which take it off again
+            prepared["prompt_experts"] = pinned  # for the hooks, which remove it again
         return prepared
 
     @torch.no_grad()
@@ -75,6 +75,9 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
         """Return each token's log probability given its prefix, in nats, `[B, T - 1]`.
 
         The first token has no prefix and therefore no entry.
+
+        Args:
+            input_ids: token ids `[B, T]`.
         """
         input_ids = input_ids.long()
         logits = self(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
@@ -85,13 +88,13 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
 def attach(model: PreTrainedModel) -> AttachedModel:
     """Give a causal language model of `transformers` a set of experts, `model.experts`.
 
-    Experts stand beside the feed-forward modules of its layers, dense or mixtures;
-    `model.experts.sites` lists them. With no expert armed the model computes the same bits as
-    before, and its state dict, `save_pretrained` and adapters of PEFT never see the experts.
+    Experts run in parallel to the feed-forward modules of its layers, dense or mixtures;
+    `model.experts.sites` lists these. With no expert armed, outputs are bit-identical to before,
+    and the state dict, `save_pretrained` and PEFT adapters never see the experts.
 
     Args:
-        model: the model, on any device and in any dtype. It is changed in place; a model that is
-            attached already stays as it is.
+        model: the model, on any device and in any dtype. It is changed in place; an attached model
+            is returned unchanged.
 
     Returns:
         The same model.
@@ -121,7 +124,7 @@ def attach(model: PreTrainedModel) -> AttachedModel:
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Remove the experts from an attached model without a trace; return the model.
+    """Remove the experts and all hooks from an attached model, and return the model.
 
     Raises:
         ConfigError: the model is not attached.

@@ -1,4 +1,4 @@
-"""A new expert beside an attached model, which starts from rows of the model's own weights."""
+"""Create an expert for an attached model, initialised with rows of the model's own weights."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of the gate and the up projection in a gated feed-forward network."""
 
 FUSED = "gate_up_proj"
-"""Name of a projection whose output is the gate's and the up projection's, one after the other."""
+"""Name of a fused projection: the rows of the gate, then those of the up projection."""
 
 
 def attached_expert(
@@ -21,8 +21,8 @@ def attached_expert(
 ) -> ExpertModule:
     """Return a new fp32 expert on the device of an attached model; its output is initially zero.
 
-    The gate and up projections start as rows of the layer's own feed-forward network if that is
-    gated and has at least `width` rows, and at random otherwise.
+    The gate and up projections are copied from rows of the layer's own feed-forward network if that
+    is gated and has at least `width` rows, and are random otherwise.
 
     Args:
         model: the model.
@@ -47,7 +47,7 @@ def attached_expert(
 
 
 def gate_and_up(ffn: nn.Module, hidden_size: int) -> tuple[Tensor, Tensor] | None:
-    """Return the weights `[F, D]` of a gated feed-forward network, or None if it is another kind."""
+    """Return gate and up weights `[F, D]` of a gated feed-forward network, else None."""
     fused = getattr(getattr(ffn, FUSED, None), "weight", None)
     pairs = [] if fused is None else [fused.chunk(2)]
     for names in GATE_AND_UP:

@@ -25,8 +25,8 @@ NAMES: dict[str, str] = {
     "mixer": r"MLP|MoE|FeedForward",
     "shared_mlp": "",
 }
-"""Name of a layer's child -> pattern that the name of its class must contain. In a layer with
-several of these children, the first one in this table is the site.
+"""Name of a layer's child -> pattern (regular expression) that its class name must contain. In a
+layer with several of these children, the first one in this table is the site.
 """
 
 
@@ -140,7 +140,7 @@ def _layer_list(decoder: nn.Module, count: int) -> nn.ModuleList | None:
 
 
 def _named(block: nn.Module) -> nn.Module | None:
-    """Return the child of a layer that the table names."""
+    """Return the first child of a layer that matches `NAMES`; None if none does."""
     for name, pattern in NAMES.items():
         child = getattr(block, name, None)
         if isinstance(child, nn.Module) and re.search(pattern, type(child).__name__):
@@ -150,7 +150,7 @@ def _named(block: nn.Module) -> nn.Module | None:
 
 @dataclass
 class _Call:
-    """What a module was called with in the probe, and what it returned."""
+    """Arguments and output of a module in the probe."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -161,7 +161,7 @@ class _Call:
 def _probed(
     model: PreTrainedModel, layers: nn.ModuleList, unknown: list[int], width: int
 ) -> dict[int, nn.Module | None]:
-    """Return the feed-forward modules of layers that the table does not know, found by a probe."""
+    """Return the feed-forward modules of layers that `NAMES` does not match, found by a probe."""
     calls: dict[nn.Module, _Call] = {}
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

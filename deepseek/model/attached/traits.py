@@ -1,4 +1,4 @@
-"""What a stock model does with hidden states, documents and logits, measured on a few tokens."""
+"""How a stock model treats hidden states, documents and logits, measured on a few tokens."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -58,18 +58,17 @@ class Traits:
 
     @cached_property
     def logit_cap(self) -> float | None:
-        """The c of a model whose logits z are capped to c tanh(z / c); None: no cap."""
+        """The cap c if logits z are capped to c tanh(z / c); None: no cap."""
         config = self.model.config.get_text_config(decoder=True)
         cap = getattr(config, "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 
     @cached_property
     def logit_scale(self) -> float:
-        """Factor s such that the logits before the cap are s times the output head of the final
-        hidden states.
+        """Factor s such that logits before the cap are s * (final hidden states @ head^T).
 
         Raises:
-            ConfigError: the logits are no such multiple.
+            ConfigError: the logits are not proportional to that product.
         """
         exact = torch.autocast(self.model.device.type, enabled=False)
         with torch.no_grad(), exact, self.model.expert_hooks.running(None):
@@ -106,8 +105,8 @@ class Traits:
 
         Args:
             ids: tokens `[B, T]`.
-            cache: a `base_cache` with the tokens before them, to which they are appended; None:
-                there are none, and nothing is kept.
+            cache: a `base_cache` of the preceding tokens, to which these are appended; None: no
+                preceding tokens, and nothing is cached.
             arguments: further arguments of the decoder.
         """
         if cache is not None and self.cache_name is not None:
@@ -122,16 +121,14 @@ class Traits:
 
     @property
     def cache_name(self) -> str | None:
-        """Name of the decoder's argument for a cache, its present or its older one; None: there is
-        no such argument.
-        """
+        """Name of the decoder's cache argument, current or older; None: it has no such argument."""
         parameters = inspect.signature(decoder_of(self.model).forward).parameters
         return next((name for name in CACHE_NAMES if name in parameters), None)
 
     def base_cache(self) -> DynamicCache | None:
-        """Return an empty cache for `hidden`; None if the decoder takes none of this class."""
+        """Return an empty cache for `hidden`; None if the decoder does not support this class."""
         model: Any = self.model
-        # Some families, such as MiniMax, have an argument for a cache, which is of their own class.
+        # Some families, such as MiniMax, have a cache argument but accept only their own class.
         if self.cache_name is None or not model._supports_default_dynamic_cache():
             return None
         return DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -160,7 +157,11 @@ def layers_of(model: AttachedModel) -> nn.ModuleList:
 
 
 def output_weight(model: AttachedModel) -> Tensor:
-    """Return the weights `[V, D]` of a model's output head."""
+    """Return the weights `[V, D]` of a model's output head.
+
+    Raises:
+        ConfigError: the model has no output head with a weight matrix.
+    """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
@@ -169,7 +170,7 @@ def output_weight(model: AttachedModel) -> Tensor:
 
 
 def supported(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Return the arguments that are not None and that a module's `forward` takes."""
+    """Return the arguments that are not None and that a module's `forward` accepts."""
     parameters = inspect.signature(module.forward).parameters
     return {
         name: value

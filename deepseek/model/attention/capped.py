@@ -1,8 +1,8 @@
 """Exact attention whose scores are capped (Gemma 2, arXiv:2408.00118, section 2).
 
-`scaled_dot_product_attention` of torch has no cap, so scores are computed by matrix products, for
-as many queries at a time as `MAX_SCORES` allows. They are in fp32 whatever the dtype of the inputs
-and of autocast, because rounding scores to bf16 would cost more precision than rounding the output.
+Torch's `scaled_dot_product_attention` has no cap, so scores are computed by matrix products, for as
+many queries at a time as `MAX_SCORES` allows. They are in fp32 whatever the dtype of the inputs and
+of autocast, because rounding scores to bf16 would cost more precision than rounding the output.
 """
 
 import torch

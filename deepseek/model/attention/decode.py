@@ -24,7 +24,7 @@ def reserved_layers(
 ) -> list[ReservedLayer] | None:
     """Return the cache layer of each sequence; None if the kernel cannot append to one of them.
 
-    The kernel reads keys, values and both memories with one dtype.
+    The kernel requires one dtype for the new keys and values and both memories.
 
     Args:
         key_1GRK, value_1GRK: the new keys and values.

@@ -131,7 +131,7 @@ class FullAttention(nn.Module):
     ) -> Tensor:
         """Return the attended values `[1, H, N, K]` of sequences that lie end to end in one row.
 
-        Those of which one token is new are decoded together where that is possible.
+        Sequences with one new token are decoded together if a kernel supports it.
         """
         sequences = ctx.sequences
         biases: list[ScoreBias | None] = (
@@ -179,11 +179,11 @@ class FullAttention(nn.Module):
         """Append one token to each of R sequences and return the attended values `[1, H, R, K]`;
         None, with nothing appended, if this device has no kernel for it.
 
-        A kind with an `attend` of its own may override this as well; without, its sequences are
+        A kind that overrides `attend` may override this as well; otherwise its sequences are
         computed one after another.
 
         Args:
-            inputs: queries, keys and values of the new tokens, which lie in one row.
+            inputs: queries, keys and values of the new tokens, in one row.
             biases: bias of each sequence's scores.
             sequences: context of each sequence.
         """

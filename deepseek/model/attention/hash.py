@@ -70,8 +70,7 @@ class LinearHash(ExactBuffers):
 def hash_file(folder: Path) -> Path:
     """Return the path of the hash file of the model in `folder`.
 
-    It is in a subfolder, because readers take every safetensors file beside config.json for
-    weights.
+    It is in a subfolder, because readers load every safetensors file beside config.json as weights.
     """
     return folder / "lsh" / "hash.safetensors"
 
@@ -112,8 +111,7 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
         base: fingerprint of the weights that the hashes must belong to.
 
     Raises:
-        CheckpointError: the file is missing, is damaged, is no hash file, or belongs to other
-            weights.
+        CheckpointError: the file is missing, damaged, not a hash file, or belongs to other weights.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; make it with `deepseek distill-hash`.")
@@ -163,7 +161,7 @@ def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
                 f"head_dim and lsh_num_buckets, the model has {heads}; set "
                 f"lsh_num_buckets={chosen.num_buckets} or make it anew."
             )
-        # A copy, as moving a module moves it for whoever else has it.
+        # A copy, because moving a module would move it for every other owner too.
         attention.hash = deepcopy(chosen).to(attention.q_proj.weight.device)
 
 

@@ -169,7 +169,7 @@ class LshAttention(FullAttention):
         windows = self.windows
         new = (inputs.key_BGTK, inputs.value_BGTK)
         layers = reserved_layers(*new, sequences, self.layer_idx)
-        # Several rounds may find a key twice, and a far field needs sums; neither is in the kernel.
+        # The kernel supports neither duplicate keys of several rounds nor sums of a far field.
         if layers is None or windows.rounds > 1 or windows.far_field:
             return None
         from deepseek.kernels.decode_attention import Probes

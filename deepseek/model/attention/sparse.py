@@ -1,4 +1,4 @@
-"""LSH attention as a function, on queries, keys and values of one's own."""
+"""LSH attention as a function of queries, keys and values."""
 
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ from deepseek.model.attention.lsh import Hash, random_hash
 MAX_BUCKETS = 1 << 16
 MAX_ROUNDS = 64
 EXACT_TOKENS = 2048
-"""Tokens at the start of a text from which on a query is faster with LSH attention than with exact
-attention, in bf16 on AMX; in fp32 and on other processors it is fewer. It is a constant so that
-results do not depend on the processor, the dtype or the length of the text.
+"""Position from which on a query is faster with LSH attention than with exact attention, in bf16 on
+AMX; in fp32 and on other processors it is lower. It is a constant so that results do not depend on
+the processor, the dtype or the length of the text.
 """
 
 
@@ -100,7 +100,7 @@ def sparse_attention(
     for method in ("query_codes", "key_codes") if hash is not None else ():
         checks.function(f"hash.{method}", getattr(hash, method, None))
     exact = _exact_tokens(exact_tokens, causal and not far_field)
-    # A window longer than the text is no longer than the text; kernels count in int32.
+    # Windows are clipped to the length of the text, because kernels count in int32.
     total = k.shape[2]
     limits: dict[str, Any] = {
         "bucket_window": min(whole("bucket_window", bucket_window, least=1), total),
@@ -113,7 +113,7 @@ def sparse_attention(
     if q.shape[2] < total or document_ids is not None or key_mask is not None:
         early = 0  # left to the kernel, because torch's fast attention has no such masks
     elif early < total and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        early = 0  # two parts with gradients of their own take half as much memory again
+        early = 0  # gradients of two separate parts would take 50 % more memory
     if early == total:
         return _exact(q, k, v, scale).reshape(query.shape)
     if hash is None:
@@ -144,8 +144,8 @@ def sparse_attention(
 
 
 def _without_autocast(q: Tensor) -> torch.autocast:
-    """Return a block that computes in the dtype of its inputs, so that the dtype of a result does
-    not depend on its length where the caller has switched autocast on.
+    """Return a context that disables autocast, so that the dtype of a result is that of the inputs
+    whatever the length.
     """
     return torch.autocast(q.device.type, enabled=False)
 

@@ -31,13 +31,13 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
         """Return the change `[..., F]` for inputs `[..., D]`."""
         narrow = linear(x, self.down)
-        # Factors of several requests are an fp32 tensor, to which a product would be promoted.
+        # Factors of several requests are an fp32 tensor, which promotes the product to fp32.
         scaled = (narrow * (self.scaling * weight)).to(narrow.dtype)
         return linear(scaled, self.up)
 
 
 class AdapterModule(nn.Module):
-    """The changes of one adapter, by the model's own names of the linear layers.
+    """The changes of one adapter, keyed by the model's own names of the linear layers.
 
     Attributes:
         name: name of the adapter.
@@ -130,14 +130,14 @@ class AdapterModule(nn.Module):
 
 
 def match_sites(manifest: LoraManifest, layers: Mapping[str, nn.Linear]) -> dict[str, LoraSite]:
-    """Return the changes of an adapter by a model's own names of the linear layers.
+    """Return the changes of an adapter, keyed by the model's own names of the linear layers.
 
     Args:
         manifest: manifest of the adapter.
         layers: the linear layers of the model.
 
     Raises:
-        PackError: the model has no such layer, or it has another shape.
+        PackError: the model has no such layer, it has another shape, or two changes match it.
     """
     matched: dict[str, LoraSite] = {}
     for site in manifest.sites:

@@ -45,7 +45,7 @@ class Roster:
 
     @property
     def stored(self) -> tuple[ExpertModule, ...]:
-        """The modules whose weights are read when they are needed."""
+        """The modules whose weights stay in their files until they are needed."""
         return tuple(module for module in self.modules if module.stored is not None)
 
     @cached_property
@@ -201,7 +201,7 @@ class ArmedExperts:
         return self.identity_below(None)
 
     def identity_below(self, cut: int | None) -> str | None:
-        """Return the cache key of those of these experts that act up to the attention of a layer.
+        """Return the cache key of the experts that act below the feed-forward network of a layer.
 
         Args:
             cut: the layer; None: all layers. An adapter changes attention too, and counts for every
@@ -263,11 +263,11 @@ class ArmedExperts:
         return y_BTD
 
     def weights(self, layer_idx: int, x_BTD: Tensor, ctx: GateContext) -> Tensor:
-        """Return the weights `[B, T, M]` of the modules at a layer that has some, and update the
-        running sums in `ctx.cache`.
+        """Return the weights `[B, T, M]` of the modules at a layer, and update the running sums in
+        `ctx.cache`.
 
         Args:
-            layer_idx: index of the layer.
+            layer_idx: index of a layer that has at least one module.
             x_BTD: gate input, the normed hidden states.
             ctx: context of the forward pass.
         """
@@ -286,7 +286,7 @@ class ArmedExperts:
             )
             if self.factors:
                 weights_BTM = weights_BTM * weights_BTM.new_tensor(self._factors_of(modules))
-        for trace in tuple(self._traces):  # another thread's block may end meanwhile
+        for trace in tuple(self._traces):  # copied: another thread's block may end meanwhile
             trace.add(modules, layer_idx, weights_BTM)
         return weights_BTM
 
@@ -300,7 +300,7 @@ class ArmedExperts:
         the pass runs on embeddings.
         """
         if self._decided_BM is not None or ctx.input_ids_BT is None:
-            return None  # before the bank is asked for, which copies the tables of its experts
+            return None  # before `relevance` builds the bank, which copies the experts' tables
         bank = self._roster.relevance
         if bank is None:
             return None
@@ -333,7 +333,7 @@ class ArmedExperts:
 def attribution(roster: Roster, weights: Mapping[int, Tensor]) -> Tensor:
     """Return the weights `[B, T, M]` of the modules of a roster, averaged over layers.
 
-    A module none of whose layers has run, as where a pass resumes above them, has weight 0.
+    A module has weight 0 if none of its layers has run, as when a pass resumes above them.
 
     Args:
         roster: the modules.

@@ -11,7 +11,7 @@ MAX_WEIGHT = 2.0
 """Largest weight of an expert: twice what it was trained to add."""
 
 ArmingValue = str | Iterable[str] | Mapping[str, float] | None
-"""What `ExpertSet.arm` and `choose` accept."""
+"""Values that `ExpertSet.arm` and `choose` accept."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Arming:
 
     @staticmethod
     def parse(value: ArmingValue) -> "Arming":
-        """Return the choice that a user writes.
+        """Return the choice that a user's value describes.
 
         Args:
             value: "auto", a name, several names, or name -> weight, where "auto" may be among the
                 names; None: no expert.
 
         Raises:
-            ConfigError: a name is no text, or a weight is not a number above 0 and at most
+            ConfigError: a name is not a string, or a weight is not a number above 0 and at most
                 `MAX_WEIGHT`.
         """
         if value is None:
@@ -54,7 +54,7 @@ class Arming:
 
     @property
     def value(self) -> dict[str, float]:
-        """The choice as `parse` reads it."""
+        """The choice as name -> weight, which `parse` accepts."""
         auto = {} if self.auto is None else {AUTO: self.auto}
         return {**self.named, **auto}
 
@@ -68,7 +68,9 @@ class Arming:
         return self.named.get(name, self.auto if helps else None)
 
     def over(self, default: "Arming") -> "Arming":
-        """Return this choice of a request, in which "auto" stands for the default choice.
+        """Return this choice of a request, with "auto" replaced by the default choice.
+
+        The weight of "auto" multiplies the default's weights, up to `MAX_WEIGHT`.
 
         Args:
             default: the choice for requests that make none.

@@ -114,7 +114,7 @@ class ExpertSet:
     def max_experts(self) -> int:
         """Maximum number of modules that fire at one token, from the next sequence on (default 5).
 
-        Setting it raises `ConfigError` unless it is a positive whole number.
+        Setting it raises `ConfigError` unless it is a positive integer.
         """
         return self._state.max_experts
 
@@ -141,8 +141,8 @@ class ExpertSet:
             source: path of a pack file, name of a trained expert, or a pack in memory.
             prepare: called with the module before it is plugged, for set-up that must be complete
                 before the module can fire; None: no set-up.
-            in_place: take the place of the plugged module of its name, if there is one, in a single
-                step, armed as that was.
+            in_place: replace the plugged module of the same name, if any, in a single step and keep
+                its arming.
 
         Returns:
             The plugged module's details.
@@ -150,6 +150,7 @@ class ExpertSet:
         Raises:
             PackError: the pack is damaged, belongs to another base, is refused by `policy`, or has
                 the name of a plugged module without `in_place`. Nothing is changed then.
+            ConfigError: `source` has another type.
         """
         if not isinstance(source, str | Path | ExpertPack):
             raise ConfigError(f"source={shown(source)} must be a path or an ExpertPack.")
@@ -168,8 +169,8 @@ class ExpertSet:
                     f"An expert named {module.name} is plugged already; unplug it first or train "
                     "this one under another name."
                 )
-            state = self._current()  # all modules are in one place, so `_current` looks at one
-            self._install(state.having(plugged), state.arming)  # takes the place of its namesake
+            state = self._current()  # first moves the others: all modules share device and dtype
+            self._install(state.having(plugged), state.arming)  # replaces one of the same name
         return self._state.info(plugged)
 
     def unplug(self, name: str) -> None:
@@ -288,7 +289,7 @@ class ExpertSet:
     def relevance(self, ids: Sequence[int]) -> dict[str, float]:
         """Return the relevance of a user's text minus the threshold of each armed expert, in nats.
 
-        A value above 0 means that the expert is admitted.
+        A value above 0 means that the expert is admitted. Empty if no armed expert has a table.
 
         Args:
             ids: token ids of the user's messages.
@@ -317,7 +318,7 @@ class ExpertSet:
         Args:
             arm: "auto" for the modules that are armed now; else one name, several names, or None.
                 A mapping sets weights (see `arm`). Named modules are always admitted, without a
-                relevance test; with "auto" among them, so are those that it admits.
+                relevance test; with "auto" among them, those that "auto" admits are added.
             deny: names to exclude in any case; they need not be plugged.
             max_experts: maximum number of modules that fire at one token; None: the limit of this
                 set.
@@ -326,17 +327,17 @@ class ExpertSet:
             document: token ids of a text to continue, in place of `user_ids`. With "auto", experts
                 that the text rules out are not admitted. Without `user_ids` and `document`,
                 relevance is accumulated token by token.
-            expert_bytes: returns the memory of a sequence's experts. Those that "auto" admits, at
-                most `CANDIDATES`, are left out where they do not fit into the budget of
-                `weight_cache`, those with the least evidence first; None: they all fit.
+            expert_bytes: returns the memory of a sequence's experts. Of those that "auto" admits,
+                at most `CANDIDATES`, the ones that exceed the budget of `weight_cache` are left
+                out, those with the least evidence first; None: they all fit.
 
         Returns:
             The experts, or None if there is no candidate.
 
         Raises:
             PackError: a name in `arm` is not plugged.
-            ConfigError: `max_experts` is below 1, names or ids are none, or a weight is out of
-                range.
+            ConfigError: `max_experts` is below 1, names are not strings, ids are not token ids, or
+                a weight is out of range.
         """
         requested = Arming.parse(arm)
         denied = set(checks.texts("deny", deny))

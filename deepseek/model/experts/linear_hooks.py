@@ -1,8 +1,8 @@
 """Where adapters act: hooks on the linear layers of a model.
 
-A hook asks the armed experts of the running pass for their change to the layer's output. Where no
-adapter is armed, it returns nothing, and the layer's own output goes on untouched. Hooks are kept
-out of the state dict and need no change in a model's code, so they work on any model.
+A hook asks the armed experts of the running pass for their change to the layer's output. If no
+adapter is armed, it returns None and leaves the layer's output untouched. Hooks are kept out of the
+state dict and need no change in a model's code, so they work on any model.
 """
 
 import secrets
@@ -40,7 +40,7 @@ def adapting(armed: Any) -> AbstractContextManager[None]:
     """Return a context in which the hooks of linear layers apply the adapters of a pass.
 
     Args:
-        armed: the armed experts; None, or experts without an adapter: no hook does anything.
+        armed: the armed experts; None, or experts without an adapter: the hooks do nothing.
     """
     return _Scope(armed if armed is not None and armed.adapts else None)
 
@@ -77,13 +77,13 @@ class SiteHook:
     Args:
         site: name of the layer in the model.
         layer: the layer.
-        table: mark of the table that has no other living hook on the layer.
+        table: mark of the `HookTable` that owns the hook and has no other live one on the layer.
     """
 
     def __init__(self, site: str, layer: nn.Linear, table: str) -> None:
         self.layer = layer  # keeps its id, by which the table finds this hook, from being reused
         owners = _owners(layer)
-        # A copied model's layers have copies of the hooks; a second hook would add twice.
+        # A copied model's layers have copies of the hooks; a second hook would add changes twice.
         if any(owner != table for owner in owners.values()):
             return
         # One of the same table is about to be removed: the last adapter that needed it is gone, but
@@ -91,7 +91,7 @@ class SiteHook:
         for handle_id in owners:
             layer._forward_hooks.pop(handle_id, None)
         # The hook must not refer to this object, or it would never be collected; and a model with
-        # hooks must stay picklable, so the hook is no closure.
+        # hooks must stay picklable, so the hook is not a closure.
         handle = layer.register_forward_hook(partial(_adapt_output, site, table))
         weakref.finalize(self, handle.remove)
 
@@ -99,7 +99,7 @@ class SiteHook:
 def _owners(layer: nn.Linear) -> dict[int, str]:
     """Return the marks of the tables of a layer's hooks, by the id of their handle."""
     hooks = layer._forward_hooks
-    # Over a copy, as a finaliser may remove a hook at any time, in any thread.
+    # Iterate over a copy: a finaliser may remove a hook at any time, in any thread.
     found = [(handle_id, hooks.get(handle_id)) for handle_id in tuple(hooks)]
     return {
         handle_id: hook.args[1]
@@ -113,7 +113,7 @@ class HookTable:
 
     def __init__(self) -> None:
         self._hooks: weakref.WeakValueDictionary[int, SiteHook] = weakref.WeakValueDictionary()
-        # Tells the hooks of this table from those that a copy of the model has brought along.
+        # Tells the hooks of this table from those that copying a model has brought along.
         self._mark = secrets.token_hex(8)
         self._lock = threading.RLock()
 

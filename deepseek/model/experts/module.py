@@ -34,12 +34,12 @@ F = TypeVar("F", bound=Form)
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Where the weights of a module are that is not kept in memory.
+    """Where the weights of a module are stored if they are not kept in memory.
 
     Attributes:
         file: the pack.
-        cache: what of it is in memory.
-        dtype, device: of the weights in memory.
+        cache: keeps the weights that have been read.
+        dtype, device: dtype and device of the weights once read.
     """
 
     file: PackFile
@@ -56,7 +56,7 @@ class ExpertModule(nn.Module):
         stored: the file from which the weights are read when they are needed; None: they are in
             memory.
         gates: layer -> detection row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed
-            in closed form, not trained, so it is no parameter. The initial zeros never fire.
+            in closed form, not trained, so it is not a parameter. The initial zeros never fire.
         moments: layer -> `[MOMENTS, D]` in fp32, moments of the gate inputs on the module's
             training text (see `gate.contrasts`).
         relevance: log-odds table of the module's domain (see `model/experts/relevance.py`); None:
@@ -65,8 +65,8 @@ class ExpertModule(nn.Module):
         digest: content digest of the pack that the module came from; "" if created in memory.
 
     Raises:
-        ConfigError: the name is no text, a layer or a size is no positive whole number, or a layer
-            is repeated.
+        ConfigError: the name is not a string, a size is not a positive integer, or `layers` is
+            empty, has a repeated layer or an invalid index.
     """
 
     def __init__(self, name: str, layers: Sequence[int], hidden_size: int, width: int) -> None:
@@ -159,7 +159,7 @@ class ExpertModule(nn.Module):
         return copied
 
     def store(self, file: PackFile, cache: WeightCache) -> None:
-        """Drop the weights and read them from now on when they are needed.
+        """Drop the weights; from now on they are read when they are needed.
 
         Args:
             file: the pack that this module comes from.
@@ -167,14 +167,16 @@ class ExpertModule(nn.Module):
         """
         self.stored = StoredWeights(file, cache, self.dtype, self.device)
         self.ffn = ExpertLayers()
-        # Tensors that were read together share one buffer, which the copies let go.
+        # Tensors that were read together share one buffer; the copies let it be freed.
         self.gates = {layer: gate.clone() for layer, gate in self.gates.items()}
         self.moments = {layer: moments.clone() for layer, moments in self.moments.items()}
         if self.relevance is not None:
             self.relevance = self.relevance.copied()
 
     def form(self, make: "Callable[[ExpertModule], F]") -> F:
-        """Return the weights in another form, made once for as long as the module is in memory.
+        """Return the weights in another form, which is made once and then kept.
+
+        The form of stored weights is kept in the cache, which may evict it.
 
         Args:
             make: makes the form of a module.
@@ -190,7 +192,7 @@ class ExpertModule(nn.Module):
         return cast(F, self._forms[make])
 
     def made_form(self, make: "Callable[[ExpertModule], F]") -> F | None:
-        """Return the weights in another form if they are in memory in it."""
+        """Return the weights in another form if that is in memory, else None."""
         if self.stored is not None:
             return self.stored.cache.peek(self, make)
         return cast(F | None, self._forms.get(make))
@@ -224,7 +226,7 @@ class ExpertModule(nn.Module):
             moments: moments `[MOMENTS, D]` of the domain; None: keep the present ones.
 
         Raises:
-            ConfigError: the module has no such layer, a shape or a value is wrong.
+            ConfigError: the module has no such layer, or a shape or a value is wrong.
         """
         if layer not in self.layers:
             raise ConfigError(f"layer={shown(layer)} must be one of {self.layers}.")
@@ -267,7 +269,7 @@ class ExpertModule(nn.Module):
             dtype: dtype of the stored weights.
 
         Raises:
-            ConfigError: a value is none that a manifest may hold.
+            ConfigError: a value is not valid in a manifest.
         """
         if dtype not in DTYPE_NAMES:
             valid = ", ".join(DTYPES)
@@ -348,7 +350,7 @@ def read_weights(module: ExpertModule) -> ExpertLayers:
     """
     stored = module.stored
     assert stored is not None
-    with torch.inference_mode(False):  # others may use them where gradients are recorded
+    with torch.inference_mode(False):  # later passes may record gradients through them
         pack = stored.file.read()
         return ExpertModule.from_pack(pack, stored.dtype, stored.device).ffn
 

@@ -135,7 +135,7 @@ class RaggedExperts:
                 adapter = part.armed.strongest_adapter
                 names[start : start + part.length] = [adapter] * part.length
             modules = group.roster.modules
-            # Without weights no layer of these modules has run, as the pass resumed above them.
+            # Without weights, no layer of these modules has run: the pass resumed above them.
             if not group.weights:
                 continue
             best = attribution(group.roster, group.weights)[0].max(dim=-1)

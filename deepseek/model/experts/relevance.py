@@ -3,14 +3,14 @@
 A gate reads hidden states. It recognises its domain after a few tokens, but it also fires on kinds
 of text that its public calibration set lacks. Relevance complements it: tables hold the log-odds of
 tokens, and of pairs of neighbouring tokens, for the expert's domain against all other text
-(`train/gates/relevance.py`), and what is unfamiliar never counts as evidence for the domain.
+(`train/gates/relevance.py`), and unfamiliar text never counts as evidence for the domain.
 
 In a conversation, an expert is admitted only if the tokens of the user's messages as a whole give
-more evidence than a threshold, and their pairs do not speak against it. In a document, pairs give
-the evidence: they hold the names of a code base, which tell it from others of the same language. It
-is added to the gate scores token by token (`experts/gate.py`). Evidence accumulates as in a
-sequential probability ratio test (Wald, 1945), but decays with a half-life, so that a text may
-change its subject.
+more evidence than a threshold, and their pairs do not rule it out. In a document, pairs give the
+evidence: they hold the names of a code base, which tell it from others of the same language. It is
+added to the gate scores token by token (`experts/gate.py`). Evidence accumulates as in a sequential
+probability ratio test (Wald, 1945), but decays with a half-life, so that a text may change its
+subject.
 """
 
 from collections.abc import Sequence
@@ -45,15 +45,15 @@ PASSAGE = 128
 """Tokens of the passages of public text that documents are compared with."""
 
 NATS_PER_CANDIDATES = 8.0
-"""Evidence in nats at the end of a passage that is asked for in addition when there are e times as
-many candidates. By Bayes' rule it would be 1, if pairs were independent; they are not.
+"""Additional evidence, in nats at the end of a passage, that is required for e times as many
+candidates. By Bayes' rule it would be 1 if pairs were independent; they are not.
 """
 
 RULED_OUT = -NATS
 """Evidence in nats, offset included, at or below which a prompt rules out an expert."""
 
 NO_TOKEN = -1
-"""In place of a token before the first one."""
+"""Stands for the missing token before the first one."""
 
 
 def pair_slots(before: Tensor, ids: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def pair_slots(before: Tensor, ids: Tensor) -> Tensor:
 
 
 def token_weights(length: int, decay: float) -> Tensor:
-    """Return the weight of each of so many tokens after the last one, fp64 `[N]`."""
+    """Return the weights of `length` tokens after the last one has been read, fp64 `[N]`."""
     ages_N = torch.arange(length - 1, -1, -1, dtype=torch.float64, device="cpu")
     weights_N: Tensor = decay**ages_N
     return weights_N
@@ -77,8 +77,8 @@ PASSAGE_WEIGHT = float(token_weights(PASSAGE, DOCUMENT_DECAY).sum())
 
 
 def price_of(candidates: int) -> float:
-    """Return the evidence per token, in nats, that a document must give in addition because so many
-    modules are candidates.
+    """Return the additional evidence per token, in nats, that a document must give when there are
+    this many candidates.
     """
     return NATS_PER_CANDIDATES * log(candidates) / PASSAGE_WEIGHT
 
@@ -113,7 +113,7 @@ class Relevance:
         return evidence + self.offset * float(weights_N.sum()) > RULED_OUT
 
     def copied(self) -> "Relevance":
-        """Return the tables in memory of their own."""
+        """Return a copy that shares no memory with these tables."""
         pairs_S = None if self.pairs_S is None else self.pairs_S.clone()
         return replace(self, table_V=self.table_V.clone(), pairs_S=pairs_S)
 
@@ -250,8 +250,8 @@ class RelevanceBank:
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return by how much a conversation is above each module's threshold `[B, M]`, in nats.
 
-        It is also below if its pairs would rule the module out in a document, as those of code of
-        another project do that somebody asks about.
+        It is also below if its pairs would rule the module out in a document, as in a question
+        about code of another project.
         """
         sums_BM = _final_sums(self.evidence(ids_BT), DECAY, counted_BT)
         above_BM = sums_BM[:, :-1] - self.threshold_M
@@ -277,7 +277,7 @@ class RelevanceBank:
     def whole_document(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return a document's evidence for each module `[B, M]`, in nats, offset included.
 
-        It is that which `accumulate` arrives at, without the sums on the way.
+        It equals that of the last sums of `accumulate`, without computing those before.
         """
         read_BT = ids_BT if counted_BT is None else ids_BT.where(counted_BT, NO_TOKEN)
         before_BT = F.pad(read_BT[:, :-1], (1, 0), value=NO_TOKEN)
@@ -289,7 +289,7 @@ def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor, longest: int
     """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none.
 
     Args:
-        tables: the tables; None: none.
+        tables: one per module; None for a module without a table.
         entries_BT: indices into the longest of them; a shorter one is 0 beyond its end.
         longest: number of entries of the longest table.
     """

@@ -76,8 +76,8 @@ class PlugState:
     """Everything that plugging and arming change.
 
     The state is replaced as a whole, so that readers without the lock always see a consistent one.
-    What follows from it is computed when it is first asked for, so that plugging one expert among
-    a thousand costs what plugging the first did.
+    Derived values are computed at first use, so that plugging one expert among a thousand costs as
+    much as plugging the first.
 
     Attributes:
         plugged: the plugged modules, sorted by content digest.
@@ -136,7 +136,7 @@ class PlugState:
         return weights
 
     def having(self, expert: Plugged) -> tuple[Plugged, ...]:
-        """Return the plugged modules and one more, in place of the one of its name, sorted by
+        """Return the plugged modules with one added, which replaces one of the same name, sorted by
         content digest.
         """
         plugged = list(self.without(expert.manifest.name))
@@ -144,7 +144,7 @@ class PlugState:
         return tuple(plugged)
 
     def without(self, name: str) -> tuple[Plugged, ...]:
-        """Return the plugged modules but one, which need not be there."""
+        """Return the plugged modules without the one of this name, if there is one."""
         return tuple(expert for expert in self.plugged if expert.manifest.name != name)
 
     @property
@@ -158,8 +158,8 @@ class PlugState:
     def placed(self, device: torch.device, dtype: torch.dtype) -> tuple[Plugged, ...]:
         """Return the plugged modules with their weights on a device, in a dtype.
 
-        They are copies where they move, so that sequences in flight, and the original of a copied
-        model, keep theirs.
+        They are copies, so that sequences in flight, and the original of a copied model, keep
+        theirs.
         """
         with recordable():
             return tuple(
@@ -196,8 +196,8 @@ class PlugState:
 
 
 def recordable() -> AbstractContextManager[None]:
-    """Return a context in which weights are made that later passes may record gradients through,
-    even if the caller infers in `torch.inference_mode`.
+    """Return a context for creating weights through which later passes can record gradients, even
+    if the caller is in `torch.inference_mode`.
     """
     return torch.inference_mode(False)
 
@@ -259,7 +259,7 @@ def fitting(
     if weight_cache.limit is None:
         return names
     modules = (state.by_name[name].module for name in names)
-    armed = ArmedExperts(roster_with(modules, None))  # without gates, which would be solved
+    armed = ArmedExperts(roster_with(modules, None))  # None: do not build the gates
     sizes = {module.name: nbytes for module, nbytes in expert_bytes(armed).items()}
     return weight_cache.fitting(names, needed, sizes)
 

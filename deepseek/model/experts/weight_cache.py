@@ -10,7 +10,7 @@ from deepseek.errors import ConfigError
 
 
 class Expert(Protocol):
-    """What has weights: an expert module."""
+    """An object with weights: an expert module."""
 
     name: str
 
@@ -30,17 +30,17 @@ Sizes = Mapping[E, int]
 """Experts whose weights are read when needed -> bytes that a sequence needs for them."""
 
 Forms = dict[Callable[..., Form], Form]
-"""What makes a form -> the form."""
+"""Function that makes a form -> the form."""
 
 
 class WeightCache:
-    """The weights of the experts that are read from their pack files when they are needed.
+    """A cache of expert weights that are read from their pack files when they are needed.
 
-    Those that were used least recently leave when others need their memory, except those that
-    running requests have reserved. All methods are thread safe.
+    The least recently used are evicted when others need their memory, except those that running
+    requests have reserved. All methods are thread-safe.
 
     Args:
-        limit: budget in bytes; None: experts stay in memory, and nothing is kept here.
+        limit: budget in bytes; None: experts stay in memory, and this cache stays empty.
 
     Attributes:
         limit: as passed. A change applies to experts that are plugged later.
@@ -51,8 +51,8 @@ class WeightCache:
         self.limit = limit
         self.loads = 0
         self._lock = threading.RLock()
-        # From the least to the most recently used. Weak: an unplugged expert leaves with its last
-        # sequence.
+        # From the least to the most recently used. Weak: the forms of an unplugged expert are freed
+        # with its last sequence.
         self._forms: WeakKeyDictionary[Expert, Forms] = WeakKeyDictionary()
         self._reserved: Counter[tuple[Expert, int]] = Counter()
 
@@ -80,18 +80,18 @@ class WeightCache:
             PackError: the expert's file was changed.
         """
         form = self.peek(module, make)
-        made = make(module) if form is None else form  # without the lock, for it takes a while
+        made = make(module) if form is None else form  # outside the lock, because it is slow
         with self._lock:
             if self.peek(module, make) is None:
                 self.loads += form is None
                 self._free(made.nbytes, module.name, making=module)
             forms = self._forms.pop(module, {})
             forms[make] = forms.pop(make, made)
-            self._forms[module] = forms  # the last one now, as its form is
+            self._forms[module] = forms  # reinserted, so that it is the most recently used
             return cast(F, forms[make])
 
     def peek(self, module: E, make: Callable[[E], F]) -> F | None:
-        """Return the weights of an expert in one form if they are in memory."""
+        """Return the weights of an expert in one form if they are in memory, else None."""
         with self._lock:
             return cast(F | None, self._forms.get(module, {}).get(make))
 
@@ -124,13 +124,13 @@ class WeightCache:
         return tuple(fitting)
 
     def reserve(self, sizes: Sizes[E]) -> bool:
-        """Reserve memory for the experts of a sequence, and free it.
+        """Reserve memory for the experts of a sequence, evicting others if needed.
 
         Args:
             sizes: bytes of each expert, as `check` accepts them.
 
         Returns:
-            Whether there is enough beside what others have reserved; if not, nothing has changed.
+            Whether it fits beside what others have reserved; if not, nothing has changed.
         """
         with self._lock:
             reserved = {*self._reserved, *sizes.items()}
@@ -144,7 +144,7 @@ class WeightCache:
             return True
 
     def release(self, sizes: Sizes[E]) -> None:
-        """Give back what `reserve` has reserved."""
+        """Release the memory that `reserve` has reserved."""
         with self._lock:
             self._reserved -= Counter(dict.fromkeys(sizes.items(), 1))
 
@@ -156,18 +156,22 @@ class WeightCache:
         return items
 
     def _free(self, nbytes: int, name: str, making: Expert | None = None) -> None:
-        """Drop what was used least recently until there is room for so many more bytes.
+        """Evict the least recently used forms until `nbytes` more bytes fit into the budget.
 
         Args:
-            nbytes: the bytes.
-            name: of an expert, for the error message.
-            making: an expert of which a form of this size is made; None: none is.
+            nbytes: number of bytes.
+            name: name of the expert, for the error message.
+            making: expert whose form of this size is being made; None: none.
+
+        Raises:
+            ConfigError: they do not fit beside what is reserved.
         """
         if self.limit is None:
             return
         left = self.limit - self.nbytes
         items = self._items()
-        # Of several forms of one size, a reservation holds one: the latest, or the one to come.
+        # Of an expert's forms of one size, a reservation keeps one: the latest, or the one that is
+        # being made.
         latest = {(module, form.nbytes): make for module, make, form in items}
         held = self._reserved.keys() - {(making, nbytes)}
         for module, make, form in items:

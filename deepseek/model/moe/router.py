@@ -68,8 +68,8 @@ class Router(nn.Module, ABC):
                 choose experts.
 
         Raises:
-            ConfigError: x has another width or is not floating point, or `choice` is of other
-                tokens or other experts, or of another number of them.
+            ConfigError: x has another width or is not floating point, or `choice` does not match
+                the number of tokens, or this router's experts or `choice_width`.
         """
         checks.tensor("x", x, "real", width=self.input_dim, empty=True)
         if choice is not None:
@@ -315,7 +315,7 @@ def _topk(config: ModelConfig) -> Router:
 
 
 def _dense(config: ModelConfig) -> Router:
-    """Return a router of every token to every expert, the upper bound for sparse routing."""
+    """Return a router that sends every token to every expert, the upper bound of sparse routing."""
     return TopKRouter(
         config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0
     )

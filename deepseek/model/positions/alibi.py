@@ -35,7 +35,7 @@ class AlibiBias(ScoreBiasSource):
 def slopes(heads: int) -> list[float]:
     """Return the slope of each head (arXiv:2108.12409, section 3).
 
-    The slopes are powers of 2 down to 2^-8. For a number of heads that is no power of 2, the
+    The slopes are powers of 2 down to 2^-8. If the number of heads is not a power of 2, the
     remaining heads get slopes in between.
     """
     whole = 2 ** int(math.log2(heads))

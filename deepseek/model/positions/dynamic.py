@@ -107,7 +107,7 @@ class DynamicBias(ScoreBiasSource):
         return not any(bool(parameter.any()) for parameter in starts)
 
     def tables(self) -> Tensor:
-        """Return the bias by distance A, then U, which the contexts shift it by: `[H, M + 1, 32]`.
+        """Return A, the bias by distance, then U, its shifts by context: `[H, M + 1, 32]`.
 
         Distances of half the training length or more share one value, because each of them is rare
         in training or never occurs.
@@ -149,7 +149,7 @@ class DynamicBias(ScoreBiasSource):
         )
         stored = 0 if state.values is None else state.values.shape[-1]
         if stored < ctx.past:
-            # A pass without gradients stores nothing while the bias is zero, and kappa with it.
+            # Passes without gradients store nothing while the bias, and thus kappa, is zero.
             state.append(sums_BHT.new_zeros(*sums_BHT.shape[:2], ctx.past - stored))
         return state.append(sums_BHT if state.values is None else state.values[..., -1:] + sums_BHT)
 

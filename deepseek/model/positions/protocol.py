@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class PreparedPositions(Protocol):
     """Applies the positions of one forward pass to queries `[B, H, T, K]` and keys.
 
-    Keys have the shape `[B, G, T, K]`. Layers with a sliding window say so, as they may have a
-    rotary base of their own.
+    Keys have the shape `[B, G, T, K]`. `windowed` is True for layers with a sliding window, which
+    may have a rotary base of their own.
     """
 
     def __call__(
