@@ -21,7 +21,7 @@ from deepseek.registry import nearest
 OWN_TYPE = "deepseek_dmoe"
 
 MAX_LAYERS = 1024
-"""Most layers of a model, as in a pack's manifest."""
+"""Maximum layers of a model, as in a pack's manifest."""
 
 _COMMON_FIELDS = (
     "vocab_size",
@@ -91,7 +91,7 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
     layers = range(values["num_hidden_layers"])
     types = values.get("layer_types")
     bias = bool(values.get("attention_bias"))
-    # Not of `values`: some classes take a `head_dim` that they do not declare.
+    # Not from `values`: some classes take a `head_dim` that they do not declare.
     common = {name: getattr(hf_config, name, None) for name in _COMMON_FIELDS}
     ours: dict[str, Any] = {
         name: value
@@ -195,7 +195,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             f"num_hidden_layers={shown(layers)} in config.json is no number of layers; fetch the "
             "model again."
         )
-    # As `AutoConfig` has it: only this class reads which of Mistral's layers have a window.
+    # As in `AutoConfig`: only this class reads which of Mistral's layers have a window.
     kind = "ministral" if family == "mistral" and raw.get("layer_types") else family
     try:
         hf_config = CONFIG_MAPPING[kind](**raw)
@@ -246,7 +246,7 @@ def convert_tensors(
         config: `ModelConfig` fields of the model to load.
 
     Raises:
-        CheckpointError: a matrix of an expert is missing.
+        CheckpointError: a matrix of an expert is missing, or those of experts differ in shape.
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     four = bool(config.get("post_norms"))
@@ -270,8 +270,8 @@ def restore_names(
     Args:
         tensors: name and tensor of every weight of the checkpoint.
         changed: changed tensors under our names.
-        tied: our names of tensors that are others under a second name; the checkpoint's copies of
-            them are left out, as readers would take an old copy for a tensor of its own.
+        tied: our names of tensors that are tied to others; the checkpoint's copies of them are left
+            out, as readers would load a stale copy as an independent tensor.
 
     Returns:
         The tensors, or None if a changed tensor corresponds to several in the checkpoint (stacked

@@ -13,7 +13,7 @@ from deepseek.checkpoint.store import temporary_path
 from deepseek.errors import ConfigError, DataError, UserError
 
 LONGEST_NAME = 255
-"""Most bytes of one part of a path, as on all file systems in use."""
+"""Maximum bytes of one part of a path, as on all file systems in use."""
 
 DEVICES = Path("/dev")
 """Folder of the devices, where a file that replaced one would break other programs."""
@@ -35,8 +35,8 @@ def located(path: str | Path) -> Path:
 
 
 def stored_model_name(name: str) -> str:
-    """Return a model's name as a run stores it: of a local folder or GGUF file the absolute path,
-    so that it means the same from any working folder; any other name as it is.
+    """Return a model's name as a run stores it: the absolute path of a local folder or GGUF file,
+    so that it means the same from any working folder; other names unchanged.
 
     Links are not followed, as one may be set to a newer model on purpose.
 
@@ -51,7 +51,7 @@ def stored_model_name(name: str) -> str:
         path = Path(name).expanduser()
         is_local = path.is_dir() or path.is_file()
         return os.path.normpath(path.absolute()) if is_local else name
-    except (OSError, RuntimeError, ValueError):  # no such user, or a path that cannot be
+    except (OSError, RuntimeError, ValueError):  # no such user, or an impossible path
         return name
 
 
@@ -129,8 +129,8 @@ def writable_folder(path: str | Path, mark: str | None = None) -> Path:
 
     Args:
         path: the folder, which need not exist.
-        mark: a file by which an existing folder may be replaced, such as `config.json`: another one
-            that is not empty is refused. None: the folder is added to, not replaced.
+        mark: name of a file, such as `config.json`, that marks a folder as replaceable: any other
+            folder that is not empty is refused. None: the folder is added to, not replaced.
 
     Raises:
         ConfigError: the path is a file, holds something else, or cannot be written to.
@@ -150,7 +150,7 @@ def writable_folder(path: str | Path, mark: str | None = None) -> Path:
 def is_special(file: Path) -> bool:
     """Return whether a path is a named pipe or a device, at which reading would wait or never end.
 
-    A socket is none: it cannot be opened, so nothing waits.
+    A socket is not one: it cannot be opened, so nothing waits.
     """
     try:
         mode = file.stat().st_mode

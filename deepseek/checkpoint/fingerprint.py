@@ -123,7 +123,7 @@ def _cached(
     states = [_state(file) for file in sources]
     cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
-    with suppress(CheckpointError):  # a spoilt cache is written anew
+    with suppress(CheckpointError):  # a damaged cache is rewritten
         cached = read_object(cache_file)
         if cached.keys() == {*names} and all(isinstance(each, str) for each in cached.values()):
             return cached
@@ -134,8 +134,8 @@ def _cached(
 
 
 def _state(file: Path) -> tuple[str, int, int, int, int]:
-    """Return what changes with a file's content: path in hexadecimal, as it may be no UTF-8, inode,
-    bytes, and both times in ns. A copy may keep size and modification time.
+    """Return a file's path (in hexadecimal, as it may not be UTF-8), inode, bytes, and times of
+    modification and change in ns. A copy may keep size and modification time.
     """
     status = file.stat()
     path = os.fsencode(file.resolve()).hex()

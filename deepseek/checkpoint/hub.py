@@ -49,7 +49,7 @@ HUB_ID = re.compile(
 """The ids that the hub's client accepts; `./folder` and `../folder` are paths."""
 
 LONGEST_STEM = 100
-"""Characters of a GGUF file's name in that of its folder: file systems limit its length."""
+"""Maximum characters of a GGUF file's name in that of its folder; file systems limit its length."""
 
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
@@ -77,7 +77,7 @@ def names_file(name: str) -> bool:
     """Return whether a model's name is the path of a file, or of a GGUF file that is missing.
 
     Raises:
-        HubError: there is no such user, or the path cannot be.
+        HubError: there is no such user, or the path is impossible.
     """
     with _possible_path(name):
         path = Path(name).expanduser()
@@ -86,7 +86,7 @@ def names_file(name: str) -> bool:
 
 @contextmanager
 def _possible_path(name: str | Path) -> Iterator[None]:
-    """Raise `HubError` if the block finds that a name is no path, such as one of no such user."""
+    """Raise `HubError` if the block fails because a name is not a possible path."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -163,9 +163,9 @@ def _checked(folder: Path) -> Path:
 
 
 def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
-    """Convert a GGUF file, once for its content, and return the folder.
+    """Convert a GGUF file, unless one of the same content was converted before; return the folder.
 
-    The file of a known model gives that model, so that the same experts fit it.
+    The GGUF file of a known model gives that model's folder, so that its experts fit.
     """
     from deepseek.checkpoint.gguf.convert import convert_gguf
     from deepseek.checkpoint.gguf.reader import read_gguf

@@ -63,14 +63,14 @@ TERMS = re.compile(
     re.IGNORECASE,
 )
 """Names of the files with a model's card and terms. TERMS alone, or after a vendor's name, is in
-capitals: `search_terms.txt` is none of them.
+capitals: `search_terms.txt` does not match.
 """
 
 
 def read_licence(folder: Path) -> Licence:
     """Return the licence that the model card in a folder states.
 
-    A card without front matter, or with one that is no YAML, or none at all, gives `Licence()`.
+    A card that is missing, has no front matter, or has malformed YAML in it gives `Licence()`.
     """
     try:
         with (folder / CARD).open("rb") as card:
@@ -88,13 +88,13 @@ def read_licence(folder: Path) -> Licence:
 
 
 def copy_terms(source: Path, target: Path) -> None:
-    """Copy the model card and the texts of the terms to a folder made from a model, as its licence
-    holds there too.
+    """Copy the model card and the texts of the terms to a folder made from a model, since its
+    licence applies there too.
 
     Args:
         source: folder of the model.
-        target: the other folder; a file that it has is left as it is. Links that lead out of the
-            model are not followed.
+        target: the other folder; files that it has are kept. Links that lead out of the model are
+            not followed.
     """
     # The hub's cache keeps files as links to its blobs.
     inside = source.resolve()

@@ -21,7 +21,7 @@ class StoredModel:
     """A model folder in the library's home.
 
     Attributes:
-        name: name of the folder, by which commands call the model.
+        name: name of the folder, under which commands know the model.
         folder: its path.
         num_bytes: size of its files.
         architecture: class that config.json states; "" if it states none.

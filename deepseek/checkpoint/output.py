@@ -1,7 +1,7 @@
-"""New files and folders at places that a user names: whole or absent, by one process at a time.
+"""Create files and folders at paths that a user names: complete or absent, one process at a time.
 
-Work of minutes and gigabytes goes into them. So what others put there meanwhile stays, and what an
-attempt left that was killed goes away with the next one.
+Writing them can take minutes and gigabytes. What others put at the path meanwhile is kept, and what
+a killed attempt left is removed by the next one.
 """
 
 import os
@@ -24,7 +24,7 @@ from deepseek.errors import ConfigError
 
 
 def no_room(path: str | Path) -> str:
-    """Return what to say when the disk is full that a file or folder was to be written to."""
+    """Return the message for a full disk at the path of a new file or folder."""
     return (
         f"The disk of {path} is full, and nothing was written there; free some of it, and repeat."
     )
@@ -74,7 +74,7 @@ def new_file(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` for what is needed during the block.
+    """Yield an empty folder beside `out` for temporary files of the block.
 
     Args:
         out: what is written, by `new_folder` or `new_file` around this block: what a killed process
@@ -92,7 +92,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 def _reserved(out: str | Path) -> Iterator[None]:
     """Keep other processes from writing `out` during the block, and delete what killed ones left.
 
-    The lock's file goes away with the block: it would be a riddle beside a user's own files.
+    The lock file is deleted with the block, as it would puzzle users among their own files.
     """
     place = Path(os.path.realpath(new_path(out)))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _reserved(out: str | Path) -> Iterator[None]:
             f"{out} is being written by another process; wait until that ends, or choose another "
             "path."
         ) from None
-    except OSError as error:  # such as the file of another user who was killed
+    except OSError as error:  # such as the lock file of another user's killed process
         raise ConfigError(
             f"{file} cannot be locked ({error.strerror or error}); delete it, or choose another "
             "path."
@@ -114,7 +114,7 @@ def _reserved(out: str | Path) -> Iterator[None]:
         remove_leftovers(place)
         yield
     finally:
-        # Before the release: afterwards it may be the lock of another process. One that has opened
-        # it already finds that it has lost its name, and takes it for no lock.
+        # Before the release: afterwards it may be the lock of another process. A process that has
+        # opened it already sees that it was unlinked, and does not count it as acquired.
         file.unlink(missing_ok=True)
         lock.release()

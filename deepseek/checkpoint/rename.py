@@ -1,4 +1,4 @@
-"""Renames that `os.rename` cannot do: one that replaces nothing, and an exchange of two paths.
+"""Renames that `os.rename` cannot do: to a new path only, and an exchange of two paths.
 
 Linux has both in `renameat2`, on most file systems. Elsewhere callers get the next best.
 """
@@ -20,23 +20,23 @@ def exchange(one: Path, other: Path) -> bool:
     """Exchange two folders so that none is missing at any moment, even after a kill.
 
     Returns:
-        False where `other` does not exist or the system cannot: then nothing has changed.
+        False if `other` does not exist or the system cannot exchange; nothing has changed then.
     """
     return _renameat2(one, other, _EXCHANGE) == 0
 
 
 def rename_to_new(source: Path, target: Path) -> None:
-    """Rename a file or folder to a path where nothing is.
+    """Rename a file or folder to a path that does not exist.
 
-    Where the system has no such rename, the path is looked at just before.
+    If the system has no such rename, the path is checked just before.
 
     Args:
         source: the file or folder.
         target: its new path, on the same file system.
 
     Raises:
-        FileExistsError: something is at `target`, if only an empty folder or a link to nothing. It
-            stays as it is, and so does `source`.
+        FileExistsError: something is at `target`, even an empty folder or a dangling link. It stays
+            as it is, and so does `source`.
     """
     number = _renameat2(source, target, _NO_REPLACE)
     if number == 0:

@@ -40,8 +40,8 @@ def home() -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether a folder is the library's home or that of a run, whose files are no text to
-    learn from: its metrics, and its held-out questions with their answers.
+    """Return whether a folder is the library's home or a run folder, whose metrics and held-out
+    questions with answers must not be trained on.
     """
     started = folder / RUN_STARTED
     try:
@@ -137,7 +137,7 @@ def install(temporary: Path, path: Path, *, new: bool = False) -> None:
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    """Rename a folder to `path` by way of moving away what is there."""
+    """Rename a folder to `path`, moving away what is there first."""
     while temporary.exists():
         replaced = temporary_path(path)
         with suppress(FileNotFoundError):
@@ -325,7 +325,7 @@ def prune_after(root: str | Path, step: int) -> None:
 
 
 def _remove_unfinished(root: str | Path) -> None:
-    """Delete what processes left that were killed while they wrote a state folder."""
+    """Delete what processes left that were killed while writing a state folder."""
     for leftover in Path(root).glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -365,8 +365,8 @@ def temporary_path(path: Path) -> Path:
 def _open_to_readers(file: Path) -> None:
     """Give a file at least the permissions of a new one, 0666 less the umask.
 
-    safetensors writes with mode 0600, which would shut out the user of a service. A file is made to
-    see the umask, as reading it would change it for other threads.
+    safetensors writes with mode 0600, which would shut out the user of a service. A new file shows
+    the umask; reading it with `os.umask` would change it for other threads.
     """
     mode = stat.S_IMODE(file.stat().st_mode)
     if file.is_symlink() or mode & 0o077:  # what `open` makes has them already

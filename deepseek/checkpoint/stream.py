@@ -34,7 +34,7 @@ DTYPES = {
 """Dtypes of safetensors that a checkpoint of ours can hold."""
 
 PIECE = 1 << 24
-"""Most bytes to read at once."""
+"""Maximum bytes to read at once."""
 
 FILE_BYTES = 1 << 29
 """Usual limit of the bytes to collect in memory for one file."""
@@ -51,7 +51,7 @@ class _Place(NamedTuple):
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors file says about one of its tensors.
+    """Header entry of a tensor in a safetensors file.
 
     Attributes:
         name: its name there.
@@ -72,7 +72,7 @@ class TensorHeader(NamedTuple):
 
 
 def headers(path: Path) -> list[TensorHeader]:
-    """Return what a safetensors file says about its tensors, without reading them.
+    """Return the header entries of the tensors in a safetensors file.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -95,8 +95,8 @@ def headers(path: Path) -> list[TensorHeader]:
 
 
 class TensorFiles:
-    """The tensors of a model folder, each read from its file when it is asked for, but those that
-    are computed from the config.
+    """The tensors of a model folder, read from its files on demand, without those that are computed
+    from the config.
 
     The files stay open: a checkpoint that is deleted or replaced meanwhile is read as it was.
 
@@ -178,8 +178,8 @@ class TensorWriter:
 
     Args:
         folder: the folder, which holds no weights yet.
-        file_bytes: most bytes to collect in memory for one file, if no single tensor is larger;
-            None: `FILE_BYTES`.
+        file_bytes: maximum bytes to collect in memory for one file, if no single tensor is
+            larger; None: `FILE_BYTES`.
 
     Attributes:
         num_bytes: bytes of the tensors so far.

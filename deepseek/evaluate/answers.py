@@ -11,7 +11,7 @@ def answer_text(generation: Generation) -> str:
         generation: a running request.
 
     Raises:
-        ConfigError: it failed or was cancelled, so that its text is no answer of the model.
+        ConfigError: it failed or was cancelled, so that its text is not an answer of the model.
     """
     text = ""
     for event in generation:

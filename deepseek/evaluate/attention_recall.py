@@ -50,8 +50,8 @@ def local_keys(windows: Windows) -> Choose:
 def best_keys(windows: Windows, count: int) -> Choose:
     """Choose the local window, the sinks and the keys of highest score, `count` in total.
 
-    This is the highest recall that a budget of keys allows beside the window and the sinks, which
-    every hash looks at; so `count` has to be larger than both together.
+    This is an upper bound on the recall of any hash with a budget of `count` keys. All hashes
+    include the window and the sinks, so `count` must exceed both together.
     """
 
     def choose(_: int, __: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:

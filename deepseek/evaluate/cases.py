@@ -16,18 +16,18 @@ LEAST_LINES = 10
 """Lines that must precede a target line, as context."""
 
 LEAST_CHARACTERS = 6
-"""Characters of a target line at least: brackets and `else:` don't distinguish models."""
+"""Minimum characters of a target line: brackets and `else:` don't distinguish models."""
 
 WHAT_IS_ASKED = (
     f"a line of {LEAST_CHARACTERS} characters or more after the first {LEAST_LINES} of a document"
 )
-"""What next-line cases are made of, for messages about texts that have none."""
+"""Description of a target line, for messages about texts without one."""
 
 SUFFIX_LINES = 10
 """Lines of context after a removed line."""
 
 PROSE_CHARACTERS = 200
-"""Most characters of a target line in prose, where a line may be a paragraph."""
+"""Maximum characters of a target line in prose, where a line may be a paragraph."""
 
 TAIL_CHARACTERS = 8
 """Characters per token of the end of a text that is tokenised to find its last tokens; tokens
@@ -59,13 +59,13 @@ class Case:
 def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) -> list[Case]:
     """Return at most `count` cases, spread evenly over the documents.
 
-    With more documents than cases, the seed decides which ones have a case. In commits, only added
-    lines are targets.
+    With more documents than cases, the seed determines which ones have a case. In commits, only
+    added lines are targets.
 
     Args:
         documents: held-out documents.
-        count: most cases.
-        seed: with the documents' names, decides the choice.
+        count: maximum number of cases.
+        seed: with the documents' names, determines the choice.
     """
     queues = [queue for document in documents if (queue := _drawn_lines(document, seed))]
     queues.sort(key=lambda queue: uniform(f"documents:{seed}:{queue[0].name}"))
@@ -142,9 +142,9 @@ class CaseEncoder:
 
     Args:
         tokenizer: tokenizer of the model.
-        most_tokens: most tokens of the document before the line; earlier lines are dropped.
-        room: most tokens of a prompt, with everything that stands in it; None: no limit. What is
-            farthest from the line is left out.
+        most_tokens: maximum tokens of the document before the line; earlier lines are dropped.
+        room: maximum tokens of a whole prompt, passages and markers included; None: no limit. Text
+            farthest from the line is dropped first.
     """
 
     def __init__(
@@ -215,5 +215,5 @@ class CaseEncoder:
 
 
 def as_far_as_asked(written: str, case: Case) -> str:
-    """Return a written line as far as the target of a case goes: of prose, so many characters."""
+    """Return a written line, truncated as the target of a case is: prose to `PROSE_CHARACTERS`."""
     return written.strip()[:PROSE_CHARACTERS] if case.kind == "text" else written

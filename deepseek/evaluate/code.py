@@ -22,13 +22,13 @@ from deepseek.registry import package
 from deepseek.text.tokenizer import document_start_ids, encode_plain
 
 BODY_CHARACTERS = 400
-"""Most characters of a body to write; longer ones are not asked for."""
+"""Maximum characters of a body to write; longer ones are not asked for."""
 
 SOLUTION_TOKENS = 512
-"""Most tokens of a solution of HumanEval to write."""
+"""Maximum tokens of a HumanEval solution to write."""
 
 OUTSIDE = ("\nclass ", "\ndef ", "\n@", "\n#", "\nif ", "\nprint")
-"""What cannot stand in a function of HumanEval, and so ends a solution."""
+"""Texts that cannot occur in a HumanEval function, and so end a solution."""
 
 ARMED = ExpertChoice()
 
@@ -56,11 +56,11 @@ def drawn_functions(
     """Return functions to score in a random order that depends on their names alone, without those
     whose bodies are too long.
 
-    Bodies that are cut at a limit have a low BLEU even if they are right, by its brevity penalty.
+    Bodies that are cut at a limit have a low BLEU even if they are right: it penalises brevity.
 
     Args:
         functions: documented functions.
-        most_characters: most characters of a body, the same for every tokenizer.
+        most_characters: maximum characters of a body, the same for every tokenizer.
     """
     short = [function for function in functions if len(function.body) <= most_characters]
     return sorted(short, key=lambda f: uniform(f"functions:{f.where}:{f.name}"))
@@ -88,12 +88,13 @@ def score_bodies(
         model: model that writes.
         tokenizer: its tokenizer.
         functions: functions with docstrings (see `drawn_functions`).
-        max_tokens: most tokens per body, at most half of the context; None: as many as the longest
-            original body.
+        max_tokens: maximum tokens per body, at most half of the context; None: as many as the
+            longest original body.
         progress: shows the progress.
 
     Raises:
         DataError: there are no functions.
+        ConfigError: sacrebleu is not installed, or a generation failed.
     """
     if not functions:
         raise DataError(
@@ -140,7 +141,7 @@ def complete(
     Args:
         engine: engine of the model.
         prompts: texts to continue.
-        max_tokens: most tokens per completion.
+        max_tokens: maximum tokens per completion.
         progress: shows the progress.
         experts: experts that may fire; default: all that are armed.
         stop: texts that end a completion; default: none.
@@ -203,7 +204,7 @@ def pass_at_1(
         model: model that writes.
         tokenizer: its tokenizer.
         problems: problems with `prompt`, `test` and `entry_point`.
-        max_tokens: most tokens per completion.
+        max_tokens: maximum tokens per completion.
         progress: shows the progress.
         experts: experts that may fire; default: all that are armed.
     """
@@ -230,8 +231,8 @@ def pass_at_1(
 def passes(problem: Mapping[str, str], answer: str) -> bool:
     """Return whether an answer passes the tests of a problem.
 
-    The tests run in the sandbox. A program whose tests have passed ends with a random word: one
-    that exits before them has the exit code of success too.
+    The tests run in the sandbox. A random word printed at the end shows that they passed: a program
+    that exits before them has exit code 0, too.
 
     Args:
         problem: its `prompt`, `test` and `entry_point`.

@@ -23,14 +23,14 @@ scored.
 """
 
 TARGET_TOKENS = 256
-"""Most tokens of a true line to score and to write; 200 characters of prose have fewer, in
-scripts of which a character takes several tokens too.
+"""Maximum tokens of a true line to score and to write; 200 characters of prose have fewer, even in
+scripts with several tokens per character.
 """
 
 
 def target_tokens(context: int) -> int:
-    """Return the most tokens of a true line to score, and to write, in a context of `context`
-    tokens, of which at least half are left to the prompt.
+    """Return the maximum tokens of a true line to score, and to write, in a context of `context`
+    tokens, of which at least half are left for the prompt.
     """
     return min(TARGET_TOKENS, context // 2)
 
@@ -40,11 +40,11 @@ class Dials:
     """Settings of the prompts.
 
     Attributes:
-        text_tokens: most tokens of the document before the line.
+        text_tokens: maximum tokens of the document before the line.
         retrieved_tokens: budget of all passages together, in tokens.
-        passages: most passages.
-        reply_tokens: most tokens of a completion, or as many as the true line has, if these are
-            more: else it could not be written.
+        passages: maximum number of passages.
+        reply_tokens: maximum tokens of a completion, raised to the length of the true line, which
+            could not be written otherwise.
     """
 
     text_tokens: int = 256
@@ -55,8 +55,8 @@ class Dials:
     def fitted(self, context: int) -> "Dials":
         """Return the settings scaled down to a context of `context` tokens, if necessary, so that
         text, passages, completion and true line fit into it. Each keeps at least one token.
-        Headers of passages and text after the line have no share: a prompt that is too long with
-        them loses what is farthest from the line (see `CaseEncoder`).
+        Headers of passages and text after the line are not counted: a prompt that is too long with
+        them loses the text farthest from the line (see `CaseEncoder`).
         """
         sizes = (self.text_tokens, self.retrieved_tokens, self.reply_tokens)
         spare = max(0, context - target_tokens(context) - len(sizes))
@@ -174,7 +174,7 @@ class Writer:
         return answers
 
     def _write(self, prompt: Prompt) -> Generation:
-        needed = min(len(prompt.target_ids) + 1, self._target)  # with its end
+        needed = min(len(prompt.target_ids) + 1, self._target)  # with the line end
         greedy = Sampling(max(self.dials.reply_tokens, needed), temperature=0.0)
         return self.engine.submit(Request(prompt.ids, greedy, self.experts, stop=("\n",)))
 

@@ -29,27 +29,27 @@ CANDIDATES = 24
 """Prompts to try."""
 
 BATCH = 8
-"""Prompts to try at a time, which leaves others their place in the engine's queue."""
+"""Prompts to try at a time; few, so that other requests find a place in the queue."""
 
 TEXT_LINES = 12
 """Lines of a document in a prompt."""
 
 TEXT_CHARACTERS = 1200
-"""Most characters of these lines."""
+"""Maximum characters of these lines."""
 
 QUESTION_CHARACTERS = 400
-"""Most characters of a question."""
+"""Maximum characters of a question."""
 
 REPLY_TOKENS = 48
 
 LEAST_COMPARED = 48
-"""Characters of a true answer that an answer is compared with at least, however short it is."""
+"""Minimum characters of the true answer to compare with, however short the written one is."""
 
 LEAST_SIMILARITY = 0.6
 """Edit similarity to the true answer from which an answer counts as right."""
 
 LEAST_GAIN = 0.2
-"""Edit similarity by which it must exceed that of the base's answer."""
+"""Minimum lead in edit similarity over the base's answer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[W
     Args:
         engine: engine with the expert plugged.
         expert: name of a trained expert that still has its run folder.
-        count: most prompts; there may be fewer, or none.
+        count: maximum number of prompts; there may be fewer, or none.
 
     Raises:
         ConfigError: the engine fails to answer.
@@ -101,7 +101,7 @@ def best(
         tried: prompts with the true answers.
         ours: answers of the expert.
         base: answers of the base.
-        count: most prompts.
+        count: maximum number of prompts.
     """
     gains: dict[WorkingPrompt, float] = {}
     for candidate, with_expert, without in zip(tried, ours, base, strict=True):
@@ -187,14 +187,14 @@ def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) 
 
 
 def _fits(engine: Engine, prompt: WorkingPrompt) -> bool:
-    """Return whether the context has room for a prompt and its answer."""
+    """Return whether a prompt and its answer fit into the context."""
     request = _request(engine, prompt, ExpertChoice(()))
     needed = len(request.prompt_ids) + request.sampling.max_new_tokens
     return needed <= context_length(engine.model)
 
 
 def _request(engine: Engine, prompt: WorkingPrompt, experts: ExpertChoice) -> Request:
-    """Return the request for an answer; of a long text in a short context, the end is asked for."""
+    """Return the request for an answer; a text too long for the context loses its beginning."""
     tokenizer, context = engine.tokenizer, context_length(engine.model)
     greedy = Sampling(min(REPLY_TOKENS, context // 2), temperature=0.0)
     start = document_start_ids(tokenizer)

@@ -31,7 +31,7 @@ class Comparison:
         text: name of the text.
         tokens: number of predicted tokens.
         before: loss of the base alone.
-        after: loss with the plugged experts, which their gates arm.
+        after: loss with the plugged experts, as their gates decide.
         alone: loss with the text's own expert forced on at every token; None without such an
             expert.
     """
@@ -59,7 +59,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ReportedRows:
-    """The packed rows on which a training has reported its losses.
+    """The packed rows on which a training reported its losses.
 
     Attributes:
         row_length: tokens per row.
@@ -97,7 +97,7 @@ class HeldOutText:
         name: name of the text.
         shards: its tokens.
         expert: the plugged expert of its domain; None: there is none.
-        reported: rows on which that expert's training has reported; None: not known.
+        reported: rows on which that expert's training reported its losses; None: not known.
     """
 
     name: str
@@ -109,7 +109,7 @@ class HeldOutText:
         """Return packed rows, the same at every call.
 
         Args:
-            max_tokens: about the most tokens.
+            max_tokens: approximate maximum number of tokens.
             as_reported: take exactly the rows that the training reported on, where they are known.
         """
         if as_reported and self.reported is not None:
@@ -134,7 +134,7 @@ def compare(
     Args:
         model: the model with its experts.
         texts: the texts.
-        max_tokens: about the most tokens of a text.
+        max_tokens: approximate maximum number of tokens per text.
         progress: shows the progress.
         as_reported: measure an expert's text on exactly the rows that its training reported on, so
             that both name the same loss of the base.
@@ -159,10 +159,10 @@ def held_out_folder(expert: str) -> Path:
 
 
 def trained_here(manifest: PackManifest) -> bool:
-    """Whether a run of this home trained a pack; true if no run bears its name.
+    """Return whether a run of this home trained a pack; True if no run has its name.
 
-    A pack from elsewhere may bear the name of an expert that was trained here, whose held-out text
-    is not what the pack knows.
+    A pack from elsewhere may have the name of an expert that was trained here, whose held-out text
+    is not from the pack's domain.
 
     Args:
         manifest: manifest of the pack.
@@ -218,8 +218,8 @@ def collected(
 
     Args:
         tokenizer: tokenizer of the model.
-        paths: texts to add, in which `~` is the home folder. Each is called by its path as given,
-            since results that are published must not name folders of this machine.
+        paths: texts to add, in which `~` is the home folder. Each is named by its path as given,
+            since published results must not name folders of this machine.
         experts: texts that are tokenised already.
         keep: whether to take a document of a text at `paths`; default: all.
 

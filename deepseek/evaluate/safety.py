@@ -72,7 +72,7 @@ def safety(
         prompts: conversations that end with a user turn.
         judge: a judge that was not used in training; default: the classifier of
             alt-profanity-check.
-        new_tokens: most tokens per answer.
+        new_tokens: maximum tokens per answer.
         temperature: sampling temperature.
         seed: seed of the sampling.
 
@@ -90,7 +90,7 @@ def safety(
     ends = Vocabulary(model, tokenizer).ends
     ids = []
     for start in range(0, len(rows), ROWS):
-        # By batch, so that two models see the same draws however long the answers before were.
+        # Reseed per batch, so that two models get the same draws whatever the earlier answers.
         generator = torch.Generator(model.device).manual_seed(mix(mix(seed) ^ start) >> 1)
         part = rows[start : start + ROWS]
         ids += generate(model, part, new_tokens, ends, generator, temperature=temperature).answers()

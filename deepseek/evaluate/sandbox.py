@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LARGEST_FILE = 1 << 24
-"""Most bytes per written file."""
+"""Maximum bytes per written file."""
 OUTPUT = 2_000
 """Characters of output to keep, from its end."""
 
@@ -42,7 +42,7 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
         seconds: limit of processor time and of wall time.
         memory: limit of the address space in bytes.
     """
-    # The output goes to a file, which the limit of all files limits: a pipe would fill our memory.
+    # Output goes to a file, whose size is limited; through a pipe, it could fill our memory.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as printed:
         path = Path(folder) / "program.py"
         path.write_text(source, encoding="utf-8", errors="replace")

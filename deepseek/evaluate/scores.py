@@ -14,10 +14,10 @@ RESAMPLES = 2000
 """Bootstrap samples."""
 
 SIGN_FLIPS = 1 << 14
-"""Ways to swap two systems that are tried: all, or so many drawn at random."""
+"""Maximum ways to swap two systems: all are tried, or this many drawn at random."""
 
 ROUNDING = 1e-9
-"""Differences of scores below it are none."""
+"""Score differences below this count as 0."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def sign_flip_p(
     """Return the two-sided p-value of a difference paired by case: the share of all ways to swap
     `mine` and `other`, document by document, that make it as large (Fisher 1935, section 21).
 
-    It holds for any number of documents, where a bootstrap over few of them is too sure: with five
-    or fewer it is never below 0.05.
+    It is valid for any number of documents, whereas a bootstrap over few of them is overconfident:
+    with five or fewer it is never below 0.05.
 
     Args:
         mine: a score of each case.
@@ -129,6 +129,6 @@ def sign_flip_p(
         drawn = 0
     else:
         signs_RG = np.random.default_rng(seed).choice((-1, 1), (SIGN_FLIPS, count))
-        drawn = 1  # the way that was measured is one of all (Phipson and Smyth 2010)
+        drawn = 1  # the measured assignment counts, too (Phipson and Smyth 2010)
     as_large = np.abs(signs_RG @ sums_G) >= abs(sums_G.sum()) - ROUNDING
     return float((as_large.sum() + drawn) / (len(signs_RG) + drawn))

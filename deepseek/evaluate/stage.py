@@ -86,7 +86,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
     """Evaluate a model and write its figures to `result.json` in the run folder, unless it exists.
 
     Raises:
-        DataError, ConfigError, HubError: the message states the cause and the fix.
+        DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
     """
     folder = writable_folder(located(arguments.run_folder or home() / "runs" / "evaluation"))
     result = folder / "result.json"
@@ -94,7 +94,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
         try:
             inputs = _inputs(arguments)
         except DataError:
-            # What finished figures were measured on may be gone since.
+            # The texts of finished figures may have been deleted since.
             if result.is_file() and read_object(result).get("arguments") == _asked(arguments):
                 return
             raise
@@ -109,12 +109,12 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
 
 
 def _asked(arguments: EvaluationArguments) -> dict[str, Any]:
-    """Return what was asked for, as JSON values."""
+    """Return the arguments as JSON values."""
     return dict(json.loads(canonical_json(arguments.as_json())))
 
 
 def _inputs(arguments: EvaluationArguments) -> str:
-    """Return a digest of what decides the figures.
+    """Return a digest of everything that determines the figures.
 
     Raises:
         DataError: a text is gone.
@@ -130,7 +130,7 @@ def _inputs(arguments: EvaluationArguments) -> str:
 
 
 def _unlearnt(runs: Iterable[Path]) -> Callable[[Document], bool]:
-    """Return whether no training has learnt a document.
+    """Return a function that tells whether no training has learnt a document.
 
     Args:
         runs: run folders of the trainings; those without a corpus have learnt no documents.
@@ -153,7 +153,7 @@ def _source(place: Path) -> Source:
 def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Return the record of an evaluation."""
     started = time.monotonic()
-    # What is missing is told before a model is loaded and texts are scored.
+    # Report a missing package before loading a model and scoring texts.
     if arguments.functions:
         bleu_package()
     problems = human_eval_problems(arguments.human_eval) if arguments.human_eval else []

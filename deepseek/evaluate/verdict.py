@@ -9,7 +9,7 @@ from deepseek.evaluate.completion import CompletionScores
 from deepseek.evaluate.scores import Interval, paired_difference, sign_flip_p, wilson
 
 LEVEL = 0.05
-"""A p-value from which two rows are not told apart."""
+"""p-value from which on two rows are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Compared:
     """Scores of a row, and its differences from the base and from retrieval.
 
     Attributes:
-        exact: share of lines completed exactly; its interval takes lines for independent.
+        exact: share of lines completed exactly; its interval assumes independent lines.
         over_base: difference of this share from the base, paired by case; None for the base itself
             or without it.
         over_retrieval: difference of this share from retrieval, likewise.

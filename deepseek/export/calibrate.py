@@ -22,8 +22,8 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
 
 SPAN = 4096
-"""Most columns of a matrix that compensate for each other: the cost of wider spans grows with the
-cube.
+"""Maximum columns of a matrix that compensate for each other's errors; the cost grows with the cube
+of the span.
 """
 
 BATCH = 16
@@ -78,8 +78,8 @@ class Grams:
         ]
 
     def compensations(self, name: str) -> list[Compensation] | None:
-        """Return how a layer's columns make up for each other's errors, one for each span of
-        columns; None if the layer has seen no inputs.
+        """Return the error compensation of each span of a layer's columns; None if the layer has
+        seen no inputs.
         """
         source = self._source.get(name)
         if source is None:
@@ -161,13 +161,13 @@ def quantise_along(
 ) -> Iterator[tuple[str, Int8Matrix]]:
     """Quantise the stored matrices of a model along forward passes of calibration texts.
 
-    The inputs of a layer are those that the quantised layers below give.
+    A layer is calibrated with the inputs that the quantised layers below give.
 
     Args:
         model: a model whose matrices are stored (`load_stored`).
         ids_BT: calibration texts.
         bits: bits of each matrix.
-        kept: the layers that an earlier attempt has quantised already.
+        kept: layers that an interrupted call has quantised already.
 
     Yields:
         Name of the weight and quantised matrix, in the order of the layers. A head that shares the

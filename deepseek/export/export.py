@@ -53,7 +53,7 @@ def export_model(
             for "gguf" in `gguf.ENCODINGS`.
         experts: expert packs to plug, as paths or names, or their weights (see `load`); default
             none.
-        progress: told which step is running.
+        progress: called with the name of each step.
 
     Returns:
         The largest `difference` of the exported model's logits.
@@ -112,8 +112,8 @@ def difference(model: DeepSeekModel, step: Step) -> float:
     """Return the largest absolute difference between the logits of `step` and of the model,
     relative to the largest logit.
 
-    Compared are one row alone, and two rows of which the first is padded; each in two prefill
-    chunks and two decode steps.
+    Compares a single row, and two rows of which the first is padded, each in two prefill chunks and
+    two decode steps.
 
     Args:
         model: the model, in fp32.

@@ -108,7 +108,7 @@ def export_gguf(
     Raises:
         ConfigError: `out` exists, appears meanwhile, is being written by another process or is no
             GGUF name, or the format cannot represent the model.
-        CheckpointError: what was written computes something else.
+        CheckpointError: the written file computes something else.
     """
     dtype = dtype or next(iter(ENCODINGS))
     encoding, file_type, limit = pick(ENCODINGS, dtype, "dtype of gguf")
@@ -371,8 +371,8 @@ def _check_config(config: PretrainedConfig, path: Path) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Return whether two config values are equal, absent and false ones included, floats as
-    closely as fp32 keeps them.
+    """Return whether two config values are equal: floats to the precision of fp32; absent and false
+    values count as equal.
     """
     if isinstance(one, dict) and isinstance(other, dict):
         return all(_same(one.get(key), other.get(key)) for key in one.keys() | other.keys())

@@ -1,4 +1,4 @@
-"""The metadata of a tokenizer in a GGUF file, in llama.cpp's words."""
+"""The metadata of a tokenizer in a GGUF file, under llama.cpp's names."""
 
 import json
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def tokenizer_facts(
 
     Args:
         tokenizer: a tokenizer whose backend is byte-level BPE or BPE with byte tokens.
-        vocab_size: rows of the model's embedding; missing tokens are filled up.
+        vocab_size: rows of the model's embedding; rows without a token get unused ones.
         stops: ids of the tokens at which generation stops. Beside EOS the format has places for
             two, and the others are left out.
 
@@ -87,7 +87,7 @@ def _vocabulary(
     """Return the text and the kind of every token by id."""
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     special = {token["id"]: token["special"] for token in content["added_tokens"]}
-    # An added token without a row stands for something else, such as the place of an image.
+    # Added tokens without a row are ignored: they are placeholders, such as for an image.
     largest = max(texts.keys() - special.keys(), default=0)
     if largest >= vocab_size:
         raise ConfigError(

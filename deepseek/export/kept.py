@@ -1,4 +1,4 @@
-"""What a quantisation that was interrupted had done."""
+"""Finished parts of an interrupted quantisation, from which the same call resumes."""
 
 import shutil
 from collections.abc import Callable

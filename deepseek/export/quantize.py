@@ -45,8 +45,8 @@ tokens lower the divergence of SmolLM2 by a sixth; with 8 bits little is left to
 
 
 METHOD = 1
-"""Changes when the same matrices are quantised in another way, so that layers that an interrupted
-call of an earlier version has kept are not taken.
+"""Version of the method; increase it when the same matrices are quantised differently, so that
+layers kept by an interrupted call of an earlier version are not reused.
 """
 
 
@@ -80,8 +80,8 @@ def quantize_model(
 
     The matrices of linear layers are quantised with calibration activations (GPTQ, see
     `kernels/int8.py`), layer by layer: memory is needed for one layer, and for the 8-bit model that
-    writes the calibration texts. A call that was interrupted has kept the layers that it had
-    finished, and the same call goes on after them.
+    writes the calibration texts. An interrupted call keeps its finished layers, and the same call
+    resumes after them.
 
     Args:
         base: a known base, a local folder or a hub id.
@@ -134,7 +134,7 @@ def quantize_model(
 
 
 def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekModel:
-    """Return the model to quantise, its matrices in its files.
+    """Return the model to quantise, with its matrices left in the files.
 
     Raises:
         ConfigError: it is of a foreign family, too small, or already quantised.
@@ -161,7 +161,7 @@ def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekMod
 
 
 def _kept_folder(folder: Path, bits: float, device: torch.device) -> Path:
-    """Return the folder of what an interrupted call has done with a model."""
+    """Return the folder for the finished parts of a model's quantisation."""
     weights = fingerprint(folder).weights
     key = f"{METHOD} {weights} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
     return home() / "quantising" / sha256(key.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Which matrices get 8 bits when a model's layers have between 4 and 8 bits a weight on average.
+"""Choose the matrices with 8 bits when a model's layers have 4 to 8 bits a weight on average.
 
-Rounding changes the residual stream after a layer by dh. To second order the divergence of the
+Quantisation changes the residual stream after a layer by dh. To second order the divergence of the
 predictions is E[(g . dh)^2] / 2, where g is the gradient of the log probability of a token that the
 model draws itself: the Fisher information is the Hessian of the divergence (as HAWQ weighs layers
 by the Hessian, arXiv:1911.03852). Calibration texts are such tokens. The positions of a text are
@@ -25,7 +25,7 @@ from deepseek.model.transformer import DeepSeekModel
 
 @dataclass(frozen=True)
 class Cost:
-    """What 4 bits cost for matrices of a layer that read the same input, and are packed together.
+    """Cost of 4 bits for matrices of a layer that read the same input and are packed together.
 
     Attributes:
         names: names of the weights.
@@ -40,7 +40,7 @@ class Cost:
 
 @torch.no_grad()
 def costs(model: DeepSeekModel, ids_BT: Tensor, progress: Progress = silent) -> list[Cost]:
-    """Return what 4 bits cost for each group of matrices of the layers.
+    """Return the cost of 4 bits for each group of matrices of the layers.
 
     Args:
         model: a model whose matrices are stored (`load_stored`).
@@ -102,7 +102,7 @@ def _costs_of_layer(
 
 
 def _counts(stored: StoredMatrix | None) -> bool:
-    """Whether a matrix is one that is quantised."""
+    """Return whether a matrix is to be quantised."""
     return stored is not None and is_large(stored.name, stored.shape)
 
 

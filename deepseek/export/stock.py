@@ -139,7 +139,7 @@ def stock_config(config: ModelConfig) -> Any:
         }
         try:
             converted = ModelConfig(**convert_config(raw))
-        except CheckpointError:  # the family has no such field, for example no other activation
+        except CheckpointError:  # the family cannot have such a field, such as another activation
             continue
         differences[family] = [
             name for name in compared if _value(converted, name) != _value(config, name)
@@ -155,7 +155,7 @@ def stock_config(config: ModelConfig) -> Any:
 
 
 def _value(config: ModelConfig, name: str) -> Any:
-    """Return a field to compare; one that is absent, false or its default counts as the same."""
+    """Return a field's value to compare; absent, false and default values count as equal."""
     default = config.head_dim if name == "query_pre_attn_scalar" else None
     return getattr(config, name) or default
 

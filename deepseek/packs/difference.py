@@ -1,4 +1,4 @@
-"""What two packs differ in: their manifests, and their weights layer by layer."""
+"""Compare two packs: their manifests, and their tensors one by one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,8 @@ class TensorDifference:
 
     Attributes:
         name: name of the tensor.
-        relative: norm of the difference over the norm of the first; 0: equal. None: it is only in
-            one of the packs, or has another shape.
+        relative: norm of the difference over the norm of the first; 0: equal values of different
+            dtypes. None: it is only in one of the packs, or has another shape.
         cosine: cosine similarity of the two, flattened; None as above.
     """
 
@@ -27,7 +27,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class PackDifference:
-    """What two packs differ in.
+    """Differences between two packs.
 
     Attributes:
         fields: fields of the manifests that differ -> both values.
@@ -41,7 +41,7 @@ class PackDifference:
 
 
 def difference(first: ExpertPack, second: ExpertPack) -> PackDifference:
-    """Return what two packs differ in.
+    """Return the differences between two packs.
 
     Args:
         first, second: the packs.

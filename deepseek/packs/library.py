@@ -46,7 +46,7 @@ def installed(folder: Path | None = None) -> dict[str, Path]:
     """Return the packs in a folder as name -> file, sorted by name.
 
     Args:
-        folder: None: the folder of trained experts.
+        folder: the folder; None: that of trained experts.
     """
     return {path.stem: path for path in sorted((folder or experts_folder()).glob(f"*{SUFFIX}"))}
 
@@ -85,7 +85,7 @@ def packs_for(
 
     Args:
         base: a known name, a folder, a GGUF file or a hub id; fetched if a pack can be read.
-        folder: None: the folder of trained experts.
+        folder: the folder; None: that of trained experts.
         progress: callback for fetching the base; None: no reports.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a list shows of a pack: its manifest, read without the tensors and without torch."""
+"""Read the manifest of a pack for listings, without its tensors and without torch."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from deepseek.packs.policy import PackPolicy
 
 
 def read_manifest(path: Path) -> AnyManifest:
-    """Return the manifest of a pack file whose header and size fit it.
+    """Return the manifest of a pack file, after checking that header and size match it.
 
     Digest, signature and values are not checked; `read_pack` does that, before anything is plugged.
 

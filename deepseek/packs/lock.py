@@ -1,4 +1,4 @@
-"""`deepseek.lock`: which packs a set of experts consists of, by digest, so that a server's set is
+"""`deepseek.lock`: digests of the packs in a set of experts, so that a server's set is
 reproducible.
 """
 
@@ -21,7 +21,7 @@ from deepseek.packs.pack import read_pack
 from deepseek.packs.signature import is_valid, sign, trusted_keys
 
 LARGEST = 1 << 20
-"""Most bytes of a lock file; one of 1,024 experts takes 150 kB."""
+"""Maximum bytes of a lock file; one of 1,024 experts takes 150 kB."""
 
 
 class LockedExpert(Strict):
@@ -68,8 +68,8 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
 
     Raises:
         CheckpointError, HubError: the base is not a model, or cannot be fetched.
-        PackError: there is none, one cannot be read or is not the file of its expert's name, two
-            have one name, or they were made for different bases or another one than `base`.
+        PackError: there are no packs, one cannot be read or has another file name than its expert,
+            two have the same name, or they were made for different bases or another than `base`.
     """
     manifests = [read_pack(path).manifest for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):

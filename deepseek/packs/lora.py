@@ -14,7 +14,7 @@ from deepseek.packs.manifest import PackManifest, Sha256, Size, Strict, TensorSp
 MAX_RANK = 1024
 """Highest rank that is accepted; that of published adapters is 4 to 256."""
 MAX_SITES = 2048
-"""Most linear layers of an adapter, so that the header stays below its limit."""
+"""Maximum linear layers of an adapter, so that the header stays below its limit."""
 
 SiteName = Annotated[
     str, StringConstraints(max_length=200, pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")

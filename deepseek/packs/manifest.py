@@ -210,7 +210,7 @@ class Signature(Strict):
 
 
 class PackManifest(Strict, ABC):
-    """What every kind of pack says: its origin, its base model and its terms.
+    """Fields of every kind of pack: its origin, its base model and its licence.
 
     Attributes:
         format: version of the pack format.
@@ -253,8 +253,8 @@ class PackManifest(Strict, ABC):
     def signed_part(self) -> bytes:
         """Return the canonical JSON of the manifest without digest and signature.
 
-        Fields that packs of earlier versions lack are in it only if they say something, so that the
-        digests of those packs stay valid.
+        Fields that packs of earlier versions lack are included only if they are not empty, so that
+        the digests of those packs stay valid.
         """
         fields = self.model_dump(mode="json", exclude={"digest", "signature"})
         for name in ADDED_BASE_FIELDS:

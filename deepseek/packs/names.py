@@ -1,6 +1,6 @@
-"""Names of experts, models and runs, and licences: what is allowed.
+"""Validate names of experts, models and runs, and licences.
 
-Names become names of files and folders, and words of options; so they are plain ones. This module
+Names become file and folder names and option values, so few characters are allowed. This module
 imports nothing heavy, for the command line.
 """
 
@@ -21,7 +21,7 @@ def valid_name(name: str) -> str:
         ValueError: it is reserved, is that of a pack file, or would make a bad file name.
     """
     if name.endswith(".safetensors"):
-        # Wherever a name or a file is meant, such a word is read as the path of a file.
+        # Where a name or a file may be given, this would be read as the path of a file.
         raise ValueError(f"{name[:80]!r} is the name of a file; give a name without '.safetensors'")
     if name in RESERVED_NAMES:
         raise ValueError(f"{name!r} is a reserved word; choose another name")
@@ -37,7 +37,7 @@ def valid_licence(expression: str) -> str:
     """Return an SPDX licence expression in its canonical form.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an SPDX expression.
     """
     try:
         return canonicalize_license_expression(expression)

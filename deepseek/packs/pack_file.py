@@ -23,13 +23,13 @@ from deepseek.packs.policy import PackPolicy
 class PackFile:
     """An open pack file.
 
-    It is the file that was opened, whatever has its name by now. Every read checks the digest, so
-    that a file that was changed in place is refused. The file is read, not mapped: a mapped file
-    that is cut short while it is in use ends the process.
+    It stays the file that was opened, even if its path is replaced. Every read checks the digest,
+    so that a file that was changed in place is refused. The file is read, not mapped: truncating a
+    mapped file would end the process.
 
     Args:
         file: the open file, which is closed with this object.
-        label: what messages call the pack.
+        label: name of the pack in messages.
     """
 
     def __init__(self, file: BinaryIO, label: str) -> None:
@@ -86,7 +86,7 @@ class PackFile:
 def open_pack(
     source: Path | ExpertPack, policy: PackPolicy, base: BaseDescription, keep: bool
 ) -> tuple[ExpertPack, PackFile | None]:
-    """Return a checked pack, and the open file in which its weights stay; None: it is not kept.
+    """Return a checked pack, and the open file in which its weights stay; None: not kept open.
 
     Args:
         source: the file or the pack.

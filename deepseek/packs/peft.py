@@ -31,9 +31,9 @@ MAX_CONFIG = 1 << 20  # bytes
 MAX_WEIGHTS = 4 << 30  # bytes
 PREFIX = "base_model.model."
 PATTERN_SECONDS = 1.0
-"""Time that matching all patterns of `rank_pattern` or `alpha_pattern` may take."""
+"""Maximum time to match all patterns of `rank_pattern` or `alpha_pattern`."""
 FUZZY = re.compile(r"\{[^{}]*[a-z][^{}]*\}", re.IGNORECASE)
-"""Approximate matching, which `regex` knows and PEFT's `re` takes for plain text."""
+"""Approximate matching, which `regex` supports and PEFT's `re` reads as plain text."""
 
 MAX_PATTERN = 500
 """Longest pattern in characters."""
@@ -116,7 +116,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     changes = {name: Matrices(*pairs[name], scaling_of[name]) for name in sorted(pairs)}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     dtype: DtypeName = next((name for name, kind in DTYPES.items() if dtypes == {kind}), "float32")
-    # With the three dots of a longer one, as long as a manifest's texts may be.
+    # With the three dots of a truncated name, a manifest's limit of 200 characters.
     base = printable(config.get("base_model_name_or_path") or "", 197)
     return PeftAdapter(base, changes, dtype, file_digest(folder / WEIGHTS))
 
@@ -252,7 +252,7 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, 
     """Return the scaling of each layer's change: alpha / r, or alpha / sqrt(r) (rsLoRA).
 
     Raises:
-        PackError: a rank is not that of the tensors, or an alpha is no number.
+        PackError: a rank is not that of the tensors, or an alpha is not a number.
     """
     rank_of = _by_pattern(config, "rank_pattern", config.get("r", 8), ranks)
     alpha_of = _by_pattern(config, "alpha_pattern", config.get("lora_alpha", 8), ranks)
@@ -275,7 +275,7 @@ def _by_pattern(
 ) -> dict[str, float]:
     """Return the value of each layer: that of the first pattern that matches its end, or `default`.
 
-    A pattern is a regular expression of the adapter, so that the time to match it is limited.
+    Patterns are regular expressions of an untrusted adapter, so the time to match is limited.
     """
     patterns = dict(config.get(field) or {})
     for value in (default, *patterns.values()):
@@ -306,7 +306,7 @@ def _by_pattern(
 
 
 def _compiled(pattern: str) -> "regex.Pattern[str]":
-    """Return a pattern of PEFT's syntax, which is that of `re`, for matching within a time."""
+    """Return a compiled pattern in PEFT's syntax, that of `re`, for matching with a timeout."""
     re.compile(pattern)
     if FUZZY.search(pattern):
         raise re.error("braces around letters")

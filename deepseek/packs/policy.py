@@ -46,7 +46,7 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     so that the result does not depend on which alternative a user picks.
     """
     words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
-    # SPDX identifiers do not differ by case, and that of the base comes as its card spells it.
+    # SPDX identifiers are case-insensitive, and the base's is spelled as on its model card.
     denied = {name.lower() for name in policy.deny}
     allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
     for licence in words:

@@ -18,9 +18,9 @@ from deepseek.retrieval.passages import Passage, passages
 from deepseek.retrieval.words import search_words
 
 FORMAT = 4
-"""Changes with the files, and with the words that `search_words` makes of a text or a query."""
+"""Format version; increase it when the files or the results of `search_words` change."""
 REBUILD = "build it again (an expert's with `deepseek expert index NAME`)"
-"""The mend for an index that cannot be used."""
+"""Advice in errors about an index that cannot be used."""
 DEFAULT_PASSAGES = 4
 """Passages to retrieve by default."""
 CANDIDATES = 8
@@ -100,10 +100,10 @@ class Index:
 
         Args:
             query: text to search with.
-            k: most passages.
+            k: maximum number of passages.
             max_tokens: budget for all passages together, as measured by `length`. Passages that
-                don't fit are skipped; but of the first one, its beginning is taken, if that is at
-                least a quarter. None: no limit.
+                don't fit are skipped, but the first one is truncated if at least a quarter of it
+                fits. None: no limit.
             length: returns the tokens of a text; default: the number of characters.
         """
         chosen: list[Passage] = []
@@ -166,13 +166,13 @@ class Index:
 
 
 def beginning(text: str, most: int, length: Length) -> str:
-    """Return the beginning of a text that has at most a number of tokens.
+    """Return the longest beginning of a text within a number of tokens.
 
-    It ends with a line, if that keeps at least half of what fits.
+    It ends with a whole line if that keeps at least half of what fits.
 
     Args:
         text: the text.
-        most: its most tokens, as measured by `length`.
+        most: maximum tokens, as measured by `length`.
         length: returns the tokens of a text.
     """
     least, stop = 0, len(text)  # characters that fit, and that do not

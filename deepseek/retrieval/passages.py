@@ -8,7 +8,7 @@ from deepseek.data.text.document import Document, Kind, split_lines
 from deepseek.data.text.patches import message_and_patches
 
 MATCHED_LINES = 12
-"""Lines of a code passage that queries are matched with."""
+"""Lines of a code passage that queries are matched against."""
 
 SHOWN_LINES = 18
 """Lines of a code passage that are shown: the matched ones and what follows, since completion asks
@@ -22,7 +22,7 @@ PARAGRAPH_CHARACTERS = 900
 """Characters up to which paragraphs of prose are joined."""
 
 LONGEST = 2400
-"""Most characters per passage, as minified code and tables have very long lines."""
+"""Maximum characters per passage, as minified code and tables have very long lines."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Passage:
         start: first line, counted from 0.
         stop: line after the last one.
         text: text to show.
-        path: file that it belongs to, if that is not the document's name, as in a commit; else
-            empty.
+        path: file that it belongs to, if that differs from the document's name, as in a commit;
+            else empty.
         piece: place among the pieces of the same lines, where these are too long for one passage.
     """
 
@@ -61,7 +61,7 @@ class Passage:
 
 
 def passages(document: Document) -> Iterator[tuple[Passage, str]]:
-    """Yield the passages of a document, each with the text that queries are matched with."""
+    """Yield the passages of a document, each with the text that queries are matched against."""
     if document.kind == "code":
         yield from _windows(document, document.text, 0)
     elif document.kind == "commit":

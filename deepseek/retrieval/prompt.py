@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from deepseek.retrieval.passages import Passage
 
 QUERY_LINES = 12
-"""Last lines of an unfinished text that form its query, as many as a code passage is matched
-with.
+"""Last lines of an unfinished text that form its query, as many as the matched lines of a code
+passage.
 """
 
 

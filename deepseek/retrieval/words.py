@@ -14,7 +14,7 @@ PART = regex.compile(
 )
 """Part of a word: capitals, a capitalised or lower-case run, digits, or letters without case."""
 JOINER = "\u200d"
-"""Asks for a joined form of the letters beside it; some writers leave it out."""
+"""Zero-width joiner, which some writers leave out."""
 SCRIPTS_WITHOUT_SPACES = (
     "Han",
     "Hiragana",

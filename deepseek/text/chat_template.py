@@ -21,8 +21,8 @@ from deepseek.text.tokenizer import encode_continued, encode_plain
 USER_ROLES = ("user", "tool")
 
 LAST_STAND_IN = 0x10FFFD
-"""Last code point of plane 16, which is for private use. The first control token has this one as
-its stand-in (see `render`), the next one that before it, and so on: texts hardly ever use them.
+"""Last private-use code point of plane 16, the stand-in of the first control token (see `render`);
+the next token has the one before it, and so on. Texts hardly ever use them.
 """
 
 RESERVED = {
@@ -76,7 +76,7 @@ def render(
     Raises:
         DataError: a message is malformed, a variable has the name of an argument, there is no chat
             template, or the template refuses the messages.
-        UserError: one that the caller's trace function raises goes through.
+        UserError: raised by the caller's trace function, and passed on.
     """
     check_messages(messages)
     taken = sorted(RESERVED & (variables or {}).keys())
@@ -98,7 +98,7 @@ def render(
         )
     except UserError:  # a time limit of the caller
         raise
-    except Exception as error:  # a template can do anything that an expression in Jinja can
+    except Exception as error:  # a template can evaluate any Jinja expression
         raise DataError(
             f"The chat template refuses these messages ({error}); check their roles and order."
         ) from error
@@ -127,7 +127,7 @@ class ControlTokens:
     def guard(self, value: Any) -> Any:
         """Return a value with every control token in its texts replaced by its stand-in.
 
-        None is left: where two overlap, the one that begins first is replaced.
+        No control token is left: of two that overlap, the one that begins first is replaced.
 
         Args:
             value: text, or nested mappings and lists with texts.
@@ -190,8 +190,8 @@ def encode_rendered(
     control = ControlTokens.of(tokenizer)
     before = "" if previous is None else str(tokenizer.convert_ids_to_tokens(previous))
     is_continued = previous is not None and before not in control.stand_ins
-    # Whether a space belongs before what follows a control token, the tokenizer decides itself: it
-    # sees the token too.
+    # The tokenizer itself decides whether a space belongs after a control token, so it gets the
+    # token, too.
     parts = _split_rendered(control, text if is_continued else before + text, is_continued)
     # Each text is encoded once, and all of a kind in one call: a message can hold any number of
     # stand-ins.

@@ -1,4 +1,4 @@
-"""Control tokens: what chat templates and training layouts write, and no user's text may."""
+"""Control tokens, which chat templates and training layouts may write and user text may not."""
 
 from functools import lru_cache
 from itertools import chain

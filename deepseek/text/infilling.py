@@ -34,7 +34,7 @@ class InfillLayout:
 
     @property
     def markers(self) -> int:
-        """Number of ids of all markers in a prompt."""
+        """Number of ids of the markers in a prompt."""
         return len(self.join([], []))
 
     def join(self, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
@@ -67,7 +67,8 @@ def infill_layout(tokenizer: PreTrainedTokenizerFast) -> InfillLayout:
             prefix, suffix, middle = ([vocabulary[name]] for name in names)
             return InfillLayout(prefix, suffix, middle, True)
     prefix_name, suffix_name, middle_name = FIM_TOKENS[1]
-    # The suffix's marker comes first. It keeps these ids behind other files too, as in training.
+    # The suffix's marker comes first. It is encoded as the beginning of a text, even after other
+    # files, as in training.
     (suffix,) = encode_plain(tokenizer, [suffix_name])
     prefix, middle = encode_continued(tokenizer, [prefix_name, middle_name])
     return InfillLayout(prefix, suffix, middle, False)

@@ -39,7 +39,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the Rust part raises bare exceptions, the rest any of its own
+    except Exception as error:  # the Rust part raises bare exceptions, the rest many types
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read ({error}); fetch the model again."
         ) from error
@@ -123,8 +123,8 @@ def _plain_copy(content: str, control: Sequence[str]) -> Tokenizer:
         control: texts of the control tokens.
     """
     encoder = Tokenizer.from_str(content)
-    # Only tokens that are flagged as special are spared. These are in the vocabulary already, so
-    # that this just flags them.
+    # `encode_special_tokens` applies to tokens flagged as special. These are in the vocabulary
+    # already, so adding them only flags them.
     encoder.add_special_tokens([AddedToken(text, special=True) for text in control])
     encoder.encode_special_tokens = True
     encoder.no_truncation()
@@ -213,8 +213,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
         tokenizer.chat_template,
         document_end_id(tokenizer),
     ]
-    # Where we differ from the tokenizer's own ids. The digests of all other tokenizers are those of
-    # before, so that stored data stays valid.
+    # Only if our ids differ from the tokenizer's own: other tokenizers keep their digests, so that
+    # stored data stays valid.
     unflagged = unflagged_control_tokens(tokenizer)
     if unflagged:
         parts.append({"control": unflagged})

@@ -1,7 +1,7 @@
 """Model and generation config of a GGUF file.
 
-The names of most fields come from the tables of `transformers`. Added is what llama.cpp's converter
-writes and those tables leave out: head widths, expert widths and the scaling of rotary positions.
+The names of most fields come from the tables of `transformers`. This module adds what llama.cpp's
+converter writes and those tables lack: head widths, expert widths and scaled rotary positions.
 """
 
 from dataclasses import fields
@@ -51,8 +51,8 @@ SCALING = {
     "yarn_ext_factor": 1,
     "yarn_log_multiplier": 0,
 }
-"""Key below "rope.scaling" -> its value in every file that is read. llama.cpp computes with these,
-and the config has no field for some, and another meaning for others.
+"""Key below "rope.scaling" -> the only value that is accepted. llama.cpp computes with these keys,
+but the config has no field for some and gives others another meaning.
 """
 
 LLAMA3_LIMITS = {
@@ -66,8 +66,8 @@ TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Name in a config -> name in GGUF metadata."""
 
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
-"""Layers of the one size of each Gemma whose queries are scaled by the mean width of a head, not by
-the head's own; llama.cpp tells it by this number, too.
+"""Number of layers of the one size of each Gemma whose queries are scaled by the model's width over
+its heads, not by the head's width; llama.cpp recognises it by this number, too.
 """
 
 
@@ -118,7 +118,7 @@ def model_config(file: GgufFile) -> PretrainedConfig:
 
 
 def _window(file: GgufFile) -> dict[str, Any]:
-    """Return the sliding window of Phi-3, which the tables of `transformers` leave out; 0 is none.
+    """Return the sliding window of Phi-3, which the tables of `transformers` lack; 0 means none.
 
     llama.cpp ignores it, and so computes another model beyond the window.
     """
@@ -151,8 +151,8 @@ def check_layers(file: GgufFile) -> None:
 
 
 def _check_rotation(file: GgufFile, width: int) -> None:
-    """Raise `CheckpointError` if the file rotates heads of this width in a way that no config says,
-    because the folder would hold another model.
+    """Raise `CheckpointError` if the file rotates heads of this width in a way that no config can
+    state, because the folder would hold another model.
     """
     width = file.facts.get(f"{file.architecture}.attention.key_length", width)
     usual = {"rope.dimension_count": width} | {
@@ -170,7 +170,8 @@ def _check_rotation(file: GgufFile, width: int) -> None:
 def generation_config(file: GgufFile) -> GenerationConfig:
     """Return the generation config of a GGUF file: its token ids.
 
-    A model that ends turns (`eot`) or messages (`eom`) by other tokens than documents stops at all.
+    If turns (`eot`) or messages (`eom`) end with other tokens than documents, each of these tokens
+    stops the generation.
     """
     ids = {name: file.token_id(key) for name, key in TOKEN_IDS.items()}
     stops = (ids["eos"], file.token_id("eot"), file.token_id("eom"))

@@ -38,10 +38,10 @@ from deepseek.errors import CheckpointError, shown
 from deepseek.registry import nearest, pick
 
 SHARD_BYTES = 2 << 30
-"""Most bytes of one file of weights, if no single tensor is larger."""
+"""Maximum bytes of one file of weights, if no single tensor is larger."""
 
 WITHOUT_PARAMETER = {"rope_freqs.weight"}
-"""Tensors that the config describes."""
+"""Tensors that become config fields, not parameters."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,7 +50,7 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
     GGMLQuantizationType.F32: torch.float32,
 }
-"""Encodings that are no quantisation."""
+"""Encodings without quantisation."""
 
 
 def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> None:
@@ -60,8 +60,8 @@ def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> 
         source: the GGUF file.
         folder: existing, empty folder to write to.
         dtype: dtype of the weights, a key of `DTYPES`. None keeps every matrix exactly: the dtype
-            of the file's matrices, or fp32 if they are quantised or of several. Vectors, which
-            files hold in fp32, are rounded to it, as `transformers` rounds them.
+            of the file's matrices, or fp32 if they are quantised or of several dtypes. Vectors,
+            which files hold in fp32, are rounded to it, as `transformers` rounds them.
 
     Raises:
         ConfigError: the dtype is unknown.

@@ -1,6 +1,6 @@
 """Read a GGUF file: its metadata, the table of its tensors, and their values.
 
-`gguf.GGUFReader` trusts every count in the file (a hostile length keeps it busy for ever) and takes
+`gguf.GGUFReader` trusts every count in the file (a hostile length keeps it busy forever) and takes
 minutes for a vocabulary of 262,144 entries. This reader checks each length against the file's size
 before it uses it. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

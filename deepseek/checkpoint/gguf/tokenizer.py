@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, with its chat template.
 
-`transformers` rebuilds it from the vocabulary, but splits text by GPT-2's rule where it does not
-know the file's rule, which gives other ids in silence. Here an unknown rule is an error.
+`transformers` rebuilds it from the vocabulary, but splits text by GPT-2's rule if it does not know
+the file's rule, which silently gives other ids. Here an unknown rule is an error.
 """
 
 from typing import Any
@@ -110,9 +110,9 @@ def _token(file: GgufFile, tokens: list[str], key: str) -> str | None:
 
 
 def _remove_prefix(backend: Tokenizer) -> None:
-    """Let a SentencePiece tokenizer put no space before a text.
+    """Make a SentencePiece tokenizer put no space before a text.
 
-    `transformers` reads the field and does not use it. Gemma's tokenizer has none of these steps.
+    `transformers` reads the field but does not use it. Gemma's tokenizer has none of these steps.
     """
     if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
@@ -124,7 +124,11 @@ def _remove_prefix(backend: Tokenizer) -> None:
 
 
 def _set_split_rule(file: GgufFile, backend: Tokenizer) -> None:
-    """Set the rule of a byte-level tokenizer that `transformers` does not know."""
+    """Set the split rule of a byte-level tokenizer if `transformers` does not know it.
+
+    Raises:
+        CheckpointError: the rule is unknown here, too.
+    """
     rule = str(file.fact("tokenizer.ggml.pre"))
     if rule in WHOLE_WORDS:
         backend.model.ignore_merges = True

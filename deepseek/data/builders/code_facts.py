@@ -21,10 +21,10 @@ from deepseek.data.text.document import Document
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 LONGEST_VALUE = 60
-"""Most characters of a default or constant that is worth asking for."""
+"""Maximum characters of a default or constant that is worth asking for."""
 
 MOST_NAMES = 10
-"""Most arguments, methods or exceptions in one answer."""
+"""Maximum arguments, methods or exceptions in one answer."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def definitions(tree: ast.Module) -> Iterator[Definition]:
 
 
 def is_public(name: str) -> bool:
-    """Return whether a name is public and not of a test."""
+    """Return whether a name is public and not that of a test."""
     return not name.startswith(("_", "test", "Test"))
 
 

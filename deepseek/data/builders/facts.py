@@ -43,7 +43,7 @@ def shown_path(name: str) -> str:
 
 
 LONGEST_ANSWER = 320
-"""Most characters of an answer, about what a small model can write in one turn."""
+"""Maximum characters of an answer, about what a small model can write in one turn."""
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=\S)|(?<=[。！？])")
 

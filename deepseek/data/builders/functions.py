@@ -43,7 +43,7 @@ def documented_functions(
 
     Args:
         documents: the documents; only Python code is read.
-        shortest: fewest lines of a body; default: 2.
+        shortest: minimum lines of a body; default: 2.
     """
     python = [
         document

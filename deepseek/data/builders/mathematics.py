@@ -11,7 +11,7 @@ from deepseek.data.text.document import Document, conversation
 from deepseek.errors import DataError
 
 MOST_REPEATS = 1_000
-"""Problems of a kind drawn in a row that were drawn before, after which it counts as used up."""
+"""Consecutive draws of known problems after which a kind counts as used up."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _new_problem(kind: Kind, draw: random.Random, seen: AbstractSet[str]) -> Pro
     Args:
         kind: draws a problem.
         draw: source of random numbers.
-        seen: the questions of before.
+        seen: questions asked before.
 
     Raises:
         DataError: almost all problems of the kind were asked before.

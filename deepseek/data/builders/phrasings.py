@@ -342,7 +342,7 @@ COMMON = {
 
 WORD = re.compile(r"[^\W\d_]+")
 FEWEST = 3
-"""Fewest common words for which a text's language counts as known."""
+"""Minimum common words in a text for its language to count as known."""
 
 
 def language_of(text: str) -> str:
@@ -375,7 +375,7 @@ def ask(fact: Fact, reserved: bool = False, precise: bool = False) -> str:
     Args:
         fact: the fact.
         reserved: whether to use a wording reserved for evaluation; default: False.
-        precise: whether to name the file always; default: False, in half of the questions.
+        precise: whether to always name the file; default: False, in half of the questions.
     """
     choices = ways(fact)[-RESERVED:] if reserved else ways(fact)[:-RESERVED]
     key = f"{fact.kind}:{fact.place}:{fact.what}:{fact.argument}"

@@ -11,7 +11,7 @@ from deepseek.data.text.document import Document
 from deepseek.data.text.patches import message_and_patches
 
 HEADING_MARK = re.compile(r"(?:#{1,6}|={1,6})\s+")
-"""Sign of a heading before its text; the same signs may close it."""
+"""Mark of a heading before its text; the same marks may close it."""
 
 UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
 ITEM = re.compile(r"^\s{0,3}(?:[-*+•]|\d{1,2}[.)])\s+(\S.*)$")
@@ -21,17 +21,17 @@ NUMBER = re.compile(r"^(?:\d{1,2}[.)]|\d{1,2}(?:\.\d{1,2})+\.?)\s+")
 CODE_LINE = re.compile(r"^(?:```|~~~|\s{4}|\t|\.\. |\||>>>|[<{\[])")
 
 LONGEST_HEADING = 70
-"""Most characters of a heading."""
+"""Maximum characters of a heading."""
 
 SHORTEST_PARAGRAPH = 40
-"""Fewest characters of a paragraph that is worth asking for."""
+"""Minimum characters of a paragraph that is worth asking for."""
 
 LONGEST_NAME = 4
-"""Most words of a defined term."""
+"""Maximum words of a defined term."""
 
 MOST_ITEMS = 6
 LONGEST_ITEM = 80
-"""Most characters of a list item."""
+"""Maximum characters of a list item."""
 
 A_NAME = r"[^\W\d_][^.,;:!?()\n]{1,40}?"
 DEFINITIONS = {
@@ -121,7 +121,7 @@ def heading_of(block: str) -> tuple[str, str]:
     """Return the heading at the start of a block of lines ("" if none), and the other lines."""
     lines = block.split("\n")
     mark = HEADING_MARK.match(lines[0])
-    # Not one pattern for sign, text and closing signs, which would try each space as their start.
+    # One pattern for mark, text and closing marks would backtrack at each space.
     marked = lines[0][mark.end() :].rstrip("#=").rstrip() if mark else None
     if marked is not None and len(marked) <= LONGEST_HEADING:
         return plain(marked), "\n".join(lines[1:])
@@ -185,10 +185,10 @@ def first_items(blocks: Sequence[str]) -> list[str]:
 
 
 MOST_FUNCTIONS = 6
-"""Most functions of a commit in one answer."""
+"""Maximum functions of a commit in one answer."""
 
 LONGEST_SUBJECT = 120
-"""Most characters of a commit's subject line; a longer one does not fit into a question."""
+"""Maximum characters of a commit's subject line; a longer one does not fit into a question."""
 
 CHANGED = re.compile(
     r"^([+-])[ \t]*(?:async[ \t]+)?(?:def|function|func|fn)[ \t]+([A-Za-z_]\w*)", re.MULTILINE
@@ -199,8 +199,8 @@ CHANGED = re.compile(
 def commit_facts(document: Document) -> Iterator[Fact]:
     """Yield the facts of a commit: its message, and the functions that it added.
 
-    The files that it changed are no fact: its document leaves out lock files, images and changes of
-    held-out files (`data.text.commits.follow_files`), so that a list would be incomplete.
+    The list of changed files is not a fact: the document leaves out lock files, images and changes
+    of held-out files (`data.text.commits.follow_files`), so the list would be incomplete.
     """
     message, patches = message_and_patches(document.text)
     subject, _, body = message.partition("\n")

@@ -20,12 +20,12 @@ from deepseek.data.text.document import Document, conversation, uniform
 from deepseek.terminal import is_unicode
 
 MOST_PER_DOCUMENT = 200
-"""Most questions about one document, selected by hash, so that a generated reference does not
+"""Maximum questions about one document, selected by hash, so that a generated reference does not
 outweigh everything else.
 """
 
 TURNS = 3
-"""Most questions in one conversation; several share the cost of the template's tokens."""
+"""Maximum questions in one conversation; several share the cost of the template's tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class Question:
 
 
 def facts_of(document: Document) -> list[Fact]:
-    """Return what a document states, at most `MOST_PER_DOCUMENT` facts; a conversation states
-    nothing of its own.
+    """Return the facts of a document, at most `MOST_PER_DOCUMENT`; a conversation has none.
+
+    Facts that share a question with another one are dropped.
     """
     readers = {"code": code_facts, "text": prose_facts, "commit": commit_facts}
     facts = list(readers[document.kind](document)) if document.kind in readers else []
@@ -99,7 +100,7 @@ def facts_of(document: Document) -> list[Fact]:
 def is_sayable(fact: Fact) -> bool:
     """Return whether a fact can be written as Unicode, and its answer passes its own check.
 
-    A literal of a program may hold half of a surrogate pair.
+    A string literal in code may hold a lone surrogate.
     """
     return is_unicode(fact.what + fact.argument + fact.answer) and is_right(fact.answer, fact.check)
 

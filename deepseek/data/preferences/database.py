@@ -25,7 +25,7 @@ Split = Literal["train", "eval"]
 
 
 class MissingPreferenceError(DataError):
-    """There is no preference with the id that was asked for."""
+    """There is no preference with the requested id."""
 
 
 class DatabaseFailedError(DataError):
@@ -117,12 +117,12 @@ UNSPACED = re.compile(
     r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """A character of a script without spaces between words: Thai and Lao, Burmese, Khmer, Japanese and
-Chinese. The word index takes all text between two spaces or signs for one word.
+Chinese. The word index would take all text between two spaces or signs for one word.
 """
 
 CONTAINS_ALL = """NOT EXISTS (SELECT 1 FROM json_each(?)
     WHERE instr(lower(spoken || ' ' || chosen || ' ' || rejected), lower(value)) = 0)"""
-"""Condition that a pair's texts contain all parts of a JSON list. It reads the texts themselves."""
+"""Condition that a pair's texts contain all parts of a JSON list; it scans texts, not the index."""
 
 
 class PreferenceDatabase:
@@ -171,13 +171,13 @@ class PreferenceDatabase:
     ) -> Added:
         """Add many pairs, in transactions of `batch`; skip duplicates.
 
-        If `pairs` fails or is interrupted, those before stay: sampling one takes seconds.
+        If `pairs` fails or is interrupted, pairs before that are kept: sampling one takes seconds.
 
         Args:
             pairs: the pairs.
             progress: called after each transaction, whose pairs are then on disk.
             total: number of pairs, for `progress`; default: 0 (unknown).
-            batch: pairs of a transaction, which a process that is killed loses; default: `BATCH`.
+            batch: pairs per transaction, which a killed process loses at most; default: `BATCH`.
         """
         new = 0
         duplicates = 0
@@ -189,7 +189,7 @@ class PreferenceDatabase:
         return Added(new, duplicates)
 
     def _add_batch(self, pairs: Iterable[Preference]) -> Added:
-        """Add pairs in one transaction, also those before an error."""
+        """Add pairs in one transaction, including those before an error."""
         rows: list[tuple[Any, ...]] = []
         new = 0
         try:
@@ -197,7 +197,7 @@ class PreferenceDatabase:
         finally:
             if rows:
                 with self._transaction():
-                    # Its own count of rows: other processes may add some at the same time.
+                    # Count own rows: other processes may add some at the same time.
                     new = self._db.executemany(INSERT, rows).rowcount
         return Added(new, len(rows) - new)
 
@@ -277,7 +277,7 @@ class PreferenceDatabase:
         if parts:
             conditions.append(CONTAINS_ALL)
             values.append(json.dumps(parts))
-        where = " AND ".join(conditions)  # constants: what was given stands in `values`
+        where = " AND ".join(conditions)  # only constants; user input is in `values`
         found = f"SELECT rowid FROM words WHERE {where}"  # noqa: S608
         rows = self._rows(
             f"SELECT * FROM shown WHERE id IN ({found} ORDER BY rowid DESC LIMIT ?) "  # noqa: S608

@@ -27,12 +27,12 @@ pairs near the threshold.
 """
 
 MAX_SHINGLES = 2_000
-"""Most shingles per sketch, those with the smallest hashes (bottom-k, an unbiased sample), so that
-long texts stay cheap.
+"""Maximum shingles per sketch, those with the smallest hashes (bottom-k, an unbiased sample), so
+that long texts stay cheap.
 """
 
 MOST_VERIFIED = 50
-"""Most candidates that are compared exactly with a document, those with the most similar sketches.
+"""Maximum candidates to compare exactly with a document, those with the most similar sketches.
 Texts that share a header, such as a licence, are candidates of each other by the thousand.
 """
 
@@ -49,8 +49,8 @@ WORD = re.compile(rf"([{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+)(\W*)")
 
 
 def near_duplicates(documents: Sequence[Document], progress: Progress = silent) -> dict[int, int]:
-    """Return the index of each near duplicate of an earlier document, with the index of that one,
-    which is retained.
+    """Return a mapping from the index of each near duplicate to that of the earlier document that
+    is retained.
 
     Candidates come from MinHash LSH (Broder 1997) and are verified by exact Jaccard similarity.
     """
@@ -89,8 +89,8 @@ def most_similar(
     """Return the candidates that are worth an exact comparison, at most `MOST_VERIFIED`: those
     whose sketches have the most values in common with that of the document.
 
-    A value counts the more, the fewer candidates have it: values from a header tell nothing about
-    which of the texts under it are alike.
+    Values that fewer candidates have count more: those from a shared header do not tell which of
+    the texts under it are alike.
 
     Args:
         sketches: sketch of each document, of shape (documents, `PERMUTATIONS`).
@@ -121,7 +121,7 @@ def document_shingles(document: Document) -> NDArray[np.uint32]:
 
 def shingle_hashes(text: str) -> NDArray[np.uint32]:
     """Return the sorted distinct 32-bit hashes of all runs of `SHINGLE` words, each with the signs
-    after it: in code and tables a sign is all that tells `a + b` from `a - b`. Spaces do not count.
+    after it: in code and tables only a sign tells `a + b` from `a - b`. Spaces do not count.
     """
     words = np.array(
         [

@@ -1,4 +1,4 @@
-"""Split the commits of a repository as its files are split.
+"""Split the commits of a repository along with its files.
 
 A diff shows the text of the files that a commit changed. What it changed therefore goes to the side
 of these files, so that no held-out text is trained on.
@@ -20,7 +20,7 @@ from deepseek.data.text.git_diffs import diff_to_parent, find_exact_renames
 from deepseek.data.text.patches import NOWHERE, Patch, message_and_patches
 
 MOST_COMPARED = 5_000
-"""Most files of one commit that are looked for under other names with similar content."""
+"""Maximum files of one commit to look for under other names with similar content."""
 
 
 def renamed_files(
@@ -30,8 +30,7 @@ def renamed_files(
     renaming first.
 
     A file is renamed if a commit deletes it and adds one with at least half of its content. A merge
-    renames what it has at a path that no parent has, as one that puts another project into a folder
-    does.
+    renames files to paths that no parent has, such as one that moves another project into a folder.
 
     Args:
         repository: the repository.
@@ -48,16 +47,15 @@ def renamed_files(
 def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
     """Yield the former and the later path of each file that a diff renames.
 
-    A module that moves may leave another file at its former path, which imports it from where it is
-    now.
+    A moved module may leave a stub at its former path that imports it from the new one.
     """
     if not added_paths(diff):
         return
-    # Comparing contents takes time in proportion to the square of their number, so those that are
-    # the same are found before.
+    # Comparing contents takes time in proportion to the square of the number of files, so exact
+    # renames are found first.
     find_exact_renames(diff)
     flags = DiffFind.FIND_RENAMES | DiffFind.FIND_RENAMES_FROM_REWRITES
-    with suppress(pygit2.GitError):  # libgit2 fails at some diffs of files that are split
+    with suppress(pygit2.GitError):  # libgit2 fails on some diffs of files that are split
         diff.find_similar(flags=flags, rename_limit=MOST_COMPARED)
     for delta in diff.deltas:
         if delta.status_char() == "R":
@@ -89,7 +87,7 @@ def with_later_names(known: KnownNames, renamed: Sequence[tuple[str, str]]) -> K
     """Return known names and those that the same files were given later.
 
     Args:
-        known: names of the files at some time. One that is known itself keeps its side.
+        known: names of files whose side is known. A later name that is known itself keeps its side.
         renamed: former and later names of files, newest first (`renamed_files`).
     """
     learnt = set(known.learnt)
@@ -110,9 +108,9 @@ class FileSides:
     Args:
         train: training documents.
         held_out: held-out documents.
-        lots: lots of the split, by which files that are gone have a side too.
-        renamed: former and later names of files, newest first (`renamed_files`). By its former name
-            a file is on the same side.
+        lots: lots of the split, which give files that are gone a side too.
+        renamed: former and later names of files, newest first (`renamed_files`). Both names are on
+            the same side.
         duplicates: names of files that were dropped, each with the name of the same text that was
             retained (`CleanReport.duplicates`). Both are on the same side.
     """
@@ -133,7 +131,7 @@ class FileSides:
             side.add(name)
 
     def is_held_out(self, name: str) -> bool:
-        """Return whether a file is held out, or one of those that had this name."""
+        """Return whether a file that has or had this name is held out."""
         if name in self._held_out or name in self._train:
             return name in self._held_out
         return self._lots.is_held_out(name)

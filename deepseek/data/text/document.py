@@ -86,8 +86,8 @@ def conversation(
 def document_name(name: str) -> str:
     """Return the name of a document for the name of a file.
 
-    Names stand on lines of their own, before the text of a file and in the changes of a commit. So
-    U+FFFD stands for line breaks in them, as for bytes that are no text.
+    Line breaks become U+FFFD, as do bytes that are not text: names stand on lines of their own,
+    before the text of a file and in the changes of a commit.
     """
     return LINE_BREAKS.sub("\ufffd", unicode_only(name))
 
@@ -219,7 +219,7 @@ class Lots:
 def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: int) -> Lots:
     """Return the lots of documents, of which about the share `held_out` is held out.
 
-    Even of two files one is held out and one is not. Commits don't count here, since they follow
+    Of only two files, one is held out and one is not. Commits don't count here, since they follow
     their files (`follow_files`), unless there are no two files.
 
     Args:
@@ -238,7 +238,7 @@ def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: in
 
 
 def by_time(documents: Sequence[Document], held_out: float) -> list[bool]:
-    """Return whether each document is later than the cut, which about the share `held_out` is."""
+    """Return for each document whether it is after the cut, as about a share `held_out` is."""
     times = sorted(document.time for document in documents)
     if not times or times[0] == times[-1]:
         raise DataError("The documents carry no different times; split by file instead.")

@@ -1,5 +1,5 @@
-"""Encode documents as token ids, with path header, fill-in-the-middle and conversation mask; and
-cut texts of one length.
+"""Encode documents as token ids, with path header, fill-in-the-middle and conversation mask; cut
+texts of equal length.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,7 +118,7 @@ class DocumentEncoder:
             return []
         if document.kind == "infill":
             prefix, suffix, middle = document.gap()
-            # What follows directly is tokenised as one text, as the engine's token healing goes on.
+            # A middle right after the prefix is tokenised with it, like by token healing.
             follows = not self.layout.has_tokens
             return [prefix + middle, suffix, ""] if follows else [prefix, suffix, middle]
         head = header(document) if self.options.header and document.kind != "text" else ""

@@ -1,5 +1,5 @@
-"""Filter out files that are not training text: binary, generated, vendored and oversized ones, and
-those of passwords, by path, size and content.
+"""Filter out files that are not training text: binary, generated, vendored, oversized and password
+files, by path, size and content.
 """
 
 import re
@@ -10,10 +10,10 @@ from deepseek.checkpoint.store import is_ours
 from deepseek.data.text.document import Document, Kind
 
 MAX_FILE_BYTES = 1 << 20
-"""Largest file to read; larger source files are nearly always data or generated."""
+"""Largest file to read, in bytes; larger source files are nearly always data or generated."""
 
 MAX_PROSE_BYTES = 16 << 20
-"""Largest file of prose to read: a long book has some megabytes."""
+"""Largest file of prose to read, in bytes: a long book has some megabytes."""
 
 PDF_SUFFIX = ".pdf"
 
@@ -63,7 +63,7 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 POINTER = "version https://git-lfs.github.com/spec/"
-"""Start of a file of Git LFS that stands for another one."""
+"""Start of a Git LFS pointer file."""
 
 HEAD = 1_000
 """Characters at the start of a file that are searched for a generator's notice."""

@@ -1,8 +1,8 @@
 """Code with gaps, for training to fill in the middle.
 
-A whole file does not fit into a row of a training batch, where the middle would be far from what it
-joins. So a file is cut into excerpts, each with one gap of the kind that an editor asks for: the
-rest of a line, or a few lines.
+A whole file does not fit into a training row, and in a long row the middle would be far from the
+text around the gap. So a file is cut into excerpts, each with one gap of the kind that an editor
+asks for: the rest of a line, or a few lines.
 """
 
 import json
@@ -17,7 +17,7 @@ WHOLE_LINES = 0.3
 ONE_LINE = 0.6
 """Share of gaps that end with the line in which they begin."""
 MOST_LINES = 4
-"""Further lines of the longest gap."""
+"""Maximum further lines of a gap."""
 
 
 def with_gaps(documents: Iterable[Document], share: float, seed: int) -> list[Document]:
@@ -38,7 +38,7 @@ def with_gaps(documents: Iterable[Document], share: float, seed: int) -> list[Do
 
 
 def gapped(document: Document, seed: int) -> list[Document]:
-    """Return the excerpts of a code file, each with a gap; those without text stay as they are."""
+    """Return the excerpts of a code file, each with a gap; blank ones stay as they are."""
     result = []
     for number, excerpt in enumerate(excerpts(document.text)):
         name = f"{document.name}:{number}"
@@ -70,7 +70,7 @@ def gap(text: str, key: str) -> tuple[int, int] | None:
 
     Args:
         text: the text.
-        key: decides the gap.
+        key: determines the gap.
     """
     lines = text.splitlines(keepends=True)
     ends = [0]

@@ -29,7 +29,7 @@ UNSUPPORTED_FORMATS = ("unsupported extension", "unknown object format")
 def damage_explained(path: str | Path) -> Iterator[None]:
     """Raise a `DataError` that names the repository if git cannot read it within the block.
 
-    A damaged or missing object is refused, not skipped: what else is missing is unknown.
+    A damaged or missing object is refused, not skipped, as it is unknown what else is missing.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def damage_explained(path: str | Path) -> Iterator[None]:
 
 
 def _is_partial(path: str | Path) -> bool:
-    """Return whether a remote has promised the objects that the repository at `path` lacks."""
+    """Return whether the repository at `path` is a partial clone: a remote is its promisor."""
     try:
         config = pygit2.Repository(pygit2.discover_repository(str(path))).config
         return any(
@@ -180,7 +180,7 @@ def read_git_by_time(
         skipped: counter, filled with the number of skipped items by reason; default: not reported.
 
     Raises:
-        DataError: as `read_git`, or the history is too short to cut.
+        DataError: as for `read_git`, or the history is too short to cut.
     """
     repository = open_repository(path)
     commit = find_commit(repository, revision)
@@ -215,7 +215,7 @@ def find_cut(repository: pygit2.Repository, commit: pygit2.Commit, past: int) ->
     """Return an ancestor on the first-parent line of `commit` up to which there are about `past`
     commits.
 
-    A commit of a side branch is no cut: what the main line had then is not reachable from it.
+    A commit on a side branch cannot be the cut: the main line of its time is not reachable from it.
 
     Args:
         repository: the repository.

@@ -17,12 +17,12 @@ from deepseek.data.text.filters import (
 from deepseek.data.text.patches import NOWHERE
 
 MAX_COMMIT_CHARACTERS = 32_000
-"""Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
-nothing.
+"""Maximum characters of a commit's diff. Larger ones are imports, renames and reformattings, which
+teach nothing.
 """
 
 MOST_MOVED = 100_000
-"""Most files of one commit that are looked for under other names with the same content."""
+"""Maximum files of one commit to look for under other names with the same content."""
 
 MESSAGE_ENCODINGS = ("iso-8859-1", "iso-8859-15", "latin1", "windows-1252")
 """Encodings of messages, beside UTF-8, as git writes their names into commits."""
@@ -52,9 +52,9 @@ def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
 
 
 def find_exact_renames(diff: pygit2.Diff) -> None:
-    """Make one change of each pair of a deleted and an added file with the same content.
+    """Merge each pair of a deleted and an added file with the same content into a rename.
 
-    The flags are given, lest the user's settings count.
+    The flags are explicit, so that the user's git settings have no effect.
     """
     flags = DiffFind.FIND_RENAMES | DiffFind.FIND_EXACT_MATCH_ONLY
     diff.find_similar(flags=flags, rename_limit=MOST_MOVED)
@@ -105,7 +105,7 @@ def commit_document(
 def message_of(commit: pygit2.Commit) -> str:
     """Return the message of a commit.
 
-    Not `commit.message`, which takes any encoding that the commit names.
+    Not `commit.message`, which uses any encoding that the commit names.
     """
     encoding = (commit.message_encoding or "").lower()
     if encoding not in MESSAGE_ENCODINGS:
@@ -116,9 +116,9 @@ def message_of(commit: pygit2.Commit) -> str:
 def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
     """Return a diff without line numbers, modes and blob ids, None if it is too long.
 
-    The format does not depend on the user's git settings. Files that are not read as documents, by
-    their names, sizes or contents, are left out before their lines are compared, and so are files
-    that only their names have changed of: they would show the whole text, twice.
+    The format does not depend on the user's git settings. Two kinds of files are left out before
+    their lines are compared: those that are not read as documents, by name, size or content, and
+    those that were only renamed, which would show the whole text twice.
     """
     find_exact_renames(diff)
     parts: list[str] = []
@@ -154,7 +154,7 @@ def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:
 
     Args:
         patch: the changes; None: only the file mode has changed.
-        limit: most characters.
+        limit: maximum characters.
     """
     if patch is None or patch.delta.is_binary:
         return ""

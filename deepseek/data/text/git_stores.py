@@ -1,5 +1,5 @@
-"""The folders from which git reads a repository, so that they can be kept below another folder and
-damage in them is found.
+"""Find the folders from which git reads a repository, to confine them to a parent folder and to
+check them for damage.
 """
 
 import os
@@ -14,7 +14,7 @@ from deepseek.checkpoint.files import is_special
 from deepseek.errors import DataError
 
 MAX_STORES = 16
-"""Most folders over which a repository may be spread."""
+"""Maximum folders over which a repository may be spread."""
 
 LOOSE_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{38,62}")
 """Path of a loose object in its store."""
@@ -32,7 +32,7 @@ def repository_stores(path: Path) -> list[Path]:
 
     Raises:
         DataError: `path` itself is not a repository, it has more than `MAX_STORES` stores (for
-            example a chain of alternates), or names one that cannot be.
+            example a chain of alternates), or names an impossible one.
     """
     try:
         repository = pygit2.Repository(str(path), RepositoryOpenFlag.NO_SEARCH)
@@ -50,7 +50,7 @@ def stores_of(git_folder: Path) -> list[Path]:
         git_folder: the repository's git folder.
 
     Raises:
-        DataError: there are more than `MAX_STORES`, or one that cannot be.
+        DataError: there are more than `MAX_STORES`, or one is impossible.
     """
     try:
         return _stores(git_folder.resolve())
@@ -111,8 +111,8 @@ def refuse_endless(git_folder: Path) -> None:
     ends (libgit2 1.9).
 
     Args:
-        git_folder: the repository's git folder. What it shares with other work trees and the stores
-            of other repositories that it names are looked through too.
+        git_folder: the repository's git folder. The folder shared with other work trees and the
+            alternates are checked too.
     """
     stores = stores_of(git_folder)
     for store in stores:
@@ -121,7 +121,7 @@ def refuse_endless(git_folder: Path) -> None:
 
 
 def _refuse_endless_below(top: Path, stores: list[Path]) -> None:
-    """As `refuse_endless`, of the files below one folder.
+    """Apply `refuse_endless` to the files below one folder.
 
     Args:
         top: the folder.

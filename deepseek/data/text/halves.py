@@ -19,7 +19,7 @@ is cut in two.
 """
 
 LONGEST_WORD = 40
-"""Most characters of a word that is kept whole where this leaves less than the smallest part."""
+"""Maximum characters of a word that is kept whole if that leaves less than the smallest part."""
 
 
 def halve(
@@ -27,11 +27,11 @@ def halve(
 ) -> tuple[list[Document], list[Document]]:
     """Return (validation, test), each with about half of the held-out text and none in common.
 
-    A few documents of unequal size may have no fair halves. Then each is cut in the middle, at the
-    end of a line or of a message, and its first part goes to validation, unless the halves of whole
-    documents are fairer: conversations with one answer cannot be cut. Commits beside files are left
-    out of it, unless the split is by time: either half of one may show either half of a file that
-    it changes. Validation is empty only if nothing can be divided.
+    If halves of whole documents are too uneven (`SMALLEST_PART`), each document is cut in the
+    middle, at the end of a line or of a message, and its first part goes to validation, unless
+    whole documents are fairer: conversations with one answer cannot be cut. Commits beside files
+    are then left out, unless the split is by time, since either half of a commit may show either
+    half of a file. Validation is empty only if nothing can be divided.
 
     Args:
         documents: the held-out documents.

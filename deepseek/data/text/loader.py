@@ -156,8 +156,8 @@ class RowLoader:
     def with_targets(self) -> "RowLoader":
         """Return a loader restricted to the rows in which something is to be predicted.
 
-        In conversations with long messages of the user, many rows have no target. They would take
-        the place of others in a plan, and a loss over them alone is none.
+        In conversations with long user messages, many rows have no target. They would take the
+        place of others in a plan, and a loss over them alone is undefined.
 
         Raises:
             DataError: no row has a target.

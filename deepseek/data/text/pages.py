@@ -25,7 +25,7 @@ PARAGRAPHS = words("p div")
 """Those of them that often wrap the whole text of a list item or of a table cell."""
 
 CELLS = words("td th")
-"""HTML elements that stand in one line with others of their kind."""
+"""HTML elements that share a line with others of their kind."""
 
 
 def html_to_text(page: str) -> str:
@@ -49,7 +49,7 @@ class PageReader(HTMLParser):
         self.num_silent: Counter[str] = Counter()
         self.preformatted = 0
         self.articles = 0
-        self.at_item_start = False  # directly behind the mark of a list item or of a cell
+        self.at_item_start = False  # right after the mark of a list item or of a cell
         self.ended_paragraphs = 0  # whose line breaks are due unless the cell ends there too
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -32,8 +32,8 @@ class Patch:
 
 
 def message_and_patches(text: str) -> tuple[str, list[Patch]]:
-    """Return the message of a commit, with the blank line after it, and its patches: in this order
-    they are the text of its document.
+    """Return the message of a commit, with the blank line after it, and its patches; joined, they
+    are the text of its document.
     """
     message, *parts = START.split(text)
     headers = [HEADER.match(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Make one text of the pages of a PDF file.
+"""Join the pages of a PDF file into one text.
 
 pages (`pdf_pages`) -> without running heads -> words joined at line ends -> paragraphs
 """
@@ -16,7 +16,7 @@ WITHOUT_TEXT = "PDF without text"
 """Reason for skipping scans, whose pages are pictures."""
 
 REPEATED = 3
-"""Pages that must begin or end with a line, numbers aside, for it to be a running head."""
+"""Pages that must begin or end with the same line, digits ignored, for it to be a running head."""
 
 EDGES = 2
 """Lines at the top and at the bottom of a page that can be running heads or page numbers."""
@@ -35,11 +35,12 @@ HEADING = re.compile(
 )
 """A line that is a heading: a section number and a title, or a usual title without one.
 
-Lines with signs of formulas are none, nor those that end with a number, as in a table of contents.
+Lines with signs of formulas are not headings, nor are those that end with a number, as in a table
+of contents.
 """
 
 SHORT = 0.85
-"""Share of the line before it that the last line of a paragraph is shorter than."""
+"""The last line of a paragraph is shorter than this share of the line before it."""
 
 
 def pdf_to_text(data: bytes) -> str:
@@ -69,8 +70,8 @@ def page_lines(page: str) -> list[str]:
 
 
 def without_running_heads(pages: Sequence[list[str]]) -> list[list[str]]:
-    """Return the pages without each first or last line that, numbers aside, is that of `REPEATED`
-    pages; so a page number alone is one too.
+    """Return the pages without first and last lines that, digits ignored, occur there on `REPEATED`
+    pages.
     """
     tops = Counter(_numbers_aside(page[0]) for page in pages if page)
     bottoms = Counter(_numbers_aside(page[-1]) for page in pages if page)
@@ -83,7 +84,7 @@ def without_running_heads(pages: Sequence[list[str]]) -> list[list[str]]:
 
 
 def _is_running(line: str, counts: Counter[str]) -> bool:
-    # A bracket at the end of many pages is code.
+    # A bracket that ends many pages is code, not a running head.
     is_text = any(character.isalnum() for character in line)
     return is_text and counts[_numbers_aside(line)] >= REPEATED
 

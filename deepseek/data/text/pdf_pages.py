@@ -1,8 +1,8 @@
 """Read the pages of a PDF file in another process.
 
-A crafted or damaged file can cost its reader minutes or gigabytes: streams unfold a thousandfold,
-and forms contain each other. The other process has limits of time and memory, and pypdf's warnings
-about odd files stay in it; this module is also its program.
+A crafted or damaged file can cost its reader minutes or gigabytes: streams decompress a
+thousandfold, and forms contain each other. The other process has limits on time and memory, and
+hides pypdf's warnings about odd files; this module is also its program.
 """
 
 import json
@@ -13,10 +13,10 @@ from io import BytesIO
 from pathlib import Path
 
 MAX_PAGES = 2_000
-"""Most pages to read. Longer files are collections, which as one document could not be split."""
+"""Maximum pages to read. Longer files are collections, which as one document could not be split."""
 
 MAX_CHARACTERS = 16_000_000
-"""Most characters of all pages: 2,000 full pages have fewer, so that more means repetition."""
+"""Maximum characters of all pages: 2,000 full pages have fewer, so more means repetition."""
 
 SECONDS = 120
 """Limit of processor time; a page of a paper takes about 0.05 s."""

@@ -26,7 +26,7 @@ class Rule:
             search.
         pattern: the regular expression.
         group: group of the pattern that holds the secret; default: 0, the whole match.
-        is_code: tells which secrets that the pattern finds are none; default: it finds only
+        is_code: returns whether a match is code and not a secret; default: all matches are
             secrets.
     """
 
@@ -38,7 +38,7 @@ class Rule:
 
 
 TAIL = "[A-Za-z0-9_-]*"
-"""What is left of a token that is longer than its published pattern."""
+"""The rest of a token that is longer than its published pattern."""
 
 DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 
@@ -46,8 +46,8 @@ DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
     """Return the rules of a detect-secrets plugin.
 
-    Services lengthen their tokens without notice, so a pattern without a group takes the whole
-    token, where detect-secrets needs only to find it.
+    Services lengthen their tokens without notice, so a pattern without a group is extended to the
+    whole token; detect-secrets only needs to find it.
 
     Args:
         kind: name in the placeholder.
@@ -66,7 +66,7 @@ def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[R
 
 
 def own(kind: str, hints: str, pattern: str, group: int = 0) -> Rule:
-    """Return a rule of ours; letters are those of ASCII, as text without spaces may stand around.
+    """Return a rule of ours. It matches ASCII only, as text without spaces may adjoin a secret.
 
     Args:
         kind: name in the placeholder.
@@ -92,7 +92,7 @@ type, the sign, the prefix of a string; quotes may be escaped. The bounds keep t
 """
 
 VALUE = r"((?=[^\"'`\s]*\d)(?=[^\"'`\s]*[a-z])[\w+/=.~@!$^&*\#%?():,;\[\]{}<>|-]{BOUNDS})\\?[\"'`]"
-"""A value with letters and digits, of so many characters. Plain words do not match."""
+"""A value with letters and digits; `BOUNDS` stands for its length. Plain words do not match."""
 
 OF_A_PLACE = r"""
     (?:[_-]?(?:base|v?\d{1,3}|prod(?:uction)?|stag(?:e|ing)|dev(?:elopment)?|test(?:ing)?|live
@@ -159,11 +159,11 @@ ADDRESS = re.compile(
     r"""((?:[^/?#\[\]$'"`()<>*,;\s]|\$(?![{(]))+)@"""
 )
 """The password in an address, up to the last `@` before the host: people write one into a password
-as it is. It is no placeholder of a format string, a shell or a page of documentation.
+as it is. Placeholders of format strings, shells and documentation do not match.
 """
 
 BEGIN = r"(?:(?<!\w)|(?<=\\[nrt])|(?<=%[0-9A-F]{2}))"
-"""The begin of a word, or what follows an escaped end of a line or sign of an address."""
+"""The start of a word, or of what follows an escaped line end or a percent-encoded character."""
 
 AWS_RARE_ID = BEGIN + r"(?:ABIA|ACCA)(?=[A-Z]{0,15}[2-7])[A-Z0-9]{16}"
 """Id of a key of AWS with a digit, as most have that are random in base 32. Without one, DNA in
@@ -174,7 +174,7 @@ GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glpt
 
 
 def is_code(value: str) -> bool:
-    """Return whether a quoted value is no secret but a call, a type, a name or a form.
+    """Return whether a quoted value is not a secret but a call, a type, a name or a template.
 
     Brackets and colons are common in both. Code has plain words between them and closes its
     brackets, unless a quote in it ends the value before; a secret mixes letters, digits and signs.

@@ -174,8 +174,8 @@ def source_digest(
     digest = hashlib.sha256(
         json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode()
     )
-    # Earlier versions let these tokenizers put spaces around gaps. The digests of all other data
-    # are those of before, so that it stays valid.
+    # Earlier versions let these tokenizers put spaces around gaps. All other data keeps its digest,
+    # so that existing shards stay valid.
     kinds = {"infill": "infill without spaces"} if puts_space_before(tokenizer) else {}
     for document in documents:
         for field in (kinds.get(document.kind, document.kind), document.name, document.text):

@@ -37,7 +37,7 @@ LATEST = 10**15
 PARQUET_ROWS = 1024
 
 LONGEST_LINE = 1 << 28
-"""Bytes of a record's line from which on it is refused."""
+"""Lines of a record with at least this many bytes are refused."""
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
@@ -78,8 +78,8 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
     that this library writes.
 
     A folder that is not entered, or cannot be read, counts once in `skipped`. So does a link to a
-    file outside of `root`, or to one that would be skipped itself: texts of others could hold links
-    to the reader's private files.
+    file outside `root`, or to one that would be skipped itself: a folder from somebody else could
+    hold links to the user's private files.
     """
     inside = root.resolve()
 
@@ -184,8 +184,8 @@ def read_records(path: str | Path) -> Iterator[Document]:
 
 
 def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number (from 1) and record of each non-blank line of a JSONL file, packed if its name
-    ends with `.gz`, or of each row of a `.parquet` file.
+    """Yield number (from 1) and record of each non-blank line of a JSONL file, gzip-compressed if
+    its name ends with `.gz`, or of each row of a `.parquet` file.
 
     Raises:
         DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or
@@ -209,11 +209,11 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, which is unpacked first if its name ends with `.gz`.
+    """Yield the lines of a file, which is decompressed if its name ends with `.gz`.
 
     Raises:
-        DataError: it cannot be unpacked, or a line is longer than `LONGEST_LINE`, as one of a
-            small packed file can be.
+        DataError: it cannot be decompressed, or a line has `LONGEST_LINE` bytes or more, as one of
+            a small compressed file can have.
     """
     packed = file.suffix.lower() == ".gz"
     with gzip.open(file) if packed else open(file, "rb") as stream:
@@ -297,7 +297,7 @@ def record_time(value: object, where: str) -> int:
         DataError: it is infinite, NaN or beyond `LATEST`; the message names `where`.
     """
     if isinstance(value, datetime):
-        # UTC where it names no zone, so that it means the same on every machine.
+        # UTC if it has no zone, so that it means the same on every machine.
         zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
         return int(zoned.timestamp())
     if isinstance(value, bool) or not isinstance(value, int | float):

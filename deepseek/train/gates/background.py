@@ -4,7 +4,7 @@ It has more text than the calibration of gates, since only tokens are needed: hu
 files and package descriptions of the Python installation, besides the public rows, everyday
 conversations in fifteen languages and the commonest words of these. Pairs of tokens are rarer than
 tokens and need more text: some files of every installed package. A quarter of the packages are not
-counted; passages of them show how far code of other projects scores.
+counted; passages of them show how high code of other projects scores.
 """
 
 import sysconfig
@@ -32,26 +32,26 @@ from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, plac
 from deepseek.train.gates.relevance import Background, count_pairs
 
 LARGEST = 1_000_000
-"""Bytes of the largest file that is read."""
+"""Maximum size of a file to read, in bytes."""
 
 FILES = 800
 """Number of source files, spread evenly over the installed packages."""
 
 FILES_OF_A_PACKAGE = 6
-"""Most source files of one folder of a package."""
+"""Maximum number of source files per folder of a package."""
 CHARACTERS = 3000
 """Characters from the middle of one file."""
 
 PACKAGE_FILES = 40
-"""Most source files of a package whose pairs are counted."""
+"""Maximum number of source files per package whose pairs are counted."""
 PACKAGE_CHARACTERS = 8000
-"""Characters from the beginning of one of them."""
+"""Characters read from the beginning of each of these files."""
 UNCOUNTED = 4
-"""One of so many packages is not counted."""
+"""One package in this many is not counted; its passages are scored instead."""
 LATER = 512
 """Where the second passage of a document begins, in tokens."""
 PACKAGE_PASSAGES = 10
-"""Most passages of an uncounted package."""
+"""Maximum number of passages of an uncounted package."""
 
 
 def background(
@@ -63,7 +63,7 @@ def background(
     """
     rows = without_reserved(kept_rows(model, tokenizer, progress), tokenizer)
     root, name = place(model)
-    # Earlier versions kept one without languages in "words".
+    # The key "words" of earlier versions holds counts without languages.
     stored = kept(root / f"words-2-{name}", lambda: _measured(model, tokenizer, rows, progress))
     chats = stored["chats"].long().split(stored["lengths"].tolist())
     paired = kept(root / f"pairs-{name}", lambda: _measured_pairs(tokenizer, rows, progress))
@@ -133,7 +133,7 @@ def _measured_pairs(
 
 
 def _passages(documents: Iterable[Tensor]) -> list[Tensor]:
-    """Return the first passage of each document and one from further on, where it is as long."""
+    """Return the full passages of each document that begin at its start and at token `LATER`."""
     return [
         ids_N[start : start + PASSAGE]
         for ids_N in documents

@@ -39,7 +39,7 @@ RHO = 1.0
 """Weight of public text relative to own text in the regression."""
 
 FEWEST_TOKENS = 256
-"""Fewest tokens of own text for fitting a gate, and for checking it."""
+"""Minimum tokens of own text to fit a gate, and to check it."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def calibrate(
     own_kinds: Sequence[Tensor] = (),
     progress: Progress = silent,
 ) -> GateCalibration:
-    """Calibrate `module`, a trained expert of the frozen `model`, by setting its gates and
-    settings.
+    """Set the gates and gate settings of `module`, a trained expert of the frozen `model`.
 
     Args:
         model: frozen base model.

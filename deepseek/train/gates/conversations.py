@@ -24,7 +24,7 @@ from deepseek.text.chat_template import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
 PAIR_STRIDE = 8
-"""One of this many pairs of neighbouring everyday conversations becomes two rows."""
+"""One pair of neighbouring everyday conversations in this many becomes two rows."""
 
 INVENTED = 32
 """Number of rows in which the base also writes the user message."""
@@ -109,7 +109,7 @@ def open_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 PACKED_TOKENS = 512
-"""Most tokens of messages that share one forward pass."""
+"""Maximum tokens of the messages that share a forward pass."""
 
 
 @torch.no_grad()

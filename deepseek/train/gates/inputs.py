@@ -52,7 +52,7 @@ class Moments:
 
     @staticmethod
     def none(hidden_size: int) -> "Moments":
-        """Return the moments of zero inputs of width `hidden_size`."""
+        """Return the moments of an empty set of inputs of width `hidden_size`."""
         return Moments(
             torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64, device="cpu")
         )

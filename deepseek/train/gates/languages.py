@@ -18,7 +18,7 @@ WORDS = 5000
 """Number of words of a language, the commonest ones."""
 
 TOKENS = 1_000_000
-"""Tokens as which the frequencies of a language count: so many that the prior hardly matters."""
+"""Weight of a language's frequencies, in tokens; so large that the prior hardly matters."""
 
 WITHOUT_SPACES = ("ja", "zh")
 """Languages that write no spaces between words."""

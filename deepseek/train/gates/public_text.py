@@ -37,7 +37,7 @@ from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 VERSION = 6
-"""Part of the cache names; increase it when public text changes."""
+"""Part of the cache key; increase it when the public text changes."""
 ROW_LENGTH = 128
 """Tokens of a public row; each row comes from a different text."""
 
@@ -144,8 +144,8 @@ def public_statistics(
 def training_rows(
     model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
-    """Return the public rows `[R, ROW_LENGTH]` not used for thresholds, and rows of adapted
-    text.
+    """Return the public rows `[R, ROW_LENGTH]` not used for thresholds, and rows of the text that
+    the model was adapted to.
     """
     return torch.cat(
         [kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)]
@@ -178,8 +178,13 @@ def public_streams(
 def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:
     """Store rows of the texts that the model in `folder` was adapted to.
 
-    These are the rows of `base`, its origin, and some of `shards`. Experts of the model replay
-    them, so that they do no harm there. Gates may still count such text as their own.
+    Experts trained on the model replay them, so that they do not unlearn that text. Gates are not
+    calibrated against them: an expert may claim such text.
+
+    Args:
+        folder: the adapted model.
+        base: the model that it was made from, whose own such rows are stored again.
+        shards: training text, of which `ROWS_PER_KIND` rows are stored; None: none.
     """
     rows = _adapted_rows(fingerprint(base).weights)
     if shards is not None:
@@ -238,8 +243,8 @@ def cut_rows(
 def installed_texts() -> list[Iterator[str]]:
     """Return texts of the Python installation by kind of file: one file per ending and package.
 
-    Pages and modules at the top of the standard library are excluded, so that they remain unseen
-    for evaluation.
+    Files at the top of the standard library are excluded, so that they remain unseen for
+    evaluation.
     """
     found: list[dict[tuple[str, str], Path]] = [{} for _ in FILE_KINDS]
     for name in ("stdlib", "purelib"):
@@ -356,8 +361,8 @@ def pseudorandom(path: Path) -> float:
 
 
 def _middles(paths: list[Path]) -> Iterator[str]:
-    """Yield each file's text from a line a third in; many files start with the same licence
-    text.
+    """Yield each file's text from the first line break after a third of it; many files start with
+    the same licence text.
     """
     for path in paths:
         if (

@@ -40,9 +40,9 @@ PRIOR_TOKENS = 200.0
 
 LEAST = 0.7
 """Largest evidence of one token against a domain, in nats. It is small, since a question about a
-domain consists of everyday words but for a name or two."""
+domain consists of everyday words, except for a name or two."""
 PAIR_LEAST = 1.0
-"""The same of a pair of tokens."""
+"""The same for a pair of tokens."""
 MOST = 8.0
 """Largest evidence of one token or pair for a domain, in nats."""
 
@@ -50,7 +50,7 @@ THRESHOLD = 3.0
 """Evidence in nats at which a conversation admits the only plugged expert."""
 
 PIECE = 64
-"""Tokens of the pieces on which recall is measured."""
+"""Tokens per piece of text on which recall is measured."""
 
 SPREADS = 1.5
 """An expert that is the only candidate is ruled out up to this many standard deviations above the
@@ -73,8 +73,8 @@ class Background:
         chats: token ids of user messages in everyday conversations that are not counted, for
             measuring false positives.
         pairs_GS: counts of pairs of tokens in each kind of public text, at their `pair_slots`.
-        passages: token ids `[N, PASSAGE]` of passages of each kind of public text, those of source
-            code not counted.
+        passages: token ids `[N, PASSAGE]` of passages of each kind of public text; those of source
+            code are not in the counts.
     """
 
     counts_GV: Tensor
@@ -143,9 +143,9 @@ def log_odds(
         for counts in (own_KV, public_GV)
     )
     evidence_V = (own_V / public_V).log().clamp(-least, MOST)
-    # In fp16, the precision of a pack: rates are measured on what it will hold.
+    # Packs store fp16, so error rates are measured on these values.
     evidence_V = evidence_V.half().float()
-    # The less own text there is, the larger the prior's share in it. What it lacks is no evidence.
+    # With little own text the prior dominates: a token that it lacks must not count as evidence.
     return evidence_V.where(own_KV.sum(0) > 0, evidence_V.clamp(max=0.0))
 
 

@@ -61,7 +61,7 @@ class Replay:
 
     @staticmethod
     def of(rows: Batch, stream_BTD: Tensor, own_tokens: int) -> "Replay":
-        """Return a replay of given rows, as many in each step as its share comes to."""
+        """Return a replay of given rows, with as many per step as make up `SHARE` of its tokens."""
         count, length = rows.labels.shape
         wanted = round(own_tokens * SHARE / (1.0 - SHARE) / length)
         return Replay(rows, stream_BTD, min(max(1, wanted), count))

@@ -66,8 +66,8 @@ def attention_scores(inputs: HeadInputs, at_N: Tensor) -> Tensor:
 
 
 def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
-    """Return True `[N, S]` at keys in the local window or among the sinks, visible in any
-    bucket.
+    """Return True `[N, S]` at keys in the local window or among the sinks, which are visible
+    whatever buckets are probed.
     """
     keys_S = torch.arange(length, device=at_N.device)
     age_NS = at_N[:, None] - keys_S

@@ -43,12 +43,12 @@ DISTANCES = 8
 """Number of random distances per sampled query in the metric."""
 
 LARGEST_SAMPLE = 16_384
-"""Most keys per head for k-means; more have no measurable effect."""
+"""Maximum keys per head for k-means; more have no measurable effect."""
 
 
 @dataclass(frozen=True)
 class HashSettings:
-    """Settings that, with model and text, decide a hash.
+    """Settings that, with model and text, determine a hash.
 
     Attributes:
         num_buckets: buckets per key/value head, independent of the text's length.
@@ -60,7 +60,7 @@ class HashSettings:
         rounds: iterations of k-means.
         solver_steps: iterations of L-BFGS; 0: keep the calibrated hash.
         ridge: penalty on the distance from the calibrated map, in nats per squared unit of a weight
-            on normed queries.
+            on normalised queries.
         seed: seed of all sampling.
     """
 
@@ -97,7 +97,7 @@ def distill_hashes(
         settings: settings of the hashes.
         layers: layers that get a hash.
         state: folder of finished layers, from which the same call resumes.
-        identity: fingerprint of model and texts; a state with another one is ignored.
+        identity: fingerprint of model and texts; a state with another one is deleted.
         progress: called with finished layers, all layers and a label.
 
     Raises:
@@ -134,7 +134,7 @@ def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
     tensors, stored_meta = load_state(newest)
     if stored_meta == meta:
         return from_named_tensors(tensors)
-    # Left there, a state of more layers would be taken for the newest one.
+    # Left there, a stale state of more layers would count as the newest one.
     shutil.rmtree(state)
     return {}
 

@@ -54,7 +54,7 @@ LITTLE_TEXT_RATES = LEARNING_RATES | {"last-n": 5e-4}
 """The same for little text (see `TextRequest`; docs/log/adaptation.md, 2026-11-29)."""
 
 FULL_RATE_RANK = 5
-"""Largest rank of adapters that learn at the whole rate, which falls with the root of a larger one
+"""Largest rank at the full learning rate; above it, the rate falls with the square root of the rank
 (docs/log/adaptation.md, 2026-11-29).
 """
 
@@ -69,8 +69,8 @@ class AdaptRequest(TextRequest, AdaptArguments):
     """Resolved arguments of an adaptation, stored as `request.json`."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the arguments as JSON values; without a rank, runs from before that argument can
-        be resumed.
+        """Return the arguments as JSON values. A rank of None is left out, so that runs from before
+        that argument can be resumed.
         """
         values = super().as_json()
         if self.rank is None:
@@ -162,7 +162,7 @@ class AdaptRun(TextRun):
         )
 
     def plan(self, texts: Texts) -> TrainingPlan:
-        """Return the plan of this run. There is no time budget, so that no speed is measured."""
+        """Return the plan of this run. Without a time budget, no speed needs to be measured."""
         request = self.request
         amount = Amount(
             request.tokens,

@@ -1,9 +1,9 @@
 """`deepseek.align`: align a model with preferences.
 
-pairs -> reward model on a frozen trunk -> RLPO on the prompts, by PPO, GRPO or GSPO (or DPO and RLOO
-by TRL) -> a model folder
+pairs -> reward model on a frozen trunk -> RLPO on the prompts, by PPO, GRPO or GSPO -> a model
+folder
 
-`align_trl` has DPO and RLOO, which serve as a comparison.
+DPO and RLOO by TRL (`align_trl`) serve as baselines.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ from deepseek.train.rl.rollout import generate
 from deepseek.train.text.inputs import base_digest, preferences_digest
 
 FEWEST_PAIRS = 8
-"""Fewest pairs for training and for the held-out set."""
+"""Minimum number of pairs for training, and for the held-out set."""
 
 HELD_OUT_PROMPTS = 32
 """Held-out prompts to answer at each evaluation."""
@@ -164,7 +164,7 @@ class AlignRun:
         return DeepSeekModel.from_pretrained(self.base, dtype=self.dtype, device_map=self.device)
 
     def rlpo(self) -> dict[str, Any]:
-        """Train with RLPO by the requested method, write the model, and return KL and held-out score."""
+        """Train with RLPO, write the model, and return KL, held-out score and reward quality."""
         request = self.request
         model = self.load()
         first = parse_layers(request.layers, len(model.layers))[0]
@@ -265,12 +265,12 @@ class AlignRun:
 
         Args:
             model: model whose trunk computes the reward model's features.
-            layer: block whose input the reward model reads; 0: the middle one, of a copy that is not
-                trained.
+            layer: block whose input the reward model reads; 0: the middle block of an untrained
+                copy.
         """
         if self.request.reward != "model":
             return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
-        if layer == 0:  # below it are the embeddings, which know no order and no prompt
+        if layer == 0:  # its input is the bare embeddings, without context
             model, layer = self.load(), len(model.layers) // 2
         saved = self.folder / "reward"
         if not saved.is_dir():
@@ -310,8 +310,8 @@ def warmup(value_steps: int, steps: int) -> float:
     """Return the share of the steps in which the learning rate rises.
 
     Args:
-        value_steps: first steps, in which the value head alone learns: the policy's first step
-            still comes at a third of the peak at most.
+        value_steps: first steps, in which only the value head learns; the warm-up is extended so
+            that the policy's first step has at most a third of the peak rate.
         steps: all steps.
     """
     return min(0.5, max(WARMUP, 3 * (value_steps + 1) / steps)) if value_steps else WARMUP

@@ -1,4 +1,4 @@
-"""DPO and RLOO by TRL, as rivals of RLPO: the same pairs, budget and schedule.
+"""DPO and RLOO by TRL, as baselines for RLPO: the same pairs, budget and schedule.
 
 TRL patches the forward pass of the Hugging Face model that it trains, so it trains the
 `transformers` equivalent of the checkpoint; `DeepSeekModel` reads the resulting folder like any
@@ -42,10 +42,10 @@ MINIBATCH = 16
 """Pairs or answers per optimizer step, as in RLPO."""
 
 EPOCHS = RLPOConfig().epochs
-"""Steps for each minibatch of answers, as in RLPO."""
+"""Optimizer steps on each minibatch of answers, as in RLPO."""
 
 POOL = 16
-"""Minibatches of DPO among which pairs are sorted by length."""
+"""DPO minibatches per pool; pairs are sorted by length within a pool."""
 
 WARMUP, FINAL_RATE = 0.05, 0.2
 """Share of the steps in which the learning rate rises, and its last value as a share of the peak,
@@ -55,7 +55,7 @@ as in RLPO.
 
 @dataclass(frozen=True)
 class TRLRun:
-    """What TRL trains from.
+    """Inputs of a TRL run.
 
     Attributes:
         arguments: arguments of the alignment.
@@ -66,7 +66,7 @@ class TRLRun:
         dtype: precision of the training, and of the model that is written.
         folder: run folder.
         out: folder of the new model.
-        reward: returns the reward, and a model that lays out responses for it.
+        reward: returns the reward, and the model for which its `Responses` are built.
     """
 
     arguments: AlignArguments
@@ -84,7 +84,7 @@ def by_trl(run: TRLRun) -> dict[str, Any]:
     """Train the checkpoint's Hugging Face equivalent with TRL, write it, and return TRL's last log.
 
     The budget is RLPO's: the same number of optimizer steps, their schedule, and tokens per
-    answer. RLPO samples as many answers, and some more where it leaves a rollout early.
+    answer. RLPO samples as many answers, and a few more when it ends a rollout early.
 
     Raises:
         TrainError: `transformers` does not support this family.
@@ -121,7 +121,7 @@ def by_trl(run: TRLRun) -> dict[str, Any]:
         trainer.model.to(run.dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         copy_terms(run.base, temporary)
-    # A step on answers that were used before logs neither their reward nor their length.
+    # Steps that reuse answers log neither reward nor length, so the logs are merged.
     last: dict[str, Any] = {}
     for record in trainer.state.log_history:
         last |= record
@@ -149,16 +149,16 @@ def dpo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:
 
 
 def _sides(pair: Preference) -> dict[str, Any]:
-    """Return a pair as TRL reads it, without what else its record has."""
+    """Return the fields of a pair that TRL reads."""
     record = record_of(pair)
     return {side: record[side] for side in ("prompt", "chosen", "rejected")}
 
 
 def grouped_by_length(lengths: Sequence[int], steps: int, seed: int) -> list[int]:
-    """Return the indices of the pairs of all steps, those of a minibatch of like length.
+    """Return the indices of the pairs of all steps, with pairs of similar length in a minibatch.
 
-    Rows are padded to the longest of a minibatch: on conversations of people a random minibatch is
-    twice as long as its pairs. Minibatches come in random order, so that no length comes first.
+    Rows are padded to the longest of a minibatch: on human conversations, padding doubles a random
+    minibatch. Minibatches come in random order, so that no length comes first.
 
     Args:
         lengths: tokens of each pair.
@@ -166,7 +166,7 @@ def grouped_by_length(lengths: Sequence[int], steps: int, seed: int) -> list[int
         seed: seed of the order.
     """
     drawn = endless(0, steps * MINIBATCH, len(lengths), seed).tolist()
-    # No more than an epoch, or else copies of a pair would be sorted into one minibatch.
+    # A pool is at most an epoch; else copies of a pair would be sorted into one minibatch.
     size = MINIBATCH * max(1, min(POOL, len(lengths) // MINIBATCH))
     order: list[int] = []
     for start in range(0, len(drawn), size):

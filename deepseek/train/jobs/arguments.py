@@ -212,8 +212,8 @@ class ExpertArguments(TextArguments):
     """Pack file to write; default: `<name>.safetensors` in the folder of trained experts"""
 
     def check(self) -> None:
-        """Raise `ConfigError` if `update` is given with an argument that the expert has already, or
-        the expert is trained and its pack is to lie elsewhere.
+        """Raise `ConfigError` if `update` is given with an argument that the expert keeps, or if
+        the expert is trained already and its pack is elsewhere than `out`.
         """
         if not self.update:
             super().check()
@@ -232,7 +232,7 @@ class ExpertArguments(TextArguments):
 
     @property
     def source(self) -> "Source":
-        """The text source, with the split of the held-out set and the shares of questions and gaps."""
+        """The text source, with the rule of its split and the shares of questions and gaps."""
         from dataclasses import replace
 
         from deepseek.train.text.question_mix import QUESTIONS

@@ -149,7 +149,7 @@ class Argument:
 
     @property
     def meaning(self) -> str:
-        """What the argument is: its description up to the default."""
+        """Short description: up to the first semicolon or colon."""
         description = " ".join((self.declared.description or self.name).split())
         return description.partition(";")[0].partition(":")[0]
 
@@ -183,7 +183,7 @@ class Argument:
 
 
 def in_words(kind: Any) -> str:
-    """Return a type in the words of messages; of a union, the most specific alternative."""
+    """Return how messages name a type; for a union, its most specific alternative."""
     kind = _kind(kind)
     return WANTED.get(get_origin(kind) or kind, "a value of another type")
 
@@ -207,7 +207,7 @@ R = TypeVar("R")
 
 
 def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P, R]]:
-    """Decorate a function of a declaration so that it is called with the arguments themselves.
+    """Decorate a function that takes a declaration, so that callers pass the arguments instead.
 
     The decorated function has the signature and `Args` section of the declaration, for editors,
     type checkers and `help`.
@@ -262,12 +262,12 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
 
 
 def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
-    """Return the message for a wrong value of an argument; None: pydantic's own will do.
+    """Return the message for a wrong value of an argument; None: use pydantic's own.
 
     Args:
         error: one entry of pydantic's `ValidationError.errors()`.
         argument: the argument.
-        where: name of the argument, with those of the parts that the error is about.
+        where: name of the argument, followed by the keys or indices of the faulty part.
     """
     value = error["input"]
     message = None
@@ -301,7 +301,7 @@ def _is_direct(argument: Argument, where: str) -> bool:
 
 
 def refuse_flags(given: Mapping[str, Any], declaration: type[Declaration]) -> None:
-    """Raise `ConfigError` for True or False where a number is meant: pydantic reads 1 and 0.
+    """Raise `ConfigError` for True or False in place of a number; pydantic would read 1 or 0.
 
     Args:
         given: arguments by name.

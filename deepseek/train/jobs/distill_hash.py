@@ -59,7 +59,7 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
 
 
 def hash_settings(arguments: DistillHashArguments) -> HashSettings:
-    """Return the settings that, with model and text, decide the hashes."""
+    """Return the settings that, with model and text, determine the hashes."""
     settings = HashSettings(
         num_buckets=arguments.buckets, bucket_window=arguments.window, seed=arguments.seed
     )

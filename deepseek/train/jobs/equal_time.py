@@ -88,12 +88,12 @@ def adapt_for_equal_time(
 
 
 def drop_resume_state(folder: Path) -> None:
-    """Delete what only a training that goes on reads: its checkpoints, its best states and the time
-    that it has taken so far, to which a training from the start must not add.
+    """Delete what only a resumed training reads: checkpoints, best states and the elapsed time,
+    which a training from the start must not count.
 
     Args:
         folder: run folder of a rival. Without its model, nothing is deleted: a training that writes
-            the model again reads all of it.
+            the model again needs all of it.
     """
     if not (folder / "model").is_dir():
         return
@@ -103,7 +103,7 @@ def drop_resume_state(folder: Path) -> None:
 
 
 def shorter_because(folder: Path) -> str:
-    """Return why a finished training took less than its time, in words that follow a colon.
+    """Return why a finished training took less than its time, as a phrase to put after a colon.
 
     Args:
         folder: run folder of a rival.

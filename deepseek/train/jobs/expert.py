@@ -50,7 +50,7 @@ CALIBRATION_TOKENS = 40_000
 """Tokens of the expert's own training text for calibrating its gates."""
 
 UNSEEN_TOKENS = 16_384
-"""Most validation tokens for scaling and checking the gates."""
+"""Maximum validation tokens for scaling and checking the gates."""
 
 RELEVANCE_TOKENS = 1_000_000
 """Tokens of the expert's own text for its relevance table; larger, as this needs no forward pass.
@@ -82,7 +82,7 @@ class ExpertRun(TextRun):
         write_json(self.folder / "request.json", self.request.as_json())
         plan = self.plan(texts)
         outcome = self.train(texts, plan)
-        # The budget in minutes doesn't cover the calibration of the gates, so neither does this.
+        # The time budget doesn't cover gate calibration, so the reported seconds don't either.
         seconds = self.clock.seconds
         self.progress.say("calibrating the gates")
         gates = self.calibrate(texts, plan)
@@ -160,7 +160,7 @@ class ExpertRun(TextRun):
                 f"at least {FEWEST_TOKENS} of each are needed, so give more text."
             )
         texts = super().texts(corpus)
-        # The speed is measured later, beside a new base after its public text is made.
+        # Fail early if there is too little text; the speed is measured later.
         self.checked_plan(texts, None, Speed(trunk=0, step=0, evaluate=0))
         return texts
 
@@ -208,8 +208,10 @@ class ExpertRun(TextRun):
     def measure(self, texts: Texts, *, with_public_text: bool = True) -> Speed:
         """Time one batch through trunk, training step and evaluation, and discard its gradients.
 
-        Without public text, which takes long to make beside a new base, some of the expert's own
-        takes its place.
+        Args:
+            texts: packed rows.
+            with_public_text: whether to replay public text, which takes long to make for a new
+                base; otherwise the expert's own text stands in for it.
         """
         text = texts.train.first(self.request.batch_rows)
         warm_up = text.rows(text.row_ids[:1])
@@ -229,8 +231,8 @@ class ExpertRun(TextRun):
         return Speed(seconds, step, evaluate)
 
     def stored_paces(self, batch: Batch, stream_BTD: Tensor) -> dict[str, float]:
-        """Return the paces of the down projections (see `output_paces`). They are measured once: on
-        another device they would differ in the last bits, and a resumed run has to go on as it was.
+        """Return the paces of the down projections (see `output_paces`). They are measured once,
+        since another device gives other last bits, and a resumed run must use the same values.
         """
         path = self.folder / "paces.json"
         if not path.is_file():
@@ -238,7 +240,7 @@ class ExpertRun(TextRun):
         return {name: float(pace) for name, pace in read_object(path).items()}
 
     def corpora(self) -> list[Path]:
-        """Return the folders of all text that the expert has learnt."""
+        """Return the corpus folders of all text that the expert was trained on."""
         return [self.folder / "corpus"]
 
     def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:
@@ -320,8 +322,8 @@ class ExpertRun(TextRun):
         streams: tuple[Stream, Stream],
         replay: Replay | None = None,
     ) -> ExpertTask:
-        """Return the training task, by default with the base's public text; its output head covers
-        only the labels of the training rows.
+        """Return the training task, by default with the base's public text as replay. The output
+        head of its loss covers only likely tokens (see `head`).
         """
         replay = replay or self.replay
         return ExpertTask(
@@ -364,7 +366,7 @@ def train_expert(arguments: ExpertArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     if arguments.update:
-        from deepseek.train.jobs.update import update_expert  # it builds on this module
+        from deepseek.train.jobs.update import update_expert  # it imports this module
 
         return update_expert(arguments)
     request = expert_request(arguments)

@@ -24,7 +24,7 @@ from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.text.corpus import known_documents, whole_text
 
 FORMAT = "6"
-"""Changes when the same text is indexed in another way."""
+"""Format version; increase it when the same text is indexed differently."""
 
 
 def index_expert(name: str) -> Path:
@@ -66,7 +66,7 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
 
 
 def _index_folder(name: str, run: Path) -> Path:
-    """Return the path of an expert's index: beside the pack that its run wrote, which need not lie
+    """Return the path of an expert's index: beside the pack that its run wrote, which need not be
     in the folder of trained experts.
 
     Args:
@@ -78,20 +78,20 @@ def _index_folder(name: str, run: Path) -> Path:
 
 
 def index_source(run: Path) -> str:
-    """Return a digest of what the index of a run holds: the text of the training and its updates.
+    """Return a digest of the text that a run's index covers: its training and its updates.
 
-    Changes with `FORMAT`, so that indexes of earlier versions are built anew.
+    It includes `FORMAT`, so that indexes of earlier versions are rebuilt.
     """
     texts = [whole_text(finished / "corpus").digest for finished in finished_runs(run)]
     return sha256(" ".join([FORMAT, *texts]).encode()).hexdigest()
 
 
 def learnt_documents(run: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    """Yield the training documents of a run and its updates, each once, and a file that has changed
-    as it was read last.
+    """Yield the training documents of a run and its updates, each once; a changed file comes in its
+    latest version.
 
-    A file that was deleted is left out, and one that was renamed has its new name: what retrieval
-    cites is looked up in the source.
+    Deleted files are left out, and renamed files have their new name, since users look up in the
+    source what retrieval cites.
     """
     known = set()
     unnamed = 0
@@ -112,7 +112,7 @@ def learnt_documents(run: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[
 
 
 class _Files:
-    """The files that the source of an expert held when its last update read it.
+    """The files in the source of an expert at its last update.
 
     Args:
         runs: folders of the training and of its finished updates.
@@ -124,16 +124,16 @@ class _Files:
         self.learnt_before = before.learnt
         self.new_names = sorted(self.latest.train_names - before.train_names)
         source = read_object(runs[0] / "request.json").get("source", {})
-        # Shards store no names of prose, so that records cannot be told from files.
+        # Shards don't store names of prose, so records can't be told from files.
         self.has_records = any(source.get(kind) for kind in ("jsonl", "parquet"))
 
     def current(self, document: Document) -> Document | None:
-        """Return a training document under the name that its file has now; None: it has none.
+        """Return a training document under the current name of its file; None: the file is gone.
 
-        What is no file stays as it is: commits, conversations and records.
+        Documents that are not files (commits, conversations, records) are returned unchanged.
         """
         if document.kind == "code":
-            # Earlier versions did not note the names.
+            # Earlier versions did not record the names.
             is_named = not self.latest.train_names or document.name in self.latest.train_names
             return document if is_named else self._renamed(document)
         if document.kind == "text" and not self.has_records and self.latest.learnt:
@@ -156,11 +156,11 @@ class _Files:
 
 
 def held_out_names(run: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the names of the documents that a run, or its last update, has held out."""
+    """Return the names of the documents that a run, or its last update, held out."""
     corpus = latest_run(run) / "corpus"
     names = read_object(corpus / "corpus.json").get("held_out_names")
     if isinstance(names, list):
         return [str(name) for name in names]
-    # Earlier versions did not note them, and shards hold the names of code alone.
+    # Earlier versions did not record them, and shards store names of code only.
     held_out = decode_documents(TokenShards(corpus / "held-out"), tokenizer)
     return [document.name for document in held_out if document.kind != "text"]

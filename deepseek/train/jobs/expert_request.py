@@ -1,4 +1,4 @@
-"""What an expert's training is asked for: its arguments with the defaults filled in."""
+"""Resolved arguments of an expert's training, with all defaults filled in."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,8 +22,8 @@ class Recipe:
 
     Attributes:
         width: width of the expert's feed-forward networks.
-        shortest: passes to make at least, over less text, if the minutes don't suffice for all of
-            it.
+        shortest: minimum number of passes; if the minutes don't suffice for these over all the
+            text, less text is used.
         batch_rows: rows per step; small, since the number of steps is the bottleneck.
         learning_rate: peak learning rate.
         little_text_rate: the same for little text (see `TextRequest`).

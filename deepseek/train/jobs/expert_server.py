@@ -1,5 +1,5 @@
-"""The expert routes of a running server, as `deepseek watch` and `deepseek expert plug` use
-them.
+"""Client for the expert routes of a running server, used by `deepseek watch` and `deepseek expert
+plug`.
 """
 
 import json
@@ -12,18 +12,18 @@ from urllib.parse import quote, urlsplit
 from deepseek.errors import ConfigError, DataError
 
 TIMEOUT = 60.0
-"""Seconds to wait for an answer of the server."""
+"""Timeout of a request in seconds."""
 
 
 class ExpertServer:
-    """The expert routes of a running server.
+    """Client for the expert routes of a running server.
 
     Args:
         url: its address, such as `http://127.0.0.1:8000`.
         key: admin key; "": the server has none.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: `url` is not an HTTP address.
     """
 
     def __init__(self, url: str, key: str = "") -> None:
@@ -36,7 +36,7 @@ class ExpertServer:
         self._key = key
 
     def plugged_digest(self, name: str) -> str | None:
-        """Return the content digest of the pack that is plugged under a name; None: none is.
+        """Return the content digest of the pack plugged under a name; None: none is plugged.
 
         Args:
             name: name of the expert.
@@ -54,7 +54,7 @@ class ExpertServer:
             ) from None
 
     def plug(self, name: str) -> None:
-        """Plug the pack of a name in the server's folder.
+        """Plug an expert's pack from the server's folder.
 
         Args:
             name: name of the expert.
@@ -76,8 +76,12 @@ class ExpertServer:
         self._send("DELETE", _route(name))
 
     def plug_again(self, name: str) -> None:
-        """Plug the pack of a name in the server's folder, in place of the former one if that is
-        plugged; the expert stays armed as it was.
+        """Plug an expert's pack from the server's folder, replacing the plugged one, if any.
+
+        Whether the expert is armed does not change.
+
+        Args:
+            name: name of the expert.
 
         Raises:
             DataError: the server cannot be reached or refuses; the message says why.
@@ -98,7 +102,7 @@ class ExpertServer:
             raise DataError(
                 f"The server refused {method} {path} ({error.code}): {_fault(error)}"
             ) from None
-        # The address is one of another kind of server, or has characters that no request can have.
+        # Not an HTTP server, or an address with characters that are invalid in a request.
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise DataError(
@@ -108,10 +112,10 @@ class ExpertServer:
 
 
 def _is_address(url: str) -> bool:
-    """Return whether a text is the address of a server."""
+    """Return whether a text is an HTTP or HTTPS address."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises if it is no number
+        _ = parts.port  # raises if it is not a number
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -122,7 +126,7 @@ def _route(name: str) -> str:
 
 
 def _fault(error: urllib.error.HTTPError) -> str:
-    """Return the message of an error body in OpenAI's form, or else the body's beginning."""
+    """Return the message of an error body in OpenAI's form, or else the beginning of the body."""
     try:
         body = error.read(4000).decode(errors="replace")
     except (OSError, HTTPException):

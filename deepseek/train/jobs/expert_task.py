@@ -20,8 +20,8 @@ from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream
 
 USUAL_OUTPUT = 1.0
-"""Root mean square of a feed-forward network's output for which the learning rates of the recipes
-are made. Those of SmolLM2, beside which they were chosen, are 1.1 to 80; see docs/log/experts.md.
+"""Root mean square of a feed-forward network's output from which on the recipes' learning rates
+apply in full. They were chosen for SmolLM2, whose layers have 1.1 to 80; see docs/log/experts.md.
 """
 
 
@@ -109,8 +109,8 @@ def output_paces(
     """Return the paces (see `OptimConfig`) of an expert's down projections, which grow from zero.
 
     An optimizer step moves every weight by about the learning rate, whatever the scale of the
-    model. Where the base's own feed-forward network adds little to the residual stream, such a step
-    would drown it.
+    model. Where the base's own feed-forward network adds little to the residual stream, a full step
+    would drown it out.
 
     Args:
         model: frozen base model.

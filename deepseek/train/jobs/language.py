@@ -35,8 +35,8 @@ class NextToken(nn.Module):
 
         Args:
             batch: packed rows.
-            load_LE: if given, the calls of each expert are added to it, and the losses are exact
-                and per token.
+            load_LE: if given, the tokens routed to each expert are added to it, and the losses are
+                exact and per token.
         """
         model = self.model
         step = begin_rows(model, batch)
@@ -145,8 +145,8 @@ class LanguageTask:
         return float(total / targets)
 
     def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
-        """Return sum of losses and number of targets as means over processes; add up the expert
-        load.
+        """Return the sum of losses and the number of targets, as means over processes, and add the
+        expert load to `load_LE`.
         """
         pair = torch.zeros(2, dtype=torch.float64)
         for whole in batches:

@@ -1,6 +1,6 @@
-"""What arguments of jobs may hold: names, licences, layers, and the largest sensible numbers.
+"""Types and bounds of job arguments: names, licences, layers and numbers.
 
-A number beyond these limits is a slip of the keyboard, and would end in an error deep inside.
+A number beyond these bounds is a typing error, which would otherwise fail somewhere deep inside.
 """
 
 from typing import Annotated
@@ -17,7 +17,7 @@ PRINTABLE = r"^\P{C}*$"
 UNKNOWN_LICENCE = "LicenseRef-Unknown"
 
 MAX_SEED = 2**32 - 1
-"""Largest seed that NumPy's older generators take."""
+"""Largest seed that NumPy's legacy generators accept."""
 
 MAX_TOKENS = 10**15
 MAX_LENGTH = 1 << 20
@@ -27,7 +27,7 @@ MAX_WIDTH = 1 << 17
 """Width of an expert, as in a pack's manifest."""
 
 MAX_COUNT = 10**6
-"""Rows of a batch, passes, rollouts: more is a slip of the keyboard."""
+"""Rows of a batch, passes, rollouts: more is a typing error."""
 
 MAX_RATE = 10.0
 MAX_MINUTES = 60 * 24 * 365
@@ -42,7 +42,7 @@ def model_name(name: str) -> str:
     """Return the name of a new model and of its run.
 
     Raises:
-        ValueError: it is no name, or that of a model to fetch, which it would hide.
+        ValueError: it is not a valid name, or a published model has it, which it would hide.
     """
     from deepseek.checkpoint.hub import KNOWN, UNPUBLISHED
 

@@ -32,7 +32,7 @@ class ExpertsSettings(JobSettings):
 
 
 def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Path | Exception]]:
-    """Yield (name, pack or exception) as the trainings end. The same call resumes interrupted ones.
+    """Yield (name, pack or exception) as trainings finish. The same call resumes interrupted ones.
 
     A Ray session that the caller has opened is used and left open.
 
@@ -57,17 +57,17 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
             yield names[done], _result(ray, done)
     finally:
         if is_callers_session:
-            for training in pending:  # in a session that goes on, they would go on as well
+            for training in pending:  # the session stays open, so its tasks would go on
                 ray.cancel(training)
         else:
             ray.shutdown()
 
 
 def estimate_all(config: str | Path | Mapping[str, Any]) -> None:
-    """Print the estimate of each expert by itself: side by side, they share the machine.
+    """Print the estimate of each expert as if trained alone; in parallel, they share the machine.
 
     Args:
-        config: as of `train_all`.
+        config: as for `train_all`.
 
     Raises:
         UserError: an argument or the text of an expert is wrong; the message names it.
@@ -81,10 +81,10 @@ def estimate_all(config: str | Path | Mapping[str, Any]) -> None:
 
 
 def _checked_settings(config: str | Path | Mapping[str, Any]) -> ExpertsSettings:
-    """Return the settings with arguments that an expert can have.
+    """Return the settings, after checking the arguments of every expert.
 
     Raises:
-        ConfigError: two experts have the same name or run folder.
+        ConfigError: an argument is wrong, or two experts have the same name or run folder.
     """
     settings = ExpertsSettings.read(config)
     places: dict[str, str] = {}
@@ -122,7 +122,7 @@ def _result(ray: Any, training: Any) -> Path | Exception:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Put the name of an expert before what is wrong with it."""
+    """Prefix the message of a `UserError` with the name of the expert."""
     try:
         yield
     except UserError as error:

@@ -1,11 +1,10 @@
-"""`deepseek expert merge A B`: one expert that does what two do.
+"""`deepseek expert merge A B`: merge two experts into one.
 
-Both were trained beside the same base, and their run folders have their text. At each layer the
-hidden units of both stand side by side, with one output matrix over them: ridge regression of what
-A adds on text of A, and of what B adds on text of B. So it is not their sum, which would add what
-the other one says where it does not belong. If the merged expert is to have fewer units, those that
-contribute least are left out and the matrix is solved again. The gates are calibrated on the text of
-both, and both held-out texts are scored.
+Both were trained on the same base, and their run folders hold their text. Each merged layer has the
+hidden units of both and one output matrix, fitted by ridge regression to A's output on A's text and
+to B's output on B's text. Unlike the sum of A and B, it does not add A's output on B's text. For a
+smaller width, the units that contribute least are dropped and the matrix is fitted again. The gates
+are calibrated on both texts, and both held-out texts are scored.
 """
 
 from collections.abc import Sequence
@@ -49,12 +48,12 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class Score:
-    """Losses of one expert's held-out text, in nats per token.
+    """Losses on one expert's held-out text, in nats per token.
 
     Attributes:
         base, alone, merged: by the base, by the expert, and by the merged expert.
         documents: number of held-out documents.
-        learnt: how many of them the other expert has learnt, so that the merged one knows them.
+        learnt: how many of them the other expert was trained on; the merged one has seen these.
     """
 
     base: float
@@ -70,14 +69,14 @@ class Merged:
 
     Attributes:
         pack: its file.
-        scores: name of each of the two experts -> losses of its held-out text.
+        scores: name of each of the two experts -> losses on its held-out text.
     """
 
     pack: Path
     scores: dict[str, Score]
 
     def report(self) -> list[str]:
-        """Return what the merged expert does for each text, in words."""
+        """Return one line per text with the verdicts on the merged expert and on its own expert."""
         lines = []
         for name, score in self.scores.items():
             merged = Metric(before=score.base, after=score.merged).verdict
@@ -122,10 +121,10 @@ class Part:
         self.tested = known[-1].tested
 
     def rows(self, part: str, tokens: int) -> list[Batch]:
-        """Return rows of what the expert has learnt ("train"), or of the "validation" or "held-out"
-        text of its last run.
+        """Return rows of all text that the expert was trained on ("train"), or of the "validation"
+        or "held-out" text of its last run.
 
-        An update validates on text that may be learnt, so its held-out text stands in for that.
+        An update's validation text may be training text, so its held-out text is used instead.
         """
         corpora = self._corpora if part == "train" else self._corpora[-1:]
         if part == "validation" and len(self._corpora) > 1:
@@ -170,9 +169,9 @@ def merge_experts(
         The pack, and the held-out losses.
 
     Raises:
-        ConfigError: the name is no name or taken, if only by what an expert left, such as its run;
-            both experts are the same, or the width is more than that of both together; or a pack
-            of that name has appeared meanwhile.
+        ConfigError: `out` is not a valid name, or is taken, if only by what a removed expert left,
+            such as its run; both experts are the same; the width is more than that of both
+            together; or a pack of that name has appeared meanwhile.
         DeviceError: there is no such device, or it cannot compute in that precision.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
@@ -230,12 +229,12 @@ def rows_of(parts: Sequence[Part], name: str, tokens: int) -> list[Batch]:
 
 @dataclass
 class Units:
-    """The hidden units of some expert layers, and what the regression needs of a text.
+    """Hidden units of some expert layers, and the moments that the regression needs.
 
     Attributes:
         gate_UD, up_UD: gate and up projections of the units.
-        gram_UU: mean of h h^T over the hidden values h.
-        cross_UD: mean of h y^T, where y is what the text's own expert adds.
+        gram_UU: sum over the texts of the mean of h h^T over the hidden values h.
+        cross_UD: the same of h y^T, where y is the output of the text's own expert.
     """
 
     gate_UD: Tensor
@@ -245,7 +244,7 @@ class Units:
 
     @staticmethod
     def of(layers: Sequence[ExpertLayer]) -> "Units":
-        """Return the units of some layers, before any text."""
+        """Return the units of some layers, with moments of zero."""
         halves = [layer.gate_up_proj.chunk(2) for layer in layers]
         gate_UD = torch.cat([gate for gate, _ in halves])
         up_UD = torch.cat([up for _, up in halves])
@@ -255,17 +254,17 @@ class Units:
         return Units(gate_UD, up_UD, gram_UU, zeros(gate_UD.shape, dtype=torch.float64))
 
     def add(self, x_ND: Tensor, y_ND: Tensor, share: float) -> None:
-        """Count inputs and wanted outputs, as this share of all."""
+        """Add inputs and target outputs to the moments, each token with weight `share`."""
         h_NU = silu(linear(x_ND, self.gate_UD)) * linear(x_ND, self.up_UD)
         self.gram_UU += share * (h_NU.mT @ h_NU).double()
         self.cross_UD += share * (h_NU.mT @ y_ND).double()
 
     @torch.no_grad()
     def fit(self, width: int) -> ExpertLayer:
-        """Return the layer of this width whose output is nearest to what is wanted.
+        """Return the layer of this width that best fits the target outputs in least squares.
 
-        Of more units, those whose contribution to the output is largest remain; for fewer, it is
-        filled up with zeros.
+        If there are more units, those that contribute most to the output are kept; if there are
+        fewer, the rest of the layer is zero.
         """
         kept_U = torch.arange(len(self.gate_UD), device=self.gate_UD.device)
         if width < len(kept_U):
@@ -326,7 +325,7 @@ def fitted(
 
 
 def scored(model: LanguageModel, part: Part, other: Part, module: ExpertModule) -> Score:
-    """Return the losses of an expert's held-out text.
+    """Return the losses on an expert's held-out text.
 
     Args:
         model: the base.
@@ -347,7 +346,7 @@ def scored(model: LanguageModel, part: Part, other: Part, module: ExpertModule) 
 def merged_pack(
     model: LanguageModel, module: ExpertModule, parts: Sequence[Part], scores: dict[str, Score]
 ) -> ExpertPack:
-    """Return the merged module as a pack, with the terms and the text of both experts."""
+    """Return the merged module as a pack, with licences, domains and data digests of both."""
     manifests = [part.manifest for part in parts]
     licences = dict.fromkeys(manifest.licence for manifest in manifests)
     data: dict[str, None] = {}

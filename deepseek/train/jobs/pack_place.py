@@ -1,4 +1,4 @@
-"""Where the pack of an expert's run lies, also after the library's home was copied or moved."""
+"""Find the pack that an expert's run wrote, even if the library's home was copied or moved."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from deepseek.packs.library import SUFFIX, experts_folder
 def pack_of(run: Path) -> Path | None:
     """Return the path of the pack that a run wrote; None: it has written none yet.
 
-    A run notes an absolute path. In a home that was copied or moved since, it names the former one,
-    whose pack is not that of this run. So the usual place is taken anew from where the home is now;
-    any other, as `--out` names it, stays.
+    A run records an absolute path, which is stale if the home was copied or moved since. So a path
+    in the home's folder of experts is replaced by the one in the present home; any other, chosen
+    with `--out`, is kept.
 
     Args:
         run: the run folder.
@@ -30,14 +30,15 @@ def pack_of(run: Path) -> Path | None:
 def refuse_other_place(run: Path, asked: Path) -> None:
     """Check that a finished run is not asked for its pack at another path while it has one.
 
-    The run would write that of its training there, without the updates, and take it for its own.
+    Otherwise the run would write the pack of its first training there, without the updates, and
+    record it as its own.
 
     Args:
         run: the run folder, which need not exist.
         asked: path of the pack that is asked for.
 
     Raises:
-        ConfigError: its pack lies elsewhere.
+        ConfigError: its pack is elsewhere.
     """
     pack = pack_of(run)
     if pack is not None and pack.is_file() and located(pack) != asked:
@@ -47,9 +48,10 @@ def refuse_other_place(run: Path, asked: Path) -> None:
 
 
 def _is_usual(pack: Path) -> bool:
-    """Return whether a pack lies, or lay, in a home's folder of trained experts.
+    """Return whether the path of a pack is, or was, in a home's folder of trained experts.
 
-    That has a run of the pack's name beside it; a folder `experts` that `--out` named has none.
+    Such a folder has a run of the pack's name beside it; a folder `experts` chosen with `--out` has
+    none. A path without a file counts as one of a former home.
     """
     if pack.parent.name != experts_folder().name or pack.suffix != SUFFIX:
         return False

@@ -34,7 +34,7 @@ time.
 EVALUATIONS_A_PASS = 4
 
 FEWEST_VALIDATION_ROWS = 4
-"""Validation rows to score at least, if time allows: the loss of one row is too noisy."""
+"""Minimum validation rows, if time allows: the loss of one row is too noisy."""
 
 FEWEST_EVALUATIONS = 16
 MOST_EVALUATIONS = 33
@@ -120,11 +120,11 @@ class Amount:
     Attributes:
         tokens: distinct tokens to train on; 0 or None: all.
         epochs: passes; None: chosen by the amount of text.
-        shortest: passes to make at least, over less text, if the minutes don't suffice for all of
-            it.
+        shortest: minimum number of passes; if the minutes don't suffice for these over all the
+            text, less text is used.
         row_length: tokens per packed row.
         batch_rows: rows per batch.
-        held_out_tokens: most tokens in the report, and most for choosing the best state.
+        held_out_tokens: maximum tokens for the report, and for choosing the best state.
     """
 
     tokens: int | None
@@ -211,12 +211,12 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCoun
 
 
 def check_tokens(plan: TrainingPlan, row_length: int, fewest: int) -> None:
-    """Raise `TrainError` before the training if a plan has too few tokens for what follows it.
+    """Raise `TrainError` before the training if a plan has too few tokens to calibrate gates.
 
     Args:
         plan: the plan.
         row_length: tokens per row.
-        fewest: fewest tokens.
+        fewest: minimum number of tokens.
     """
     tokens = plan.rows * row_length
     if tokens < fewest:

@@ -276,7 +276,7 @@ class PretrainRun:
         return [loader.rows(chosen.row_ids.tolist() * copies)]
 
     def evaluated(self, step: int) -> None:
-        """Keep the time of the run and write samples after an evaluation."""
+        """Save the elapsed time and write samples after an evaluation."""
         if self.backend.main:
             self.clock.keep()
         # A sharded model only runs as a whole module, whereas `generate` calls its parts.

@@ -1,4 +1,4 @@
-"""Rename and remove a trained expert: its pack, its prompts, its retrieval index, its run folder."""
+"""Rename and remove a trained expert: pack, prompts, retrieval index and run folder."""
 
 import shutil
 from contextlib import nullcontext, suppress
@@ -49,9 +49,8 @@ def remove_expert(name: str) -> list[Path]:
 def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     """Give a trained expert another name and return the path of its pack.
 
-    The name is part of what the digest and a signature cover, so that the pack is sealed again. Its
-    prompts, its index and its run folder get the new name too. A call that was interrupted is
-    completed by the same call.
+    Digest and signature cover the name, so the pack is sealed again. Its prompts, its index and its
+    run folder are renamed too. The same call completes an interrupted one.
 
     Args:
         old: name of a trained expert.
@@ -59,7 +58,7 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
         key: private key to sign with again; None: only for packs without a signature.
 
     Raises:
-        ConfigError: the new name is taken or not allowed, or the pack is signed and no key is given.
+        ConfigError: the new name is taken or invalid, or the pack is signed and no key is given.
         PackError: there is no such expert, or its pack is damaged.
         TrainError: its run is being written.
     """
@@ -111,7 +110,7 @@ def run_of(name: str) -> Path | None:
 
 
 def _own_pack(name: str) -> Path:
-    """Return the pack of a trained expert, called by its name."""
+    """Return the pack of a trained expert by its name."""
     if name in installed():
         return installed()[name]
     path = find_pack(name)
@@ -121,11 +120,11 @@ def _own_pack(name: str) -> Path:
 
 
 def _move_prompts(old: Path, new: Path, before: "ExpertPack", after: "ExpertPack") -> None:
-    """Move a pack's prompts, with its new digest; those of another content are dropped.
+    """Move a pack's prompts and update their digest; prompts of another content are dropped.
 
     Args:
         old, new: files of the prompts; the first one may be missing.
-        before, after: the pack that it was, and the pack that it is now.
+        before, after: the pack before and after the renaming.
     """
     with suppress(CheckpointError):
         stored = read_object(old)

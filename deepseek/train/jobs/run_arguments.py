@@ -51,7 +51,7 @@ class RunArguments(JobArguments, PrecisionArguments):
     def check_paths(self) -> None:
         """Raise `UserError` if a text is missing, or run folder or result cannot be written.
 
-        Of a recipe, this is known before the first stage has run for hours.
+        A recipe calls this for all stages before the first one runs for hours.
         """
         for path in self.text_paths():
             existing_path(located(path))

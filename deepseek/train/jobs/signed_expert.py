@@ -1,7 +1,7 @@
 """Train or update an expert whose pack is signed.
 
-A signature covers the content of a pack, so that a new content needs a new one. A server that
-accepts signed packs alone would refuse an expert that was updated without it.
+A signature covers the content of a pack, so an updated pack has to be signed again: a server that
+accepts only signed packs would refuse it otherwise.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def train_signed(*, key: Path | None = None, **arguments: Any) -> Path:
     Raises:
         ConfigError: the pack to update is signed, and no key is given.
         PackError: the key cannot be read.
-        UserError: as `train_expert` says.
+        UserError: as for `train_expert`.
     """
     signing_key = None if key is None else load_key(key)  # before hours of training
     if arguments.get("update"):

@@ -1,4 +1,4 @@
-"""What a training on text is asked for: its arguments with the defaults filled in."""
+"""Resolved arguments of a training on text, with all defaults filled in."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ class TextRequest(TextArguments):
     Attributes:
         learning_rate: peak learning rate.
         little_text_rate: the same for fewer than `LITTLE_TEXT` distinct tokens; 0: the same rate.
-        little_text_passes: fewest passes over little text that call for its rate.
+        little_text_passes: minimum passes over little text at which its rate applies.
     """
 
     little_text_passes: ClassVar[float] = 0.0
@@ -50,8 +50,8 @@ class TextRequest(TextArguments):
         return self.learning_rate
 
     def as_json(self) -> dict[str, Any]:
-        """Return the arguments as JSON values, without the rate for little text: runs from before
-        it can be resumed.
+        """Return the arguments as JSON values. The rate for little text is left out, so that runs
+        from before it can be resumed.
         """
         values = super().as_json()
         del values["little_text_rate"]
@@ -59,9 +59,9 @@ class TextRequest(TextArguments):
 
 
 def row_length_for(arguments: TextArguments) -> int:
-    """Return the tokens per row that are asked for, or the default, at most the base's context.
+    """Return the requested tokens per row, or the default, at most the base's context.
 
-    A run that an earlier version has begun with longer rows than the context keeps them.
+    A run begun by an earlier version with rows longer than the context keeps their length.
     """
     if arguments.row_length is not None:
         return arguments.row_length
@@ -83,6 +83,6 @@ def context_in(folder: Path) -> int:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except UNREADABLE:
-        return ROW_LENGTH  # loading the model says what is wrong
+        return ROW_LENGTH  # loading the model reports the error
     text_config = config.get_text_config(decoder=True)
     return int(getattr(text_config, "max_position_embeddings", None) or ROW_LENGTH)

@@ -50,15 +50,15 @@ byte-pair vocabulary are its most frequent tokens.
 """
 
 LOADED_SHARE = 1 / 4
-"""Largest share of the machine's memory for the weights of a frozen base; those of a larger one
-stay in its files.
+"""Largest share of the machine's memory for the weights of a frozen base; the weights of a larger
+one stay in its files.
 """
 
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
 FEWEST_HELD_OUT = 32
-"""Fewest tokens of validation text, and of reported held-out text, for a meaningful loss."""
+"""Minimum tokens of validation text, and of reported held-out text, for a meaningful loss."""
 
 PATIENCE = 4
 """Consecutive evaluations without a lower loss, about one pass, after which a run returns to its
@@ -102,7 +102,7 @@ def text_inputs(request: TextRequest, without: Sequence[Path]) -> dict[str, str]
 
 
 def stored_loss(path: Path) -> float:
-    """Return the loss of the base that a run has stored.
+    """Return the loss of the base, as a run has stored it.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -133,7 +133,7 @@ def load_base(
 
 
 def evaluation_interval(plan: TrainingPlan, folder: Path) -> int:
-    """Return the steps from one evaluation to the next; a training that has begun keeps its own.
+    """Return the steps from one evaluation to the next; a run that has begun keeps its interval.
 
     Args:
         plan: steps and evaluations.
@@ -151,7 +151,7 @@ class TextRun:
 
     Attributes:
         may_choose_rows: whether the user can give `row_length`.
-        clock: measures the run.
+        clock: measures the duration of the run.
         paces: learning rates of single parameters as shares of the others', see `OptimConfig`.
     """
 
@@ -171,8 +171,8 @@ class TextRun:
         Args:
             request: what to train.
             folder: the run folder.
-            progress: told what is running.
-            weights: dtype of the base's weights; None: that of the products.
+            progress: shows what is running.
+            weights: dtype of the base's weights; None: the compute dtype.
             frozen: whether the weights are only read (see `load_base`).
 
         Raises:
@@ -187,7 +187,7 @@ class TextRun:
         self.model = load_base(self.base, weights or dtype, self.device, frozen=frozen)
         self.model.compute_dtype = dtype
         context = context_length(self.model)
-        # What an earlier version has begun goes on, and so does an update of its expert.
+        # Runs begun by an earlier version, and updates of their experts, may have longer rows.
         is_new = not (folder / "request.json").is_file() and self.may_choose_rows
         if request.row_length > context and is_new:
             raise ConfigError(

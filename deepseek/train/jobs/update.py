@@ -1,12 +1,12 @@
 """`deepseek expert train --update NAME`: continue an expert with what is new in its source.
 
-The source is read anew. Documents that the expert's earlier runs did not have are new; a changed
-file is a new document. The expert goes on from its weights, on these and on as much of its past, and
-its gates are calibrated anew. Held-out text is chosen by the same rule as before. Of its validation
-half, too, only what is new and as much of the past choose the best state: on all of it, which is
-mostly old, the former expert would be the best.
+The source is read again. Documents that earlier runs did not have are new; a changed file is a new
+document. Training continues from the expert's weights, on the new documents and about as much known
+text, and the gates are calibrated again. Held-out text is chosen by the same rule as before. The
+validation text, too, is what is new and about as much known text: on all of it, which is mostly
+known, the former expert would be best.
 
-An update is a run of its own, in `updates/` of the run that trained the expert.
+An update has a run folder of its own, in `updates/` of the run that trained the expert.
 """
 
 import json
@@ -55,7 +55,7 @@ RATE = 0.25
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """A finished run of `deepseek expert train`, to go on from.
+    """A finished run of `deepseek expert train` that updates continue.
 
     Attributes:
         folder: its run folder.
@@ -109,15 +109,15 @@ class TrainedExpert:
         """Return the digests of what the source held at the training and at each update.
 
         Raises:
-            PackError: as `finished_runs` says.
+            PackError: see `finished_runs`.
         """
         return frozenset(map(_stored_state, self.finished_runs()))
 
     def finished_runs(self) -> list[Path]:
-        """Return the folders of the training and of the finished updates that are in the pack, in
-        their order.
+        """Return the folders of the training and of the finished updates that the pack contains,
+        oldest first.
 
-        Others are in a pack that was deleted: what was trained anew lacks the updates.
+        A pack that was deleted and trained again lacks the updates made before.
 
         Raises:
             PackError: the pack cannot be read, or another training made it.
@@ -188,8 +188,8 @@ def continued(expert: TrainedExpert, arguments: ExpertArguments) -> ExpertReques
 
     Args:
         expert: the expert to continue.
-        arguments: what was asked for; all that goes with `update` and is given replaces the
-            former.
+        arguments: arguments of the call. Of those that go with `update`, only the dtype falls back
+            to that of the training.
     """
     first = expert.request
     rate = arguments.learning_rate or RATE * expert.learning_rate
@@ -216,7 +216,7 @@ class UpdateRun(ExpertRun):
         expert: the expert to continue.
     """
 
-    may_choose_rows = False  # those of the expert's training
+    may_choose_rows = False  # the expert's training has chosen
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class UpdateRun(ExpertRun):
         self.earlier_data: tuple[str, ...] = ()
         super().__init__(request, folder, out, progress)
         self.expert = expert
-        # The update replaces the pack, so that a resumed one finds the former here.
+        # The update replaces the pack; a resumed one finds the former pack here.
         self.former_path = folder / "before.safetensors"
         former = self.former_path if self.former_path.is_file() else out
         pack = read_pack(former, base=self.model.experts.base)
@@ -251,7 +251,7 @@ class UpdateRun(ExpertRun):
         return reduce(or_, runs)
 
     def run(self) -> dict[str, Any]:
-        """As of any expert, with the number of this update, from 1."""
+        """Run all stages; add the number of this update, from 1, to the figures."""
         return {**super().run(), "update": len(self.expert.finished_runs())}
 
     def corpora(self) -> list[Path]:
@@ -278,12 +278,12 @@ class UpdateRun(ExpertRun):
         return corpus
 
     def loop(self, task: Task[Any], text: RowLoader, plan: TrainingPlan, test: Any) -> Outcome:
-        """Train on from the expert's weights; the report compares with the base, as ever."""
+        """Continue from the expert's weights; the report still compares with the base."""
         base = self.folder / "base.json"
         former = self.folder / "former.json"
         if not base.is_file():
             self.progress.say("scoring the base and the expert")
-            write_json(base, {"loss": test()})  # a new module changes nothing
+            write_json(base, {"loss": test()})  # a new module outputs zeros
         self.module.load_state_dict(self.weights)
         if not former.is_file():
             write_json(former, {"loss": test()})
@@ -318,7 +318,7 @@ def _stored_state(run: Path) -> str:
 
 
 def _text_learnt(run: Path) -> str:
-    """Return the digest of a run's training text, as its pack names it."""
+    """Return the digest of a run's training text, as its pack states it."""
     return TokenShards(run / "corpus" / "train").digest
 
 
@@ -340,7 +340,7 @@ def _drop_other(folder: Path, request: ExpertRequest, expert: TrainedExpert) -> 
 
 
 def _drop_unfinished(expert: TrainedExpert) -> None:
-    """Delete interrupted updates, and those that are not in the pack: a later one has made up for
+    """Delete interrupted updates, and those that are not in the pack: a later update supersedes
     them.
     """
     finished = expert.finished_runs()

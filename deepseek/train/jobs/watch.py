@@ -19,20 +19,20 @@ from deepseek.train.jobs.update import MINUTES, TrainedExpert
 Say = Callable[[str], None]
 
 LONGEST_PAUSE = 64
-"""Most looks between two attempts at an update."""
+"""Maximum number of looks between two attempts at an update."""
 
 
 class Watcher:
-    """Looks at the source of an expert, updates and plugs it.
+    """Watches the source of an expert, updates the expert and plugs it.
 
     Args:
         name: name of a trained expert.
-        server: plugs every new state; None: none does.
+        server: server that plugs every new version; None: plug nothing.
         minutes: time budget of an update, in minutes.
-        say: told what happens.
+        say: called with messages for the user.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
-        key: private key to sign every new state with; None: only for packs that are not signed.
+        key: private key to sign every new version with; None: only for packs that are not signed.
 
     Raises:
         ConfigError: no update can have this budget or precision, or the pack is signed and no key
@@ -58,7 +58,7 @@ class Watcher:
         self.expert = TrainedExpert.find(name)
         self.key = key
         if key is not None:
-            load_key(key)  # a wrong one is told now, not at the first update
+            load_key(key)  # report a bad key now, not at the first update
         check_key(self.expert, key)
         self.server = server
         self.say = say
@@ -69,13 +69,13 @@ class Watcher:
         self.must_plug = False
         if server is not None:
             plugged = server.plugged_digest(name)
-            # It may have been updated while nobody watched.
+            # The expert may have been updated while nothing watched it.
             self.must_plug = plugged not in (None, read_manifest(self.expert.pack).digest)
 
     def look(self) -> None:
-        """Update the expert if its source is new and as it was at the last look.
+        """Update the expert if its source is new and has not changed since the last look.
 
-        What fails is said, once for each state of the source, and the expert stays as it was. A
+        Failures are reported, once for each state of the source, and leave the expert as it was. A
         failed update is tried again after 1, 2, 4 and up to `LONGEST_PAUSE` looks, or when the
         source changes; if the text is the cause, only then. A failed plugging is tried again at the
         next look.
@@ -130,19 +130,19 @@ def watch_expert(
     dtype: Dtype = "auto",
     key: Path | None = None,
 ) -> None:
-    """Update an expert at once if its source is new, and whenever it has changed since and then
-    been quiet for one interval.
+    """Update an expert at once if its source is new, and later whenever it has changed and then
+    been stable for one interval.
 
     Args:
         name: name of a trained expert.
-        server: plugs every new state; None: none does.
+        server: server that plugs every new version; None: plug nothing.
         minutes: time budget of an update, in minutes.
         every: seconds between two looks at the source.
         rounds: number of looks; None: until the process is interrupted.
-        say: told what happens.
+        say: called with messages for the user.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
-        key: private key to sign every new state with; None: only for packs that are not signed.
+        key: private key to sign every new version with; None: only for packs that are not signed.
 
     Raises:
         DataError: there is no such expert, its source is gone, or the server does not answer or

@@ -1,7 +1,7 @@
-"""Read small YAML and TOML files of people, and refuse what only looks small.
+"""Read small YAML and TOML files written by users, and refuse those that only look small.
 
-An alias repeats what it names: ten lines of aliases of aliases stand for billions of values. So the
-nodes are counted, aliases followed, before any value is made of them.
+Ten lines of aliases of aliases can expand to billions of values. So the values are counted, with
+aliases expanded, before any is constructed.
 """
 
 import tomllib
@@ -16,20 +16,20 @@ from deepseek.terminal import visible
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
-"""Values in a file, those behind aliases counted as often as they are named."""
+"""Maximum number of values in a file, with aliases expanded."""
 
 MAX_DEPTH = 100
-"""Levels of nesting: the scanner's time for each word grows with them."""
+"""Maximum levels of nesting: the scanner's time for each token grows with them."""
 
 MALFORMED = (
     yaml.YAMLError,
-    AttributeError,  # a tag `!!timestamp` on a text that is none
+    AttributeError,  # a tag `!!timestamp` on other text
     ValueError,
     TypeError,
     OverflowError,
     RecursionError,
 )
-"""Errors of the parsers. `ValueError` is raised for impossible dates and for endless numbers."""
+"""Errors of the parsers. `ValueError` is raised for impossible dates and for overlong numbers."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +74,7 @@ def read_mapping(text: str) -> dict[str, Any]:
     """Return a mapping that is written as YAML on the command line.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a mapping.
     """
     try:
         value = parse_yaml(text)
@@ -89,7 +89,7 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        ValueError: it stands for more than `MAX_VALUES` values, or for an endless one.
+        ValueError: it expands to more than `MAX_VALUES` values, or contains itself.
         RecursionError: it has more than `MAX_DEPTH` levels.
         yaml.YAMLError: it is malformed.
     """
@@ -106,7 +106,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _num_values(node: yaml.Node, counted: dict[int, int]) -> int:
-    """Return the number of values that a node stands for.
+    """Return the number of values that a node expands to.
 
     Args:
         node: the node.
@@ -114,7 +114,7 @@ def _num_values(node: yaml.Node, counted: dict[int, int]) -> int:
     """
     key = id(node)
     if key not in counted:
-        counted[key] = MAX_VALUES + 1  # until it is counted: what contains itself is endless
+        counted[key] = MAX_VALUES + 1  # until counted, to refuse a node within itself
         total = 1
         for part in node.value if isinstance(node, yaml.CollectionNode) else ():
             for child in part if isinstance(part, tuple) else (part,):

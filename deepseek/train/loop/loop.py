@@ -342,8 +342,8 @@ class _Run:
         return loss, tokens, output.metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate, record the figures and save the best state; return {} if this step is
-        evaluated.
+        """Evaluate, record the figures and save the best state; return {} if that is done for this
+        step.
         """
         if self.is_evaluated:
             return {}

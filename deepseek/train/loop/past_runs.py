@@ -1,4 +1,4 @@
-"""Past runs: find and summarise them. Imports nothing heavy, for the command line."""
+"""Find and summarise past runs. Imports nothing heavy, for the command line."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +24,8 @@ def all_runs() -> dict[str, Path]:
 def find_run(name: str) -> Path:
     """Return the folder of a run, given its name or path.
 
-    A name comes first: an expert is called like the folder that it learns from, which often lies in
-    the working folder.
+    A name takes precedence over a path: an expert is named after the folder that it learns from,
+    which is often in the working folder.
 
     Raises:
         DataError: there is no such run, or the folder is not that of a run.
@@ -48,8 +48,8 @@ def find_run(name: str) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether a folder holds the record of a run; a recipe and an evaluation leave only the
-    last one.
+    """Return whether a folder holds a record of a run; recipes and evaluations write only
+    `result.json`.
     """
     return any((folder / name).is_file() for name in (RUN_STARTED, "request.json", "result.json"))
 
@@ -63,10 +63,10 @@ def finished_runs(folder: Path) -> list[Path]:
 
 
 def latest_run(folder: Path) -> Path:
-    """Return the folder of the last finished update of a training, without one its own.
+    """Return the folder of the last finished update of a training, or its own if there is none.
 
-    Its held-out text is the one to use: of a git history that is split by time, an update learns
-    commits that the training held out.
+    Use its held-out text: with a split by time, an update trains on commits that the training held
+    out.
     """
     return finished_runs(folder)[-1]
 
@@ -78,7 +78,7 @@ def summary(folder: Path) -> dict[str, Any]:
     if not (folder / "result.json").is_file():
         return {"state": "unfinished"}
     first = read_object(folder / "result.json")
-    # Of an expert that was renamed, only the first record names the pack.
+    # After a renaming, only the first record has the path of the pack.
     renamed = {"pack": first["pack"]} if "pack" in first else {}
     result = {**read_object(latest_run(folder) / "result.json"), **renamed}
     nested = result.get("figures")

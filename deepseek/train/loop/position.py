@@ -1,7 +1,7 @@
 """Position of a run, and the guards against spikes and divergence.
 
-With weights, moments and the position in the data, it decides how a run continues. `rlpo_update`,
-which steps outside the loop, uses the same guards.
+With weights, moments and the position in the data, it determines how a run continues.
+`rlpo_update`, which steps outside the loop, uses the same guards.
 """
 
 import math
@@ -17,8 +17,8 @@ SPIKE_SIGMAS = 6.0
 """Standard deviations above the mean at which a loss is a spike, whose step is skipped."""
 
 MAX_SPIKES_IN_A_ROW = 3
-"""Spikes to skip in a row. A loss that stays high is a new level, for example of harder text, and
-is trained on.
+"""Maximum spikes to skip in a row. A loss that stays high is a new level, for example of harder
+text, and is trained on.
 """
 
 
@@ -69,7 +69,7 @@ class Position:
         return applied
 
     def check_divergence(self, learning_rate: float) -> None:
-        """Raise `TrainError` if only non-finite steps come; its message names `learning_rate`."""
+        """Raise `TrainError` after too many non-finite steps in a row; it names `learning_rate`."""
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainError(
                 f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; "

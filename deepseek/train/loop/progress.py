@@ -22,10 +22,10 @@ LINE_SECONDS = 5.0
 
 
 class LastingConsole(Console):
-    """A console that goes quiet when nobody reads it any more; the job behind it goes on."""
+    """A console that goes quiet on a broken pipe, so that the job goes on."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing from now on. Rich would end the process."""
+        """Print nothing from now on; Rich's own handler ends the process."""
         self.quiet = True
 
 
@@ -89,7 +89,7 @@ class ProgressBar:
 
 
 def say(message: str, quiet: bool = False) -> None:
-    """Write one line where progress is shown, between two jobs.
+    """Write one line to where progress is shown, between two jobs.
 
     Args:
         message: the line.

@@ -1,4 +1,4 @@
-"""What a run folder holds: whether it is that of a run, and which of its files the run has made."""
+"""Contents of a run folder: whether it holds a run, and which files that run has made."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def with_absolute_models(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Raise `ConfigError` if a run folder holds files, but no run."""
+    """Raise `ConfigError` if a run folder holds files but no run."""
     if _is_occupied(folder) and not _holds_run(folder):
         raise ConfigError(
             f"{folder} holds other files and no run; choose a new or empty folder as --run-folder, "
@@ -36,7 +36,7 @@ def refuse_other_files(folder: Path) -> None:
 
 
 def refuse_other_result(folder: Path, made: Path) -> None:
-    """Raise `ConfigError` if the path of a run's result holds what the run did not make.
+    """Raise `ConfigError` if a run did not make what is at the path of its result.
 
     Args:
         folder: the run folder, which need not exist.
@@ -47,13 +47,14 @@ def refuse_other_result(folder: Path, made: Path) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether the run in a folder has proven possible, and may have made its result."""
+    """Return whether the run in a folder has passed its checks, and may have made its result."""
     return (folder / "request.json").is_file()
 
 
 def begin(folder: Path, start: dict[str, Any], made: Path) -> None:
-    """Note what a run begins with, where its result goes and what its folder held before; delete
-    the early stages of one that never began on it.
+    """Record the inputs of a run, the path of its result, and the early stages in its folder.
+
+    Early stages are deleted if a run with other inputs left them and never began.
 
     Args:
         folder: the run folder, which need not exist.
@@ -68,7 +69,7 @@ def begin(folder: Path, start: dict[str, Any], made: Path) -> None:
 
 
 def withdraw(folder: Path) -> None:
-    """Leave no trace of a run that was refused before it had begun."""
+    """Delete all traces of a run that was refused before it had begun."""
     started = folder / RUN_STARTED
     before = read_object(started)
     _drop_early_stages(folder, before)
@@ -100,7 +101,7 @@ def _drop_early_stages(folder: Path, start: dict[str, Any]) -> None:
 def _is_occupied(path: Path) -> bool:
     """Return whether there is a file at a path, or a folder that is not empty.
 
-    Hidden files don't count: a desktop leaves such in any folder, and no run deletes them.
+    Hidden files don't count: desktops leave them in any folder, and no run deletes them.
     """
     if not path.is_dir():
         return os.path.lexists(path)
@@ -108,7 +109,7 @@ def _is_occupied(path: Path) -> bool:
 
 
 def _holds_run(folder: Path) -> bool:
-    """Return whether a folder is that of a run. A project may have a `start.json` of its own."""
+    """Return whether a folder holds a run; a project may have a `start.json` of its own."""
     started = folder / RUN_STARTED
     is_started = started.is_file() and "request" in read_object(started)
     return is_started or is_begun(folder)
@@ -127,7 +128,7 @@ def _has_made(folder: Path, made: Path) -> bool:
         path = record.get("pack") or record.get("model")
         # The library's home may have moved, with all results in it.
         return not isinstance(path, str) or Path(path) == made or not Path(path).exists()
-    # It may have been killed between writing the result and the record.
+    # The run may have been killed between writing its result and the record.
     started = folder / RUN_STARTED
     can_have_made = is_begun(folder) and started.is_file()
     return can_have_made and read_object(started).get("made") == str(made)

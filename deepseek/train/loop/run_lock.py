@@ -1,7 +1,7 @@
 """One writer per run folder.
 
-The lock is the operating system's (`flock`) on a file beside the folder, so that it ends with the
-process that holds it, however that ends. A second file says who holds it.
+The lock is the operating system's (`flock`) on a file beside the folder, so it ends with the
+process that holds it, even if that is killed. A second file says who holds it.
 """
 
 import os
@@ -24,7 +24,7 @@ from deepseek.errors import CheckpointError, TrainError
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder during the block.
 
-    The thread that holds the lock can take it again. Nothing waits.
+    The thread that holds the lock can take it again. Others fail at once; none waits.
 
     Args:
         folder: the folder, which need not exist.

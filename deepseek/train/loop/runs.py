@@ -76,7 +76,7 @@ class RunRequest(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a run, and where it is written.
+    """What determines a run, and where it is written.
 
     Attributes:
         stored: the request as JSON values, compared with `request.json` of an earlier run.
@@ -87,8 +87,8 @@ class Run:
         quiet: show no progress.
         dry_run: only print the estimate.
         makes_file: whether the result is a file; default: the folder of a model.
-        command: command whose job it is, such as "expert train"; "": the folder is not shared.
-        main: whether this is the process that writes; of several, one is.
+        command: command that runs the job, such as "expert train"; "": not compared.
+        main: whether this process writes; of several, one does.
         guarded: refuse a run folder or a result's path that holds what this run did not make.
             False: the caller has prepared them, as an update does, which replaces a pack.
     """
@@ -131,8 +131,8 @@ class Run:
         )
 
     def check_places(self) -> None:
-        """Raise `ConfigError` if result or run folder cannot be written, or the run folder is one
-        of other files.
+        """Raise `ConfigError` if result or run folder cannot be written, or the run folder holds
+        other files.
         """
         writable_folder(self.folder)
         if self.guarded:
@@ -152,7 +152,7 @@ def run_once(job: Callable[..., RunJob], request: Any, run: Run) -> Path:
     Args:
         job: takes the request, the folder, `out` (the path of the result) and `progress`.
         request: resolved arguments, passed to `job`; its `lighter` says what needs less memory.
-        run: what decides the run, and where it is written.
+        run: what determines the run, and where it is written.
 
     Raises:
         TrainError: the run in the folder belongs to another request or other inputs, or another
@@ -211,15 +211,15 @@ def _record(
     """Run a job and return its record; a run that is refused before it has begun leaves no trace.
 
     Args:
-        job, request, run: as of `run_once`.
-        progress: told what is running.
+        job, request, run: as for `run_once`.
+        progress: shows what is running.
         is_first: whether no earlier call has worked on this run.
     """
     try:
         return job(request, run.folder, out=run.made, progress=progress).run()
     except UserError as error:
-        # Text that was not enough is read again: a git history that has grown since has the same
-        # digest. What an earlier call has stored is not lost to any other mistake.
+        # Too little text is read again by the next call: a git history that has grown since has the
+        # same digest. Other errors do not delete what an earlier call has stored.
         may_withdraw = run.main and not is_begun(run.folder)
         was_mistaken = is_first and isinstance(error, ConfigError)
         if may_withdraw and (was_mistaken or isinstance(error, DataError)):
@@ -246,7 +246,7 @@ def _check_begun(run: Run) -> dict[str, str]:
     try:
         inputs = run.inputs()
     except DataError:
-        # What a finished run has learnt from may be gone since.
+        # The text of a finished run may have been deleted since.
         if before and (run.folder / "result.json").is_file():
             return before
         raise
@@ -281,10 +281,10 @@ def _mend(run: Run, changed: str) -> str:
 
 
 def _check_command(started: Path, command: str) -> None:
-    """Compare the command of a run with the one in `start.json`; an older version noted none.
+    """Compare the command of a run with the one in `start.json`; older versions stored none.
 
     Raises:
-        TrainError: they differ; to compare their arguments would say nothing.
+        TrainError: they differ, so that comparing arguments would be pointless.
     """
     before = read_object(started).get("command") or command
     if command and before != command:
@@ -294,7 +294,7 @@ def _check_command(started: Path, command: str) -> None:
 
 
 def _digests(started: Path) -> dict[str, str]:
-    """Return the digests of the inputs in `start.json`; an older version noted none."""
+    """Return the digests of the inputs in `start.json`; older versions stored none."""
     inputs = read_object(started).get("inputs", {})
     if not isinstance(inputs, dict):
         raise CheckpointError(f"{started} holds no digests of inputs; restore it or delete it.")

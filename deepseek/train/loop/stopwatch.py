@@ -7,7 +7,7 @@ from deepseek.checkpoint.store import read_object, write_json
 
 
 class Stopwatch:
-    """Measures from its creation on, and adds what earlier processes of the run have kept.
+    """Measures the time since its creation, plus that kept by earlier processes of the run.
 
     Args:
         folder: run folder, which holds the seconds as `elapsed.json`.
@@ -26,7 +26,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds in all processes; what a killed one did after its last `keep` is missing."""
+        """Seconds in all processes, without those of a killed process after its last `keep`."""
         return self._earlier + self.here
 
     def leave_out(self, seconds: float) -> None:

@@ -34,7 +34,7 @@ DECLINED = re.compile(
     r"(?!\s+(?:help\s+but|wait|believe|stop|imagine|complain|stress))",
     re.IGNORECASE,
 )
-"""What declines, but for idioms."""
+"""Phrases that decline, except in idioms such as "I can't help but"."""
 
 APOLOGY = re.compile(
     r"(?:(?:i['’]m|i\s+am|we['’]re|we\s+are)\s+)?(?:\w+\s+)?sorry\b[^.!?\n]*[.!?\s]*", re.IGNORECASE
@@ -115,14 +115,14 @@ LEAST_MARGIN = 0.1
 """Smallest difference of the summed scores between a preferred and a rejected answer."""
 
 LEAST_SCORE = 0.5
-"""What each judge must give an answer that is set against a refusal."""
+"""Minimum score from each judge for an answer that is paired with a refusal."""
 
 ROWS = 32
 """Answers to sample per batch, at least those of one prompt."""
 
 
 MOST_ANSWERS = 64
-"""Most answers per prompt, which are sampled together."""
+"""Maximum answers per prompt, which are sampled together."""
 
 
 def generate_pairs(
@@ -149,13 +149,13 @@ def generate_pairs(
         prompts: conversations that end with a user turn.
         judges: judges by the name under which their scores are stored.
         answers: answers to sample per prompt.
-        new_tokens: most tokens per answer.
+        new_tokens: maximum tokens per answer.
         temperature: sampling temperature.
         source: source to store with the pairs.
         seed: seed of the sampling.
         refusals: yield the best answer against one of `REFUSALS` too, if every judge gives it at
             least `LEAST_SCORE`, labelled `refusal`; without such pairs a model that learns to
-            avoid bad answers learns to refuse. For prompts that should be answered.
+            avoid bad answers learns to refuse. Only for prompts that should be answered.
         progress: called with the number of finished prompts.
 
     Raises:

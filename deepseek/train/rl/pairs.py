@@ -12,13 +12,12 @@ from deepseek.text.tokenizer import encode_continued
 def answer_ids(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int
 ) -> list[list[int]]:
-    """Return answers as the model would have written them: with the token that ends one, unless
-    they are cut.
+    """Return answers as the model would have written them, with the end token unless they are cut.
 
     Args:
         tokenizer: tokenizer of the model.
         texts: the answers.
-        most: tokens that an answer may have; longer ones are cut.
+        most: maximum tokens per answer, end token included; longer ones are cut.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [[*ids, *end][:most] for ids in encode_continued(tokenizer, texts)]

@@ -46,9 +46,9 @@ class RewardQuality:
 class RewardModel:
     """Linear reward `r(answer) = w . f(answer)` on features of a frozen base.
 
-    The features are the mean, over the answer's tokens, of the residual stream entering a layer.
-    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below must not change while the model
-    is used; a policy that trains later layers may share them.
+    The features are the mean, over the answer's tokens, of the RMS-normalised residual stream that
+    enters a layer. P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below must not change
+    while the model is used; a policy that trains later layers may share them.
     """
 
     def __init__(self, base: DeepSeekModel, layer: int, weight_D: Tensor) -> None:
@@ -168,8 +168,8 @@ def features_of(
         layer: block whose input is read.
         prompts: token ids of each prompt.
         answers: token ids of each answer.
-        rows: most answers of a batch, default 32; those of like length are computed together, so
-            that little of it is padding.
+        rows: maximum answers per batch, default 32; those of similar length share a batch, so that
+            little of it is padding.
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(answers[row]))
     features_ND = torch.empty(len(order), base.config.hidden_size, device=base.device)

@@ -1,4 +1,4 @@
-"""RLPO: reinforcement learning from preferences by PPO, or by comparison within groups (GRPO, GSPO).
+"""RLPO: reinforcement learning from preferences by PPO, or by group baselines (GRPO, GSPO).
 
 Each iteration samples responses, scores them, and makes several passes of clipped updates over
 them. `ppo.py` and `group.py` have the formulas, `rollout.py` the sampling, and `policy.py` the
@@ -85,7 +85,7 @@ class RunningMoments:
         }
 
     def standardised(self, scores_B: Tensor) -> Tensor:
-        """Return scores standardised by mean and deviation so far, clipped to [-5, 5]."""
+        """Return scores standardised by the moments so far, theirs included, clipped to [-5, 5]."""
         count, mean, squares = self.tensors.values()
         for score in scores_B.cpu().double():
             count += 1
@@ -267,8 +267,8 @@ class Learner:
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
 
     def penalty(self, scored: Scored, rows: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """Return what is added to the policy's loss, and its figure: the weighted loss of the value
-        head, or where groups are compared, the weighted KL to the reference.
+        """Return the term added to the policy's loss, and its unweighted figure: the weighted loss
+        of the value head or, if groups are compared, the weighted KL to the reference.
         """
         config = self.config
         if config.baseline == "group":
@@ -325,10 +325,10 @@ class RolloutBatches:
             learner: samples and scores the rollouts.
             prompts: token ids of each prompt.
             size: responses per rollout, a multiple of the responses to each prompt.
-            seed: with the position, decides the order of the prompts and the sampling.
+            seed: with the position, determines the order of the prompts and the sampling.
 
         Raises:
-            ConfigError: `size` is no multiple of the responses to each prompt.
+            ConfigError: `size` is not a multiple of the responses to each prompt.
         """
         self.learner = learner
         self.prompts = prompts

@@ -1,4 +1,4 @@
-"""Hyperparameters of RLPO, and the check of what a reward returns."""
+"""Hyperparameters of RLPO, and the check of a reward's scores."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ class RLPOConfig:
         ratio: probability ratio that is clipped: of each "token", or of the whole "sequence",
             normalised by its length (GSPO). Ratios of sequences lie much closer to 1, so they need
             a smaller `clip`.
-        new_tokens: most tokens per response.
+        new_tokens: maximum tokens per response.
         temperature: sampling temperature; log-probabilities are taken at the same temperature.
         minibatch: responses per optimizer step.
         epochs: passes over the responses of a rollout.
@@ -31,10 +31,10 @@ class RLPOConfig:
         lam: decay of generalised advantage estimation.
         clip: largest change of a probability ratio from the rollout's before clipping.
         value_clip: largest change of a value from the rollout's before clipping.
-        value_weight: weight of the value loss. The optimizer's steps do not depend on the scale of a
-            gradient, but its norm is limited together with the policy's: a large weight would make
-            the policy learn the less, the worse the values are.
-        value_rollouts: number of first rollouts that train only the value head.
+        value_weight: weight of the value loss. The optimizer's steps do not depend on the scale of
+            a gradient, but its norm is clipped together with the policy's: with a large weight, the
+            worse the values are, the less the policy would learn.
+        value_rollouts: number of first rollouts that train only the value head (baseline "value").
         beta: initial and smallest coefficient of the KL penalty, in standardised reward per nat.
         target_kl: KL to the reference above which the coefficient rises, in nats per response;
             None: constant coefficient.

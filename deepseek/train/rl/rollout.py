@@ -156,7 +156,7 @@ def generate(
     Args:
         model: model to sample from.
         prompts: token ids of each prompt.
-        new_tokens: most tokens per response.
+        new_tokens: maximum tokens per response.
         ends: ids of the tokens that end a response.
         generator: random generator of the sampling.
         temperature: sampling temperature.

@@ -34,7 +34,7 @@ FOLLOWS = "commits_follow_files"
 """Key of `Sides.follows` in `corpus.json`."""
 
 WHOLE = "whole"
-"""Folder of the training text without gaps, if that on which a run trains has some."""
+"""Folder of the training text without gaps, written if the run trains on text with gaps."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class KnownDocuments:
         held_out: of held-out documents, and of the halves of those that are cut in two.
         learnt: of the texts of training documents, whatever their names.
         tested: of the texts of held-out documents.
-        validated: of the texts of those by which, in whole or in part, a best state was chosen.
+        validated: of the texts of held-out documents that, in whole or in part, chose a best state.
         train_names: names, not digests, of training documents and of their dropped duplicates.
         held_out_names: names of held-out documents and of their dropped duplicates.
     """
@@ -160,7 +160,7 @@ class Sides:
         held_out: held-out documents.
         report: report of the cleaning.
         commit: commit of the git repository; None for other sources.
-        follows: whether what commits changed is on the side of the files that they changed.
+        follows: whether commits are on the side of the files that they changed.
     """
 
     train: list[Document]
@@ -202,7 +202,7 @@ def build_corpus(
         tokenizer: tokenizer of the model.
         folder: folder of the corpus.
         progress: shows the progress.
-        choose: takes the training and the validation documents, and returns those to use, sorted;
+        choose: takes the training and the validation documents, and returns those to use of each;
             questions and gaps are made afterwards. Default: all.
         validation: move half of the held-out text to a validation set (see `halve`).
         known: documents of earlier runs, which stay on their side of the split.
@@ -235,7 +235,7 @@ def build_corpus(
         firsts = {document.name for document in halves[0]}
         noted = {
             "documents": digests(train),
-            # Few documents are cut in two, and then the halves are known too.
+            # If documents were cut in two, their halves are recorded too.
             "held_out": digests([*held_out, *halves[0]]),
             "train_names": names_and_duplicates(train, sides.report),
             "held_out_names": names_and_duplicates(held_out, sides.report),
@@ -256,8 +256,8 @@ def build_corpus(
 
 
 def whole_text(folder: Path) -> TokenShards:
-    """Return the training text of a corpus without gaps, for what describes it: relevance tables
-    and retrieval indexes. Markers and rearranged excerpts are no part of what was read.
+    """Return the training text of a corpus without gaps, for relevance tables and retrieval
+    indexes: markers and rearranged excerpts are not part of the source.
     """
     return TokenShards(folder / (WHOLE if (folder / WHOLE).is_dir() else "train"))
 
@@ -283,7 +283,7 @@ def known_documents(folder: Path) -> KnownDocuments:
     """Return the documents that the source of a corpus held.
 
     Raises:
-        DataError: an earlier version built the corpus, which did not note them.
+        DataError: the corpus is of an earlier version, which did not record them.
     """
     notes = read_object(folder / "corpus.json")
     train, held_out = (notes.get(name) for name in ("documents", "held_out"))
@@ -292,16 +292,16 @@ def known_documents(folder: Path) -> KnownDocuments:
             f"{folder} does not say which documents it has, as an earlier version built it; train "
             "the expert anew, under another name."
         )
-    # Earlier versions noted no texts, or no names of training documents.
+    # Earlier versions recorded no texts, or no names of training documents.
     fields = ("learnt", "tested", "validated", "train_names", "held_out_names")
     rest = (notes.get(name, []) for name in fields)
     return KnownDocuments(*(frozenset(map(str, part)) for part in (train, held_out, *rest)))
 
 
 def commits_follow_files(folder: Path) -> bool:
-    """Return whether what commits changed is on the side of the files that they changed.
+    """Return whether commits are on the side of the files that they changed.
 
-    In corpora of earlier versions it may be on either side.
+    In corpora of earlier versions they may be on either side.
     """
     return read_object(folder / "corpus.json").get(FOLLOWS) is True
 
@@ -316,7 +316,7 @@ def read_sides(source: Source, progress: Progress, known: KnownDocuments) -> Sid
     """
     skipped = Skipped()
     repository = open_repository(source.git) if source.git else None
-    # Commits that are made while the text is read are neither learnt nor noted.
+    # Commits that are made while the text is read are ignored.
     head = find_commit(repository, "HEAD") if repository else None
     commit = str(head.id) if head else None
     if source.git and source.by == "time":
@@ -324,13 +324,13 @@ def read_sides(source: Source, progress: Progress, known: KnownDocuments) -> Sid
     else:
         documents, report = clean(read_source(source, skipped, commit), skipped, progress)
         train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-    if source.by == "time":  # an update learns what was held out
+    if source.by == "time":  # an update may train on what was held out
         train, held_out = keep_sides(train, held_out, known.learnt, frozenset(), KnownNames())
         return Sides(train, held_out, report, commit, follows=False)
     renamed = list(renamed_files(repository, head)) if repository and head else []
     names = with_later_names(known.names, renamed)
     train, held_out = keep_sides(train, held_out, known.learnt, known.tested, names)
-    # If all files are on one side, there is none to follow on the other.
+    # If all files are on one side, commits have none to follow on the other.
     follows = has_files(train) and has_files(held_out)
     if repository and follows:
         lots = draw_lots(documents, source.held_out, source.by, source.seed)
@@ -351,7 +351,7 @@ def past_and_future(
 ) -> tuple[list[Document], list[Document], CleanReport]:
     """Return the documents before the last commits and those that these commits changed.
 
-    Both are cleaned together, since text that repeats the past is no test.
+    Both are cleaned together, since text that repeats the past tests nothing.
 
     Raises:
         DataError: the source has other parts besides a git repository.

@@ -1,4 +1,4 @@
-"""Choose the text of an update: what is new in a source, and as much of its past."""
+"""Choose the text of an update: what is new in a source, and about as much known text."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from deepseek.errors import DataError
 from deepseek.train.text.corpus import KnownDocuments
 
 LEAST_PAST = 40_000
-"""Fewest characters of the past to train on again, if there are as many."""
+"""Minimum characters of known text to train on again, if there are as many."""
 
 LEAST_VALIDATION = 4_000
-"""Fewest characters of the past to validate on, if there are as many: about 1,000 tokens."""
+"""Minimum characters of known text to validate on, if there are as many: about 1,000 tokens."""
 
 
 def fresh(
@@ -22,17 +22,17 @@ def fresh(
     seed: int,
     name: str,
 ) -> tuple[list[Document], list[Document]]:
-    """Return the documents that are not known, and about as much text of those that are: to train
-    on, and to validate on.
+    """Return the documents to train on and to validate on: new ones, and about as much text of
+    known ones.
 
     If no validation document is new, the new training documents stand in for them: a small change
-    seldom brings text to hold out. The past that is validated on is not trained on in any case.
+    seldom brings text to hold out. Known text to validate on is never trained on.
 
     Args:
         train: training documents.
         validation: held-out documents to choose the best state by.
         known: documents of earlier runs.
-        seed: decides which of the known ones.
+        seed: determines which of the known documents are taken.
         name: name of the expert, for the message.
 
     Raises:
@@ -53,13 +53,13 @@ def fresh(
 
 
 def past(documents: Sequence[Document], known: int, seed: int, wanted: int) -> list[Document]:
-    """Return documents with at least the characters wanted, if there are as many.
+    """Return known documents with at least the characters wanted, if there are as many.
 
     Args:
-        documents: those that are known.
-        known: number of all that are known; the order is drawn anew whenever there are more.
-        seed: decides the order.
-        wanted: characters.
+        documents: known documents to choose from.
+        known: number of all known documents; when it grows, the order is drawn anew.
+        seed: determines the order, with `known`.
+        wanted: minimum characters.
     """
     former = sorted(documents, key=lambda document: uniform(f"past:{seed}:{known}:{document.name}"))
     chosen: list[Document] = []

@@ -31,8 +31,8 @@ def base_digest(base: str) -> str:
 def text_digest(source: Source, without: Sequence[Path] = ()) -> str:
     """Return a SHA-256 of the content of a text source: the bytes of all files that would be read.
 
-    Of a git history only the repository counts. People commit while a run goes on; the run keeps
-    to the commits that its corpus was built from.
+    Of a git repository only the name counts. People commit while a run goes on; the run keeps to
+    the commits that its corpus was built from.
 
     Args:
         source: the text.
@@ -58,7 +58,7 @@ def preferences_digest(database: Path) -> str:
     """Return a SHA-256 of the pairs in a preference database, with their split.
 
     Raises:
-        DataError: the file does not exist, or is no preference database.
+        DataError: the file does not exist, or is not a preference database.
     """
     if not database.is_file():
         raise DataError(f"{database} does not exist; `deepseek prefs import FILE` makes one.")

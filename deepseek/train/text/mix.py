@@ -48,7 +48,7 @@ def easiest_first(documents: Sequence[Document]) -> list[Document]:
         [[compression(d.text), malformed(d), reading_effort(d.text)] for d in documents]
     )
     ranks = signals.argsort(axis=0, kind="stable").argsort(axis=0).astype(float)
-    # Malformed code comes last: the two other ranks together are less.
+    # Malformed code comes last: this exceeds the sum of the two other ranks.
     ranks[:, 1] = signals[:, 1] * 2 * len(documents)
     return [documents[index] for index in ranks.sum(axis=1).argsort(kind="stable")]
 
@@ -178,7 +178,7 @@ class MixedRows:
         )
 
     def identity(self) -> dict[str, int]:
-        """Return everything that decides the stream, as integers."""
+        """Return everything that determines the stream, as integers."""
         texts = {f"text of {d.name}": int(d.train.shards.digest[:15], 16) for d in self.domains}
         loaded = {
             f"rows of {d.name}": len(d.train.row_ids)
@@ -196,7 +196,7 @@ class MixedRows:
 
 class Order:
     """Endless order of a domain's rows: `easy` rows of its easy part, the remaining rows, then
-    epochs.
+    whole epochs.
     """
 
     def __init__(self, num_rows: int, easy: int, seed: int) -> None:

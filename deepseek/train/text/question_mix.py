@@ -81,7 +81,7 @@ def asked_about(notes: Path) -> list[str]:
     """Return the questions about training documents from `notes`; empty without the file."""
     if not notes.is_file():
         return []
-    # Not `splitlines`, which also splits at separators of Unicode that JSON leaves in a text.
+    # Not `splitlines`, which also splits at Unicode separators that JSON leaves unescaped.
     lines = notes.read_text(encoding="utf-8").split("\n")
     records = [json.loads(line) for line in lines if line]
     return [record["messages"][0]["content"] for record in records if record["set"] != "held out"]

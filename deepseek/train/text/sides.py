@@ -1,8 +1,8 @@
 """Keep documents on their side of the split when a source is read again for an update.
 
-The split draws lots by name. A file that is renamed, or a record of a file that moves to another
-line, would draw anew: what was learnt would become a test, and what has chosen the best state would
-be reported.
+The split draws lots by name. A renamed file, or a record that moves to another line, would draw
+anew: text that was trained on could be tested on, and text that has chosen the best state could be
+reported on.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def keep_sides(
     tested: AbstractSet[str],
     names: KnownNames,
 ) -> tuple[list[Document], list[Document]]:
-    """Return training and held-out documents, of which those that were known stay where they were.
+    """Return training and held-out documents, with known ones on their former side.
 
     Args:
         train: training documents.
         held_out: held-out documents.
         learnt: digests of texts that were trained on before; they count before `tested`.
         tested: digests of texts that were held out before.
-        names: names that documents on either side had before, or have been given since; they count
-            after both, for texts that have changed.
+        names: former and later names of documents whose side is known; checked after the digests,
+            for texts that have changed.
 
     Raises:
         DataError: nothing is left to hold out.
@@ -53,7 +53,7 @@ def keep_sides(
 def keep_validation(
     validation: Sequence[Document], test: Sequence[Document], validated: AbstractSet[str]
 ) -> tuple[list[Document], list[Document]]:
-    """Return the validation and the test part; no document of the second has validated before.
+    """Return validation and test documents; test documents that validated before move over.
 
     Args:
         validation: held-out documents that choose the best state.

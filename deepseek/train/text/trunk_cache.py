@@ -42,7 +42,7 @@ def run_trunk(model: LanguageModel, layer: int, batch: Batch) -> Tensor:
     experts.
 
     Args:
-        model: model to run, in the fastest precision of its device.
+        model: model to run, in its compute dtype.
         layer: first layer that has an expert.
         batch: packed rows of T tokens.
     """
@@ -136,7 +136,7 @@ class TrunkCache:
             progress(int(self.done.sum()), len(self.done))
 
     def place(self, device: torch.device) -> None:
-        """Keep a copy of the full cache on an accelerator, if it is small beside its free memory.
+        """Keep a copy of the cache on an accelerator, if it fits `DEVICE_SHARE` of its free memory.
 
         A larger one stays on the host; `read` then returns host tensors, and the trainer copies
         each batch through page-locked memory.
@@ -171,7 +171,7 @@ class TrunkCache:
         except CheckpointError:
             return False
         done = self.folder / "done.bin"
-        # Of a cache whose deletion was interrupted, some files are left.
+        # An interrupted deletion leaves some of the files.
         if not (same and done.is_file() and (self.folder / "hidden.bin").is_file()):
             return False
         return done.stat().st_size == self.shape[0]
