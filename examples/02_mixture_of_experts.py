@@ -24,7 +24,7 @@ first = output.router_stats[0]
 print(f"experts a token at layer 0: {first.mean_active:.2f}, dropped mass {first.dropped_mass:.2f}")
 print(f"gradient of its router: {sparse.layers[0].feed_forward.router.weight.grad.norm():.1e}")
 
-# The router alone, as a part for your own model.
+# The router alone, for use in your own model.
 router = DynamicRouter(num_experts=16, input_dim=64)
 x = torch.randn(5, 64)
 print(

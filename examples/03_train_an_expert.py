@@ -1,4 +1,4 @@
-"""Train an expert on a folder of text, plug it in, and see what it changes where.
+"""Train an expert on a folder of text, plug it in, and see where it fires.
 
 python examples/03_train_an_expert.py [FOLDER]
 """
@@ -15,7 +15,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(sysconfig.get_path("std
 
 
 def main(work: Path) -> None:
-    # A few thousand tokens, to see it run; leave `tokens` out for five minutes of real training.
+    # A few thousand tokens, as a quick test; without `tokens`, it trains for five minutes.
     pack = deepseek.train_expert(
         "smollm2-135m",
         name="asyncio",
@@ -49,6 +49,6 @@ def main(work: Path) -> None:
 with tempfile.TemporaryDirectory() as work:
     try:
         main(Path(work))
-    except UserError as error:  # such as a folder without text: one sentence says what is wrong
+    except UserError as error:  # such as a folder without text
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

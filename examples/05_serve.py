@@ -1,4 +1,4 @@
-"""Serve a model on a free port and ask it through HTTP.
+"""Serve a model on a free port and send requests over HTTP.
 
 python examples/05_serve.py
 """

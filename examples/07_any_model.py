@@ -18,7 +18,7 @@ if len(sys.argv) > 1:
         print(f"error: {sys.argv[1]} is no folder of a model", file=sys.stderr)
         sys.exit(2)
     stock = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-else:  # random weights, to see it run offline
+else:  # random weights, so that it runs offline
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=512,
@@ -42,7 +42,7 @@ if model.experts.base_folder is None:  # packs are bound to a base by its digest
         weights="0" * 64, tokenizer="", hidden_size=64, num_layers=4
     )
 
-# A random expert whose gates always fire; `deepseek.train_expert` gives real ones.
+# A random expert whose gates always fire; `deepseek.train_expert` trains real ones.
 expert = expert_beside(model, "random", sites.indices[-2:], width=32)
 for layer in expert.layers:
     torch.nn.init.normal_(expert.at(layer).down_proj, std=0.3)

@@ -1,4 +1,4 @@
-"""What the sizes of a model depend on, of the fields of `ModelConfig`.
+"""The fields of `ModelConfig` that determine the sizes of a model.
 
 It is a class of its own because `ModelConfig` loads transformers and torch, which takes seconds;
 a test compares names, defaults and counts.
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
 ATTENTION_KINDS = ("exact", "flash", "lsh")
-"""How attention may be planned: all scores in memory; all of them in tiles; or, in tiles, those of
-LSH attention's candidates.
+"""Kinds of attention to plan: all scores in memory; all scores in tiles; or the scores of LSH
+attention's candidates, in tiles.
 """
 
 
@@ -103,8 +103,8 @@ class Architecture:
 
     @property
     def chosen(self) -> float:
-        """Routed experts per token: all, top-k, or with dynamic routing the mean that is aimed at;
-        without an aim the most.
+        """Routed experts per token: all, top-k, or with dynamic routing the target mean (without a
+        target, the maximum).
         """
         if self.routing_strategy == "dense":
             return self.num_experts
@@ -131,7 +131,7 @@ class Architecture:
         )
 
     def row_length(self, length: int | None) -> int:
-        """Return the tokens per row that are asked for; None: the longest context.
+        """Return the requested tokens per row; None: the longest context.
 
         Raises:
             ConfigError: the number is out of range.
@@ -141,8 +141,8 @@ class Architecture:
         return checks.whole("length", length, least=1, most=checks.MAX_SIZE)
 
     def attention_kind(self, kind: str | None) -> str:
-        """Return the one of `ATTENTION_KINDS` that is asked for; None: as the config says, "flash"
-        for full attention.
+        """Return the requested one of `ATTENTION_KINDS`; None: as the config says, "flash" for full
+        attention.
 
         Raises:
             ConfigError: there is no such kind.
@@ -152,10 +152,12 @@ class Architecture:
         return checks.choice("attention", kind, ATTENTION_KINDS)
 
     def attending(self, kind: str) -> "Architecture":
-        """Return the same model with the attention of a kind: LSH, or full."""
+        """Return the same model with LSH or full attention, by the kind."""
         return replace(self, attention="lsh" if kind == "lsh" else "full")
 
     def candidates(self, length: int) -> int:
-        """Return the most keys that a query of LSH attention attends to in a context."""
+        """Return the maximum number of keys that a query of LSH attention attends to in a
+        context.
+        """
         probed = self.lsh_rounds * self.lsh_probes * self.lsh_bucket_window
         return min(length, self.lsh_local_window + self.lsh_sinks + probed)

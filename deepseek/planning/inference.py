@@ -1,7 +1,7 @@
 """Estimate memory and time of inference: prefill and decoding.
 
-Decoding is bound by memory: a token reads the weights that it uses and its keys and values.
-Prefill is bound by arithmetic. Devices share a model by tensor parallelism (arXiv:1909.08053), with
+Decoding is memory-bound: a token reads the weights that it uses and its keys and values. Prefill is
+compute-bound. Devices share a model by tensor parallelism (arXiv:1909.08053), with
 two reductions per layer.
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
 PREFILL_CHUNK = 512
-"""Tokens that are computed at once in prefill: an assumption for GPUs. `Engine(prefill_chunk=...)`
-sets it; its default of 64 suits processors.
+"""Tokens computed at once in prefill, an assumption for GPUs. `Engine(prefill_chunk=...)` sets it;
+its default of 64 suits CPUs.
 """
 
 
@@ -44,7 +44,7 @@ class InferenceMemory:
             of LSH attention.
         activations: hidden states and logits of the largest batch of tokens: a chunk of a prompt,
             or one token of each sequence.
-        attention: scores of one layer; with "flash" and "lsh" what takes their place.
+        attention: scores of one layer; with "flash" and "lsh" what is stored instead.
     """
 
     weights: float
@@ -69,7 +69,8 @@ class InferencePlan:
         length: tokens of each sequence at its end.
         batch: sequences at a time.
         bits: 8 or 4 for quantised weights; None: none are.
-        compute_bytes: bytes per number elsewhere, weights that are not quantised included.
+        compute_bytes: bytes per number of everything else, including weights that are not
+            quantised.
         attention: "exact", "flash" or "lsh".
     """
 
@@ -163,7 +164,9 @@ class InferencePlan:
 
     @property
     def _key_share(self) -> float:
-        """Share of keys and values on the device with the most groups: each lies whole on one."""
+        """Share of keys and values on the device with the most KV groups; a group is never
+        split.
+        """
         groups = self.architecture.groups
         return ceil(groups / self.gpus) / groups
 

@@ -29,8 +29,8 @@ class Parameters:
         routed: routed experts, shared pools counted once.
         router: routers.
         norms: norms of the residual stream.
-        active: parameters that a token is computed with, layer by layer. What several layers share
-            counts in each of them, so that they may exceed the total.
+        active: parameters that one token uses, added up over the layers. Those that several layers
+            share count in each of them, so they may exceed the total.
     """
 
     embedding: int
@@ -55,8 +55,8 @@ class Shape:
 
     Attributes:
         parameters: total parameters.
-        active: parameters that a token is computed with, as in `Parameters`, with
-            `Architecture.chosen` routed experts per layer.
+        active: parameters that one token uses, as in `Parameters`, with `Architecture.chosen`
+            routed experts per layer.
         largest_unit: largest number of parameters gathered at once: a block, a shared pool, or
             everything outside of both.
         activations: bytes of bf16 activations that one token saves for the backward pass.
@@ -105,8 +105,9 @@ def parameters(architecture: Architecture) -> Parameters:
 
 
 def looked_up(architecture: Architecture) -> int:
-    """Return the parameters of embeddings that a token is not computed with: untied ones are only
-    looked up; tied ones also compute the logits. Of learned positions, a token reads its own.
+    """Return the parameters of embeddings that a token does not use in a product: untied ones are
+    only looked up; tied ones also compute the logits. Of learned positions, a token reads only its
+    own.
     """
     width = architecture.hidden_size
     table = 0 if architecture.tie_word_embeddings else architecture.vocab_size * width
@@ -126,8 +127,8 @@ class WeightBytes:
 
     Attributes:
         total: all weights.
-        resident: the weights that every token is computed with: all but the routed experts and the
-            embeddings that are only looked up.
+        resident: the weights that every token uses: all but the routed experts and the embeddings
+            that are only looked up.
         expert: one routed expert.
     """
 
@@ -168,7 +169,7 @@ def attention_parameters(architecture: Architecture) -> int:
 
 
 def attention_vectors(architecture: Architecture) -> int:
-    """Return the parameters of one layer's attention that are no matrices: biases, norms on heads,
+    """Return the parameters of one layer's attention that are not matrices: biases, norms on heads,
     and the curves of dynamic positions.
     """
     heads = architecture.num_attention_heads
@@ -186,7 +187,7 @@ def attention_vectors(architecture: Architecture) -> int:
 
 
 def largest_unit(architecture: Architecture, parts: Parameters) -> int:
-    """Return the most parameters that are gathered at once."""
+    """Return the largest number of parameters that are gathered at once."""
     width = architecture.hidden_size
     pool = architecture.num_experts * expert_size(architecture)
     block = attention_parameters(architecture) + architecture.norms_per_layer * width

@@ -58,7 +58,7 @@ class TrainingMemory:
         activations: what the blocks save for the backward pass, without attention.
         attention: what attention saves for the backward pass.
         logits: a chunk of logits, and the gradients of the output head's loss.
-        update: what the optimiser's step computes with.
+        update: temporary memory of the optimiser's step.
     """
 
     weights: float
@@ -77,16 +77,16 @@ class TrainingMemory:
 
     @property
     def total(self) -> float:
-        """All parts, as if they were all there at once."""
+        """Sum of all parts, although they are not all in memory at once."""
         passes = self.gathered + self.activations + self.attention + self.logits
         return self.state + passes + self.update
 
     @property
     def peak(self) -> float:
-        """The most that is there at once.
+        """Peak memory.
 
-        Gradients come into being while activations are used up: the peak is at the beginning of
-        the backward pass, or after it, in the optimiser's step.
+        Gradients are allocated while activations are freed, so the peak is at the beginning of the
+        backward pass or after it, in the optimiser's step.
         """
         backward = self.gathered + self.activations + self.attention + self.logits
         step = self.gradients + self.update
@@ -231,8 +231,8 @@ class Plan:
         device = self.device
         remote_share = (gpus - 1) / gpus
         compute = self.formats.compute
-        # Stage 3 gathers the weights twice, 1 and 2 gather what the optimiser has changed, once.
-        # Without ZeRO every device changes all weights, by gradients that are reduced and gathered.
+        # Stage 3 gathers the weights twice; 1 and 2 gather the updated weights once.
+        # Without ZeRO every device updates all weights, with all-reduced gradients.
         passes = {0: 0.0, 3: 2.0}.get(self.zero, self.trained)
         gathered = passes * shape.parameters * compute * remote_share
         reduced = shape.parameters * self.trained * self.formats.gradients * remote_share
@@ -241,7 +241,7 @@ class Plan:
         link = device.node_link if gpus <= NODE else device.link
         moving = (gathered + reduced) / link
         memory = self.memory(gpus).total
-        # Communication overlaps with computation: the next unit is gathered during this one.
+        # Communication overlaps with computation: the next unit is gathered during the current one.
         seconds = max(computing, moving)
         return Scale(gpus, memory, gathered, reduced, seconds, computing / seconds)
 
@@ -252,7 +252,7 @@ class Plan:
         Source: arXiv:2001.08361, section 2.1.
         """
         scores = attention_flops(self.config.attending(self.attention), self.length)
-        # Backward, half of the work is for the gradients of the weights, which frozen ones lack.
+        # Half of the backward pass is for gradients of weights, which frozen weights do not need.
         weights = self.shape.active * (4 + 2 * self.trained)
         forward = 2 * self.shape.active + scores / 3
         return weights + scores + (forward if self.recompute else 0)

@@ -1,5 +1,5 @@
-"""Admission of requests that compute: they are counted, planned in few threads, given up when the
-client leaves or time is up, and ended when the server drains.
+"""Admission of computing requests: count them, plan them in a few threads, cancel them when the
+client leaves or time is up, and end them when the server drains.
 
 A request passes these limits in turn: `Engine.check_open` before its body is read, `planning` while
 its prompt is made, the engine's queue, and `Job` while it runs.
@@ -22,11 +22,11 @@ from deepseek.server.errors import ApiError
 from deepseek.server.json_body import AnyTypeRoute, Handler, JsonRoute
 
 PLANNERS = 2
-"""Threads that make prompts: templates, tokenizer, retrieval, grammars."""
+"""Number of threads that make prompts: templates, tokenizer, retrieval, grammars."""
 
 CONVERTERS = 1
-"""Threads for routes that only convert between texts and tokens, of up to a whole body: prompts do
-not wait for them.
+"""Number of threads for routes that only convert between texts and tokens, of up to a whole body.
+They are separate so that prompts do not wait for conversions.
 """
 
 PLAN_SECONDS = 30.0
@@ -178,7 +178,7 @@ class ComputingRoute(JsonRoute):
     """
 
     async def answer(self, handler: Handler, request: Request) -> Response:
-        """Run the handler until the reply begins, or the client has left, or the time is up."""
+        """Run the handler until the reply begins, the client leaves, or the time is up."""
         if request.method != "POST":
             return await handler(request)
         service = request.app.state.service
@@ -206,7 +206,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            # The time was up just after the reply was there; only sending it ends its job.
+            # The time was up just after the reply was ready; its job ends only when it is sent.
             if not working.done():
                 raise
         if working.done():

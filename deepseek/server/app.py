@@ -41,7 +41,7 @@ from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
 REVALIDATED = {"Cache-Control": "no-cache"}
-"""Header of the page and its parts: after an upgrade, no browser may mix old ones with new ones."""
+"""Header of the web page and its files: after an upgrade, no browser may mix old and new ones."""
 
 ROUTERS = (
     chat_completions,
@@ -59,10 +59,10 @@ ROUTERS = (
 
 
 class PageFiles(StaticFiles):
-    """The parts of the page; by their `ETag`, asking for one that has not changed costs little."""
+    """The files of the web page; with an `ETag`, revalidating an unchanged file is cheap."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
-        """Return the reply with a file, or that it has not changed.
+        """Return a file, or the reply that it has not changed (304).
 
         Args:
             args, options: see `StaticFiles`.
@@ -118,8 +118,8 @@ def create_app(
     routes = chain.from_iterable(module.router.routes for module in ROUTERS)
     computing = frozenset(route.path for route in routes if isinstance(route, ComputingRoute))
     app.add_middleware(Guard, service=service, computing=computing)
-    # Outside of the guard, because a browser asks for permission without a key. Cookies are not
-    # allowed: a page of another site needs a key of its own.
+    # Outside the guard, because a browser's preflight request has no key. Cookies are not allowed:
+    # a page of another site needs its own key.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=sorted(service.settings.origins),

@@ -18,7 +18,7 @@ from deepseek.packs.manifest import Name
 
 Item = TypeVar("Item")
 Several = Annotated[list[Item], Field(fail_fast=True)]
-"""A list of which only the first mistake is reported: a body has room for a million."""
+"""A list of which only the first mistake is reported, as a body can hold a million."""
 
 TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
@@ -38,8 +38,8 @@ ArmedExperts = (
     | Annotated[dict[ArmedName, ExpertWeight], Field(max_length=64)]
     | Literal["auto"]
 )
-"""Names of experts, or names with weights, which scale what an expert or adapter adds; "auto", also
-among the names, stands for those that the server arms by itself.
+"""Names of experts, or names with weights, which scale what an expert or adapter adds. "auto",
+alone or among the names, stands for the experts that the server arms by itself.
 """
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
@@ -56,14 +56,14 @@ MEDIA = {
     "input_audio": "sounds",
     "video_url": "videos",
 }
-"""Types of parts of a message that are no text, and what they are called."""
+"""Types of message parts that are not text, with their names in messages."""
 
 
 def text_only(content: Any) -> Any:
-    """Return the content of a message, not validated yet.
+    """Return the unvalidated content of a message if all its parts are text.
 
     Raises:
-        ValueError: it has a part that is no text.
+        ValueError: it has a part that is not text.
     """
     for part in content if isinstance(content, list) else []:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -73,7 +73,7 @@ def text_only(content: Any) -> Any:
 
 
 def not_stored(value: Any) -> Any:
-    """Return the value of a field that refers to something stored, which is only null.
+    """Return the value of a field that refers to something stored, which must be null.
 
     Raises:
         ValueError: it refers to something.
@@ -90,8 +90,8 @@ Stored = Annotated[None, BeforeValidator(not_stored)]
 class Body(BaseModel):
     """Base of all bodies: strict JSON types without coercion, and no unknown fields.
 
-    A field that is null and not required asks for nothing, known or not; many clients send all the
-    fields that they know.
+    A field that is null and not required is ignored, known or not, because many clients send all
+    the fields that they know.
     """
 
     model_config = ConfigDict(

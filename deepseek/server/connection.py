@@ -1,7 +1,7 @@
-"""HTTP/1.1 connections: time limits for whatever a client can delay, and replies to what is not
-HTTP.
+"""HTTP/1.1 connections: time limits for everything that a client can delay, and replies to
+malformed requests.
 
-Uvicorn's protocol waits without end for the head of a request, and answers a malformed one in plain
+Uvicorn's protocol waits forever for the head of a request, and answers a malformed one in plain
 text with a line in the log.
 """
 
@@ -18,19 +18,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deepseek.server.errors import ApiError
 
 HEAD_SECONDS = 10.0
-"""Time limit for the head of a request, and for a body that nobody reads any more."""
+"""Time limit for the head of a request, and for a body that is being discarded."""
 
 IDLE_SECONDS = 30
 """Time limit for the next request on a connection."""
 
 WRITE_SECONDS = 60.0
-"""Time limit for a client to read what fills the connection's buffer."""
+"""Time limit for a client to read when the connection's send buffer is full."""
 
 MAX_HEAD = 1 << 14
-"""Most bytes of a request's head."""
+"""Maximum size of a request's head in bytes."""
 
 MAX_CONNECTIONS = 512
-"""Most connections at a time; below the usual limit of 1,024 open files."""
+"""Maximum number of connections; below the usual limit of 1,024 open files."""
 
 MALFORMED = {
     431: f"The request's head is longer than {MAX_HEAD} bytes; shorten it.",
@@ -87,12 +87,12 @@ class Connection(H11Protocol):
         )
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: an upgrade to another protocol is an offer, and HTTP goes on."""
+        """Log nothing: an upgrade is only an offer, and the connection continues with HTTP."""
 
     def _set_head_timer(self) -> None:
         """Start the timer if the server waits for the client, else stop it.
 
-        Bytes do not start it anew, so that a client cannot prolong it by sending them one by one.
+        Received bytes do not restart it, so a client cannot prolong it by sending single bytes.
         """
         replying = self.cycle is not None and not self.cycle.response_complete
         if replying or self.timeout_keep_alive_task is not None:

@@ -23,7 +23,7 @@ Pattern = Annotated[str, StringConstraints(min_length=1)]
 Choices = Annotated[Several[Pattern], Field(min_length=1, max_length=1024)]
 
 LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|\??start\s*:(?!:=))", re.MULTILINE)
-"""What only a grammar in Lark syntax has; any other is one of llama.cpp (GBNF)."""
+"""Matches a rule that only Lark grammars have; any other grammar is llama.cpp's GBNF."""
 
 
 class JsonSchema(Body):

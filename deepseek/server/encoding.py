@@ -1,5 +1,5 @@
-"""JSON of replies, large ones in parts: the encoder of the standard library holds the GIL until it
-is done, so that even in a thread of its own it would stall the event loop.
+"""Encode replies as JSON, large ones in parts: the standard library's encoder holds the GIL until
+it is done, so even in a separate thread it would stall the event loop.
 """
 
 import asyncio
@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 PART = 1 << 10
-"""Most numbers or texts that are encoded at a time; they take about a millisecond."""
+"""Maximum number of values that are encoded at a time; they take about a millisecond."""
 
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-"""Characters that JSON allows as they are, and at which some clients split a stream into lines."""
+"""Characters that JSON allows unescaped, but at which some clients split a stream into lines."""
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def encoded(value: Any) -> bytes:
-    """Return JSON in UTF-8; bytes in a file's name that are no UTF-8 become question marks."""
+    """Return JSON in UTF-8; bytes of file names that are not UTF-8 become question marks."""
     return text_of(value).encode(errors="replace")
 
 
@@ -28,7 +28,7 @@ def text_of(value: Any) -> str:
 
 
 async def encoded_aside(make: Callable[[], Any]) -> bytes:
-    """Return the JSON of what `make` returns; both are done in a thread, in parts.
+    """Return the JSON of what `make` returns; `make` and the encoding run in a thread, in parts.
 
     Args:
         make: returns a JSON value whose keys are texts.

@@ -38,8 +38,7 @@ RETRIED = (429, 503, 504, 507)
 """Statuses whose replies say when to try again."""
 
 CLIENT_LEFT = 499
-"""Status of a request whose client left before its reply began, in logs and metrics (as nginx has
-it).
+"""Status in logs and metrics of a request whose client left before its reply began (as in nginx).
 """
 
 ANTHROPIC_TYPES = {**TYPES, 413: "request_too_large", 503: "overloaded_error"}
@@ -48,10 +47,10 @@ RETRY_SECONDS = 1
 """Default of the `Retry-After` header, in seconds, when the queue is full or the model loads."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Errors of a disk that takes no more data."""
+"""Error numbers of a disk that cannot store more data."""
 
 LOG_SECONDS = 60.0
-"""Least time between two log lines about the same failure: a full disk fails every request."""
+"""Minimum time between log lines about the same failure, as a full disk fails every request."""
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        # A name of a file can hold bytes that are no UTF-8.
+        # A file name can contain bytes that are not UTF-8.
         self.message = without_paths(message).encode(errors="replace").decode()
         self.param = param
         self.code = code
@@ -169,8 +168,8 @@ PATH = re.compile(r"(?<![\w.~/])/([\w.@~+-]+)(?:/[\w.@~+-]+)*/?")
 def without_paths(message: str) -> str:
     """Return a message with only the last name of each path on this machine.
 
-    Errors of the library name whole files, as its users need; a client must not learn where they
-    lie. A text that only looks like a path, such as `/v1/models`, stays.
+    Errors of the library contain full paths for its users, but clients must not see them. A text
+    that only looks like a path, such as `/v1/models`, is kept.
     """
 
     def last(match: re.Match[str]) -> str:
@@ -194,7 +193,7 @@ EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
-"""What a field of the wrong type should be, by Pydantic's name of the error."""
+"""What a field should be, by Pydantic's type of error for a wrong type."""
 
 
 SIZED = {
@@ -206,15 +205,15 @@ SIZED = {
     "union_tag_invalid": "an object of one of the types {expected_tags}",
     "union_tag_not_found": "an object with a type",
 }
-"""The same for errors that say what would be valid."""
+"""The same for errors that state what would be valid."""
 
 
 def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
     """Return the error reply for Pydantic's validation errors, naming one field.
 
-    A field that may have several types has errors for each. Those of the type that fits best are
-    the ones with the longest path; where none fits, all types are named. A list that is of the
-    right type, and too long or too short, fits best.
+    A field that may have several types has errors for each of them. The errors with the longest
+    path belong to the type that fits best; if none fits, all types are named. A list of the right
+    type that is too long or too short fits best.
 
     Args:
         mistakes: the errors of one request.

@@ -1,5 +1,5 @@
-"""Many replicas with one set of experts: a change is committed once every replica has confirmed it,
-else rolled back.
+"""Keep one set of experts on many replicas: a change is committed once every replica has confirmed
+it, and rolled back otherwise.
 
 A change passes these steps: request -> one replica's fleet -> ledger -> new state to every replica
 -> reports -> commit, or roll back to the old state.
@@ -86,7 +86,9 @@ class Member:
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
 
     async def hold(self, state: State) -> Report:
-        """Send a state to the replica and return its report, a silent one if it does not answer."""
+        """Send a state to the replica and return its report, or a silent one if it does not
+        answer.
+        """
         self.states.put_nowait(state)
         for _ in range(LOOKS):
             with suppress(TimeoutError):
@@ -237,8 +239,8 @@ class Fleet:
 
         Args:
             path: the pack file.
-            in_place: whether it takes the place of the plugged expert of its name, if there is one,
-                and is armed as that was.
+            in_place: whether it replaces the plugged expert of its name, if there is one, and is
+                armed as that was.
 
         Raises:
             PackError: as `Engine.plug`.

@@ -31,7 +31,7 @@ BODY_SECONDS = 30.0
 BODY_RATE = 1 << 16
 
 MAX_FORM = 1 << 14
-"""Most bytes of the login form."""
+"""Maximum size of the login form in bytes."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -45,7 +45,7 @@ HEADERS = {
 }
 LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
 ALERT = '<p role="alert">That key is not one of this server\'s; check it.</p>'
-"""Line of the login page for those who have just sent a wrong key."""
+"""Line of the login page after a wrong key."""
 
 
 class Guard:
@@ -121,7 +121,7 @@ class Guard:
         )
 
     async def _checked(self, scope: Scope, body: "LimitedBody") -> Response | None:
-        """Check a request; return a reply if no route has to answer it, else None.
+        """Check a request; return the reply if no route needs to answer it, else None.
 
         Raises:
             ApiError, UserError, HTTPException: the request is refused.
@@ -157,7 +157,7 @@ class Guard:
         return None
 
     def _permissions(self, headers: Headers) -> Permissions | None:
-        """Return what the sender of a request may do, None without a valid key."""
+        """Return the permissions of a request's sender, None without a valid key."""
         if not self.keys:
             return Permissions("admin")
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -183,7 +183,7 @@ class Guard:
 class LimitedBody:
     """The body of a request, limited in size and time.
 
-    It has to arrive within `BODY_SECONDS`, plus a second for each `BODY_RATE` bytes that came.
+    It must arrive within `BODY_SECONDS`, plus a second for each `BODY_RATE` bytes received.
 
     Args:
         receive: ASGI's `receive`.
@@ -228,8 +228,8 @@ class LimitedBody:
 def check_host(headers: Headers, service: Service) -> None:
     """Raise `ApiError` for a foreign `Host`, which protects against DNS rebinding.
 
-    In such an attack, a page on the attacker's domain reaches this server by letting that domain
-    resolve to its address. An IP address cannot be rebound, so it is always accepted.
+    In such an attack, a page on the attacker's domain reaches this server because that domain
+    resolves to the server's address. An IP address cannot be rebound, so it is always accepted.
     """
     found = re.match(r"\[([^\]]*)\]|[^:]*", headers.get("host", ""))
     name = (found[1] or found[0]).lower() if found else ""
@@ -253,8 +253,8 @@ def is_address(name: str) -> bool:
 
 
 def check_origin(headers: Headers, service: Service) -> None:
-    """Raise `ApiError` for requests from pages of sites that are not allowed; programs send no
-    `Origin`.
+    """Raise `ApiError` for requests from pages of sites that are not allowed. Programs other than
+    browsers send no `Origin`.
     """
     origin = headers.get("origin")
     allowed = service.settings.origins
@@ -277,7 +277,9 @@ def check_length(headers: Headers, limit: int) -> None:
 
 
 def check_no_body(headers: Headers, method: str) -> None:
-    """Raise `ApiError` for a body where none is read: it would never be received in full."""
+    """Raise `ApiError` for a body that the route does not read: it would never be received in
+    full.
+    """
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
         raise ApiError(400, f"A {method} request has no body here; leave it out.")
 

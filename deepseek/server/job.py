@@ -17,7 +17,7 @@ from deepseek.server.keys import Experts
 from deepseek.server.metrics import Metrics
 
 TRIES = 8
-"""Most submissions of requests that all have to see the same experts, while these are changed."""
+"""Maximum number of submissions of requests that must see the same experts, while these change."""
 
 
 class GenerationJob(Job):
@@ -29,7 +29,7 @@ class GenerationJob(Job):
         admission: where the job is registered until it is closed.
         metrics: where its usage is counted.
         seconds: time limit in seconds.
-        tells_cached: whether `usage` tells how much of the prompts came from the prefix cache,
+        tells_cached: whether `usage` reports how much of the prompts came from the prefix cache,
             which all keys share.
     """
 
@@ -113,8 +113,8 @@ def submit_within(
 ) -> list[Generation]:
     """Submit requests that choose among the same experts, and use none but the allowed ones.
 
-    All other plugged experts are denied to them. One that is plugged at the same moment would not
-    be among these, and only the later requests would see it, so all are submitted again when the
+    All other plugged experts are denied to them. An expert that is plugged during the submission
+    would not be denied, and only the later requests would see it. So all are submitted again if the
     set has changed meanwhile.
 
     Args:

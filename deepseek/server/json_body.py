@@ -1,4 +1,4 @@
-"""Strict JSON bodies: media type, encoding, size and shape are checked before any field is."""
+"""Strict JSON bodies: media type, encoding, size and shape are checked before any field."""
 
 import asyncio
 import json
@@ -15,13 +15,13 @@ from starlette.responses import Response
 from deepseek.server.errors import ApiError
 
 MAX_DEPTH = 100
-"""Most levels of nesting in a body. Templates and grammars recurse over what they are given."""
+"""Maximum nesting depth of a body, because templates and grammars recurse over it."""
 
 MAX_KEYS = 1 << 14
-"""Most keys of one object. Each unknown key is one error to report."""
+"""Maximum number of keys of one object, because each unknown key is one error to report."""
 
 THREADED = 1 << 16
-"""Bytes above which a body is parsed in a thread, so that streams of others go on."""
+"""Size in bytes above which a body is parsed in a thread, so that other streams continue."""
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -72,8 +72,8 @@ class JsonRoute(APIRoute):
 class AnyTypeRoute(JsonRoute):
     """A route that reads its body as strict JSON whatever its media type.
 
-    The documentation of Ollama and llama.cpp shows `curl -d` without a header. Pages of other sites
-    are refused by their origin, so nothing depends on the type.
+    The documentation of Ollama and llama.cpp uses `curl -d` without a header. Pages of other sites
+    are refused by their origin, so security does not depend on the type.
     """
 
     checks_media_type = False
@@ -145,7 +145,7 @@ def deeper(value: Any, levels: int) -> bool:
 
 
 def refused(message: str) -> ApiError:
-    """Return the error for a text that is no acceptable JSON."""
+    """Return the error for a text that is not acceptable JSON."""
     return ApiError(400, message, code="invalid_json")
 
 

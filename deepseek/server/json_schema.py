@@ -1,4 +1,4 @@
-"""JSON schemas of clients, before a grammar is made of them."""
+"""Prepare clients' JSON schemas before they are compiled to a grammar."""
 
 import json
 import re
@@ -6,43 +6,43 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 OTHERS = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
-"""Keywords by which a schema says itself which other keys an object may have."""
+"""Keywords with which a schema states which other keys an object may have."""
 
 SHAPES = {
     *("properties", "$ref", "allOf", "anyOf", "oneOf"),
     *("not", "if", "then", "else", "dependentSchemas"),
 }
-"""Keywords that describe the object itself, not what is in it. Where there are several, each of
-them describes a part of the object, so none can say that there is no more.
+"""Keywords that describe the object itself, not its values. If there are several, each describes
+only a part of the object, so none of them may be closed.
 """
 
 PARTS = SHAPES - {"properties"}
 """Those of them that hold further schemas of the same object."""
 
 CONDITIONS = {"not", "if", "dependentSchemas"}
-"""Keywords whose schemas an object need not fit; closed, they would mean something else."""
+"""Keywords whose schemas an object need not match; closing them would change the meaning."""
 
 NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 """Keywords whose value maps names to schemas."""
 
 VALUES = ("const", "enum", "default", "examples")
-"""Keywords whose value is no schema."""
+"""Keywords whose value is not a schema."""
 
 
 def closed(schema: Any) -> Any:
-    """Return a JSON schema in which objects have no keys beyond those that it names.
+    """Return a JSON schema in which objects have only the keys that it names.
 
-    JSON Schema allows any other key unless `additionalProperties` says no; a model then invents
-    keys until the token limit. These stay as they are: an object without `properties`, one that
-    says what else it may hold, and one that is described in several places, such as the parts of
-    `allOf`, or a definition that an object with `properties` of its own refers to.
+    JSON Schema allows other keys unless `additionalProperties` forbids them, so a model may invent
+    keys until the token limit. Not closed are objects without `properties`, objects that state
+    which other keys they may have, and objects that are described in several places, such as the
+    parts of `allOf`, or a definition that an object with its own `properties` refers to.
 
-    The time is proportional to the schema's size, whatever refers to what.
+    The time is proportional to the schema's size, whatever the references.
 
     Args:
         schema: the schema, a JSON value.
     """
-    result = json.loads(json.dumps(schema))  # a copy, no part of which stands at two places
+    result = json.loads(json.dumps(schema))  # a copy without shared parts
     schemas = list(_every(result))
     opened = _opened(result, schemas)
     for each in schemas:
@@ -61,7 +61,7 @@ def _every(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def _inner(schema: dict[str, Any], keywords: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the schemas directly inside a schema that some of its keywords hold."""
+    """Yield the schemas directly inside a schema, under some of its keywords."""
     for keyword in keywords:
         value = schema[keyword]
         if keyword in NAMED and isinstance(value, dict):
@@ -80,9 +80,10 @@ def _listed(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _opened(root: Any, schemas: Iterable[dict[str, Any]]) -> set[int]:
-    """Return the `id` of each schema that is not the only one to describe its object.
+    """Return the `id` of each schema that is not the only one for its object.
 
-    Some show it themselves; what these consist of, or refer to, describes the same object.
+    The search starts at schemas with several of `SHAPES`, and at those under `CONDITIONS`. Their
+    parts, and the targets of their references, describe the same object too.
 
     Args:
         root: the whole schema, to which references lead.

@@ -1,4 +1,4 @@
-"""API keys: what the holder of each may do, and the files that list them.
+"""API keys: their permissions, and the files that list them.
 
 This module imports nothing heavy, for the command line.
 """
@@ -14,10 +14,10 @@ from deepseek.errors import ConfigError, shown
 from deepseek.packs.names import valid_name
 
 NO_EXPERT = "-"
-"""Stands after a key that may use no expert."""
+"""Written after a key that may use no expert."""
 
 Experts = frozenset[str] | None
-"""Names of the experts that a key may use; None: all, also those that are plugged later."""
+"""Names of the experts that a key may use; None: all, including those plugged later."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Permissions:
 
     @property
     def label(self) -> str:
-        """A text that differs from that of all other permissions."""
+        """A text that is unique to these permissions."""
         if self.experts is None:
             return self.role
         return " ".join([self.role, "of", *sorted(self.experts)])
 
 
 Known = Sequence[tuple[str, Permissions]]
-"""Secrets, each with what its holder may do."""
+"""Permissions by secret."""
 
 
 def sessions(secret: str, permissions: Iterable[Permissions]) -> Known:
-    """Return the session cookie of each of some permissions.
+    """Return a session cookie for each of the given permissions.
 
     Args:
         secret: secret of the server; replicas that share it have the same cookies.
@@ -58,7 +58,7 @@ def sessions(secret: str, permissions: Iterable[Permissions]) -> Known:
 
 
 def permissions_of(candidate: str, known: Known) -> Permissions | None:
-    """Return the permissions of a secret, None for a wrong one; of several the first.
+    """Return the permissions of a secret (the first, if there are several); None for a wrong one.
 
     The comparison takes constant time, so that the time reveals nothing about the secrets.
 

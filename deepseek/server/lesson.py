@@ -18,10 +18,10 @@ LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
 """Format of the lines that `ProgressBar` writes without a terminal."""
 
 SAYS = ("scoring the base", "calibrating the gates")
-"""Lines without a count that begin a stage."""
+"""Lines without a count that announce a stage."""
 
 POINTS = 300
-"""Most points of a loss curve; a longer one is thinned out."""
+"""Maximum number of points of a loss curve; a longer curve is thinned out."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Lesson:
         before, after: loss on the held-out set without and with the expert, in nats per token; None
             until both are measured.
         gain: relative reduction of that loss, negative for a worse expert; None likewise.
-        story: once trained, what bounded the result, in words.
+        story: once trained, what limited the result, in words.
         seconds: time since the start; after the end, the duration.
         expected_seconds: the planned duration of training and preparation; None: not planned yet.
     """
@@ -103,7 +103,7 @@ class Lesson:
     def end(self) -> None:
         """Read the result of a finished training from its run folder.
 
-        An expert that was trained by an earlier version may lack a part of it.
+        For an expert that was trained by an earlier version, parts of it may be missing.
         """
         try:
             result = read_object(home() / "runs" / self.name / "result.json")

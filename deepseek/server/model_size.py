@@ -16,7 +16,7 @@ class ModelSize:
 
     Attributes:
         parameters: number of its weights.
-        nbytes: memory of the weights in bytes, as the engine computes with them.
+        nbytes: memory of the weights in bytes, in the precision that the engine uses.
         precision: type of its matrices: "int8" or "int4" if they are quantised, else their dtype,
             such as "bfloat16".
     """

@@ -28,12 +28,12 @@ TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
 
 GAP_CHARACTERS = 16
-"""Characters per token of the context to which texts that may be cut are cut before they are
-encoded. Tokens have fewer on average, in code about three.
+"""Texts that may be truncated are first cut to this many characters per token of the context, and
+then encoded. Tokens have fewer on average, in code about three.
 """
 
 LEAST_AROUND = 16
-"""Tokens for the texts around a gap, even if the answer were to take the whole context."""
+"""Minimum number of tokens for the texts around a gap, even if the answer may fill the context."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PromptWriter:
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
         self.layout = infill_layout(tokenizer)
-        # Else the first conversation would wait for their pattern, which counts for its time limit.
+        # Otherwise the first conversation would compile their pattern within its time limit.
         ControlTokens.of(tokenizer)
         self.longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.longest_text = context * self.longest_token
@@ -148,10 +148,10 @@ class PromptWriter:
         return ids[: self.context - 1] or [self.start()]
 
     def infill(self, prompt: str | Sequence[int], suffix: str) -> list[int]:
-        """Return the ids of a prompt whose continuation is to be followed by `suffix`.
+        """Return the ids of a prompt whose continuation is followed by `suffix`.
 
         Raises:
-            ApiError: the prompt is no text, or both texts fill the context.
+            ApiError: the prompt is not text, or the two texts fill the context.
         """
         if not isinstance(prompt, str):
             raise ApiError(400, "suffix needs a prompt of text, not of ids.", param="suffix")
@@ -185,7 +185,7 @@ class PromptWriter:
         line = last(line, free - len(suffix))
         prefix = last(around.prefix, free - len(suffix) - len(line))
         others = last(others, free - len(suffix) - len(line) - len(prefix))
-        # The cursor's line begins the middle: it comes after all else, wherever the prefix is.
+        # The cursor's line begins the middle, so it comes last, wherever the prefix is.
         return self.check([*before, *others, *self.layout.join(prefix, suffix), *line])
 
     def start(self) -> int:
@@ -236,7 +236,8 @@ class PromptWriter:
                 raise self.too_long(f"more than {self.context} tokens", field)
 
     def check_size(self, size: int, field: str) -> None:
-        """Raise `ApiError` for a text too long to fit however it tokenizes, before any work on it.
+        """Raise `ApiError` for a text that is too long however it is tokenised, before any work on
+        it.
 
         Args:
             size: characters or bytes of the text.

@@ -27,10 +27,10 @@ TEMPLATE_TOKENS = 32
 
 
 def answer_tokens(service: Service, limit: int | None) -> int:
-    """Return how many tokens passages leave free for an answer.
+    """Return how many tokens to reserve for the answer beside passages.
 
-    A limit above the server's usual one is not reserved whole: many clients always ask for as much
-    as the context holds, and would never get a passage.
+    A limit above the server's default is not reserved in full: many clients always request the
+    whole context, and would never get a passage.
 
     Args:
         service: the server's state.
@@ -98,7 +98,7 @@ class Retrieval:
             return len(encode_plain(service.engine.tokenizer, [text])[0])
 
         left = min(MOST_TOKENS, budget)
-        free = budget  # also for the headers, of which each passage has one
+        free = budget  # the budget also covers the passages' headers
         ranked = [
             index.retrieve(query, self.passages, max(0, left), length) for index in self.indexes
         ]
@@ -129,7 +129,7 @@ class Retrieval:
         passages = self.find(
             query, service, service.writer.context - len(ids) - answer - TEMPLATE_TOKENS
         )
-        # The passages go behind the tokens that start a document, if the prompt has them.
+        # The passages are put after the tokens that start a document, if the prompt has them.
         start = document_start_ids(tokenizer)
         split = len(start) if list(ids[: len(start)]) == start else 0
         (inserted,) = encode_plain(tokenizer, [before_text(passages)])

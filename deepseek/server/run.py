@@ -34,18 +34,18 @@ from deepseek.server.service import Service, Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 DRAIN_SECONDS = 20.0
-"""Default of the time that running answers have to finish after a signal."""
+"""Default time in seconds that running answers have to finish after a signal."""
 
 POLL_SECONDS = 0.05
 
 OPEN_FILES = 1 << 16
-"""Most files that a server keeps open."""
+"""Maximum number of files that a server keeps open."""
 
 END_SECONDS = 8.0
-"""Time in which everything ends after that: streams with an error, lessons, connections."""
+"""Seconds after that in which everything ends: streams (with an error), lessons, connections."""
 
 FORCED_SECONDS = 1.0
-"""Time in which answers end after a second signal, and then the application."""
+"""Seconds in which answers, then the application, end after a second signal."""
 
 
 def serve(
@@ -187,7 +187,7 @@ def start_locked(
         options: further arguments of `start`.
 
     Raises:
-        PackError: a pack was changed after it had been checked; loading a base takes a while.
+        PackError: a pack was changed between its check and the end of loading the base.
     """
     engine = start(experts=find_experts(), **options)
     try:
@@ -212,7 +212,7 @@ class DrainingServer(uvicorn.Server):
         teacher: runs the lessons.
         make_engine: loads the engine; called once, in a thread.
         drain_seconds: time that running answers have to finish after a signal, in seconds.
-        ready: called when the engine is loaded; default: nothing.
+        ready: called when the engine is loaded; default: none.
     """
 
     def __init__(
@@ -242,8 +242,8 @@ class DrainingServer(uvicorn.Server):
         self.service.draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the connections and end the application, after a second signal too: Uvicorn would
-        cancel it then, with a traceback for the application and for every answer under way.
+        """Close the connections and end the application, after a second signal too. Uvicorn would
+        then cancel it, with a traceback for the application and for every running answer.
         """
         if self.force_exit:
             self._end_now()  # before Uvicorn waits for the connections and cancels their answers
@@ -256,7 +256,7 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.wait_for(self.lifespan.shutdown(), FORCED_SECONDS)
 
     def _end_now(self) -> None:
-        """End all answers, and the lesson, for which ending the application would wait."""
+        """End all answers and the lesson, because the end of the application would wait for it."""
         self.service.admission.end()
         self.teacher.kill()
 
@@ -286,7 +286,7 @@ class DrainingServer(uvicorn.Server):
     def close(self) -> None:
         """Close the engine; raise the error that loading it ended with, if any.
 
-        An engine that is still being loaded is left behind.
+        An engine that is still being loaded is abandoned.
         """
         self.teacher.kill()  # after a second signal, a lesson may still run
         self._loading.join(timeout=1)
@@ -336,8 +336,8 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def allow_open_files() -> None:
-    """Allow this process as many open files as the system does: every plugged expert whose weights
-    are read when needed keeps one.
+    """Raise this process's limit of open files as far as the system allows: every plugged expert
+    whose weights are read on demand keeps a file open.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)

@@ -154,7 +154,7 @@ class Service:
         self._engine = engine
 
     def within(self, allowed: Experts) -> "Service":
-        """Return the service as a key sees it: for its requests there are no other experts.
+        """Return the service as a key sees it: its requests see only the allowed experts.
 
         The view is for one request: it shares all parts, but does not see later changes of flags
         such as `draining`.
@@ -170,7 +170,7 @@ class Service:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what answers: the same text can be expected only while it stays the same."""
+        """SHA-256 of what determines answers; a text is reproducible only while it is the same."""
         digests = [info.digest for info in self.visible_experts()]
         parts = [self.version, self.settings.base, str(self.engine.model.dtype), *digests]
         return sha256(chr(0).join(parts).encode()).hexdigest()
@@ -211,8 +211,8 @@ class Service:
     async def change(self, apply: Callable[[Engine | Fleet], T]) -> T:
         """Call `apply` with the owner of the experts, in a thread, and return its result.
 
-        Changes run one after another: a fleet refuses one if another has changed its state
-        meanwhile. They have a thread of their own, so that replies never wait for one behind them.
+        Changes run one after another, because a fleet refuses a change if another has changed its
+        state meanwhile. They have their own thread, so that replies never wait for a change.
         """
         changed = self._changes.submit(lambda: apply(self.experts_owner))
         return await asyncio.wrap_future(changed)
@@ -230,8 +230,8 @@ class Service:
 
     @property
     def counter(self) -> PromptWriter:
-        """A prompt writer for routes that count and convert tokens: whatever fits into a request is
-        short enough, as clients ask in order to decide what to leave out.
+        """A prompt writer for routes that count and convert tokens. Any text that fits into a
+        request is accepted, because clients count tokens to decide what to leave out.
         """
         assert self._counter is not None
         return self._counter

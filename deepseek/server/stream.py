@@ -25,14 +25,14 @@ from deepseek.server.service import Service
 from deepseek.server.token_text import TokenReader
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot represent."""
+"""Sent in place of minus infinity, which JSON cannot represent."""
 
 Fields = dict[str, Any]
 
 
 Layout = Literal["events", "named events", "unterminated", "lines"]
-"""How chunks are streamed: as OpenAI's server-sent events with `[DONE]` at the end, as events that
-carry a name (their `type`), as events without `[DONE]`, or as lines of JSON.
+"""How chunks are streamed: as OpenAI's server-sent events with `[DONE]` at the end, as named events
+(the name is their `type`), as events without `[DONE]`, or as lines of JSON.
 """
 
 
@@ -154,7 +154,7 @@ class Chunks(ABC):
 
     @abstractmethod
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
-        """Yield what one more token adds to the choice with this index."""
+        """Yield the parts that one more token adds to the choice with this index."""
 
     def opening(self) -> Iterator[Fields]:
         """Yield the first chunks of the choices, before any token; default: none."""
@@ -195,7 +195,7 @@ class Chunks(ABC):
         return {name: value for name, value in choice.items() if name != "expert"}
 
     async def all_choices(self) -> AsyncIterator[Fields]:
-        """Yield what each token adds to its choice, in the order of arrival."""
+        """Yield the parts that each token adds to its choice, in order of arrival."""
         for choice in self.opening():
             yield choice
         async for index, event in self.job.events():

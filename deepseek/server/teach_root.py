@@ -1,4 +1,4 @@
-"""The folder below which training text must lie: what is inside, and what leads out."""
+"""The folder below which training text must be: list it, and find links that lead out of it."""
 
 import os
 import time
@@ -23,7 +23,7 @@ COUNT_SECONDS = 1.0
 """Time limit for counting the text below a folder."""
 
 MOST_FOLDERS = 1000
-"""Most folders in one listing."""
+"""Maximum number of folders in one listing."""
 
 RelativePath = Annotated[str, Query(max_length=4096, pattern=r"^[^\x00]*$")]
 
@@ -38,7 +38,7 @@ def teach_root(settings: Settings) -> Path:
 
 
 def below(root: Path, path: str) -> Path:
-    """Return what a client's path names, with all links resolved.
+    """Return the path that a client names, with all links resolved.
 
     Args:
         root: the resolved teach root.
@@ -96,8 +96,8 @@ def _is_repository(folder: Path) -> bool:
 
 
 def count_text(folder: Path) -> dict[str, Any]:
-    """Return the number of files that a training would read and their bytes, and whether the time
-    sufficed to count all of them.
+    """Return the number and bytes of the files that a training would read, and whether there was
+    time to count all of them.
     """
     deadline = time.monotonic() + COUNT_SECONDS
     files = 0

@@ -1,4 +1,4 @@
-"""The texts of single tokens, as log probabilities and `/tokenize` tell them."""
+"""The texts of single tokens, as reported in log probabilities and by `/tokenize`."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from deepseek.engine.engine import Engine
 
 CACHED = 1 << 16
-"""Most tokens whose texts are kept."""
+"""Maximum number of tokens whose texts are cached."""
 
 
 class TokenText(NamedTuple):
-    """What a token stands for.
+    """Text of a token.
 
     Attributes:
         text: its text, with U+FFFD for a part of a character.
@@ -37,10 +37,11 @@ class TokenTexts:
         self.within = lru_cache(CACHED)(self._within)
         self.first = lru_cache(CACHED)(self._first)
         try:
-            # Takes up to seconds, in which no other thread runs; better now than in a request.
+            # Takes up to a few seconds, in which no other thread runs; better now than in a
+            # request.
             engine.token_bytes(0)
             self._has_bytes = True
-        except ValueError:  # of llguidance, which does not know every kind of decoder
+        except ValueError:  # raised by llguidance, which does not support every kind of decoder
             self._has_bytes = False
 
     def is_special(self, token: int) -> bool:
@@ -48,9 +49,9 @@ class TokenTexts:
         return token in self._added and self._added[token].special
 
     def _within(self, token: int) -> TokenText:
-        """Return what a token stands for within a text.
+        """Return the text of a token within a text.
 
-        Decoded alone it could lose a space, which some decoders drop at the beginning of a text.
+        Decoded alone, it could lose a space that some decoders drop at the beginning of a text.
 
         Args:
             token: its id.
@@ -62,7 +63,7 @@ class TokenTexts:
         return self._decoded(token)
 
     def _first(self, token: int) -> TokenText:
-        """Return what a token stands for at the beginning of a text.
+        """Return the text of a token at the beginning of a text.
 
         Args:
             token: its id.
@@ -80,8 +81,8 @@ class TokenReader:
 
     Args:
         texts: the texts of the model's tokens.
-        has_special: whether the text has that of special tokens in it; default: False, they are
-            left out, so that it begins behind them.
+        has_special: whether the text includes that of special tokens; default: False, they are left
+            out, so it begins after them.
     """
 
     def __init__(self, texts: TokenTexts, has_special: bool = False) -> None:
@@ -90,10 +91,10 @@ class TokenReader:
         self._begun = False
 
     def at(self, token: int) -> Callable[[int], TokenText]:
-        """Return what tokens stand for at the place of the next token.
+        """Return the texts of tokens at the position of the next token.
 
         Args:
-            token: the next token; the others that may be asked for are its alternatives.
+            token: the next token; the others to be read are its alternatives.
         """
         if self._begun:
             return self._texts.within

@@ -73,13 +73,13 @@ def ask(
 
 
 def sent(body: SamplingFields) -> dict[str, Any]:
-    """Return the sampling parameters in a request."""
+    """Return the sampling parameters that a request sets."""
     return {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
 
 
 def usual_sampling(service: Service) -> dict[str, Any]:
-    """Return the parameters of a request that has none: those that the model recommends in its
-    `generation_config.json`, else OpenAI's.
+    """Return the parameters for a request that sets none: those of the model's
+    `generation_config.json`, else OpenAI's defaults.
     """
     usual: dict[str, Any] = {"temperature": 1.0}
     recommended = service.engine.model.generation_config

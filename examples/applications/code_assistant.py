@@ -1,11 +1,11 @@
-"""A code assistant: an expert of a repository completes lines where the cursor stands.
+"""A code assistant: an expert on a repository completes lines at the cursor.
 
     python examples/applications/code_assistant.py [REPOSITORY] [--minutes 5] [--cases 100]
 
-An expert is trained on the repository's files, half of them with gaps. A server then gets what
-llama.cpp's editor plug-ins send while somebody types, `POST /infill`, at lines of files that the
-training held out: with the base alone, and with the expert armed. A line is exact if it is the true
-one but for white space at its ends.
+An expert is trained on the repository's files, half of them with gaps. A server then gets the
+requests that llama.cpp's editor plug-ins send while you type (`POST /infill`), for lines of
+held-out files: first with the base alone, then with the expert armed. A line is exact if it equals
+the true line, apart from white space at its ends.
 """
 
 import time
@@ -36,7 +36,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import source_name
 
 SEEN_LINES = 40
-"""Lines before the cursor that the editor sends."""
+"""Number of lines before the cursor that the editor sends."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def held_out_lines(base: str, name: str, count: int) -> list[Case]:
-    """Return lines of code files that the expert's training held out."""
+    """Return lines of code files that were held out of the expert's training."""
     shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
     documents = decode_documents(shards, load_tokenizer(resolve(base)))
     cases = next_line_cases((one for one in documents if one.kind == "code"), count)
@@ -76,7 +76,9 @@ def held_out_lines(base: str, name: str, count: int) -> list[Case]:
 
 
 def complete(client: Client, case: Case, experts: list[str]) -> dict[str, Any]:
-    """Return what an editor's plug-in gets for the cursor at a line, and the milliseconds."""
+    """Return the completion that an editor plug-in gets for the cursor at a line, and its
+    milliseconds.
+    """
     *lines, cursor = case.before.split("\n")
     start = time.perf_counter()
     reply = client.post(

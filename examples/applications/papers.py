@@ -1,11 +1,11 @@
-"""A folder of papers: an expert and a search index of them, and questions with checks.
+"""A folder of papers: train an expert, build a search index, and compare both on questions.
 
     python examples/applications/papers.py FOLDER [--minutes 10] [--questions 100] [--quick]
 
-Nine tenths of the papers (PDF, HTML, Markdown, LaTeX, text) train an expert and fill a search
-index. Questions are made of definitions and sections as the papers state them, asked in other
-words, and right if the answer states what the paper does. The base, retrieval, the expert and both
-together answer them, and write lines of the papers that were held out.
+An expert is trained on nine tenths of the papers (PDF, HTML, Markdown, LaTeX, text), and the same
+papers are indexed. Questions are made from definitions and sections of the papers, and asked in
+other words; an answer is right if it states what the paper states. The base, retrieval, the expert
+and both together answer them, and complete lines of the held-out papers.
 """
 
 import json
@@ -30,7 +30,7 @@ from deepseek.text.chat_template import encode_prompt
 from deepseek.train.jobs.expert_index import index_expert
 
 QUICK = {"tokens": 4096, "epochs": 1, "held_out_tokens": 2048}
-"""Training that shows that it runs, and learns next to nothing."""
+"""Settings for a quick test; the expert learns next to nothing."""
 
 RIVALS = ("rag",)
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def drawn(run: Path, part: str, count: int) -> list[Question]:
-    """Return questions about the training papers or about those held out, drawn by hash."""
+    """Return questions about the training papers or about the held-out ones, drawn by hash."""
     stored = (run / "corpus" / "questions.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in stored.split("\n") if line]
     questions = [
@@ -96,7 +96,7 @@ def drawn(run: Path, part: str, count: int) -> list[Question]:
 def right_answers(
     engine: Engine, row: Row, experts: ExpertChoice, index: Index, questions: list[Question]
 ) -> int:
-    """Return how many questions a row of the table answers rightly."""
+    """Return how many questions a row of the table answers correctly."""
     running = []
     for question in questions:
         asked = question.paraphrase

@@ -1,4 +1,4 @@
-"""What the applications share: a server in a thread of this process, and messages for bad input."""
+"""Shared by the applications: a server in a thread of this process, and messages for bad input."""
 
 import argparse
 import json
@@ -65,7 +65,7 @@ class Client:
 
 
 def parser_of(document: str, minutes: float) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that all applications have.
+    """Return a parser with the arguments that all applications share.
 
     Args:
         document: docstring of the program.
@@ -81,19 +81,19 @@ def parser_of(document: str, minutes: float) -> argparse.ArgumentParser:
 
 
 def add_tokens(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of programs that can train by the amount of text instead."""
+    """Add the argument that limits training by the amount of text instead of by time."""
     parser.add_argument("--tokens", type=int, help="of each expert; default: by --minutes")
 
 
 def amount_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how much to train, for `deepseek.train_expert`."""
+    """Return the arguments of `deepseek.train_expert` that say how much to train."""
     if options.tokens:
         return {"tokens": options.tokens}
     return {"minutes": options.minutes}
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """Return name and folder of an argument `NAME=FOLDER`; the name is that of an expert."""
+    """Return the expert's name and the folder of an argument `NAME=FOLDER`."""
     name, equals, place = text.partition("=")
     folder = Path(place).expanduser()  # a shell may leave `~` alone behind the sign
     if not equals or not folder.is_dir():
@@ -105,7 +105,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def new_file(text: str) -> Path:
-    """Return the path of a file to write, checked before hours of training."""
+    """Return the path of a file to write, checked before hours of training start."""
     try:
         return writable_file(text)
     except UserError as error:
@@ -113,13 +113,13 @@ def new_file(text: str) -> Path:
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures of a program."""
+    """Write the figures of a program as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 def at_least_one(text: str) -> int:
-    """Return a count of something that means are taken over."""
+    """Return a count, which must be at least one because means are computed over it."""
     count = int(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"{count} is too few; give 1 or more")
@@ -127,8 +127,8 @@ def at_least_one(text: str) -> int:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program; an error that its user can mend is one sentence, with exit code 2, and so is
-    what Ctrl-C leaves, with exit code 130.
+    """Run a program. An error that the user can fix is printed as one sentence (exit code 2), and
+    so is the message after Ctrl-C (exit code 130).
     """
     try:
         main()

@@ -1,13 +1,13 @@
-"""Support in several languages: experts of the shop and of its customers' languages, composed in
+"""Support in several languages: experts for the shop and for its customers' languages, combined in
 each request.
 
     python examples/applications/support.py german=TEXTS spanish=TEXTS [--minutes 5] [--epochs 8]
 
 The shop's answers are in `examples/support.jsonl`, in English, German and Spanish. One way of
-asking for each answer is kept from training. An expert of the shop is trained on the others, and
-one of each language on a folder of texts. They meet in the requests: each arms no expert, that of
-its language, that of the shop, or both, with weights. An answer is right if it is the shop's word
-for word.
+asking for each answer is held out. An expert for the shop is trained on the others, and an expert
+for each language on a folder of texts. Each held-out question is then asked with no expert armed,
+with that of its language, with that of the shop, and with both, weighted. An answer is right if it
+is word for word the shop's.
 """
 
 import json
@@ -35,12 +35,12 @@ from deepseek.evaluate.scores import edit_similarity, is_exact
 
 CONVERSATIONS = Path(__file__).parents[1] / "support.jsonl"
 LANGUAGES = ("english", "german", "spanish")
-"""Languages of the conversations, in which the answers take turns."""
+"""Languages of the conversations, in the order in which they alternate."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that no training saw, and its answer."""
+    """A held-out question and its answer."""
 
     language: str
     text: str
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def divided(lines: list[str]) -> tuple[list[Question], list[str]]:
-    """Return the last way of asking for each answer, and the conversations with all others."""
+    """Return the last way of asking for each answer, held out, and the other conversations."""
     by_answer: dict[str, list[str]] = {}
     for line in lines:
         by_answer.setdefault(json.loads(line)["messages"][1]["content"], []).append(line)
@@ -102,7 +102,7 @@ def divided(lines: list[str]) -> tuple[list[Question], list[str]]:
 def answered(
     client: Client, questions: list[Question], language: str, folders: dict[str, Path]
 ) -> dict[str, dict[str, float]]:
-    """Return the figures of each composition of experts on the questions of a language."""
+    """Return the figures of each combination of experts on the questions of a language."""
     compositions: dict[str, Any] = {"none": [], "shop": ["shop"]}
     if language in folders:
         compositions[language] = [language]

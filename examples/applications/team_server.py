@@ -1,13 +1,13 @@
-"""A team's server: experts of several sources, keys with the experts that they may use, and an
-update that is plugged in while it serves.
+"""A team's server: experts on several sources, keys limited to some experts, and an update that is
+plugged in while the server runs.
 
     python examples/applications/team_server.py shop=FOLDER manual=FOLDER ... [--minutes 2]
 
-An expert is trained on each folder. Each gets a key that may use no other expert. Its team asks for
-continuations of passages that the training held out, without naming an expert; asks once for
-an expert of another team, which is refused; and goes on asking while one expert is replaced by its
-update: the newest text of its source is kept from the first training. Prints what the metrics
-count.
+An expert is trained on each folder, and gets a key that may use no other expert. Each team requests
+continuations of held-out passages, without naming an expert, and requests another team's expert
+once, which is refused. The newest text of one source is left out of the first training; its expert
+is then updated and replaced while its team keeps sending requests. Prints the counts, with those of
+the metrics.
 """
 
 import re
@@ -45,7 +45,7 @@ from deepseek.server.service import Settings
 from deepseek.text.tokenizer import load_tokenizer
 
 CHARACTERS = 600
-"""Characters of a passage that is sent as a prompt."""
+"""Maximum number of characters of a passage that is sent as a prompt."""
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def copy_text(source: Path, target: Path, place: Path) -> None:
 
 
 def passages(base: str, name: str, count: int) -> list[str]:
-    """Return beginnings of passages that the training of an expert held out."""
+    """Return the beginnings of passages that were held out of an expert's training."""
     shards = TokenShards(home() / "runs" / name / "corpus" / "held-out")
     documents = decode_documents(shards, load_tokenizer(resolve(base)))
     found = [case.before[-CHARACTERS:] for case in next_line_cases(documents, count)]
@@ -163,7 +163,7 @@ def continued(team: Client, passage: str) -> dict[str, Any]:
 
 
 def asked(team: Client, prompts: list[str]) -> dict[str, Any]:
-    """Return how many tokens of the replies were written, and by which experts."""
+    """Return the number of tokens in the replies, in all and by expert."""
     experts: dict[str, int] = {}
     tokens = 0
     for prompt in prompts:
@@ -175,7 +175,7 @@ def asked(team: Client, prompts: list[str]) -> dict[str, Any]:
 
 
 def refused(teams: dict[str, Client]) -> int:
-    """Return how many teams are refused when they ask for the expert of the next one."""
+    """Return how many teams are refused when they request the next team's expert."""
     count = 0
     names = list(teams)
     for place, name in enumerate(names):
@@ -195,7 +195,7 @@ def replace(admin: Client, name: str) -> None:
 
 
 class Asking:
-    """A team that asks one passage after another until the block ends.
+    """A team that sends one passage after another until the block ends.
 
     Attributes:
         replies: number of replies.

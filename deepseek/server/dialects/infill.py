@@ -57,7 +57,8 @@ class InfillRequest(NativeCompletion):
 
 
 class BlockText:
-    """The text of a gap, up to a line that leaves its block, or to a line end out of time.
+    """The text of a gap. It ends before a line that leaves its block, or at a line end once the
+    time is up.
 
     Args:
         indent: characters of white space that a line of the block begins with, at least.
@@ -72,7 +73,7 @@ class BlockText:
         self._held = ""  # a line end and the white space after it, until the line's indent is known
 
     def take(self, piece: str, elapsed: float) -> str:
-        """Return what of the text is decided by its next piece.
+        """Return the text that can be sent after the next piece.
 
         Args:
             piece: the piece; there are none after the end.
@@ -94,12 +95,13 @@ class BlockText:
         return decided
 
     def rest(self) -> str:
-        """Return what is still held back when the answer has ended by itself."""
+        """Return the text that is still held back when the answer has ended by itself."""
         return self._held
 
 
 class InfillChunks(NativeChunks):
-    """The chunks of a filled gap, which ends at a line that leaves its block, or out of time.
+    """The chunks of a filled gap, which ends before a line that leaves its block, or when time is
+    up.
 
     Args:
         body: the request.

@@ -109,7 +109,7 @@ class OllamaCall(Body):
 
 
 def no_images(images: list[Any] | None) -> list[Any] | None:
-    """Return a list of images, which has to be empty.
+    """Return a list of images, which must be empty.
 
     Raises:
         ValueError: it is not.

@@ -114,7 +114,7 @@ class ChoiceProgress:
 
 
 class ChatChunks(Chunks):
-    """The chunks of a chat. Text that may be a function call is held back until this is decided."""
+    """The chunks of a chat. Text that may be a function call is held back until that is known."""
 
     def __init__(
         self, service: Service, body: ChatRequest, job: GenerationJob, calling: Calling

@@ -117,7 +117,7 @@ def plan(
                 grammar=grammar,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
-                # Before an empty prompt stands a marker.
+                # An empty prompt is preceded by a marker token.
                 heal=heal and grammar is None and bool(prompt),
             )
             for choice in range(body.n or 1)

@@ -129,7 +129,7 @@ def pieces(service: Service, ids: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def piece(token: TokenText) -> str | list[int]:
-    """Return the text of a token, or its bytes where these are no whole characters."""
+    """Return the text of a token, or its bytes if these are not whole characters."""
     content = token.content
     if "\ufffd" not in token.text or content is None:
         return token.text

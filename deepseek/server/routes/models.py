@@ -163,9 +163,9 @@ def plugged_expert(info: ExpertInfo) -> dict[str, Any]:
 
 
 def packs(service: Service) -> dict[str, Path]:
-    """Return the packs in the experts folder that the key may use, name to file.
+    """Return the packs in the experts folder that the key may use, as files by name.
 
-    Files whose names no expert can have, such as bytes that are no UTF-8, are left out.
+    Files with names that no expert can have, such as bytes that are not UTF-8, are left out.
     """
     files = service.settings.experts_folder.glob(f"*{SUFFIX}")
     named = {path.stem: path for path in files if is_name(path.stem)}

@@ -45,8 +45,8 @@ router = APIRouter(route_class=JsonRoute)
 LOOK_SECONDS = 0.5
 
 STOP_SECONDS = 15.0
-"""Time that a training has to write its checkpoint; then it is killed, and loses the steps since
-the one before.
+"""Seconds that a training has to write its checkpoint. After that it is killed, and loses the steps
+since the checkpoint before.
 """
 
 NICENESS = 5
@@ -171,7 +171,7 @@ class Teacher:
                 lesson.armed = plugged.armed
                 if lesson.armed:
                     lesson.begin("finding prompts")
-                    with suppress(UserError):  # an expert is as good without them
+                    with suppress(UserError):  # the expert works without them
                         await asyncio.to_thread(find_prompts, self.service, lesson.name)
                 lesson.state = "plugged"
         except Exception as error:  # no failure of a training may end the server
@@ -181,12 +181,11 @@ class Teacher:
 
 
 async def lines(output: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Yield the lines of a process's output as a terminal shows them: after each return to the
-    start of a line, what follows replaces it.
+    """Yield the lines of a process's output as a terminal shows them: text after a carriage return
+    replaces the line.
 
-    The beginning of one that is longer than the reader's buffer is left out, such as that of a
-    progress bar that goes back to the start of its line: a process whose output nobody reads stops
-    at a full pipe.
+    If a line is longer than the reader's buffer, such as that of a progress bar, its beginning is
+    dropped. Reading must go on, because a process whose output is not read blocks on a full pipe.
     """
     while True:
         try:
@@ -245,7 +244,7 @@ async def events(teacher: TheTeacher) -> Response:
             now = lesson_fields(teacher.lesson)
             if now != before:
                 yield now
-            # A server that drains stops its lesson soon, and the last event should say so.
+            # A draining server stops its lesson soon, and the last event should report that.
             if now["state"] != "running" or teacher.service.admission.ended:
                 return
             before = now
