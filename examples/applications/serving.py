@@ -50,10 +50,6 @@ class Client:
         """Return the JSON reply to a POST request."""
         return dict(json.loads(self._send("POST", path, json.dumps(body).encode())))
 
-    def delete(self, path: str) -> None:
-        """Send a DELETE request."""
-        self._send("DELETE", path)
-
     def _send(self, method: str, path: str, body: bytes | None = None) -> str:
         request = urllib.request.Request(self.url + path, body, self.headers, method=method)
         try:

@@ -82,7 +82,7 @@ def main() -> None:
             start = time.perf_counter()
             copy_text(options.sources[0][1], sources[updated], kept)
             deepseek.train_expert(update=updated, **amount)
-            replace(Client(client.url, admin), updated)
+            Client(client.url, admin).post("/v1/experts", {"name": updated, "replace": True})
             seconds = time.perf_counter() - start
         counts = {"replies": asking.replies, "failures": asking.failures}
         figures["update"] = {"seconds": seconds, **counts}
@@ -186,12 +186,6 @@ def refused(teams: dict[str, Client]) -> int:
         except urllib.error.HTTPError as error:
             count += error.code == 403
     return count
-
-
-def replace(admin: Client, name: str) -> None:
-    """Replace a plugged expert by its pack in the experts folder."""
-    admin.delete(f"/v1/experts/{name}")
-    admin.post("/v1/experts", {"name": name})
 
 
 class Asking:
