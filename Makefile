@@ -29,7 +29,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses logical
 test: $(TOOLS)
 	$(PYTEST)
 
-# The essential third: the model, its experts and packs, the engine, data, and the rules of the house.
+# The essential third: the model, its experts and packs, the engine, data, and the rules of the code base.
 test-quick: $(TOOLS)
 	$(PYTEST) -m "not slow" tests/checkpoint tests/data tests/engine tests/model tests/packs tests/retrieval tests/text \
 		tests/test_*.py
@@ -50,11 +50,11 @@ check: $(TOOLS)
 docs: $(TOOLS)
 	$(BIN)/python -m mkdocs build --quiet
 
-# The benchmarks of all claims whose results are missing or stale, for hours; an interrupted run goes on.
+# The benchmarks of all claims whose results are missing or stale, for hours; an interrupted run is resumed.
 bench: $(TOOLS)
 	$(BIN)/deepseek claims run all
 
-# The rooms of the package as a table and a picture in the docs.
+# The packages and their imports, as a table and a picture in the docs.
 house: $(TOOLS)
 	$(BIN)/python benchmarks/house.py
 
