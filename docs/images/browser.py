@@ -1,4 +1,4 @@
-"""A browser for the pictures of the web page in these documents."""
+"""Browser helpers for screenshots of the web page in the documentation."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Yield Chromium; every wait in it is patient."""
+    """Yield Chromium, with long timeouts."""
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(
@@ -25,7 +25,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def opened(browser: Browser, url: str, size: tuple[int, int], scheme: str, **settings: Any) -> Page:
-    """Return the page in a new profile with some settings, as its dialog keeps them."""
+    """Open the page in a new profile, with settings stored as its settings dialog does."""
     width, height = size
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
@@ -48,6 +48,6 @@ def ask(page: Page, question: str) -> None:
 
 
 def compare(page: Page) -> None:
-    """Let the base answer the last question too."""
+    """Have the base answer the last question too."""
     page.get_by_role("button", name="Compare with base").last.click()
     page.locator(".comparison > p").last.wait_for()

@@ -1,7 +1,7 @@
 """Draw the pictures of `docs/concepts/` as SVG: python docs/images/draw.py
 
-They are drawn on white, so that they look the same in light and dark pages.
-`tests/docs/test_pictures.py` redraws them.
+They have a white background, so that they look the same on light and dark pages.
+`tests/docs/test_pages.py` checks that they are up to date.
 """
 
 import ast
@@ -61,7 +61,7 @@ class Picture:
             self.text(x + width / 2, top + 18 * number, line, "soft", "middle")
 
     def arrow(self, *points: tuple[float, float], dashed: bool = False) -> None:
-        """Draw a line through points that ends in an arrow's head."""
+        """Draw a line through points that ends in an arrowhead."""
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(

@@ -1,10 +1,10 @@
 """Record teaching on the web page as a GIF: lesson, verdict, answer beside the base's.
 
 Writes a handbook of an invented shop from `examples/support.jsonl`, serves a model, and teaches an
-expert from the handbook. It takes about as long as the lesson. A folder for its runs and models
-leaves those of the user alone:
+expert from the handbook. It takes about as long as the lesson. A separate home leaves the user's
+runs and models alone:
 
-DEEPSEEK_HOME=build/recording python docs/images/record.py
+    DEEPSEEK_HOME=build/recording python docs/images/record.py
 """
 
 import io
@@ -25,15 +25,15 @@ CONVERSATIONS = HERE.parents[1] / "examples" / "support.jsonl"
 SIZE = (900, 640)
 WIDTH = 760  # pixels of the GIF
 COLOURS = 48
-EACH = 1200  # ms a picture stays
+EACH = 1200  # ms per picture
 LAST = 4000
 FILES = 16
 LESSON = {"tokens": "0", "epochs": "7"}
-"""So many passes over all of the handbook, however busy the machine is."""
+"""Seven passes over the whole handbook, however busy the machine is."""
 
 
 class Recording:
-    """Pictures of a page, each with the time that it stays."""
+    """Screenshots of a page, each with its duration."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -41,7 +41,7 @@ class Recording:
         self.times: list[int] = []
 
     def take(self, milliseconds: int = EACH) -> None:
-        """Add the page as it looks now."""
+        """Add a screenshot of the page."""
         with Image.open(io.BytesIO(self.page.screenshot())) as picture:
             height = picture.height * WIDTH // picture.width
             small = picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
@@ -57,17 +57,17 @@ class Recording:
 
 
 def write_handbook(folder: Path) -> None:
-    """Write the questions and answers of the conversations as files of text."""
+    """Write the questions and answers of the conversations as text files."""
     folder.mkdir(parents=True)
     turns = [json.loads(line)["messages"] for line in CONVERSATIONS.open(encoding="utf-8")]
     pairs = [f"Customer: {turn[0]['content']}\nShop: {turn[1]['content']}\n" for turn in turns]
     for number in range(FILES):
-        # Each file has all answers, in an order of its own and with questions of its own.
+        # Each file has all answers, in a different order and with different questions.
         (folder / f"{number:02}.txt").write_text("\n".join(pairs[number::5]), encoding="utf-8")
 
 
 def record(page: Page) -> Recording:
-    """Teach an expert on the page and compare one of its answers with the base's."""
+    """Teach an expert on the page, and compare one of its answers with the base's."""
     recording = Recording(page)
     page.get_by_role("tab", name="Teach").click()
     page.get_by_role("button", name="handbook/").click()

@@ -1,8 +1,8 @@
-"""Take the pictures of the web page in these documents: an answer beside the base's.
+"""Take the screenshots of the web page in the documentation: an answer beside the base's.
 
 The expert is that of the tutorial "Support in several languages":
 
-deepseek serve --experts support & python docs/images/take.py http://127.0.0.1:8000 support
+    deepseek serve --experts support & python docs/images/take.py http://127.0.0.1:8000 support
 """
 
 import sys

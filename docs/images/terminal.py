@@ -1,10 +1,10 @@
-"""Draw what a program prints in a terminal, as a picture for the pages.
+"""Draw a program's terminal output as a picture for the documentation.
 
     python docs/images/terminal.py PICTURE PROGRAM [ARGUMENT ...]
 
-runs a program of this repository, as `python PROGRAM ARGUMENT ...` or, if it is named `deepseek`,
-by the command line, and writes `PICTURE.svg` beside this file. A path among the arguments is shown
-by its last part. The pictures of the tutorials are those of
+runs a program of this repository, as `python PROGRAM ARGUMENT ...` or, for `deepseek`, the command
+line, and writes `PICTURE.svg` beside this file. Absolute paths among the arguments are shown by
+their last part. The pictures of the tutorials are made by
 
     terminal-assistant  examples/applications/code_assistant.py CORPORA/final-litestar --cases 200
     terminal-papers     examples/applications/papers.py CORPORA/papers --minutes 10
@@ -12,7 +12,7 @@ by its last part. The pictures of the tutorials are those of
                         spanish=CORPORA/spanish
     terminal-team       examples/applications/team_server.py NAME=FOLDER ... --tokens 16384
 
-each in a folder of its own for runs and models, such as `DEEPSEEK_HOME=build/recording`.
+each with a separate home for runs and models, such as `DEEPSEEK_HOME=build/recording`.
 """
 
 import argparse
@@ -31,11 +31,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WIDTH = 100
 REPLACED = re.compile(r"(?:\r|\x1b\[\d*[AK])+")
-"""What a progress bar writes before it draws itself again."""
+"""Control sequences that a progress bar writes before it redraws itself."""
 
 
 def printed(command: list[str]) -> str:
-    """Return what a command prints on its standard output, which is a terminal."""
+    """Return what a command prints on standard output, connected to a terminal."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stdin=theirs)
