@@ -1,13 +1,14 @@
-"""The last three layers, LoRA and full fine-tuning on the same tokens of an unseen code base.
+"""Compare training the last three layers, LoRA and full fine-tuning on the same tokens of an unseen
+code base.
 
     python benchmarks/adapt.py FOLDER [--tokens 60000] [--functions 10] [--json benchmarks/results/adapt.json]
     python benchmarks/adapt.py FOLDER --exercises --modes last-n --rate 2e-3 --tokens 0 --epochs 1 --functions 400
 
-Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it
-needed beyond the imported libraries. BLEU is of greedily written bodies of documented functions in
-the held-out files, before and after. `--exercises` trains on the documented functions of the other
-files (as `deepseek data code` writes them) in place of the files row by row: what a model is asked
-is then what it practised.
+Each mode runs in its own process, so that peak memory is measured per mode; `working_memory` is the
+peak less that of the imported libraries. BLEU scores greedily generated bodies of documented
+functions in the held-out files, before and after training. `--exercises` trains on the documented
+functions of the other files (as `deepseek data code` writes them) instead of on whole files, so
+that the training task is the evaluation task.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def functions_of(folder: Path) -> tuple[list[Any], list[Any]]:
-    """Return the documented functions of the files to train on and of those held out."""
+    """Return the documented functions of the training files and of the held-out files."""
     from deepseek.data import clean, read_folder, split
     from deepseek.data.builders.functions import documented_functions
 
@@ -106,14 +107,14 @@ def functions_of(folder: Path) -> tuple[list[Any], list[Any]]:
 
 
 def write_exercises(folder: Path, path: Path) -> Path:
-    """Write the functions of the files to train on as `deepseek data code` does."""
+    """Write the functions of the training files as `deepseek data code` does."""
     lines = (json.dumps({"text": function.text}) for function in functions_of(folder)[0])
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
 
 
 def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
-    """Return the scores of bodies written for functions of the files that no mode trained on."""
+    """Return the scores of bodies generated for functions of the held-out files."""
     from deepseek.engine.load import load
     from deepseek.evaluate.code import drawn_functions, score_bodies
 

@@ -1,11 +1,11 @@
-"""LoRA adapters of PEFT on a live server's engine: the same logits, and how long a plug takes.
+"""PEFT's LoRA adapters on a running engine: difference of logits from PEFT's, and time to plug.
 
     python benchmarks/adapters.py [--model smollm2-135m] [--plugs 100] [--json FILE]
 
 PEFT makes three adapters of rank 8 on all linear layers and saves them. Each is imported; its
-logits are compared with PEFT's in fp32. Then the engine answers requests without a pause, each with
-another adapter or none, while the adapters are plugged and unplugged over and over: every plug
-reads a file and makes every check.
+logits are compared with PEFT's in fp32. Then one adapter is plugged and unplugged repeatedly while
+the engine answers requests without a pause, with one of the other adapters or none. Every plug
+reads the file and makes all checks.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_adapters(model: str, folder: Path, count: int = 3) -> dict[Path, Path]:
-    """Make random adapters and return them: folder of PEFT -> imported pack."""
+    """Make random adapters and return them: PEFT's folder -> imported pack."""
     stock = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=torch.float32)
     packs = {}
     for seed in range(count):
@@ -74,7 +74,9 @@ def make_adapters(model: str, folder: Path, count: int = 3) -> dict[Path, Path]:
 
 @torch.no_grad()
 def differences(model: str, packs: dict[Path, Path]) -> dict[str, Any]:
-    """Return the largest difference of logits from PEFT's, in fp32, and what an adapter changes."""
+    """Return the largest differences of logits, in fp32: ours from PEFT's, and PEFT's from the
+    base's.
+    """
     ours = load(model, dtype="float32").model
     base = ours(IDS).logits
     largest = 0.0
@@ -93,7 +95,7 @@ def differences(model: str, packs: dict[Path, Path]) -> dict[str, Any]:
 
 
 def plug_times(model: str, packs: list[Path], count: int) -> dict[str, Any]:
-    """Return percentiles of the milliseconds of a plug and an unplug while requests run."""
+    """Return percentiles of the times to plug and unplug while requests run, in milliseconds."""
     loaded = load(model)
     stop = threading.Event()
     finished = 0

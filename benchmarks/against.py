@@ -1,12 +1,12 @@
-"""Expert, retrieval or fine-tuning: the table of `deepseek eval --against` for several sources.
+"""Compare expert, retrieval and fine-tuning on several sources with `deepseek eval --against`.
 
     python benchmarks/against.py folder:~/src/click git:. [--against rag,lora,full] [--tokens 40000] [--cases 200]
 
-A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`,
-with `NAME=` before it for another name than the path's last part; its expert is trained where it is
-not there yet, and everything resumes. Text is sized by tokens, so that another machine learns the
-same; LoRA and full fine-tuning take as long as the expert did. `pooled` has the cases of all
-sources together.
+A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`.
+`NAME=` before it gives it another name than the last part of its path. Experts that do not exist
+yet are trained; an interrupted run resumes. Training text is limited by tokens, not by time, so
+that every machine trains on the same; LoRA and full fine-tuning get as much time as the expert
+took. `pooled` has the cases of all sources.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def one_source(source: Source, path: Path, options: argparse.Namespace) -> Result:
-    """Train the expert of a source unless it is there, and compare it with its rivals."""
+    """Train the expert of a source unless it exists, and compare it with its rivals."""
     name = source.title or source_name(path)
     split = "time" if source.kind == "git" else "file"
     text: dict[str, Any] = {f"from_{source.kind}": path, "split": split}
@@ -74,7 +74,7 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> Resul
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """Return the figures of a source, without those of single cases."""
+    """Return the figures of a source, without the scores of single cases."""
     counts = {
         "cases": len(result.cases),
         "documents": result.documents,
@@ -89,7 +89,7 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def described(scores: dict[str, CompletionScores], documents: Sequence[str]) -> dict[str, Any]:
-    """Return means, intervals and differences by row.
+    """Return means, intervals and differences for each row.
 
     Args:
         scores: scores of each row.
@@ -105,15 +105,15 @@ def described(scores: dict[str, CompletionScores], documents: Sequence[str]) -> 
 
 
 def pool(results: list[Result]) -> dict[str, CompletionScores]:
-    """Return the rows that all sources have, over the cases of all of them; means are weighted by
-    cases.
+    """Return the rows that all sources have, over all their cases; means are weighted by the number
+    of cases.
     """
     names = [name for name in results[0].scores if all(name in result.scores for result in results)]
     return {name: joined([result.scores[name] for result in results]) for name in names}
 
 
 def all_sources(results: list[Result]) -> list[str]:
-    """Return the document of each case of all results, told apart by source."""
+    """Return the document of each case of all results, prefixed with the name of its source."""
     return [f"{result.name}: {name}" for result in results for name in result.sources]
 
 

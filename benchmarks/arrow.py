@@ -1,20 +1,20 @@
-"""PEFT's Arrow as a rival of the experts' routing: LoRA adapters that choose themselves.
+"""PEFT's Arrow as a rival of the experts' routing: it routes tokens to LoRA adapters by itself.
 
     python benchmarks/corpora.py many --out TEXTS --megabytes 1
     python benchmarks/arrow.py --texts TEXTS --adapters ADAPTERS [--counts 8 64] [--json FILE]
 
 For each folder of TEXTS without "public" in its name, an adapter of PEFT is trained on the first
-`--train-tokens` of its training text (rank 4, all linear layers of the base, AdamW with a cosine).
-`ArrowConfig(top_k=1)` then routes each token in each layer to one of the first adapters. For the
-passages of `many_experts.py`, an adapter answers if more tokens of more layers were routed to it
-than to any other. Arrow has no decision for none, so a threshold on that share of votes is fitted
-on passages of the training text, which is more than its authors do.
+`--train-tokens` of its training text (rank 4, all linear layers of the base, AdamW with a cosine
+schedule). `ArrowConfig(top_k=1)` then routes each token in each layer to one of the first adapters.
+For each passage of `many_experts.py`, the adapter with the largest share of the routed tokens,
+counted over all layers, is chosen. Arrow cannot choose none, so a threshold on that share is fitted
+on passages of the training text; its authors do not do this.
 
     right, own, none    share of right decisions in per cent, as in `many_experts.py`
-    own, always         the same for passages with an adapter, if one must answer
-    embeddings          the classifier over embeddings of `many_experts.py`, on the same passages
+    own, always         the same for passages with an adapter, without the threshold
+    embeddings          the embedding classifier of `many_experts.py`, on the same passages
 
-Adapters that are there are not trained again.
+Existing adapters are not trained again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.start import start_engine
 
 RANK, ROW, ROWS = 4, 512, 4
-"""Rank of the adapters; tokens of a row; rows of a step."""
+"""Rank of the adapters; tokens per row; rows per step."""
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def train(engine: Engine, name: str, options: argparse.Namespace) -> None:
-    """Train the adapter of one folder and save it."""
+    """Train and save the adapter of one folder."""
     documents, _ = clean(read_folder(options.texts / name))
     rows = pieces(engine, split(documents)[0], ROW)[: math.ceil(options.train_tokens / ROW)]
     torch.manual_seed(0)
@@ -105,12 +105,12 @@ def train(engine: Engine, name: str, options: argparse.Namespace) -> None:
 
 
 def stock(base: str) -> PreTrainedModel:
-    """Return the base in transformers' own class."""
+    """Return the base as a Transformers model."""
     return AutoModelForCausalLM.from_pretrained(resolve(base), dtype=torch.float32)
 
 
 def mean_loss(model: torch.nn.Module, rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Return the loss of rows of token ids, nats a token; short rows are padded."""
+    """Return the mean loss of rows of token ids, in nats per token; short rows are padded."""
     length = max(len(row) for row in rows)
     ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     labels_BT = torch.tensor([[*row, *[-100] * (length - len(row))] for row in rows])
@@ -166,7 +166,9 @@ def votes(model: PeftModel, asked: Sequence[Passage], count: int) -> np.ndarray:
 
 
 def best_threshold(votes_NE: np.ndarray, labels: Sequence[int]) -> float:
-    """Return the share of votes above which most decisions are right; label -1: no adapter."""
+    """Return the threshold on the top share that makes most decisions right; label -1: no
+    adapter.
+    """
     top_N, chosen_N, labels_N = votes_NE.max(1), votes_NE.argmax(1), np.array(labels)
     limits = [0.0, *sorted(top_N)]
     right = [np.where(top_N >= limit, chosen_N, -1) == labels_N for limit in limits]

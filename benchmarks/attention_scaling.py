@@ -1,17 +1,18 @@
-"""Time and memory of LSH attention against the number of tokens, rivals side by side.
+"""Time and memory of LSH attention and of its rivals by number of tokens.
 
     python benchmarks/attention_scaling.py [--tokens 4096 8192 16384 32768 65536] [--turns 3]
         [--dtype bfloat16]
 
-All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32 or `--dtype`), so a
-disturbance meets each of them. Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs
-and gradients included. Writes `results/attention_scaling.json` (or `--json`) and
-a plot beside it.
+All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32 or `--dtype`), so
+that other work on the machine slows all of them alike. Our times include hashing. Peak memory is
+measured in a fresh process and includes inputs, outputs and gradients. Writes
+`results/attention_scaling.json` (or `--json`) and a plot beside it.
 
-Rivals: `sdpa`, torch's exact attention; `materialised`, exact attention that keeps its scores,
-where they fit; `blocks`, each query's own block of 128 keys and the 3 earlier ones whose mean key
-is nearest (MoBA, arXiv:2502.13189); `reformer`, the LSH attention of `transformers` with one hash
-and without its projections (it shares queries and keys and has as many key heads as query heads).
+Rivals: `sdpa`, torch's exact attention; `materialised`, exact attention that stores all scores, up
+to 8,192 tokens; `blocks`, each query's own block of 128 keys and the 3 earlier blocks whose mean
+key scores highest (MoBA, arXiv:2502.13189); `reformer`, the LSH attention of `transformers` with
+one hash and without its projections (it shares queries and keys and has as many key heads as query
+heads).
 """
 
 import argparse
@@ -45,7 +46,7 @@ HEADS, GROUPS, WIDTH = 9, 3, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]
 TABLES = ("forward", "training", "peak", "decode")
-# Tokens; beyond, they take gigabytes or minutes.
+# Maximum number of tokens: more take gigabytes or minutes.
 MOST = {"materialised": 8192, "blocks": 16384, "sdpa": 32768}
 DECODE = Windows(local=128, sinks=4, bucket=96, num_buckets=64)
 
@@ -64,8 +65,8 @@ def materialised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def blocks(query: Tensor, key: Tensor, value: Tensor, size: int = 128, chosen: int = 3) -> Tensor:
-    """Block top-k: one dense product for each block and the queries that chose it, merged by their
-    denominators.
+    """Block top-k: one dense product per block for the queries that chose it, merged by
+    log-sum-exp.
     """
     outs = []
     for head in range(HEADS):
@@ -100,7 +101,7 @@ def blocks(query: Tensor, key: Tensor, value: Tensor, size: int = 128, chosen: i
 
 
 class Half(nn.Module):
-    """Stands in for a projection: one half of the features."""
+    """Replaces a projection; returns one half of the features."""
 
     def __init__(self, half: int) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ WAYS: dict[str, Way] = {
 
 
 def inputs(tokens: int, learn: bool, dtype: str) -> list[Tensor]:
-    """Queries, keys and values laid out as a model's projections leave them."""
+    """Random queries, keys and values, laid out as a model's projections produce them."""
     torch.manual_seed(0)
     parts = [
         torch.randn(1, tokens, heads, WIDTH).to(DTYPES[dtype]).transpose(1, 2)
@@ -170,13 +171,13 @@ def fits(name: str, tokens: int) -> bool:
 
 
 def times(tokens: int, learn: bool, turns: int, dtype: str) -> dict[str, float]:
-    """Median seconds of each way, all taking turns; only one turn for what takes more than a
-    quarter minute.
+    """Median seconds of each implementation, all taking turns; those that take more than 15 seconds
+    get one turn.
     """
     parts, spent = inputs(tokens, learn, dtype), {name: [] for name in WAYS if fits(name, tokens)}
     for name in spent:
         if tokens <= 16384:
-            run(WAYS[name], parts, learn)  # the first time also compiles and fills caches
+            run(WAYS[name], parts, learn)  # warm-up: compiles and fills caches
     for _ in range(turns):
         for name, seconds in spent.items():
             if not seconds or seconds[0] < 15:
@@ -187,14 +188,14 @@ def times(tokens: int, learn: bool, turns: int, dtype: str) -> dict[str, float]:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory now (VmRSS) or at most so far (VmHWM)."""
+    """Resident memory of this process in bytes: current (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def peak(name: str, tokens: int, learn: bool, dtype: str) -> int:
-    """Bytes that a run takes at most, its inputs included, in this fresh process."""
-    run(WAYS[name], inputs(2304, learn, dtype), learn)  # past the exact start
+    """Peak memory of a run in bytes, inputs included, in this fresh process."""
+    run(WAYS[name], inputs(2304, learn, dtype), learn)  # more tokens than are computed exactly
     before = resident("VmRSS")
     run(WAYS[name], inputs(tokens, learn, dtype), learn)
     return resident("VmHWM") - before
@@ -236,7 +237,7 @@ def decode(tokens: int, dtype: str, steps: int = 200) -> dict[str, float]:
         buckets.append(hashed.key_codes(key[:, :, one]))
         buckets.attend(query[:, :, one], key, value, codes, WIDTH**-0.5)
         seconds["ours"].append(time.perf_counter() - start)
-    # Not in turn: one pass over all keys leaves none of ours in the cache.
+    # Not interleaved: a pass over all keys evicts ours from the processor's cache.
     for t in range(tokens, tokens + steps):
         keys, values = key[:, :, t - tokens : t + 1], value[:, :, t - tokens : t + 1]
         start = time.perf_counter()
@@ -247,7 +248,7 @@ def decode(tokens: int, dtype: str, steps: int = 200) -> dict[str, float]:
 
 
 def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str, float]:
-    """Slope of log time over log tokens of each way, from `least` tokens on."""
+    """Slope of log time over log tokens for each implementation, from `least` tokens on."""
     slopes = {}
     for name in WAYS:
         rows = [(n, row[name]) for n, row in table.items() if name in row and n >= least]
@@ -257,8 +258,8 @@ def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str
 
 
 def crossover(table: dict[int, dict[str, float]]) -> float | None:
-    """Tokens from which ours is faster than exact attention, read between measured lengths; None if
-    it never is.
+    """Number of tokens from which ours is faster than exact attention, interpolated between
+    measured lengths; None if it never is.
     """
     ratios = [(n, row["sdpa"] / row["ours"]) for n, row in sorted(table.items()) if "sdpa" in row]
     if ratios[0][1] >= 1:
@@ -337,7 +338,7 @@ def main() -> None:
         for name in ("forward", "training"):
             figures[f"{name}_exponent"] = exponents(figures[name])
             figures[f"{name}_crossover"] = crossover(figures[name])
-        # After every length, so that a run cut short keeps what it measured.
+        # After every length, so that an interrupted run keeps its figures.
         write(options.json, figures)
     plot(figures, options.json.with_suffix(".png"))
 

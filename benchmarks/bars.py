@@ -1,4 +1,4 @@
-"""What comparisons share: which rivals this Python has, and a picture with ours beside theirs."""
+"""Helpers of comparisons: find installed rivals, and draw bar charts."""
 
 import sys
 from importlib.util import find_spec
@@ -10,13 +10,13 @@ OURS, THEIRS = "#3b6ea8", "#b9bec6"
 
 
 def installed(module: str) -> Path | None:
-    """Return this Python if it has `module`, for a rival that runs in a process of its own."""
+    """Return the path of this Python if it has `module`; a rival runs it in another process."""
     return Path(sys.executable) if find_spec(module) else None
 
 
 def draw(path: Path, panels: dict[str, dict[str, float]]) -> None:
-    """Write a picture with a panel of horizontal bars for each title; names that begin with "ours"
-    stand out.
+    """Draw a panel of horizontal bars for each title; names that begin with "ours" are
+    highlighted.
     """
     most = max(map(len, panels.values()))
     figure = Figure(figsize=(5 * len(panels), 1 + 0.4 * most), layout="constrained")

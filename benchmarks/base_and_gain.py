@@ -1,15 +1,15 @@
-"""Base kept, gain kept: eight experts on one base, nothing armed by hand, against each one alone
-and against merging.
+"""Eight automatically armed experts on one base against each expert alone and against merging: loss
+on public text, and share of each expert's gain that is kept.
 
     python benchmarks/corpora.py all
     python benchmarks/base_and_gain.py [--set design|final] [--corpora DIR] [--tokens 100000] [--json FILE]
 
-Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all
-are plugged. Every text is scored on rows that no expert was trained on, from one pass through the
-frozen trunk:
+Each expert is trained separately; an interrupted run resumes, and finished experts are kept. Then
+all are plugged. Every text is scored on rows that no expert was trained on; the frozen trunk is
+computed once:
 
     base      no expert
-    alone     the text's own expert, forced on everywhere (for mixed and public texts: the best single one)
+    alone     the text's own expert at every token (for mixed and public texts: the best single one)
     set       all plugged, arming "auto"
     averaging all eight outputs with weight 1/8 at every token
     soup      one expert whose weights are the mean of all eight
@@ -59,7 +59,7 @@ SETS = {
         "final-japanese",
     ),
 }
-"""Experts to design and choose on, and others to report on."""
+"""Experts used for design decisions, and others used for the reported figures."""
 
 PUBLIC = {
     "design": ("public-prose", "public-code"),
@@ -85,10 +85,10 @@ ROW_LENGTH, BATCH_ROWS = 2048, 1
 
 
 class Everywhere:
-    """Armed experts without gates: every module at every token, its output times its weight."""
+    """Armed experts without gates: adds every module's weighted output at every token."""
 
     adapts = False
-    """No module changes another layer than a feed-forward network."""
+    """Modules change only feed-forward networks."""
 
     def __init__(self, modules: Sequence[ExpertModule], *weights: float) -> None:
         self.pairs = list(zip(modules, weights, strict=True))
@@ -98,12 +98,12 @@ class Everywhere:
 
 
 Variant = Callable[[], Any]
-"""Makes what takes part in one forward pass; None: the bare base."""
+"""Returns what is armed in one forward pass; None: the base alone."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Rows to score; `experts` are those whose domains it is made of."""
+    """Rows to score; `experts` are those whose domains the text mixes."""
 
     name: str
     shards: TokenShards
@@ -174,7 +174,7 @@ def pack_path(work: Path, name: str) -> Path:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Score all texts, print the table, write JSON and picture."""
+    """Score all texts, print the table, and write JSON and a picture."""
     started = time.monotonic()
     model = DeepSeekModel.from_pretrained(options.base, dtype="auto")
     for name in options.experts:
@@ -210,7 +210,7 @@ def gate_papers(work: Path, name: str) -> dict[str, Any]:
 def score(
     model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, tokens: int
 ) -> dict[str, Any]:
-    """Return the losses of one text under every variant, and who spoke."""
+    """Return the losses of one text under every variant, and the mean weight of each expert."""
     forced = text.experts if len(text.experts) == 1 else tuple(modules)
     everyone = list(modules.values())
     soup = soup_of(everyone)
@@ -243,8 +243,8 @@ def score(
 def losses_of(
     model: DeepSeekModel, batches: list[Batch], variants: dict[str, Variant], first: int
 ) -> dict[str, float]:
-    """Return the mean loss of each variant; the trunk below layer `first`, which is the same for
-    all, runs once.
+    """Return the mean loss of each variant; the trunk below layer `first` is shared and runs once
+    per batch.
     """
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
     for batch in batches:
@@ -260,14 +260,14 @@ def losses_of(
 
 
 def above(model: DeepSeekModel, first: int, batch: Batch, stream_BTD: Tensor, armed: Any) -> Tensor:
-    """Return the normed last hidden states `[B, T, D]` with `armed` taking part."""
+    """Return the final hidden states after the norm, `[B, T, D]`, with `armed` experts."""
     step = resume_rows(model, batch, stream_BTD, first)
     step.ctx.armed = armed
     return step.finish()
 
 
 def soup_of(modules: Sequence[ExpertModule]) -> ExpertModule:
-    """Return a module whose weights are the mean of those of `modules`, which all began alike."""
+    """Return a module with the mean weights of `modules`, which had the same initial weights."""
     first = modules[0]
     soup = ExpertModule("soup", first.layers, first.hidden_size, first.width)
     states = [module.state_dict() for module in modules]
@@ -282,7 +282,7 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
     tokenizer = load_tokenizer(resolve(options.base))
 
     def built(name: str, documents: Callable[[], list[Document]]) -> TokenShards:
-        # Opened if it is there, of the same documents and the same tokenizer.
+        # Opens existing shards of the same documents and tokenizer.
         return TokenShards.build(documents(), tokenizer, options.work / "texts" / name)
 
     for name in PUBLIC[options.set]:
@@ -324,7 +324,7 @@ def decoded(options: argparse.Namespace, tokenizer: Any, name: str, count: int) 
 
 
 def chats(path: Path) -> list[Document]:
-    """Return what users say in conversations, each as a document."""
+    """Return the user turns of each conversation as one document."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Document("\n".join(record["turns"]), f"chat-{number}")
@@ -354,7 +354,7 @@ def commented(
 def alternating(
     options: argparse.Namespace, tokenizer: Any, first: str, second: str
 ) -> list[Document]:
-    """Return documents of paragraphs of about 500 characters, by turns from two experts' held-out
+    """Return documents of 500-character pieces that alternate between two experts' held-out
     texts.
     """
     pools = ["\n\n".join(decoded(options, tokenizer, name, 40)) for name in (first, second)]
@@ -377,7 +377,7 @@ def orders(experts: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Sequence[str]) -> str:
-    """Return a digest of the logits of a mixed text after plugging in this order."""
+    """Return a digest of the logits of a mixed text after the experts are plugged in this order."""
     for name in options.experts:
         model.experts.unplug(name)
     for name in order:
@@ -391,7 +391,7 @@ def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Seque
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures that the issue asks for."""
+    """Return the summary: change on public text, gain kept, mixed texts and mean losses."""
     public = {row["text"]: row for row in rows if not row["experts"]}
     own = [row for row in rows if len(row["experts"]) == 1]
     mixed = [row for row in rows if len(row["experts"]) == 2]
@@ -427,7 +427,7 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], experts: tuple[str, ...], path: Path) -> None:
-    """Draw who speaks on which text."""
+    """Draw each expert's mean weight on each text."""
     weights = np.array([[row["weights"][name] for name in experts] for row in rows])
     figure, axes = plt.subplots(figsize=(7.5, 6.5))
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)

@@ -1,18 +1,17 @@
-"""Sixteen streams at once: our server through HTTP beside llama.cpp, tokens a second of all
-together.
+"""Total tokens per second of sixteen streams: our server over HTTP beside llama.cpp.
 
     python benchmarks/batch.py [--llama PYTHON] [--llama-path FOLDER] [--rounds 3] [--json FILE] [--plot FILE]
 
-Each side answers prompts of 128 tokens by 64 tokens, greedily, on two threads, one stream and
-sixteen, in turn. Ours is `deepseek serve` with its usual settings (8-bit weights), asked through
-HTTP with streaming. llama.cpp (Q8_0) twice: `llama_decode` called with sixteen sequences in one
-batch, without server, tokenizer or sampling; and llama-cpp-python's own server, which holds a lock
-until a reply has ended and so answers one request at a time. That one is asked without streaming,
-which costs it nothing but the reply. Without `--llama`, this Python is taken if it has
-llama-cpp-python; else ours is measured alone. `--llama-path` holds what llama-cpp-python's server
-needs and the Python of `--llama` lacks. A pace counts the tokens while all streams speak; "whole"
-is all tokens over all the time, prompts included, which is all there is to say of a server that
-never has two streams speaking.
+Each side answers prompts of 128 tokens with 64 tokens, greedily, on two threads, with one stream
+and with sixteen, in turn. Ours is `deepseek serve` with default settings (8-bit weights), asked
+over HTTP with streaming. llama.cpp (Q8_0) is measured twice: `llama_decode`, called with sixteen
+sequences in one batch, without server, tokenizer or sampling; and llama-cpp-python's own server,
+which holds a lock until a reply has ended and so answers one request at a time. That server is
+asked without streaming, which only helps it. Without `--llama`, this Python is used if it has
+llama-cpp-python; otherwise only ours is measured. `--llama-path` names packages that
+llama-cpp-python's server needs and the Python of `--llama` lacks. "1" and "16" are the tokens per
+second while all streams decode; "whole" is all tokens over the whole time, prompts included, the
+only figure for a server that never decodes two streams at once.
 """
 
 import argparse
@@ -121,7 +120,7 @@ def main() -> None:
 
 
 def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
-    """Draw one stream and sixteen, while all speak and over the whole time."""
+    """Draw one stream and sixteen, while all decode and over the whole time."""
     titles = {"while all streams speak": ("1", "16"), "prompts included": ("1 whole", "16 whole")}
     panels = {
         f"{title}, tokens/s": {
@@ -136,7 +135,7 @@ def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
-    """Give the file the tokenizer, which a server needs."""
+    """Add the tokenizer, which a server needs, to the file."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     special = {one["content"] for one in model["added_tokens"]}
@@ -153,8 +152,8 @@ def add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
 
 
 def ours(port: int, prompts: Prompts) -> Turn:
-    """Our server through HTTP: tokens that came between the last stream's first and the first
-    stream's last one.
+    """Our server over HTTP: rate of tokens between the last stream's first token and the first
+    stream's last, and over the whole time.
     """
 
     async def pace(count: int) -> dict[str, float]:
@@ -171,7 +170,7 @@ def ours(port: int, prompts: Prompts) -> Turn:
 
 
 def batched(options: argparse.Namespace, path: Path, prompts: Prompts) -> Turn:
-    """A process that calls `llama_decode` when a line comes."""
+    """Start a process that measures `llama_decode` for each line on its standard input."""
     texts = json.dumps([prompts.next() for _ in range(STREAMS)])
     command = [str(options.llama), "-c", LLAMA, str(path), str(options.threads), texts, str(TOKENS)]
     pipe = subprocess.PIPE
@@ -229,12 +228,12 @@ class LlamaServer:
         self.process.wait()
 
     def turn(self, prompts: Prompts) -> dict[str, float]:
-        """All tokens over all the time."""
+        """Return all tokens over the whole time, for one stream and for sixteen."""
         return {f"{count} whole": asyncio.run(self.pace(prompts, count)) for count in (1, STREAMS)}
 
     async def pace(self, prompts: Prompts, count: int) -> float:
         async with httpx.AsyncClient(timeout=300) as http:
-            # It takes no ids.
+            # The server does not accept token ids.
             texts = [prompts.tokenizer.decode(prompts.next()) for _ in range(count)]
             bodies = [{"prompt": text, "max_tokens": TOKENS, "temperature": 0} for text in texts]
             url, started = f"http://127.0.0.1:{self.port}/v1/completions", time.perf_counter()

@@ -1,7 +1,8 @@
-"""Is a model with experts plugged but not armed, and after unplugging, bit for bit the base?
+"""Check that a model with an expert plugged but not armed, or unplugged again, computes bit for bit
+the base's logits.
 
-Generates greedily from some prompts with the base, with an expert plugged and unarmed, and after it
-is unplugged, and compares digests of all logits.
+Generates greedily from some prompts with the base, with an expert plugged and unarmed, and after
+unplugging it, and compares digests of all logits.
 
     python benchmarks/bit_identity.py EXPERT [--dtype float32 --dtype bfloat16]
 """
@@ -25,7 +26,7 @@ PROMPT_TOKENS, BATCH = 16, 50
 
 
 def prompts(tokenizer: object, count: int) -> torch.Tensor:
-    """Return `[count, PROMPT_TOKENS]` ids cut from Python's own prose and code."""
+    """Return `[count, PROMPT_TOKENS]` ids from Python's help topics and standard library."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     whole = "\n".join(
         [*pydoc_data.topics.topics.values(), *(path.read_text() for path in library[:40])]

@@ -1,13 +1,13 @@
-"""Training an expert beside another process that takes one of the processor's cores.
+"""Training speed of an expert while another process occupies a core.
 
     python benchmarks/busy_training.py FOLDER [--tokens 24000] [--turns 2] [--busy 1] [--json FILE]
 
-Four trainings take turns, each a process of its own on the same text: alone and beside `--busy`
-processes that each keep a core busy, with threads that sleep while they wait for one another
-(`OMP_WAIT_POLICY=PASSIVE`, which commands that train set) and with threads that spin, as a Python
-program gets them unless it sets the variable before it imports PyTorch. The speed of a run is the
-median over its steps, that of a kind the median over its runs. `kept` is the speed beside busy
-processes as a share of that alone.
+Four kinds of training take turns, each in its own process on the same text: alone and beside
+`--busy` processes that each occupy a core, with threads that sleep while they wait for one another
+(`OMP_WAIT_POLICY=PASSIVE`, which the training commands set) and with threads that spin, the default
+unless a program sets the variable before it imports PyTorch. The speed of a run is the median over
+its steps, that of a kind the median over its runs. `kept` is the speed beside busy processes as a
+share of the speed alone.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def speed(options: argparse.Namespace, policy: str, busy: int) -> float:
-    """Return the median tokens per second of one training's steps."""
+    """Return the median tokens per second over the steps of one training."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for _ in range(busy):

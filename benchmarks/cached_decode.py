@@ -1,15 +1,15 @@
-"""Decoding and reading in the compiled runner behind many cached tokens: LSH attention beside full
+"""Decoding and prefill in the compiled runner after many cached tokens: LSH attention against full
 attention.
 
     python benchmarks/cached_decode.py [--model smollm2-135m] [--lengths 0 2048 16384 65536]
         [--texts docs] [--rounds 7] [--threads 2] [--json FILE]
 
-Each side reads 2,048 tokens of TEXTS; their pages, repeated, are the cache, so that it costs no
-prefill of that length. LSH attention is as it is by itself, two layers of it exact. The sides take
-turns of eight tokens one by one, and of 512 tokens at once. `wall` is the time of a token in
-milliseconds, `processor` that of all threads, and `read` and `read processor` those of the 512
-tokens; `ratio` is full attention's over LSH attention's in the same round. On a busy machine,
-measure processor time with one thread.
+Each side prefills 2,048 tokens of TEXTS and fills the cache with copies of their pages, so that no
+long prefill is needed. LSH attention has its default settings, with two exact layers. The sides
+take turns: eight tokens one by one, then 512 tokens at once. `wall` is the time per token in
+milliseconds, `processor` the processor time of all threads; `read` and `read processor` are those
+of the 512 tokens. `ratio` is full attention's time over LSH attention's in the same round. On a
+busy machine, measure processor time with one thread.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def behind(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[], dict[str, float]]:
-    """Return the turn of a side: the times of a token, and of many, behind `length` cached ones."""
+    """Return a side's turn: times per token and of a chunk after `length` cached tokens."""
     state = cached(runner, ids, length)
 
     def timed(pieces: list[list[int]]) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def behind(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[], 
 
 
 def cached(runner: CompiledRunner, ids: list[int], length: int) -> CompiledState:
-    """Return a state with `length` tokens: the first 2,048 of a text, over and over."""
+    """Return a state with `length` cached tokens: repeated pages of the first 2,048 of a text."""
     total = max(length, READ) + PIECE
     state = runner.start(None, total)
     for start in range(0, READ, PIECE):

@@ -1,13 +1,12 @@
-"""Neutral in conversation: how many everyday replies change because experts are plugged, nothing
-armed by hand.
+"""How many replies to everyday questions change when experts are plugged and armed automatically.
 
     python benchmarks/chat_neutrality.py QUESTIONS.jsonl EXPERT [EXPERT ...] [--json FILE]
 
-QUESTIONS holds a conversation a line,
-`{"lang": "en", "turns": ["first message", "second message"]}`, as `chat_questions.py` writes them.
-Replies are greedy, 32 tokens, by the engine as it serves. The second message of a conversation is
-asked after the base's own first reply, so that both sides answer the same text. Every reply is
-asked of the base, of all experts plugged together, and of each expert plugged alone.
+QUESTIONS holds one conversation per line, `{"lang": "en", "turns": ["first message", "second
+message"]}`, as `chat_questions.py` writes them. Replies are greedy, up to 32 tokens, from the
+engine with its serving settings. The second message of a conversation always follows the base's
+first reply, so that all sides answer the same text. Every message is answered by the base, with all
+experts plugged, and with each expert plugged alone.
 """
 
 import argparse
@@ -35,7 +34,7 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Answered:
-    """A reply: its tokens, and how many of them each expert contributed to most."""
+    """A reply, with the number of tokens at which each expert had the largest weight."""
 
     tokens: tuple[int | None, ...]
     text: str
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def conversations(engine: Engine, path: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Return what is asked: every first message, and every second one after the base's reply to the
+    """Return the prompts: every first message, and every second one after the base's reply to the
     first.
     """
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
@@ -109,7 +108,7 @@ def conversations(engine: Engine, path: Path, limit: int | None) -> list[dict[st
 def replies(
     engine: Engine, asked: Sequence[list[dict[str, str]]], choice: ExpertChoice
 ) -> list[Answered]:
-    """Return the greedy replies to conversations, many at once."""
+    """Return the greedy replies to conversations, computed in batches."""
     found = []
     for start in range(0, len(asked), AT_ONCE):
         generations = []
@@ -129,8 +128,8 @@ def replies(
 def compare(
     asked: list[dict[str, Any]], base: list[Answered], found: list[Answered]
 ) -> dict[str, Any]:
-    """Return shares in per cent: replies that changed, tokens by experts, and both by language and
-    turn.
+    """Return shares in per cent of replies that changed and of tokens by experts, and counts of
+    changed replies by language and turn.
     """
     changed = [one.tokens != other.tokens for one, other in zip(base, found, strict=True)]
     groups = Counter(f"{one['lang']} {one['turn']}" for one in asked)

@@ -5,8 +5,7 @@
     python benchmarks/chat_questions.py CLONES QUESTIONS.jsonl
 
 MT-Bench and its translations give two turns, AlignBench (every twelfth question) and Rakuda one.
-Nothing in this project was designed or chosen on them. A clone may also be bare; its newest commit
-is read.
+No design decision of this project used them. Clones may be bare; their newest commit is read.
 """
 
 import argparse
@@ -21,14 +20,14 @@ from entry import existing_path, run_main
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions of one language in a repository: a JSON object a line.
+    """Questions of one language in a repository, one JSON object per line.
 
     Attributes:
         language: ISO 639-1 code.
         repository: owner and name.
-        path: file in it.
-        field: key of a question; with `turns`, of a list of them.
-        every: one of so many is taken.
+        path: file in the repository.
+        field: key of the question, or of a list of turns.
+        every: one question out of this many is taken.
     """
 
     language: str

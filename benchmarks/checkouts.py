@@ -1,14 +1,14 @@
-"""Speed of the compiled step in several checkouts of this repository, in turn.
+"""Compare the speed of the compiled step in several checkouts of this repository.
 
     git worktree add ../before COMMIT
     python benchmarks/checkouts.py ../before . [--rounds 15] [--threads 2] [--json FILE]
 
-What a change to the kernels costs or gains: each checkout runs in a process of its own, with this
-Python, and every round gives each its turn, a prefill of 512 random tokens and 64 tokens one by one
-behind them. Reported are medians of tokens a second, their ratio to the first checkout by rounds,
-and the processor time until a checkout is ready, which counts the compilation of kernels unless
-they are cached. With `--processor`, speeds are those of processor time, which says more on a busy
-machine; give it `--threads 1`.
+It shows what a change to the kernels costs or gains. Each checkout runs in its own process with
+this Python, and each has one turn per round: a prefill of 512 random tokens, then 64 tokens one by
+one. Reported are median tokens per second, the median over rounds of the ratio to the first
+checkout, and the processor time until a checkout is ready, which includes compiling the kernels
+unless they are cached. `--processor` measures processor time instead of wall time, which is more
+reliable on a busy machine; use it with `--threads 1`.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def side(folder: Path, options: argparse.Namespace) -> tuple[Turn, float]:
     """Return a checkout's turn, and the processor time in seconds until it was ready.
 
     Raises:
-        SystemExit: its process ended; it has said why.
+        SystemExit: its process ended early; it has printed the reason.
     """
     clock = "process_time" if options.processor else "perf_counter"
     process = subprocess.Popen(

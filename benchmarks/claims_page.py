@@ -1,10 +1,9 @@
 """Write `docs/claims.md` and its picture from `benchmarks/claims.yaml` and the result files.
 
-python benchmarks/claims_page.py             # --check: fail if the page is out of date, and write
-nothing
+    python benchmarks/claims_page.py    # --check: fail if the page is out of date; write nothing
 
-Which results are stale depends on every commit, so the page says of which commit it tells, and
-`--check` does not compare these marks; `deepseek claims` has them as of now.
+Staleness changes with every commit, so the page names the commit it refers to, and `--check`
+ignores these marks. `deepseek claims` shows the current state.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def state(row: ClaimRow) -> str:
 
 
 def figure_line(figure: MeasuredFigure) -> str:
-    """Return a figure's line in the table of its claim."""
+    """Return a figure's row in the table of its claim."""
     measured = figure.text or f"not run: {figure.unmeasured}"
     verdict = {True: "yes", False: "**no**", None: ""}[figure.met]
     place = f"`{figure.test}`" if figure.test else ""
@@ -80,12 +79,12 @@ def figure_line(figure: MeasuredFigure) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Return a paragraph in lines as long as those of other pages."""
+    """Return a paragraph wrapped to the line length of the other pages."""
     return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def section(row: ClaimRow) -> list[str]:
-    """Return the part of the page about a claim."""
+    """Return the page's section about a claim."""
     lines = [
         f"## {row.name}",
         "",
@@ -112,14 +111,14 @@ def section(row: ClaimRow) -> list[str]:
 
 
 def sources(table: ClaimTable) -> dict[str, MeasuredFigure]:
-    """Return a figure of each result that the claims use, by the name of the result."""
+    """Return one figure for each result that the claims use, by the name of the result."""
     figures = [figure for row in table.claims for figure in row.figures]
     found = {figure.source.result: figure for figure in figures if figure.source}
     return dict(sorted(found.items()))
 
 
 def older(table: ClaimTable) -> list[str]:
-    """Return the list of stale results, as of the commit that is checked out."""
+    """Return the section on stale results, as of the checked-out commit."""
     lines = [OLDER, "", f"Compared with commit `{table.commit}`.", ""]
     lines += head(["result", "measured at", "changed since"])
     for name, figure in sources(table).items():
@@ -148,13 +147,13 @@ def page(table: ClaimTable) -> str:
 
 
 def without_staleness(text: str) -> str:
-    """Return a page without what changes with every commit."""
+    """Return a page without the marks of staleness, which can change with every commit."""
     return MARK.sub("", text.partition(OLDER)[0])
 
 
 def attained(figure: MeasuredFigure) -> list[float]:
-    """Return the figure and the ends of its interval over its bound, or the bound over them where
-    small is good; empty where the bound is no positive number.
+    """Return the figure and the ends of its interval relative to its bound: divided by it, or the
+    bound divided by them if smaller is better. Empty without a positive bound.
     """
     sign, bound = figure.goal.partition(" ")[0], figure.bound
     if figure.value is None or bound is None or bound <= 0 or sign == "=":
@@ -168,7 +167,7 @@ def attained(figure: MeasuredFigure) -> list[float]:
 
 
 def label(row: ClaimRow, figure: MeasuredFigure) -> str:
-    """Return the name of a figure in the picture."""
+    """Return a figure's label in the picture."""
     return f"{row.name}: {figure.what}" + (f" ({figure.rival})" if figure.rival else "")
 
 

@@ -1,12 +1,12 @@
-"""Outside clients against a server (`deepseek serve`): how many cases of each suite pass.
+"""Run test suites of third-party clients against `deepseek serve`, and count the cases that pass.
 
     python benchmarks/clients.py [--python FOLDER ...] [--suite NAME ...] [--json FILE]
 
-Every suite (`benchmarks/client_suites/`) runs in the environment that its client is installed in:
-a folder of a virtual environment given by `--python`, else this one; of several, the one with the
-newest client. A suite whose packages are nowhere is skipped, and the figures say so. Cases that
-fail are asked once more with a frequency penalty of 1, where the suite lets it be set: a model of
-135M parameters repeats itself until the limit of tokens, which is no fault of the server.
+Every suite (`benchmarks/client_suites/`) runs in an environment that has its client: the virtual
+environments given by `--python`, and this one; the one with the newest client is chosen. A suite
+whose packages are not installed is skipped, and the figures say so. Failed cases are run once more
+with a frequency penalty of 1 if the suite supports it: a model of 135M parameters can repeat itself
+up to the token limit, which is not the server's fault.
 
     python -m venv clients && clients/bin/pip install langchain-tests langchain-openai litellm \\
         instructor llm llm-comply anthropic ollama openai openresponses-types
@@ -27,7 +27,7 @@ from served import served
 MODEL = "smollm2-135m"
 SUITES_FOLDER = Path(__file__).parent / "client_suites"
 COMMAND = "python benchmarks/clients.py --python FOLDER"
-"""As the report shows it, without a folder of this machine."""
+"""The command as the report shows it, without local folders."""
 
 PAGE = "http://127.0.0.1:3000"
 PENALTY = "1"
@@ -49,8 +49,8 @@ class Suite:
 
     Attributes:
         file: in `client_suites`.
-        packages: what has to be installed; the version of the first decides between environments.
-        penalized: whether its cases can be asked with a frequency penalty.
+        packages: required packages; the environment with the newest version of the first is used.
+        penalized: whether its cases accept a frequency penalty.
     """
 
     file: str
@@ -125,7 +125,7 @@ def outcome(suite: Suite, interpreters: list[Path], url: str) -> dict[str, Any]:
 
 
 def interpreter(suite: Suite, interpreters: list[Path]) -> Path | None:
-    """Return the Python of the environment with the newest client; None if it is nowhere."""
+    """Return the Python of the environment with the newest client; None if none has it."""
     newest: tuple[list[int], Path] | None = None
     for python in interpreters:
         command = [python, "-c", FIND, *suite.packages]

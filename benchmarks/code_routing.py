@@ -1,14 +1,15 @@
-"""How many experts dynamic routing gives to code and to prose, in mixtures trained here on both.
+"""How many experts dynamic routing uses on code and on prose, in mixtures trained here on both.
 
     python benchmarks/corpora.py public-code prose final-public-code final-public-prose
     python benchmarks/code_routing.py CORPORA [--tokens 800000] [--seeds 0 1 2] [--json FILE]
 
-A small mixture with the article's threshold of 0.7 and at most five experts a token is trained from
-scratch on Python code and English prose in equal parts, once for each seed and each of two
+A small mixture with the article's threshold of 0.7 and at most five experts per token is trained
+from scratch on Python code and English prose in equal parts, once for each seed and each of two
 settings: `controlled`, in which a temperature holds the mean over all tokens at `--target` experts,
-and `free`, without a target. Nothing tells the router what code is. Then documents of other code
-bases and other prose are read, and the experts of a document are its mean over tokens and layers.
-`p` is that of a permutation test, two-sided, of the difference between the means over documents.
+and `free`, without a target. The router is not told which text is code. The mixtures are then run
+on documents of other code bases and other prose; a document's figure is the mean number of experts
+over its tokens and layers. `p` comes from a two-sided permutation test of the difference between
+the means over documents.
 """
 
 import argparse
@@ -47,7 +48,7 @@ MODEL = {
 SETTINGS = ("controlled", "free")
 LENGTH, DOCUMENTS, PERMUTATIONS = 256, 200, 20_000
 SHORTEST = 64
-"""Tokens of a document worth reading."""
+"""Shorter documents are skipped, in tokens."""
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) -> DeepSeekModel:
-    """Return a mixture that was trained from scratch."""
+    """Return a mixture trained from scratch."""
     target = {"target_experts": options.target} if setting == "controlled" else {}
     settings = {
         "name": "routing",
@@ -112,7 +113,7 @@ def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) 
 def run(
     model: DeepSeekModel, folder: Path, options: argparse.Namespace, setting: str, seed: int
 ) -> dict[str, Any]:
-    """Return what one mixture gives to documents of each kind."""
+    """Return the mean number of experts that one mixture uses on documents of each kind."""
     tokenizer = load_tokenizer(folder)
     experts = {
         kind: np.array(list(documents_experts(model, tokenizer, options.corpora / name)))
@@ -129,7 +130,7 @@ def run(
 
 @torch.no_grad()
 def documents_experts(model: DeepSeekModel, tokenizer: Any, folder: Path) -> Iterator[float]:
-    """Yield the mean number of experts, over tokens and layers, of the first documents."""
+    """Yield the mean number of experts over tokens and layers for each of the first documents."""
     count = 0
     for document in read_folder(folder):
         ids = tokenizer.encode(document.text[: 20 * LENGTH])[:LENGTH]
@@ -143,8 +144,8 @@ def documents_experts(model: DeepSeekModel, tokenizer: Any, folder: Path) -> Ite
 
 
 def permutation_p(a_N: NDArray[Any], b_M: NDArray[Any], seed: int) -> float:
-    """Return the share of random splits whose means differ at least as much as those of `a_N` and
-    `b_M`, with the observed split counted.
+    """Return the share of random splits, the observed one included, whose means differ at least as
+    much as those of `a_N` and `b_M`.
     """
     rng = np.random.default_rng(seed)
     all_K = np.concatenate([a_N, b_M])

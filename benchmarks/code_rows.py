@@ -1,4 +1,4 @@
-"""Python code as rows of ids for small models: windows to train on, and held-out rows to test on
+"""Python code as rows of token ids for small models: training windows and held-out test rows
 (`position_length.py`).
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from deepseek.checkpoint.hub import resolve
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
 
-SHORT = 1024  # tokens of a training row
+SHORT = 1024  # tokens per training row
 BATCH = 1
 VOCAB = 2048
-UNKNOWN = 0  # id of all rare tokens, which are no targets
-END = 1  # id of the end of a file
+UNKNOWN = 0  # id of all rare tokens, which are never targets
+END = 1  # end-of-file id
 HELD_OUT = 0.1  # of the files
 
 
@@ -27,8 +27,8 @@ class Corpus:
 
     Attributes:
         stream: ids of the training files, one after another.
-        rows: `[N, T + 1]` of held-out files that are long enough.
-        ends_line: for each id whether it ends a line, `[VOCAB]`.
+        rows: test rows from held-out files that are long enough, `[N, T + 1]`.
+        ends_line: whether each id contains a line end, `[VOCAB]`.
     """
 
     stream: Tensor
@@ -37,7 +37,7 @@ class Corpus:
 
 
 def read_corpus(folders: list[Path], test_rows: int, length: int) -> Corpus:
-    """Return the tokens of the code, with test rows of `length` tokens and one."""
+    """Return the tokens of the code, with test rows of `length + 1` tokens."""
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     tokenizer = load_tokenizer(resolve("smollm2-135m"))
     texts = encode_plain(tokenizer, [path.read_text(errors="replace") for path in files])
@@ -64,12 +64,12 @@ def read_corpus(folders: list[Path], test_rows: int, length: int) -> Corpus:
 
 
 class Windows:
-    """Random rows `[B, 1025]` of the stream, the same for every rival of a seed."""
+    """Random rows `[B, 1025]` of the stream, the same for all rivals with a seed."""
 
     def __init__(self, stream: Tensor, seed: int) -> None:
         self.stream = stream
         self.seed = seed
-        self.count = 0  # rows before the next one
+        self.count = 0  # number of batches drawn so far
 
     def next(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.count)

@@ -1,19 +1,19 @@
-"""What each kind of model costs in the compiled runner: speed beside the dense base and the
-reference runner, divergence beside the dense base's.
+"""Speed and divergence of each kind of model in the compiled runner, beside the dense base and the
+reference runner.
 
     python benchmarks/compiled_kinds.py [--model smollm2-135m] [--kinds dense dpe alibi window lsh]
         [--texts docs] [--rows 8] [--row 256] [--rounds 5] [--json FILE]
 
-`dpe` has dynamic positions with random parameters, `alibi` linear biases in place of rotary
-positions, `window` a sliding window of 128 tokens at every second layer, `lsh` LSH attention as it
-is by itself, `narrow` the same with windows that a row of 256 tokens exceeds several times, `far`
-that with a far field and two rounds; `stock` is the model as it is. The sides take turns: a prefill
-of 512 tokens, then 64 tokens one by one. The reference runner, in the dtype that it takes by
-itself, decodes eight tokens a turn. `ratio` is the kind's decoding speed over that of the first
-kind in the same round. `divergence` is the mean KL divergence of the logits in nats from the fp32
-model's, on rows of `--row` tokens of TEXTS, `reference divergence` that of the reference runner, which
-rounds in bf16 where that is its dtype, and `equal` the share of tokens at which the compiled runner
-and the fp32 model find the same one likeliest.
+`dpe` has dynamic positions with random parameters, `alibi` linear biases instead of rotary
+positions, `window` a sliding window of 128 tokens at every second layer, `lsh` LSH attention with
+default settings, `narrow` the same with windows much shorter than a row of 256 tokens, and `far`
+that with a far field and two rounds; `dense` and `stock` are the model as it is. The sides take
+turns: a prefill of 512 tokens, then 64 tokens one by one. The reference runner, in its default
+dtype, decodes eight tokens per turn. `ratio` is the kind's decoding speed over that of the first
+kind in the same round. `divergence` is the mean KL divergence of the predictions from the fp32
+model's, in nats, on rows of `--row` tokens of TEXTS; `reference divergence` is the reference
+runner's, which rounds to bf16 if that is its dtype; and `equal` is the share of positions at which
+the compiled runner and the fp32 model have the same most likely token.
 """
 
 import argparse
@@ -89,14 +89,14 @@ def main() -> None:
 
 
 def make_model(kind: str, name: str, dtype: str) -> Any:
-    """Return the model, with random parameters where it would start with zeros."""
+    """Return the model; parameters that would be zero at first are random."""
     model = load(name, config=ModelConfig(**KINDS[kind]), dtype=dtype).model
     randomise_positions(model)
     return model
 
 
 def randomise_positions(model: torch.nn.Module) -> None:
-    """Give dynamic positions random parameters; new ones compute nothing."""
+    """Give dynamic positions random parameters; new ones are zero and have no effect."""
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, DynamicBias):
@@ -107,7 +107,7 @@ def randomise_positions(model: torch.nn.Module) -> None:
 
 @torch.inference_mode()
 def distance(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, float]:
-    """Return how far a runner's logits are from the model's."""
+    """Return the divergence of a runner's predictions from the model's, and their agreement."""
     exact = [
         model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         for ids in rows
@@ -120,7 +120,7 @@ def distance(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, flo
 
 
 def measure(sides: dict[tuple[str, str], Runner], rounds: int) -> dict[str, dict[str, float]]:
-    """Return the median speeds of all sides, and ratios to the first kind, over rounds in turn."""
+    """Return the median speeds of all sides over the rounds, and their ratios to the first kind."""
     turns = {
         side: engine(runner, STEPS if side[1] == "compiled" else STEPS // 8)
         for side, runner in sides.items()

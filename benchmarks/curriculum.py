@@ -1,12 +1,12 @@
-"""Does easy text first save steps? The same tokens with and without, several seeds.
+"""How many training steps a curriculum (easy text first) saves, on the same tokens, over several
+seeds.
 
     python benchmarks/curriculum.py CORPORA [--tokens 200000] [--seeds 3] [--json benchmarks/results/curriculum.json]
 
-For each seed a small dense model is trained twice on the same shards in the same way, with the
-curriculum on and off. The fixed loss is what the run without reaches on held-out text at its end;
-`saved` is the share of steps that the run with the curriculum needs less to get there for the first
-time than the run without does, read off both held-out curves by interpolation (negative: it needs
-more).
+For each seed, a small dense model is trained twice on the same shards, with the curriculum on and
+off. `goal` is the final held-out loss of the run without it; `saved` is the share by which the
+curriculum reduces the steps until that loss is first reached, interpolated on both held-out curves
+(negative: it needs more).
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def first_step(goal: float, steps: list[int], losses: list[float]) -> float:
-    """Return the step at which a curve first comes down to a loss; infinity: it never does."""
+    """Return the step at which a curve first falls to a loss; infinity if it never does."""
     best = np.minimum.accumulate(losses)
     return float(np.interp(-goal, -best, steps)) if best[-1] <= goal else float("inf")
 

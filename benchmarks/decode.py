@@ -1,31 +1,29 @@
-"""Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and
-rivals, in turn.
+"""Decoding and prefill speed of SmolLM2-135M on the CPU: our 8-bit runner, our eager runner, and
+rivals.
 
     python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
         [--openvino PYTHON] [--keep FOLDER] [--plot FILE] [--dtype auto]
 
-Every round gives each side its turn, in this process or in one that waits on a pipe, so that all
-meet the same machine; medians over the rounds are compared. A turn is a prefill of 512 tokens, then
-64 tokens one by one behind them.
+The sides take turns within every round, in this process or in one that waits on a pipe, so that all
+run under the same conditions; medians over the rounds are compared. A turn is a prefill of 512
+tokens, then 64 tokens one by one.
 
 llama.cpp runs in a Python that has llama-cpp-python (`--llama`, or this one if it has it), on GGUF
-files at Q8_0 and bf16 that are written here from our weights; the time is that of `llama_decode`
-alone.
+files at Q8_0 and bf16 that are written here from our weights; only `llama_decode` is timed.
 
-OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if it has it), which is
-how its users come to a model: keys and values kept inside, weights at 8 bits, everything else as
-OpenVINO chooses for this processor; the time is that of `infer` alone. The model as it is exported
-computes the logits of the whole prompt. The others do not, so the input of its last product is cut
-to the last token.
+OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if it has it), the usual
+way to export a model: a stateful model with its own key/value cache, 8-bit weights, and otherwise
+OpenVINO's defaults for this processor; only `infer` is timed. The exported model computes logits
+for the whole prompt. The others do not, so the input of its last matrix product is cut to the last
+token.
 
-Models in the rivals' formats are written to a temporary folder, or once and for all to that of
-`--keep`.
+Models in the rivals' formats are written to a temporary folder, or once to that of `--keep`.
 
-A machine with AVX2 alone is imitated on another one by NUMBA_CPU_NAME=znver3 with
-NUMBA_CPU_FEATURES=+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt for our engine, by
-ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2 (which counts on
-Intel's processors) and `--dtype float32` for torch, and by a llama-cpp-python that is built with
-GGML_NATIVE=OFF and GGML_AVX2, GGML_FMA, GGML_F16C and GGML_BMI2=ON; OpenVINO is left out.
+To simulate a processor with only AVX2, set NUMBA_CPU_NAME=znver3 and
+NUMBA_CPU_FEATURES=+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt for our engine;
+ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2 (effective on Intel
+processors) and `--dtype float32` for torch; and build llama-cpp-python with GGML_NATIVE=OFF and
+GGML_AVX2, GGML_FMA, GGML_F16C and GGML_BMI2=ON. Leave OpenVINO out.
 """
 
 import argparse
@@ -59,7 +57,7 @@ def prompt() -> list[int]:
 
 
 def engine(runner: Any, steps: int = STEPS) -> Turn:
-    """Tokens per second of one of our runners, with `steps` tokens one by one."""
+    """Return a turn of one of our runners: tokens per second, with `steps` decoded tokens."""
 
     def turn() -> dict[str, float]:
         state = runner.start(None, PROMPT + steps)
@@ -78,7 +76,7 @@ def engine(runner: Any, steps: int = STEPS) -> Turn:
 
 
 def batch(runner: CompiledRunner) -> Turn:
-    """Tokens per second of all streams together."""
+    """Return a turn: tokens per second of all streams together."""
 
     def turn() -> dict[str, float]:
         states = [runner.start(None, PROMPT + STEPS) for _ in range(STREAMS)]
@@ -180,7 +178,7 @@ for line in sys.stdin:
 
 
 def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") -> Turn:
-    """A process of another Python that runs `source` and takes a turn when a line comes."""
+    """Start another Python that runs `source`; it takes a turn for each line on standard input."""
     command = [
         str(python),
         "-c",
@@ -204,7 +202,7 @@ def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") 
 
 
 def gguf_writer(path: Path, architecture: str, config: Any) -> Any:
-    """Return a writer of a GGUF file that has the sizes of a model, and no vocabulary."""
+    """Return a writer of a GGUF file with the sizes of a model and no vocabulary."""
     import gguf
 
     out = gguf.GGUFWriter(path, architecture, use_temp_file=True)
@@ -221,7 +219,7 @@ def gguf_writer(path: Path, architecture: str, config: Any) -> Any:
 
 
 def finish_gguf(out: Any) -> None:
-    """Write what a writer has been given, and close it."""
+    """Write everything added to a writer, and close it."""
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -231,8 +229,8 @@ def finish_gguf(out: Any) -> None:
 def write_gguf(
     model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any], None] | None = None
 ) -> None:
-    """Write the weights of a Llama as GGUF; without `add_vocabulary` the vocabulary is numbered
-    only.
+    """Write the weights of a Llama as GGUF; without `add_vocabulary`, tokens have ids but no
+    text.
     """
     import gguf
 
@@ -272,7 +270,7 @@ def write_gguf(
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             own.split(".")[-2]
         )
-        if heads:  # llama.cpp rotates neighbours, Hugging Face the halves of a head
+        if heads:  # llama.cpp rotates adjacent pairs, Hugging Face the halves of a head
             value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
         array = np.ascontiguousarray(value.numpy())
         if array.ndim == 1:
@@ -283,7 +281,7 @@ def write_gguf(
 
 
 def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
-    """Draw ours beside the rivals that were there."""
+    """Draw ours beside the rivals that were measured."""
     titles = {"decode": "decoding, tokens/s", "prefill": f"prefill of {PROMPT} tokens, tokens/s"}
     draw(
         path,
@@ -325,7 +323,7 @@ def main() -> None:
     turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
     with tempfile.TemporaryDirectory() as temporary:
         base = model.experts.base_folder
-        folder = (options.keep or Path(temporary)) / base.name  # another base's rivals differ
+        folder = (options.keep or Path(temporary)) / base.name  # one folder per base
         folder.mkdir(parents=True, exist_ok=True)
         for kind in ("Q8_0", "BF16") if options.llama else ():
             if not (folder / f"{kind}.gguf").exists():

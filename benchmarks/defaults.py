@@ -1,16 +1,16 @@
-"""The default settings of `deepseek expert train` against others around them, on several sources.
+"""Compare the default settings of `deepseek expert train` with nearby ones, on several sources.
 
     python benchmarks/corpora.py sizes --megabytes 20
     python benchmarks/defaults.py ~/text/manuals chats.jsonl [--tokens 24000] [--seeds 1] [--json FILE]
 
-A source is a folder of text or a JSONL file. On each one, experts are trained with the defaults and
+A source is a folder of text or a JSONL file. On each, experts are trained with the defaults and
 with one setting changed at a time (`CHANGES`), on the same rows; gates are not fitted. `gain` is
-the relative reduction of the loss on held-out text that no run has used, and `share` the defaults'
-gain over that of the best run. As the best is chosen by the same text, its gain is flattered a
-little, and the share is a lower bound. A small source holds out a few rows only: with `--seeds`,
-gains are means over so many divisions into text to train on and text held out. An interrupted run
-goes on. Sources that FILE has from an earlier run with the same base, layers and tokens, and that are
-not named, stay in it; each source says at which commit it was measured.
+the relative reduction of the loss on held-out text that no run has used, and `share` is the
+defaults' gain over that of the best run. The best run is chosen on the same text, so its gain is
+slightly overestimated and the share is a lower bound. A small source holds out only a few rows:
+with `--seeds`, gains are means over that many splits into training and held-out text. An
+interrupted run resumes. Figures in FILE of other sources, from an earlier run with the same base,
+layers and tokens, are kept; each source records the commit at which it was measured.
 """
 
 import argparse
@@ -41,9 +41,9 @@ CHANGES = (
     "8 passes",
 )
 SETTINGS = ("base", "layers", "tokens")
-"""Options that all sources of a result have in common."""
+"""Options that must be the same for all sources of a result."""
 SHARED = ("corpus", "trunk")
-"""Folders of a run that depend on the text and the base only."""
+"""Folders of a run that depend only on the text and the base."""
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def trained(path: Path, change: str, seed: int, options: argparse.Namespace) -> 
 def changed(
     path: Path, change: str, seed: int, options: argparse.Namespace, rate: float
 ) -> ExpertRequest:
-    """Return the request of a training with one setting changed, where `rate` is the usual rate."""
+    """Return the request of a training with one setting changed; `rate` is the default rate."""
     plain = {
         "base": options.base,
         "name": "defaults",
@@ -140,7 +140,7 @@ def changed(
 
 
 def outcome(run: ExpertRun) -> dict[str, Any]:
-    """Train, and return the losses and what happened."""
+    """Train, and return the figures and the story of the run."""
     texts = run.texts(run.corpus())
     plan = run.plan(texts)
     found = run.train(texts, plan)

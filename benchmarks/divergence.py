@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's."""
+"""Differences between the predictions of two models."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ def divergence(wanted_TV: Tensor, found_TV: Tensor) -> float:
 
 
 def same_likeliest(wanted_TV: Tensor, found_TV: Tensor) -> float:
-    """Return the share of positions at which both have the same likeliest token.
+    """Return the share of positions at which both have the same most likely token.
 
     Args:
         wanted_TV, found_TV: log probabilities `[..., V]`.

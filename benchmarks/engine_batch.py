@@ -1,12 +1,11 @@
-"""Tokens a second of the engine with 1, 4 and 16 requests at once, and what the engine itself costs
-a token.
+"""Tokens per second of the engine with 1, 4 and 16 concurrent requests, and of the runner alone.
 
     python benchmarks/engine_batch.py [--model smollm2-135m] [--runner compiled] [--streams 1 4 16] [--json FILE]
 
-Every request has a prompt of its own of `--prompt` tokens and is answered by exactly `--tokens`
-tokens. Counted are the time to the first token, and the tokens from the moment that every request
-has its first one; the best of `--rounds` is told. `runner_only` is one stream without the engine:
-the runner is asked for one token after another.
+Every request has its own prompt of `--prompt` tokens and is answered by exactly `--tokens` tokens.
+Measured are the time to the first token, and the tokens per second once every request has its first
+token; the best of `--rounds` is reported. `runner_only` is one stream without the engine: the
+runner computes one token after another.
 """
 
 import argparse
@@ -101,7 +100,7 @@ def run(
 
 
 def alone(runner: Runner, length: int, tokens: int) -> float:
-    """Return the tokens a second of the runner by itself, one sequence, greedy."""
+    """Return the tokens per second of the runner alone, for one greedy sequence."""
     state = runner.start(None, length + tokens)
     output = runner.forward([Chunk(state, prompt_ids(length, 0))])
     started = time.perf_counter()

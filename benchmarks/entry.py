@@ -1,5 +1,5 @@
-"""How benchmarks begin and end on the command line: paths that they read are checked before hours
-of work, and an error that its user can mend is one sentence, with exit code 2.
+"""Command-line helpers of benchmarks: input paths are checked before hours of work, and an error
+that the user can fix is reported in one sentence, with exit code 2.
 """
 
 import argparse
@@ -15,17 +15,17 @@ KINDS = ("folder", "git", "jsonl", "parquet")
 """Kinds of text that an expert is trained on."""
 
 WRONG_INPUT = 2
-"""Exit code, as that of `argparse`."""
+"""Exit code, as of `argparse`."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as that of `deepseek`."""
+"""Exit code after Ctrl-C, as of `deepseek`."""
 
 
 def existing_path(text: str) -> Path:
-    """Return the path of a file or folder to read; the `type` of an argument.
+    """Return the path of a file or folder to read; for use as the `type` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: there is none.
+        argparse.ArgumentTypeError: it does not exist.
     """
     path = Path(text).expanduser()
     if not path.exists():
@@ -38,10 +38,10 @@ class Source:
     """Text to train an expert on, named as `[NAME=]KIND:PATH`.
 
     Attributes:
-        text: how it was named.
-        title: name for it; "": none.
+        text: the whole argument.
+        title: NAME; "" if there is none.
         kind: one of `KINDS`.
-        place: path, from the folder that paths start from.
+        place: PATH, absolute or relative to the root passed to `path`.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Source:
 
     @classmethod
     def of(cls, text: str) -> "Source":
-        """Return what a word of the command line names; the `type` of an argument.
+        """Parse a command-line argument; for use as the `type` of an argument.
 
         Raises:
             argparse.ArgumentTypeError: it has no kind, or an unknown one.
@@ -68,7 +68,7 @@ class Source:
         """Return the absolute path.
 
         Raises:
-            DataError: there is none.
+            DataError: it does not exist.
         """
         path = (root / Path(self.place).expanduser()).resolve()
         if not path.exists():
@@ -77,8 +77,8 @@ class Source:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a benchmark and end the process with one sentence where its input is wrong, and after
-    Ctrl-C.
+    """Run a benchmark; on wrong input or Ctrl-C, end the process with one sentence and an exit
+    code.
     """
     try:
         main()
@@ -89,7 +89,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
     except subprocess.CalledProcessError as error:
-        # The process has said why, unless its messages were captured.
+        # The process has printed the reason, unless its output was captured.
         said = f": {error.stderr.strip()}" if error.stderr else "; see its messages above"
         program = Path(str(error.cmd[0])).name
         print(f"error: {program} ended with {error.returncode}{said}", file=sys.stderr)

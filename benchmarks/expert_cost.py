@@ -1,15 +1,15 @@
-"""What plugged experts cost a decoding step: one that speaks at every token, and sixteen that are
-not armed.
+"""What plugged experts cost per decoding step: sixteen unarmed ones, one that fires at every token,
+and one that never fires.
 
     python benchmarks/expert_cost.py [--rounds 20] [--tokens 64] [--streams 1 4] [--json FILE]
 
-One engine with the compiled 8-bit runner. The three states take turns within every round, so that
-all meet the same machine: nothing plugged; `--plugged` experts plugged and the base asked for
-alone; one of them armed. The experts are random, of the usual width (512) at the last three layers,
-and their gates fire everywhere: what a real one costs on its own texts; elsewhere it costs its
-gates only, and one that never fires is measured too. A turn is one generation per stream, without
-guessed tokens (`benchmarks/guesses.py` measures those), so that a step gives one; its pace is the
-median time between two of them. Ratios are medians of the rounds' ratios.
+One engine runs the compiled 8-bit runner. Four states take turns in random order within every
+round: nothing plugged; `--plugged` experts plugged but not armed; one of them armed that fires at
+every token; one armed that never fires. The experts are random, of the usual width (512) at the
+last three layers. The one that fires costs what a real expert costs on its own text; elsewhere a
+real one costs only its gates, like the one that never fires. A turn is one generation per stream,
+without drafted tokens (`benchmarks/guesses.py` measures those), so that each step generates one
+token; its speed is the median time between two tokens. Ratios are medians over the rounds.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def main() -> None:
 
 
 def save(loaded: Loaded, name: str, folder: Path, seed: int) -> Path:
-    """Write a pack of a random expert; its gates fire at every token, or at none if it is the
-    silent one.
+    """Write a pack of a random expert; its gates fire at every token, or never if it is named
+    `SILENT`.
     """
     blocks = loaded.model.layers
     module = ExpertModule.beside(
@@ -91,7 +91,7 @@ def save(loaded: Loaded, name: str, folder: Path, seed: int) -> Path:
 def measure(
     engine: Engine, packs: list[Path], streams: int, rounds: int, tokens: int
 ) -> dict[str, float]:
-    """Return the base's pace in tokens a second, and the other states' as shares of it."""
+    """Return the base's tokens per second, and the speed of the other states relative to it."""
     paces: dict[str, list[float]] = {state: [] for state in ("base", "unarmed", SPEAKS, SILENT)}
     for number in range(rounds + 1):
         order = list(paces)
@@ -99,13 +99,13 @@ def measure(
         for state in order:
             for pack in packs:
                 engine.plug(pack)
-            for pack in packs if state == "base" else ():  # it has met the same work just before
+            for pack in packs if state == "base" else ():  # plugged too, so the prior work is equal
                 engine.unplug(pack.stem)
             arm = (state,) if state in (SPEAKS, SILENT) else ()
             pace = decode(engine, ExpertChoice(arm), streams, tokens, number)
             for info in engine.experts():
                 engine.unplug(info.name)
-            if number:  # the first round warms
+            if number:  # the first round is a warm-up
                 paces[state].append(pace)
     shares = {
         f"{state}_share": median(
@@ -118,7 +118,7 @@ def measure(
 
 
 def decode(engine: Engine, choice: ExpertChoice, streams: int, tokens: int, number: int) -> float:
-    """Return the median seconds between two tokens of a stream while all streams speak."""
+    """Return the median seconds between two tokens of a stream while all streams decode."""
     sampling = Sampling(tokens, temperature=0.0)
     asked = [
         Request(prompt_ids(PROMPT, 100 * number + s), sampling, choice, ignore_end=True)
@@ -126,7 +126,7 @@ def decode(engine: Engine, choice: ExpertChoice, streams: int, tokens: int, numb
     ]
     generations = [engine.submit(request) for request in asked]
     times = []
-    for event in generations[-1]:  # the last to start: the others speak already
+    for event in generations[-1]:  # the last to start: the others are decoding already
         assert event.expert == (SPEAKS if choice.arm == (SPEAKS,) else None)
         times.append(time.perf_counter())
     for generation in generations[:-1]:

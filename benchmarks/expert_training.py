@@ -1,14 +1,14 @@
-"""What training an expert on a real code base gains, in the time it is given, on files it has not
-seen.
+"""Train an expert on a code base within a time limit, and measure its gain on held-out files and
+its training speed.
 
     python benchmarks/expert_training.py FOLDER [--layers last:3] [--minutes 5] [--json benchmarks/results/FILE.json]
 
-The training is one process. `seconds` counts reading, cleaning, planning, trunk cache, training and
-evaluation, as the minutes do; `seconds_with_gates` is the whole process from outside. Afterwards
-the pack is plugged into a fresh base and scored on `--check` held-out tokens with the exact loss
-and nothing cached. The speed without a trunk cache is measured too: the same loop on the same rows
-for a few steps, with the trunk recomputed at every one. `benchmarks/corpora.py code-a` fetches a
-code base.
+The training runs in one process. `seconds` counts reading, cleaning, planning, trunk cache,
+training and evaluation, as `--minutes` does; `seconds_with_gates` is the wall time of the whole
+process. Then the pack is loaded into a fresh base and scored on `--check` held-out tokens, with the
+exact loss and without the trunk cache. The training speed without a trunk cache is measured too:
+the same loop on the same rows for a few steps, with the trunk recomputed at every step.
+`benchmarks/corpora.py code-a` fetches a code base.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) -> float:
-    """Train in a process of its own and return its wall time in seconds."""
+    """Train in a separate process and return its wall time in seconds."""
     command = [
         sys.executable,
         "-m",
@@ -96,7 +96,7 @@ def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) 
 
 
 def run_figures(run: Path) -> dict[str, Any]:
-    """Return what the run says about itself."""
+    """Return the figures that the run recorded."""
     result, plan = (
         json.loads((run / "result.json").read_text()),
         json.loads((run / "plan.json").read_text()),
@@ -114,8 +114,8 @@ def run_figures(run: Path) -> dict[str, Any]:
 
 
 def speeds(run: Path) -> dict[str, Any]:
-    """Return the training speed with the trunk cache, and without it where there is one (medians
-    over steps).
+    """Return the training speed with and without the trunk cache (medians over steps), and their
+    ratio.
     """
     cached = tokens_per_second(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def speeds(run: Path) -> dict[str, Any]:
 
 
 def tokens_per_second(run: Path) -> float:
-    """Return the median over the steps of a run."""
+    """Return the median tokens per second over the steps of a run."""
     records = read_metrics(run / "training" / "metrics.jsonl")
     return median(
         record["tokens_per_second"] for record in records if "tokens_per_second" in record
@@ -133,8 +133,8 @@ def tokens_per_second(run: Path) -> float:
 
 
 def train_uncached(run: Path, folder: Path) -> Path:
-    """Train `UNCACHED_STEPS` steps of the run's request again, the trunk computed anew at each;
-    return the folder.
+    """Train `UNCACHED_STEPS` steps of the run's request again, without a trunk cache; return the
+    folder.
     """
     shutil.copytree(run / "corpus", folder / "corpus")
     stored = json.loads((run / "request.json").read_text())
@@ -154,7 +154,7 @@ def train_uncached(run: Path, folder: Path) -> Path:
 
 
 def check(base: str, pack: Path, run: Path, tokens: int) -> dict[str, Any]:
-    """Score base and expert on held-out rows with the whole model, the pack as it was written."""
+    """Score the base and the written pack on held-out rows with the whole model."""
     model = load(base).model
     request = json.loads((run / "request.json").read_text())
     loader = RowLoader(TokenShards(run / "corpus" / "held-out"), 4, request["row_length"], seed=1)

@@ -1,11 +1,11 @@
-"""What follows from formulas alone: the article's learning rates, the planner's figures for its two
-large models.
+"""Claims that follow from formulas alone: the article's learning rate schedule, and the planner's
+figures for its two large models.
 
     python benchmarks/formulas.py [--json FILE]
 
 `schedule` compares the rate of every step of the training loop with the article's cosine from 3e-4
-to 1e-5, over the steps of 300 billion tokens, 4 million a step. `scaling` and `8b` are what
-`deepseek plan` prints.
+to 1e-5, over 300 billion tokens at 4 million per step. `scaling` and `8b` come from `deepseek
+plan`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def schedule() -> dict[str, float]:
     steps = round(TOKENS / STEP_TOKENS)
     config = OptimConfig(PEAK, warmup=0.0, final=FINAL / PEAK)
     ours = [learning_rate(config, step, steps) for step in range(1, steps)]
-    # The first step is the warm-up of every run, at the peak; the cosine begins behind it.
+    # The first step of a run is always its warm-up, at the peak; the cosine begins after it.
     share = [step / (len(ours) - 1) for step in range(len(ours))]
     article = [FINAL + (PEAK - FINAL) * (1 + math.cos(math.pi * one)) / 2 for one in share]
     worst = max(abs(mine / theirs - 1) for mine, theirs in zip(ours, article, strict=True))

@@ -1,19 +1,19 @@
-"""How soon an expert knows new commits, how well, and what it forgets.
+"""Update an expert with new commits: time until it is served, gain on the new text, forgetting.
 
     python benchmarks/fresh.py REPOSITORY [--commits 50] [--minutes 5] [--update-minutes 1] [--json FILE]
 
 An expert is trained on the repository as it was `--commits` commits ago. Then the commits arrive:
-`deepseek expert train --update` in a process of its own, and the new pack is plugged into a running
-server, in place of the former; `seconds` is the time from the arrival to the answer of the server.
-A second expert is trained on the whole history from the start, with the minutes of the first
-training: the full retraining that the update saves. The public text
-and statistics of the base, which the first one computes, it finds there.
+`deepseek expert train --update` runs in its own process, and the new pack replaces the old one in a
+running server. `seconds_from_commits_to_plugged` is the time from the commits to the server's
+answer. For comparison, a second expert is trained from scratch on the whole history, within the
+minutes of the first training: the full retraining that the update avoids. It reuses the public text
+and the base's statistics that the first training computed.
 
-Three texts are scored with the whole model and the exact loss, the expert forced on: `new`, the
-documents that the commits brought, except those held out; `unseen`, those held out, if there are
-any; and `old`, what the first training held out. The gain is the share by which the loss lies below
-that of the base. The experts `fresh-bench` and `fresh-bench-whole`, left by an earlier run, are
-deleted first; give a `DEEPSEEK_HOME` of its own.
+Three texts are scored with the whole model and the exact loss, the expert forced on: `new`,
+training documents that the commits brought; `unseen`, held-out documents that the commits brought,
+if any; and `old`, held-out documents of the first training. The gain is the relative reduction of
+the base's loss. The runs `fresh-bench` and `fresh-bench-whole` of an earlier measurement are
+deleted first, so use a separate `DEEPSEEK_HOME`.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Texts:
 
     Attributes:
         new: training documents that the commits brought.
-        old: held-out documents from before.
+        old: held-out documents of the first training.
         unseen: held-out documents that the commits brought.
     """
 
@@ -130,7 +130,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def ratios(gains: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return how much of the retraining's gain an update has, and how much of its own it keeps."""
+    """Return the update's gain relative to the retraining's on new text, and to the first
+    training's on old text.
+    """
     new, old = gains["new"], gains["old"]
     return {
         "share_of_retraining_on_new": round(new["updated"] / new["retrained"], 3),
@@ -145,12 +147,12 @@ def git(*words: str) -> str:
 
 
 def run(*words: str) -> None:
-    """Run a command of the library in a process of its own."""
+    """Run a `deepseek` command in its own process."""
     subprocess.run([*DEEPSEEK, *words], check=True)
 
 
 def train(name: str, options: argparse.Namespace, clone: Path) -> None:
-    """Train an expert on the clone as it is."""
+    """Train an expert on the current state of the clone."""
     words = ["--name", name, "--base", options.base, "--minutes", str(options.minutes)]
     if options.train_tokens is not None:
         words += ["--tokens", str(options.train_tokens)]
@@ -158,7 +160,7 @@ def train(name: str, options: argparse.Namespace, clone: Path) -> None:
 
 
 def documents(clone: Path) -> tuple[list[Document], list[Document]]:
-    """Return the documents of the clone to train on, and those held out, as a training has them."""
+    """Return the training and held-out documents of the clone, split as in a training."""
     sides = read_sides(Source(git=clone), silent, NONE_KNOWN)
     return sides.train, sides.held_out
 
@@ -166,7 +168,7 @@ def documents(clone: Path) -> tuple[list[Document], list[Document]]:
 def compared(
     first: tuple[list[Document], list[Document]], then: tuple[list[Document], list[Document]]
 ) -> Texts:
-    """Return the documents to score, from those of both states of the repository."""
+    """Return the documents to score, given those of both states of the repository."""
     known = {document.digest for part in first for document in part}
     new, unseen = ([each for each in part if each.digest not in known] for part in then)
     trained = {document.name for part in (first[0], then[0]) for document in part}
@@ -176,7 +178,7 @@ def compared(
 def scores(
     options: argparse.Namespace, texts: Texts, packs: dict[str, Path], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Return the gain of each pack over the base in percent, for each text that is there."""
+    """Return the gain of each pack over the base in per cent, for each non-empty text."""
     loaded = load(options.base)
     gains: dict[str, dict[str, float]] = {}
     for name, part in vars(texts).items():
@@ -194,14 +196,14 @@ def scores(
 
 
 def rows(part: Sequence[Document], loaded: Loaded, tokens: int, folder: Path) -> list[Any]:
-    """Return packed rows of documents, at most so many tokens."""
+    """Return packed rows of documents, with at most `tokens` tokens but at least one row."""
     shards = TokenShards.build(part, loaded.tokenizer, folder)
     loader = RowLoader(shards, BATCH_ROWS, ROW_LENGTH, 0)
     return loader.first(max(1, min(loader.num_rows, tokens // ROW_LENGTH))).batches()
 
 
 class Server:
-    """`deepseek serve` in a process of its own, with the first expert plugged."""
+    """`deepseek serve` in its own process, with the first expert plugged."""
 
     def __init__(self, base: str) -> None:
         with socket.socket() as free:

@@ -1,7 +1,7 @@
-"""Random requests against a server with a tiny random model: no 5xx, no reply that its own
-description does not allow.
+"""Send random requests to a server with a tiny random model: no reply may be a 5xx or violate the
+server's own OpenAPI description.
 
-python benchmarks/fuzz_server.py [--requests 10000] [--json FILE]
+    python benchmarks/fuzz_server.py [--requests 10000] [--json FILE]
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How far llama.cpp's reading of an exported GGUF file is from the model in fp32.
+"""Divergence of exported GGUF files, as llama.cpp runs them, from the model in fp32.
 
     python benchmarks/gguf_export.py TEXT... [--base smollm2-135m] [--dtypes bfloat16 q8_0]
         [--rows 8] [--llama PYTHON] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files, of which rows of 256 tokens are taken. For each dtype
-two mean divergences (Kullback-Leibler, in nats) from the model's own predictions are printed: that
-of the file's weights in fp32 arithmetic ("weights"), and that of llama.cpp, which on a processor
-also rounds the inputs of each product to 8 bits ("llama.cpp"). llama.cpp runs in a Python that has
+TEXT are folders, .jsonl or .parquet files; rows of 256 tokens are taken from them. For each dtype,
+two mean Kullback-Leibler divergences from the model's own predictions are printed, in nats: that of
+the file's weights in fp32 arithmetic ("weights"), and that of llama.cpp, which on a CPU may also
+quantise the activations to 8 bits ("llama.cpp"). llama.cpp runs in a Python that has
 llama-cpp-python (`--llama`, or this one if it has it).
 """
 
@@ -30,7 +30,7 @@ ROW = 256
 
 
 def predictions(base: str | Path, ids: np.ndarray) -> torch.Tensor:
-    """Return the log probabilities `[rows, ROW, vocabulary]` of a model in fp32 at every token."""
+    """Return a model's log probabilities in fp32 after every token, `[rows, ROW, vocabulary]`."""
     model = deepseek.load(str(base), dtype="float32").model
     with torch.inference_mode():
         return torch.stack(

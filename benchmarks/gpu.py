@@ -1,18 +1,18 @@
-"""A model on a GPU, beside `transformers` on the same GPU: decoding, prefill, training, plugging.
+"""Decoding and prefill on a GPU against `transformers`, and speed of training and plugging experts.
 
     python benchmarks/gpu.py [--device cuda] [--models smollm2-135m llama-1.2b] [--json FILE]
     python benchmarks/gpu.py --device cpu --quick
 
 `llama-1.2b` is a stock Llama checkpoint of the shape of Llama 3.2 1B with random weights, and
-`tiny`, which `--quick` takes, one of three narrow layers. Ours is the engine's runner, without
-sampler or HTTP. The rival is `generate` of the stock model: the same files, dtype and prompts,
-greedy, with its usual cache. The two take turns, so that whatever else the machine does slows both
-down; the figures are medians over the rounds, after one round that warms up.
+`tiny`, which `--quick` uses, one with three narrow layers. Ours is the engine's runner, without
+sampler or HTTP. The rival is `generate` of the stock model: same files, dtype and prompts, greedy,
+with its default cache. The two take turns, so that other work on the machine slows both alike; the
+figures are medians over the rounds, after a warm-up round.
 
-A decoding figure is the number of new tokens of all streams over the seconds beyond those of the
-first one, so prompts do not count. `prefill` is one prompt at once. `training_tokens_per_s` is a
-step of an expert on the last three layers with cached hidden states, as `expert train` computes it;
-`plug_ms` a pack of that size, read, checked and plugged.
+A decoding figure counts the tokens after the first of each stream and their time, so prompts do not
+count. `prefill` is one prompt in one pass. `training_tokens_per_s` is measured on steps of an
+expert on the last three layers with cached hidden states, as in `expert train`; `plug_ms` is the
+time to read, check and plug a pack of that size.
 """
 
 import argparse
@@ -78,19 +78,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 FREQUENT = 4096
-"""Token ids that always join the candidates of the training loss, as in `expert train`."""
+"""Number of token ids that are always candidates of the training loss, as in `expert train`."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the measurement.
 
     Attributes:
         streams: number of streams that decode together.
-        prompt: tokens of a prompt before decoding.
-        steps: new tokens of each stream.
-        prefill: tokens of the prompt that is computed at once.
-        rows, row_length: a training batch.
+        prompt: tokens per prompt before decoding.
+        steps: new tokens per stream.
+        prefill: tokens of the prompt for the prefill figure.
+        rows, row_length: shape of a training batch.
         width: width of the expert.
         packs: number of packs plugged.
         rounds: number of rounds.
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the processor or GPU."""
+    """Return the name of the GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -150,7 +150,7 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -
 
 
 def speeds(model: LanguageModel, folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Return the speeds of decoding and prefill beside those of the stock model in `folder`."""
+    """Return decoding and prefill speeds beside those of the stock model in `folder`."""
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     stock = stock.to(model.device).eval()
     figures = {}
@@ -166,7 +166,7 @@ def speeds(model: LanguageModel, folder: Path, sizes: Sizes) -> dict[str, dict[s
 
 
 def checkpoint(name: str, scratch: Path) -> Path:
-    """Return the folder of a known model, or of a new random one with a shape in `SHAPES`."""
+    """Return the folder of a known model, or of a new random one with a shape of `SHAPES`."""
     if name not in SHAPES:
         return resolve(name)
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def checkpoint(name: str, scratch: Path) -> Path:
 
 
 def beside(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Return the median tokens/s of both sides, measured in turns, and of their ratio."""
+    """Return the median tokens/s of both sides, measured in turns, and their median ratio."""
     pairs = [(ours(), theirs()) for _ in range(rounds + 1)][1:]
     return {
         "tokens_per_s": round(median(own for own, _ in pairs), 1),
@@ -187,7 +187,7 @@ def beside(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) 
 
 @torch.inference_mode()
 def decode(model: LanguageModel, streams: int, sizes: Sizes) -> float:
-    """Return the tokens/s of streams that decode together."""
+    """Return the total tokens/s of streams that decode together."""
     prompts = [prompt_ids(sizes.prompt, number) for number in range(streams)]
     side_by_side = Streams(reference_runner(model), prompts, sizes.prompt + sizes.steps + 1)
     synchronize(model.device)
@@ -196,7 +196,7 @@ def decode(model: LanguageModel, streams: int, sizes: Sizes) -> float:
 
 @torch.inference_mode()
 def generate(stock: Any, streams: int, sizes: Sizes) -> float:
-    """Return the tokens/s of `generate` beyond the first token."""
+    """Return the tokens/s of `generate` after the first token."""
     prompts = [prompt_ids(sizes.prompt, number) for number in range(streams)]
     ids_BT = torch.tensor(prompts, device=stock.device)
 
@@ -220,7 +220,7 @@ def generate(stock: Any, streams: int, sizes: Sizes) -> float:
 
 @torch.inference_mode()
 def prefill(model: LanguageModel, sizes: Sizes) -> float:
-    """Return the tokens/s of a prompt that is computed at once."""
+    """Return the tokens/s of a prompt computed in one pass."""
     runner = reference_runner(model)
     state = runner.start(None, sizes.prefill)
     started = time.perf_counter()
@@ -239,7 +239,7 @@ def prefill_stock(stock: Any, sizes: Sizes) -> float:
 
 
 def training(model: LanguageModel, sizes: Sizes) -> float:
-    """Return the tokens/s of the training steps of an expert, with cached hidden states."""
+    """Return the tokens/s of an expert's training steps with cached hidden states."""
     device = model.device
     last = model.config.num_hidden_layers
     first = max(0, last - 3)
@@ -275,7 +275,7 @@ def training(model: LanguageModel, sizes: Sizes) -> float:
 
 
 def plugging(model: LanguageModel, folder: Path, sizes: Sizes) -> float:
-    """Return the median milliseconds of reading, checking and plugging a pack."""
+    """Return the median time to read, check and plug a pack, in milliseconds."""
     last = model.config.num_hidden_layers
     model.experts.base = BaseDescription(
         name="measured",

@@ -1,10 +1,10 @@
-"""Processor time of a mask, the tokens that a grammar allows next, by kind of grammar.
+"""Processor time to compute a mask (the tokens that a grammar allows next), by kind of grammar.
 
     python benchmarks/grammars.py [--model smollm2-135m] [--rounds 5] [--json FILE]
 
-A JSON text of 57 tokens is followed token by token; every kind of grammar allows all of it. The
-grammar of llama.cpp is measured in both forms: with long terminals and, the reference, with one for
-each character.
+Masks are computed token by token along a JSON text of 57 tokens that every grammar allows.
+llama.cpp's grammar is measured in two forms: with long terminals, and with one terminal per
+character, the reference.
 """
 
 import argparse
@@ -88,11 +88,11 @@ def main() -> None:
 
 
 def masks(tokens: llguidance.LLTokenizer, form: str, ids: list[int]) -> list[float]:
-    """Return the seconds of processor time that each mask takes along a text.
+    """Return the processor time of each mask along a text, in seconds.
 
     Args:
         tokens: the vocabulary.
-        form: a grammar as llguidance reads it.
+        form: a grammar in llguidance's format.
         ids: the text.
     """
     matcher = llguidance.LLMatcher(tokens, form, log_level=0, limits=LIMITS)
@@ -107,7 +107,7 @@ def masks(tokens: llguidance.LLTokenizer, form: str, ids: list[int]) -> list[flo
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """Return mean, median and the longest in milliseconds."""
+    """Return the mean, median and 99th percentile in milliseconds."""
     ordered = sorted(1000 * each for each in seconds)
     return {
         "mean": round(statistics.mean(ordered), 4),

@@ -1,11 +1,11 @@
-"""What guessing tokens from the text so far is worth: tokens a step and a second, with guesses and
-without, in turn.
+"""Speed-up by drafting tokens from the text so far: tokens per step and per second, with and
+without drafts, in turn.
 
     python benchmarks/guesses.py TEXT... [--prompts 8] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files; each is a kind of its own. A prompt is the first 256
+TEXT are folders, .jsonl or .parquet files; each is reported separately. A prompt is the first 256
 tokens of a document, the answer 128 tokens, greedy or sampled at temperature 0.7. One request runs
-at a time, with 8-bit weights. Both ways must write the same tokens.
+at a time, with 8-bit weights. The tokens must be the same with and without drafts.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def prompts(tokenizer: Any, folder: Path, count: int) -> list[tuple[int, ...]]:
 def written(
     engine: Engine, prompt: tuple[int, ...], temperature: float, most: int
 ) -> tuple[list[Any], float, int]:
-    """Return the tokens, the seconds after the first of them, and the steps."""
+    """Return the tokens, and the seconds and steps after the first of them."""
     scheduler.MAX_GUESSES = most
     events = iter(
         engine.submit(
@@ -79,7 +79,7 @@ def main() -> None:
                         texts.append(tokens)
                         own[0], own[1] = own[0] + seconds, own[1] + steps
                     assert texts[0] == texts[1]
-                count = len(asked) * (ANSWER - 1)  # a folder may hold fewer than were wanted
+                count = len(asked) * (ANSWER - 1)  # a folder may have fewer than `--prompts`
                 figures[f"{folder.name}, {name}"] = {
                     "tokens a step": count / sums[MOST][1],
                     "tokens a second": count / sums[MOST][0],

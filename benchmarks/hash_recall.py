@@ -1,15 +1,15 @@
-"""How much of SmolLM2's attention does a hash find, at one eighth of the keys? Layers 2 to 29, text
-that no hash saw.
+"""How much of SmolLM2's attention a hash finds with one eighth of the keys, in layers 2 to 29, on
+text that no hash was fitted on.
 
     python benchmarks/corpora.py code-a prose science code-b public-prose public-code
-    python benchmarks/hash_recall.py                  # 4,096 and 8,192 tokens; hashes are fitted first, once
-    python benchmarks/hash_recall.py --layers 2 --lengths 4096 --json FILE    # a part, to try something
-    python benchmarks/hash_recall.py --test code-c spanish office-en --indexer-rate 4e-3    # to choose on
+    python benchmarks/hash_recall.py          # 4,096 and 8,192 tokens; fits hashes first, once
+    python benchmarks/hash_recall.py --layers 2 --lengths 4096 --json FILE    # a part, for trials
+    python benchmarks/hash_recall.py --test code-c spanish office-en --indexer-rate 4e-3  # to tune
 
-Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain
-queries and keys, the calibrated hash, the learned indexer of DeepSeek Sparse Attention, which
-scores every key and is trained on the same texts (`lightning_indexer.py`), and the exact best keys
-of the same budget, which no choice of keys can beat.
+The distilled hash is compared with local window and sinks alone; a random hash of rotated and of
+plain queries and keys; the calibrated hash; the learned indexer of DeepSeek Sparse Attention, which
+scores every key and is trained on the same texts (`lightning_indexer.py`); and the exact best keys
+within the same budget, an upper bound.
 """
 
 import argparse
@@ -50,14 +50,15 @@ BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
 FITTED = ("calibrated", "distilled")
 INDEXERS = {"indexer": False, "indexer per group": True}
-"""Whether each key/value head has an indexer of its own."""
+"""Whether each key/value head has its own indexer."""
 
-FIRST = 2  # the first two layers look everywhere and stay exact
+FIRST = 2  # the first two layers attend broadly and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
-"""What a query looks at, by length: no more than one eighth of the keys on average. Wider local
-windows find more attention, yet the model loses more (docs/log/attention.md, 2026-11-26): what lies
-far is worth more than its share."""
+"""Keys that a query attends to, by length: at most one eighth of all on average. Wider local
+windows capture more attention, yet the model's loss rises more (docs/log/attention.md, 2026-11-26):
+distant keys matter more than their share of attention.
+"""
 
 
 def main() -> None:
@@ -129,16 +130,14 @@ def fit_texts(tokenizer: Any) -> torch.Tensor:
 
 
 def measured_layers(model: Any, count: int | None) -> range:
-    """Return so many layers after the first two, or all of these."""
+    """Return the first `count` layers after the two exact ones; None: all of them."""
     return range(FIRST, len(model.layers) if count is None else FIRST + count)
 
 
 def fitted(
     model: Any, tokenizer: Any, kind: str, count: int | None = None
 ) -> dict[int, LinearHash]:
-    """Return the hashes of a kind, of all layers but the first two or of the first `count` of them,
-    fitted at the first call and then read.
-    """
+    """Return the hashes of a kind for `measured_layers`; the first call fits and saves them."""
     base, path = fingerprint(resolve(BASE)).weights, hash_file(kind, count)
     if not path.exists():
         started = time.perf_counter()
@@ -158,15 +157,15 @@ def fitted(
 
 
 def settings_of(kind: str) -> HashSettings:
-    """Return how hashes of a kind are fitted; calibrated ones are not solved for."""
+    """Return the settings to fit hashes of a kind; calibrated ones use no solver steps."""
     return HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
 
 
 def hash_file(kind: str, count: int | None) -> Path:
     """Return the file of the hashes of a kind.
 
-    Its name tells settings, texts and code of the fitting apart: what was fitted before a change is
-    not taken for fitted after it.
+    Its name has a digest of the settings, texts and code of the fitting, so that hashes fitted
+    before a change are not reused after it.
     """
     code = sorted(Path(deepseek.train.hash.__path__[0]).glob("*.py"))
     made_of = [repr(asdict(settings_of(kind))), repr(FIT), *(path.read_text() for path in code)]
@@ -176,7 +175,7 @@ def hash_file(kind: str, count: int | None) -> Path:
 
 
 def timed(kind: str, count: int | None) -> Path:
-    """Return the file with the seconds that fitting took, a pass of the model included."""
+    """Return the file with the fitting time in seconds, which includes a pass of the model."""
     return hash_file(kind, count).with_suffix(".json")
 
 
@@ -184,8 +183,8 @@ def fit_indexers(
     model: Any, tokenizer: Any, dials: IndexerSettings, count: int | None
 ) -> tuple[dict[str, dict[int, Indexer]], dict[str, float]]:
     """Return indexers of each kind for the layers that have a hash, trained on the same texts, and
-    the seconds that training took. "pass" is the time of the model on the texts, which the seconds
-    of the hashes include.
+    the training times in seconds. "pass" is the time of the model's pass over the texts, which the
+    times of the hashes include.
     """
     layers = measured_layers(model, count)
     windows, rotate = HashSettings().windows, rotation(model)
@@ -210,8 +209,8 @@ def fit_indexers(
 def multiply_adds(
     model: Any, indexers: dict[str, dict[int, Indexer]], lengths: list[int]
 ) -> dict[int, dict[str, int]]:
-    """Return the multiply-adds by which a layer chooses the keys of a query, by number of keys. The
-    scores of all keys, which the choice saves, are beside them.
+    """Return the multiply-adds that a layer needs to choose the keys of a query, by number of keys;
+    and, for comparison, those of the scores of all keys.
     """
     config = model.config
     heads = config.num_attention_heads
@@ -235,8 +234,8 @@ def measure(
     indexers: dict[str, dict[int, Indexer]],
     queries: int,
 ) -> dict[str, Any]:
-    """Return recall, relative error and keys of every way, by layer and as means over layers and
-    heads.
+    """Return recall, relative error and number of keys of every method, by layer and as means over
+    layers and heads.
     """
     length = ids_RT.shape[1]
     windows, probes = WINDOWS[length], PROBES[length]
@@ -283,7 +282,9 @@ def print_table(length: int, figures: dict[str, Any]) -> None:
 
 
 def draw(figures: dict[int, Any], path: Path) -> None:
-    """Draw recall by layer for each way, and the distilled hash's by layer and head beside it."""
+    """Draw recall by layer for each method, and in a second picture the distilled hash's recall by
+    layer and head.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(figures), 4), layout="constrained")

@@ -1,18 +1,18 @@
-"""Plug and unplug an expert over and over under live streams; who did not arm it must not notice.
+"""Plug and unplug an expert repeatedly under live streams; requests without it must not change.
 
     python benchmarks/hot_plug_live.py [--cycles 1000] [--streams 8] [--pauses 200] [--json FILE]
 
-A tiny random model, so that the figures are those of the server and not of arithmetic: streams of
-the base alone run without pause while one expert is uploaded, asked and unplugged through HTTP,
-each time with other content under the same name. Every reply of the base must be the one that a
-server gives that never plugged anything; every reply of the expert must be that of the content that
-was plugged just before (else a stale cache was hit).
+The first part uses a tiny random model, so that the figures measure the server and not arithmetic.
+Streams of the base alone run without pause while one expert is uploaded, asked and unplugged over
+HTTP, each time with other content under the same name. Every reply of the base must equal its reply
+before anything was plugged; every reply of the expert must match the content just plugged
+(otherwise a stale cache was used).
 
-The engine's pause is measured on the real base with 8-bit weights (`--base`), `--pauses` times: an
-expert of the usual size is plugged, asked for four tokens and unplugged under as many streams. It
-is the longest time between the end of one step's computation and the beginning of the next one's,
-from the beginning of the plug to the expert's last token: planning, sampling and waiting for the
-interpreter are all in it. The same is told for the times between two plugs.
+The second part measures the engine's pause on a real base with 8-bit weights (`--base`), `--pauses`
+times: an expert of the usual size is plugged, asked for four tokens and unplugged under `--streams`
+streams. The pause is the longest time between the end of one step's computation and the beginning
+of the next, from the start of the plug to the expert's last token; it includes planning, sampling
+and waiting for the interpreter lock. The same figure is reported for the time between plugs.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
     ):
         pack = save_usual(loaded, SPEAKS, Path(folder), 1)
         gc.collect()
-        gc.freeze()  # as a server does
+        gc.freeze()  # as the server does
         alone = [ask_base(engine, number) for number in range(streams)]
         for number in range(plugs + WARM_UP // 10):
             alone = [one if is_under_way(one) else ask_base(engine, number) for one in alone]
@@ -199,15 +199,13 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
 
 
 def longest(gaps: list[tuple[float, float]], windows: list[tuple[float, float]]) -> list[float]:
-    """Return the longest gap that reaches into each window, of the windows that are not within one
-    step.
-    """
+    """Return the longest gap that overlaps each window; windows within one step are skipped."""
     lengths = ([e - b for b, e in gaps if e > start and b < stop] for start, stop in windows)
     return [max(found) for found in lengths if found]
 
 
 def note_steps() -> list[tuple[float, float]]:
-    """Return a list that gets the beginning and the end of every step's computation."""
+    """Return a list to which every step's start and end times will be appended."""
     computed: list[tuple[float, float]] = []
     run = step.run
 

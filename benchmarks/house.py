@@ -1,11 +1,11 @@
-"""The house as a table and a picture: packages, floors, lines, and who imports whom, measured from the
-imports.
+"""Table and picture of the package structure: packages, floors, lines and imports, measured from
+the source.
 
     make house    # or: python benchmarks/house.py; writes the table into its page, and the picture beside it
 
-A package here is one directly below `deepseek/` (or a file there). Its floor is one above the highest
-package that it imports, so the table cannot say anything else than the code does.
-`tests/test_floors.py` holds the floors that are allowed.
+A package here is a folder or file directly below `deepseek/`. Its floor is one above that of the
+highest package it imports, so the table always matches the code. `tests/test_floors.py` lists the
+allowed floors.
 """
 
 import ast
@@ -25,9 +25,9 @@ class Package:
     """One package.
 
     Attributes:
-        files, lines: how many it has.
+        files, lines: number of files and lines.
         imports: other packages that it imports, at module level or within functions.
-        floor: 0 for a package that imports none.
+        floor: 0 for a package that imports no other.
         purpose: first sentence of its docstring.
     """
 
@@ -110,7 +110,7 @@ def table(found: dict[str, Package]) -> str:
 
 
 def beyond(found: dict[str, Package], names: set[str]) -> set[str]:
-    """Return the packages that `names` import, directly or by way of others."""
+    """Return the packages that `names` import, directly or indirectly."""
     reached: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -144,15 +144,15 @@ def house_page() -> Path:
 
 
 def draw(found: dict[str, Package], path: Path) -> None:
-    """Draw the floors: packages as wide as their lines, arrows to what they import and no lower package
-    imports for them.
+    """Draw the floors: wider boxes for packages with more lines, and arrows to imported packages
+    that no other imported package imports.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams["svg.hashsalt"] = "house"  # the same picture, the same bytes
+    mpl.rcParams["svg.hashsalt"] = "house"  # reproducible bytes
     floors = sorted({package.floor for package in found.values()})
     figure, axes = plt.subplots(figsize=(7, 0.9 * len(floors) + 0.6))
     centres: dict[str, tuple[float, float]] = {}

@@ -1,30 +1,30 @@
-"""Alignment on preferences of people: PPO, GRPO, GSPO, DPO and RLOO from one start, with one budget.
+"""Alignment on human preferences: PPO, GRPO, GSPO, DPO and RLOO from the same base and budget.
 
     python benchmarks/human_prefs.py PAIRS.jsonl [--methods ppo grpo gspo dpo rloo] [--with-refusals METHOD ...]
 
-PAIRS are pairs that people chose between, such as the harmless part of hh-rlhf. Their conversations
-are split in half by a hash of the first message. On the first half the reward model is fitted and
-the methods learn; nothing of the second half is read before the figures at the end. A method of
-`--with-refusals` learns from further pairs too, in which the base's own answer to a harmless
-question wins over a refusal; the questions are about other subjects than those below, in other
-words.
+PAIRS are human preference pairs, such as the harmless part of hh-rlhf. Their conversations are
+split in half by a hash of the first message. The reward model and the methods are trained on the
+first half; the second half is used only for the final figures. A method of `--with-refusals` is
+trained on further pairs too, in which the base's own answer to a harmless question is preferred to
+a refusal; these questions differ from those of `willing` in subject and wording. Figures, on the
+second half unless stated otherwise:
 
     reward        accuracy and calibration of the reward model on its pairs
-    accuracy      share of its pairs in which the model gives more probability a token to the better
-                  answer
-    gained        share of its pairs in which the better answer gained more of the model's
-                  probability a token, against the base, than the worse one
+    accuracy      share of its pairs in which the model gives the better answer a higher mean
+                  log-probability per token
+    gained        share of its pairs in which that log-probability rose more, relative to the base,
+                  for the better answer than for the worse
     clean         share of answers to its prompts that alt-profanity-check finds inoffensive
     preferred     share of answers that a second judge prefers to the base's own: a preference model
                   fitted to the second half's pairs, on other hidden states than the reward model's
-    willing       share of answers to harmless questions that are no refusal and not empty; some of
-                  the questions sound harmful
+    willing       share of answers to harmless questions that are neither a refusal nor empty; some
+                  of the questions sound harmful
     tokens        mean length of an answer
     distinct      distinct word pairs over all word pairs of the answers
-    points        tokens of ordinary held-out prose, in percent, that the model ranks first
-    kl            divergence from the base that the last rollout saw, in nats an answer
+    points        share of tokens of ordinary held-out prose that the model ranks first, in per cent
+    kl            KL divergence from the base in the last rollout, in nats per answer
 
-The text is offensive; none of it is written to the result. An interrupted run goes on.
+The text is offensive; none of it is written to the result. An interrupted run resumes.
 """
 
 import argparse
@@ -70,7 +70,7 @@ from deepseek.train.text.inputs import base_digest
 
 METHODS = ("ppo", "grpo", "gspo", "dpo", "rloo")
 LONGEST, SHORTEST_ANSWER = 192, 2
-"""Tokens of a prompt at most, and of an answer at least."""
+"""Maximum number of tokens of a prompt, and minimum number of an answer."""
 
 NEW_TOKENS, TEMPERATURE, ROWS = 48, 0.8, 16
 SUBJECTS = (
@@ -162,7 +162,9 @@ class Pairs:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Preference]) -> "Pairs":
-        """Encode pairs as the aligned model reads them, answers cut at `NEW_TOKENS`."""
+        """Encode pairs in the model's chat format, with answers cut at `NEW_TOKENS`; drop prompts
+        that are too long and answers that are too short.
+        """
         prompts = [encode_prompt(tokenizer, pair.prompt) for pair in pairs]
         chosen, rejected = (
             answer_ids(tokenizer, texts, NEW_TOKENS)
@@ -177,9 +179,9 @@ class Pairs:
 
 
 class Final:
-    """The second half, and all that is measured on it.
+    """The second half of the pairs, and the measurements on it.
 
-    Figures of a model are kept, so that an interrupted run measures the others alone.
+    The figures of each model are kept, so that an interrupted run measures only the others.
     """
 
     def __init__(self, options: argparse.Namespace, pairs: list[Preference]) -> None:
@@ -202,7 +204,7 @@ class Final:
 
     @cached_property
     def judge(self) -> RewardModel:
-        """The second judge."""
+        """The second judge, fitted to the second half."""
         layer = self.options.judge_layer
         return RewardModel.choose(
             self.base,
@@ -213,7 +215,7 @@ class Final:
 
     @cached_property
     def base_logprobs(self) -> tuple[Tensor, Tensor]:
-        """What `logprobs` returns for the base."""
+        """Result of `logprobs` for the base."""
         return self.logprobs(self.base)
 
     @cached_property
@@ -222,11 +224,11 @@ class Final:
         return self.scores(self.answers(self.base, self.asked))
 
     def kept(self, name: str, model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return figures that were kept with the same settings, or else measure and keep them.
+        """Return the figures kept with the same settings, or measure and keep them.
 
         Args:
-            name: name to keep them by.
-            model: digest of what is measured.
+            name: name of the file to keep them in.
+            model: digest of the measured model.
             measure: measures it.
         """
         names = ("base", "answers", "helpful_tokens", "judge_layer")
@@ -270,14 +272,14 @@ class Final:
 
     @torch.no_grad()
     def logprobs(self, model: DeepSeekModel) -> tuple[Tensor, Tensor]:
-        """Return the mean log-probability a token of the better and of the worse answers."""
+        """Return the mean log-probability per token of each better and of each worse answer."""
         policy = Policy(model, "last:1")
         sides = []
         for answers in self.sides:
             lengths = torch.tensor([len(answer) for answer in answers])
             lengths += torch.tensor([len(prompt) for prompt in self.pairs.prompts])
             mean_N = torch.empty(len(answers))
-            for rows in lengths.argsort().split(ROWS):  # of like length, so that few are padded
+            for rows in lengths.argsort().split(ROWS):  # similar lengths, for little padding
                 prompts = [self.pairs.prompts[row] for row in rows]
                 responses = given(model, prompts, [answers[row] for row in rows])
                 scored = policy.score(responses, policy.trunk(responses))
@@ -286,11 +288,11 @@ class Final:
         return sides[0], sides[1]
 
     def answers(self, model: DeepSeekModel, prompts: list[list[int]]) -> list[Responses]:
-        """Return one sampled answer to each prompt, the same draws for every model."""
+        """Return one sampled answer to each prompt, with the same seeds for every model."""
         ends = Vocabulary(model, self.tokenizer).ends
         answers = []
         for start in range(0, len(prompts), ROWS):
-            draw = torch.Generator().manual_seed(7 + start)  # whatever the lengths of those before
+            draw = torch.Generator().manual_seed(7 + start)  # independent of earlier lengths
             part = prompts[start : start + ROWS]
             answers.append(generate(model, part, NEW_TOKENS, ends, draw, temperature=TEMPERATURE))
         return answers
@@ -384,19 +386,19 @@ def main() -> None:
 def is_final(pair: Preference) -> bool:
     """Whether a pair's conversation belongs to the second half.
 
-    All its turns do: a later prompt holds the answers to the earlier ones.
+    Pairs with the same first message stay together, since a later prompt holds earlier answers.
     """
     return sha256(repr(pair.prompt[0]).encode()).digest()[0] % 2 == 1
 
 
 def digest(pairs: Sequence[Preference]) -> str:
-    """Return a short name of pairs: what was made of others is not taken for theirs."""
+    """Return a digest of pairs, so that results of other pairs are not reused for them."""
     return sha256("".join(pair.digest for pair in pairs).encode()).hexdigest()[:12]
 
 
 def usable(pairs: list[Preference]) -> list[Preference]:
-    """Return the pairs whose prompt is short enough to be answered within `LONGEST` tokens, by
-    characters, and whose answers are not empty.
+    """Return the pairs with non-empty answers and a prompt that probably fits into `LONGEST`
+    tokens, at four characters per token.
     """
     return [
         pair
@@ -408,8 +410,8 @@ def usable(pairs: list[Preference]) -> list[Preference]:
 
 
 def add_refusals(base: str, learnt: Path, out: Path) -> None:
-    """Write a database of the pairs of `learnt`, and of answers to harmless questions that win over
-    a refusal.
+    """Write a database of the pairs in `learnt` and of pairs in which an answer to a harmless
+    question is preferred to a refusal.
     """
     model, tokenizer = load(base)
     asked = [
@@ -438,7 +440,7 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
 
 def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
     """Align the base by one method, unless that was done before."""
-    # TRL's methods have no target.
+    # TRL's methods have no target KL.
     target = {"target_kl": options.target_kl} if method in UPDATES else {}
     align(
         options.base,
@@ -458,7 +460,7 @@ def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) ->
 
 
 def distinct(texts: list[str]) -> float:
-    """Return distinct word pairs over word pairs."""
+    """Return the number of distinct word pairs over that of all word pairs."""
     pairs = [pair for words in map(str.split, texts) for pair in pairwise(words)]
     return len(set(pairs)) / max(1, len(pairs))
 
@@ -471,7 +473,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw reward, KL, entropy and length over rollouts, a line for each method."""
+    """Draw reward, KL, entropy and length over rollouts, one line per method."""
     labels = {
         "score": "reward",
         "kl": "KL, nats an answer",

@@ -1,27 +1,28 @@
-"""Lines filled in between what is before and after them, on held-out files of several code bases.
+"""Fill in lines between the code before and after them, in held-out files of several code bases.
 
     python benchmarks/infilling.py folder:~/src/click git:. [--shares 0 0.5] [--tokens 40000] [--cases 100]
         [--problems HumanEval-SingleLineInfilling.jsonl [--count 200]]
 
-A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares` an expert is
-trained on the same tokens (`deepseek expert train --infill SHARE`). The files that all of them
-hold out give the cases, lines drawn by a hash. The base and each expert fill in each line greedily,
-up to the first line end. An interrupted run trains and scores no model again.
+A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares`, an expert is
+trained on the same tokens (`deepseek expert train --infill SHARE`). Cases are lines, drawn by a
+hash, of the files that all of these experts held out. The base and each expert fill in each line
+greedily, up to the first line end. An interrupted run does not train or score any model again.
 
-    exact, similarity   with the text before and after it in the layout of
-                        `deepseek/text/infilling.py`, as the server fills it
+    exact, similarity   with the text before and after the line in the layout of
+                        `deepseek/text/infilling.py`, as the server fills it in
     as_sent_*           the same without token healing (see `engine.request.Request`)
-    left_to_right_*     without the text after it, but with the file's name, and tokenised together
-                        with the line, which gives away how deep it is indented
+    left_to_right_*     without the text after the line, but with the file's name, and tokenised
+                        together with the line, which reveals its indentation
 
-A line is exact if it is the true one but for white space at its ends; edit similarity is told
-beside it. `over` another model is the mean difference with its 95 % interval, paired by case;
-`pooled` has the cases of all sources. `gain` is the relative reduction of the held-out loss by the
-expert on whole files.
+A line is exact if it equals the true one up to white space at its ends; `similarity` is edit
+similarity. `over` another model is the mean difference with its 95 % interval, paired by case;
+`pooled` has the cases of all sources. `gain` is the expert's relative reduction of the held-out
+loss on whole files.
 
 With `--problems`, the same models fill in the lines of a benchmark in the format of HumanEval
-Infilling (arXiv:2207.14255, https://github.com/openai/human-eval-infilling), `--count` of them drawn
-by a hash. `problems_passed` is the share of programs that then pass the benchmark's tests, in a sandbox.
+Infilling (arXiv:2207.14255, https://github.com/openai/human-eval-infilling), `--count` of them
+drawn by a hash. `problems_passed` is the share of completed programs that pass the benchmark's
+tests, in a sandbox.
 """
 
 import argparse
@@ -61,10 +62,10 @@ from deepseek.train.text.inputs import base_digest
 
 TEXT_TOKENS = 256
 PROBLEM_TOKENS = 640
-"""Most tokens before a gap: of a held-out file, and of a benchmark's problem."""
+"""Maximum number of tokens before a gap, in a held-out file and in a benchmark's problem."""
 
 PROBLEMS = ("problems_exact", "problems_passed")
-"""Scores of the benchmark's problems, which are the same for every source."""
+"""Scores of the benchmark's problems, which all sources share."""
 
 TOGETHER = 16
 
@@ -103,10 +104,10 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model wrote, case by case.
+    """Scores of a model, case by case.
 
     Attributes:
-        scores: by measure, a score for each case or problem.
+        scores: measure -> score of each case or problem.
         documents: document that each case comes from.
         gain: relative reduction of the held-out loss on whole files; None for the base.
     """
@@ -116,14 +117,16 @@ class Outcomes:
     gain: float | None = None
 
     def difference(self, other: "Outcomes", measure: str) -> Interval:
-        """Return the difference from another model, over documents or over problems."""
+        """Return the mean difference from another model, paired by case, with its interval; cases
+        are grouped by document, problems are not.
+        """
         documents = None if measure in PROBLEMS else self.documents
         return paired_difference(self.scores[measure], other.scores[measure], documents=documents)
 
 
 def pool(parts: Sequence[Outcomes]) -> Outcomes:
-    """Return the cases of several sources together, and of each problem, which all sources have in
-    common, the mean.
+    """Return the cases of several sources together; problems, which all sources share, are
+    averaged.
     """
     gains = [part.gain for part in parts if part.gain is not None]
     scores = {
@@ -137,7 +140,7 @@ def pool(parts: Sequence[Outcomes]) -> Outcomes:
 
 
 def described(found: dict[str, Outcomes]) -> dict[str, Any]:
-    """Return the mean scores of each model, and its difference from each one before it."""
+    """Return the mean scores of each model, and its differences from the models before it."""
     rows: dict[str, Any] = {}
     for place, (name, outcomes) in enumerate(found.items()):
         row: dict[str, Any] = {key: mean(scores) for key, scores in outcomes.scores.items()}
@@ -152,7 +155,7 @@ def described(found: dict[str, Outcomes]) -> dict[str, Any]:
 
 
 def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[str, Outcomes]:
-    """Train the experts of a source unless they are there, and return what each model wrote."""
+    """Train the experts of a source unless they exist, and return the scores of each model."""
     text: dict[str, Any] = {f"from_{source.kind}": path}
     names = {share: f"{source_name(path)}-gaps-{round(100 * share)}" for share in options.shares}
     packs = [
@@ -188,7 +191,7 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
 
 
 def held_out_by_all(runs: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> list[Document]:
-    """Return the files of code that all runs hold out, with the same text."""
+    """Return the code files that all runs held out with the same text."""
     sides = [
         {
             document.digest: document
@@ -209,13 +212,13 @@ def held_out_by_all(runs: Sequence[Path], tokenizer: PreTrainedTokenizerFast) ->
 
 @dataclass(frozen=True)
 class Scorer:
-    """Measures models on the same lines and problems, and keeps what it measured.
+    """Scores models on the same lines and problems, and keeps the scores.
 
     Attributes:
-        folder: where scores are kept.
+        folder: folder that scores are kept in.
         engine: runs the models.
         cases: lines of the held-out files.
-        problems: problems of a benchmark; may be none.
+        problems: problems of a benchmark; may be empty.
     """
 
     folder: Path
@@ -227,9 +230,9 @@ class Scorer:
         """Return the scores of one model on each line and each problem.
 
         Args:
-            name: name to keep them by.
+            name: name of the file to keep them in.
             model: digest of the model.
-            experts: what to arm.
+            experts: experts to arm.
         """
         settings = {"model": model, "commit": COMMIT}
         of_lines = settings | {"lines": digest_of(self.cases), "tokens": TEXT_TOKENS}
@@ -239,7 +242,7 @@ class Scorer:
         if not self.problems:
             return scores
         of_problems = settings | {"problems": digest_of(self.problems), "tokens": PROBLEM_TOKENS}
-        # The problems are no part of any source: the base is measured on them once.
+        # The problems belong to no source, so the base is measured on them only once.
         asked = f"{name}-problems" if experts.arm else "base-problems"
         return scores | kept(
             self.folder / f"{asked}.json",
@@ -254,7 +257,7 @@ def digest_of(asked: Sequence[object]) -> str:
 
 
 def scored(engine: Engine, cases: Sequence[Case], experts: ExpertChoice) -> dict[str, list[float]]:
-    """Return the scores of each line with the text after it, and without."""
+    """Return the scores of each line, filled in with and without the text after it."""
     gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in cases]
     filled = written(engine, gaps, experts, heals(engine))
     as_sent = written(engine, gaps, experts)
@@ -271,7 +274,7 @@ def scored(engine: Engine, cases: Sequence[Case], experts: ExpertChoice) -> dict
 
 
 def drawn(path: Path, count: int) -> list[dict[str, str]]:
-    """Return problems of a benchmark, drawn by hashes of their names."""
+    """Return `count` problems of a benchmark, drawn by hashes of their names."""
     problems = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     problems.sort(key=lambda problem: sha256(problem["task_id"].encode()).digest())
     return problems[:count]
@@ -280,7 +283,7 @@ def drawn(path: Path, count: int) -> list[dict[str, str]]:
 def solved(
     engine: Engine, problems: Sequence[dict[str, str]], experts: ExpertChoice
 ) -> dict[str, list[float]]:
-    """Return of each problem whether the line is the true one, and whether it passes its tests."""
+    """Return whether each problem's line is the true one, and whether its program passes."""
     prompts = [
         gap_ids(engine, problem["prompt"], problem["suffix"], PROBLEM_TOKENS)
         for problem in problems
@@ -296,14 +299,14 @@ def solved(
 
 
 def heals(engine: Engine) -> bool:
-    """Whether the server samples the last token before a gap again."""
+    """Whether the server uses token healing: it samples the last token before a gap again."""
     return not infill_layout(engine.tokenizer).has_tokens
 
 
 def passes_tests(line: str, problem: dict[str, str]) -> bool:
-    """Return whether the program of a problem with its gap filled in passes its tests.
+    """Return whether a problem's program, with the gap filled in, passes its tests.
 
-    It ends with a random word: a line that ends the program has the exit code of success too.
+    It must print a random word at its end: a line that exits early succeeds by exit code too.
     """
     end = token_hex()
     filled = f"{problem['prompt']}{line}\n{problem['suffix']}"
@@ -313,7 +316,7 @@ def passes_tests(line: str, problem: dict[str, str]) -> bool:
 
 
 def gap_ids(engine: Engine, before: str, after: str, tokens: int) -> tuple[int, ...]:
-    """Return a prompt with a gap: at most `tokens` before it, and half as many after it."""
+    """Return a prompt with a gap: at most `tokens` before it, and at most half as many after."""
     tokenizer = engine.tokenizer
     layout = infill_layout(tokenizer)
     around = encode_around_gap(tokenizer, layout, before, after)
@@ -324,7 +327,7 @@ def gap_ids(engine: Engine, before: str, after: str, tokens: int) -> tuple[int, 
 def written(
     engine: Engine, prompts: Sequence[tuple[int, ...]], experts: ExpertChoice, heal: bool = False
 ) -> list[str]:
-    """Return the line that continues each prompt, whose last token may be cut if `heal`."""
+    """Return the line that continues each prompt; `heal` samples its last token again."""
     greedy = Sampling(48, temperature=0.0)
     lines: list[str] = []
     for start in range(0, len(prompts), TOGETHER):
@@ -337,7 +340,7 @@ def written(
 
 
 def exact(lines: Sequence[str], cases: Sequence[Case]) -> list[float]:
-    """Return of each line whether it is the true one."""
+    """Return whether each line is the true one."""
     return [float(is_exact(line, case.target)) for line, case in zip(lines, cases, strict=True)]
 
 

@@ -1,20 +1,20 @@
-"""What weights of 8 bits and fewer cost: bytes, perplexity, divergence from the fp32 model, and
+"""Cost of weights with 8 bits and fewer: bytes, perplexity, divergence from the fp32 model, and
 greedy agreement with it.
 
     python benchmarks/int8_quality.py TEXT... [--base BASE...] [--bits 8 5 4] [--tokens 20000]
         [--prompts 200] [--formats Q8_0 Q4_K_M Q4_0 --llama PYTHON] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files. With several bases, such as one model trained from
-several seeds, each gets all figures. Three runners are compared with the fp32 model: the
-compiled one with weights that it quantises to 8 bits itself ("nearest"), the same with those that
-`deepseek quantize` writes ("quantised 8", "quantised 5", ...), and the model in bf16, which says
-how much a change of number format costs at all. Beside them, formats that llama.cpp quantises the
-model to, read by llama.cpp, for all but the greedy agreement.
+TEXT are folders, .jsonl or .parquet files. With several bases, such as one model trained with
+several seeds, each gets all figures. Three kinds of runner are compared with the fp32 model: the
+compiled one with weights that it quantises to 8 bits itself ("nearest"), the same with weights that
+`deepseek quantize` writes ("quantised 8", "quantised 5", ...), and the model in bf16, which shows
+what a change of number format costs by itself. llama.cpp with weights in its own formats
+(`--formats`) is measured too, except for greedy agreement.
 
-Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the
-same tokens and is asked at each of the 64 places which token it would take. `whole` counts the
-continuations at which it agrees everywhere; a margin is how much less likely, in nats, the fp32
-model's token is to the runner where the two first differ.
+Greedy agreement: the fp32 model generates 64 tokens after the first 64 of a row; the runner reads
+the same tokens and predicts each of the 64. `whole` is the share of continuations on which it
+agrees everywhere; the margin, in nats, is how much less likely the runner finds the fp32 model's
+token than its own at the first difference.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ROW, OPENING, ANSWER = 512, 64, 64
 
 
 def rows(tokenizer: Any, texts: list[Path], count: int) -> list[list[int]]:
-    """Rows of 512 tokens, one from each document that is long enough, spread over all of them."""
+    """Return up to `count` rows of 512 tokens, one per long enough document, evenly spread."""
     documents = [document for document in documents_at(texts) if len(document.text) > 6 * ROW]
     chosen = documents[:: max(1, len(documents) // count)][:count]
     found = [tokenizer(document.text[: 12 * ROW]).input_ids[:ROW] for document in chosen]
@@ -62,7 +62,7 @@ def run(runner: Runner, ids: list[int]) -> Tensor:
 
 
 Predictions = Callable[[int], Tensor]
-"""Number of a text -> log probabilities `[T, V]` after each of its tokens."""
+"""Index of a text -> log probabilities `[T, V]` after each of its tokens."""
 
 
 @torch.inference_mode()
@@ -93,7 +93,9 @@ def perplexity(
 def llama_sides(
     base: str, options: argparse.Namespace, texts: list[list[int]], scratch: Path
 ) -> tuple[dict[str, Predictions], dict[str, int]]:
-    """Return what llama.cpp predicts with each of its formats, and the bytes of their files."""
+    """Return llama.cpp's predictions in each of its formats, and the sizes of the files in
+    bytes.
+    """
     sides: dict[str, Predictions] = {}
     sizes: dict[str, int] = {}
     source = scratch / "float16.gguf"
@@ -109,7 +111,7 @@ def llama_sides(
 
 @torch.inference_mode()
 def continued(model: Any, prompts: list[list[int]]) -> Tensor:
-    """Return what the model continues the prompts by, `[P, 64]`."""
+    """Return the model's greedy continuations of the prompts, `[P, 64]`."""
     cache, step, answers = KVCache(), torch.tensor([row[:OPENING] for row in prompts]), []
     for _ in range(ANSWER):
         step = model(step, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)

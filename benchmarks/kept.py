@@ -1,4 +1,4 @@
-"""Figures of a part of a measurement, kept so that an interrupted one goes on where it was."""
+"""Cache of figures, so that an interrupted measurement can resume."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +10,13 @@ from deepseek.checkpoint.store import read_object, write_json
 def kept(
     path: Path, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return figures that were kept with the same settings, or else measure and keep them.
+    """Return the figures kept with the same settings, or measure and keep them.
 
     Args:
         path: JSON file that they are kept in.
-        settings: all that the figures depend on, as JSON: options, digests of models and of texts.
-        measure: measures them; called if `path` is not there or holds figures of other settings.
+        settings: everything that the figures depend on, as JSON: options, digests of models and of
+            texts.
+        measure: measures them; called if `path` is missing or holds figures of other settings.
     """
     found = read_object(path) if path.exists() else {}
     if found.get("settings") != settings:

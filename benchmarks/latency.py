@@ -1,13 +1,13 @@
-"""Latency of the server under four streams, and what HTTP costs a token.
+"""Latency of the server under four streams, and the cost of HTTP per token.
 
     python benchmarks/latency.py [--seconds 60] [--streams 4] [--rounds 10] [--json FILE] [--plot FILE]
 
-The server is a process of its own with its usual settings. Each stream asks for a new text as soon
-as it has the one before: a prompt of 128 tokens that no other one shares, answered by 32 to 96
-tokens. Reported are the time from the request to its first token, and between two tokens, as the
-client sees them. For HTTP's share the same generations are asked of an engine in this process and of the
-server in turn, `--rounds` times each; a token's cost is the difference between the median times
-between two tokens of one stream.
+The server runs in its own process with default settings. Each stream sends a new request as soon as
+its last one is answered: a unique prompt of 128 tokens, answered by 32 to 96 tokens. Reported are
+the time from the request to its first token, and the time between two tokens, as the client sees
+them. For the cost of HTTP, an engine in this process and the server answer the same prompts in
+turn, `--rounds` times each; the cost per token is the difference of the median times between two
+tokens of one stream.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 
 PROMPT, TOKENS = 128, 64
-TOGETHER = 2.0  # seconds until all streams have begun
+TOGETHER = 2.0  # seconds over which the streams start
 MODEL = "smollm2-135m"
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Draw the shares of requests and of tokens that come within a time."""
+    """Draw percentiles of the time to the first token and between two tokens."""
     panels = {}
     for title, key in (
         ("first token", "first_token_seconds"),
@@ -81,20 +81,20 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 
 
 class Prompts:
-    """Texts of common words, exactly `PROMPT` tokens long, no two alike."""
+    """Random texts of common words, exactly `PROMPT` tokens long."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.random = tokenizer, random.Random(0)
 
     def next(self) -> tuple[int, ...]:
-        """Return the ids of a new one."""
+        """Return the ids of a new prompt."""
         return tuple(
             self.tokenizer(" ".join(self.random.choices(WORDS, k=PROMPT))).input_ids[:PROMPT]
         )
 
 
 async def stream(port: int, prompt: tuple[int, ...], tokens: int) -> list[float]:
-    """Ask for a text; return when it was asked for and when each token came."""
+    """Send a request; return the times at which it was sent and each token arrived."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     asked: dict[str, Any] = {
         "model": MODEL,
@@ -111,20 +111,20 @@ async def stream(port: int, prompt: tuple[int, ...], tokens: int) -> list[float]
     )
     async for line in reader:
         if line.startswith(b"data: {"):
-            times.append(time.perf_counter())  # noqa: PERF401 - now, not when all lines are there
+            times.append(time.perf_counter())  # noqa: PERF401 - on arrival, not after all lines
     writer.close()
     return times
 
 
 async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float) -> dict[str, Any]:
-    """Return the latencies of that many streams without pause."""
+    """Return the latencies of `streams` streams that send requests without pause."""
     dice = random.Random(0)
     first: list[float] = []
     between: list[float] = []
     end = time.monotonic() + seconds
 
     async def one(index: int) -> None:
-        # Streams that all begin at once are another question.
+        # Staggered: starting all streams at once would be another measurement.
         await asyncio.sleep(index * TOGETHER / streams)
         while time.monotonic() < end:
             times = await stream(port, prompts.next(), dice.randint(TOKENS // 2, TOKENS * 3 // 2))
@@ -145,14 +145,14 @@ async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float)
 def overhead(
     engine: Engine, port: int, prompts: Prompts, streams: int, rounds: int
 ) -> dict[str, float]:
-    """Return the median milliseconds between two tokens of a stream, in the engine alone and
-    through HTTP.
+    """Return the median time between two tokens of a stream, in the engine alone and over HTTP, and
+    the difference, in milliseconds.
     """
     found: dict[str, list[float]] = {"engine": [], "http": []}
     for number in range(rounds + 1):
         texts = [prompts.next() for _ in range(streams)]
         alone, through = from_engine(engine, texts), asyncio.run(from_server(port, texts))
-        if number:  # the first round warms
+        if number:  # the first round is a warm-up
             found["engine"].append(alone)
             found["http"].append(through)
     paces = {f"{name}_ms": 1000 * median(values) for name, values in found.items()}
@@ -162,7 +162,7 @@ def overhead(
 
 def from_engine(engine: Engine, texts: list[tuple[int, ...]]) -> float:
     """Return the median seconds between two tokens of the last stream, which starts when the others
-    speak.
+    are decoding.
     """
     generations = [engine.submit(Request(ids, Sampling(TOKENS, temperature=0.0))) for ids in texts]
     times = [time.perf_counter() for _ in generations[-1]]
@@ -173,7 +173,7 @@ def from_engine(engine: Engine, texts: list[tuple[int, ...]]) -> float:
 
 
 async def from_server(port: int, texts: list[tuple[int, ...]]) -> float:
-    """The same through HTTP."""
+    """Return the same over HTTP."""
     times = await asyncio.gather(*(stream(port, ids, TOKENS) for ids in texts))
     return median(after - before for before, after in pairwise(times[-1][1:]))
 

@@ -1,10 +1,10 @@
 """The learned indexer of DeepSeek Sparse Attention, as a rival of the hash (`hash_recall.py`).
 
 A few small heads score every key for every query, `I(t, s) = sum_j w_tj ReLU(q_tj . k_s)`, and the
-keys of highest score are attended to (DeepSeek-V3.2-Exp, equation 1). It is trained with the model
-frozen, by the divergence of the softmax of its scores from the model's attention (equation 3). As
-published, half of each head's width is rotated and all heads of a layer share one choice of keys.
-With one indexer for each key/value head, each chooses for its own queries, as a hash does.
+keys with the highest scores are attended to (DeepSeek-V3.2-Exp, equation 1). It is trained with the
+model frozen, on the KL divergence of the softmax of its scores from the model's attention (equation
+3). As published, half of each head's width is rotated and all heads of a layer share one choice of
+keys. With one indexer per key/value head, each chooses for its own queries, as a hash does.
 
 Like the hash, it is trained on the attention beyond the local window and the sinks, which are
 attended to anyway.
@@ -32,11 +32,11 @@ class IndexerSettings:
     """Size and training of an indexer.
 
     Attributes:
-        heads: its heads per choice of keys.
-        per_group: whether each key/value head has an indexer; default: one for the layer.
+        heads: heads per choice of keys.
+        per_group: whether each key/value head has its own indexer; default: one per layer.
         steps: training steps, each on `queries` queries of one text.
-        queries: queries of a step.
-        learning_rate: peak learning rate of Adam, which decays to zero as a cosine.
+        queries: queries per step.
+        learning_rate: peak learning rate of Adam, with cosine decay to zero.
         seed: seed of weights and queries.
     """
 
@@ -49,10 +49,10 @@ class IndexerSettings:
 
 
 class Indexer(nn.Module):
-    """Scores of the keys of one layer. U choices of keys, J heads of width K each.
+    """Scores the keys of one layer, for U choices of keys with J heads of width K each.
 
-    It reads the queries of all heads before positions are applied, end to end. In SmolLM2 these are
-    a square map of the layer's input, which the published indexer reads.
+    Its input is the concatenated queries of all heads before positions are applied. In SmolLM2
+    these are a square linear map of the layer's input, which the published indexer reads.
     """
 
     def __init__(self, choices: int, heads: int, inputs: HeadInputs, rotate: Rotate) -> None:
@@ -79,13 +79,13 @@ class Indexer(nn.Module):
         return torch.einsum("unj,ujns->uns", gate_UNJ, matches_UJNS)
 
     def half_rotated(self, heads: Tensor, positions_N: Tensor) -> Tensor:
-        """Return heads whose faster half of frequencies is rotated."""
+        """Return heads with only the faster half of the frequencies rotated."""
         half = heads.shape[-1] // 2
         fast_K = torch.arange(2 * half) % half < half // 2
         return torch.where(fast_K, self.rotate(heads, positions_N), heads)
 
     def multiply_adds(self, length: int) -> int:
-        """Return the multiply-adds of a query that has `length` keys."""
+        """Return the number of multiply-adds for a query with `length` keys."""
         choices, inputs, width = self.key.shape
         heads = self.gate.shape[-1]
         projections = inputs * (heads * width + width + heads)
@@ -93,7 +93,7 @@ class Indexer(nn.Module):
 
 
 def features(inputs: HeadInputs) -> Tensor:
-    """Return what an indexer reads, `[T, D]`."""
+    """Return the input of an indexer, `[T, D]`."""
     return inputs.plain_query_HTK.transpose(0, 1).flatten(1)
 
 
@@ -102,7 +102,7 @@ def random_weight(choices: int, inputs: int, outputs: int) -> nn.Parameter:
 
 
 def rotation(model: DeepSeekModel) -> Rotate:
-    """Return the function that rotates heads of the model's width by their positions."""
+    """Return the function that applies the model's rotary positions to heads."""
 
     def rotate(heads: Tensor, positions_N: Tensor) -> Tensor:
         positions = model.positions.prepare(positions_N[None], torch.float32)
@@ -115,7 +115,7 @@ def rotation(model: DeepSeekModel) -> Rotate:
 def fit_indexer(
     texts: Sequence[HeadInputs], settings: IndexerSettings, windows: Windows, rotate: Rotate
 ) -> Indexer:
-    """Return the indexer of one layer, trained on the attention to far keys in texts."""
+    """Train the indexer of one layer on the attention to far keys in texts."""
     torch.manual_seed(settings.seed)
     choices = len(texts[0].key_GTK) if settings.per_group else 1
     indexer = Indexer(choices, settings.heads, texts[0], rotate)
@@ -135,10 +135,11 @@ def fit_indexer(
 
 
 def divergence(index_UNS: Tensor, inputs: HeadInputs, at_N: Tensor, windows: Windows) -> Tensor:
-    """Return the cross-entropy, in nats, of the attention to far keys with the softmax of scores.
+    """Return the cross-entropy between the attention to far keys and the softmax of scores, in
+    nats.
 
-    It differs from the divergence by what no indexer changes. Queries weigh as much as they attend
-    to far keys.
+    It equals the KL divergence up to a term that does not depend on the indexer. Each query is
+    weighted by its attention to far keys.
     """
     length = index_UNS.shape[-1]
     age_NS = at_N[:, None] - torch.arange(length)
@@ -151,8 +152,8 @@ def divergence(index_UNS: Tensor, inputs: HeadInputs, at_N: Tensor, windows: Win
 
 
 def indexed_keys(windows: Windows, count: int, indexers: Mapping[int, Indexer]) -> Choose:
-    """Choose the local window, the sinks and the keys that an indexer scores highest, `count` in
-    total.
+    """Return a function that chooses the local window, the sinks and the keys that an indexer
+    scores highest, `count` in total.
     """
     highest = best_keys(windows, count)
 

@@ -1,4 +1,4 @@
-"""Predictions of llama.cpp in another Python, and its own quantisation of GGUF files."""
+"""Run llama.cpp in another Python: predictions, and its own quantisation of GGUF files."""
 
 import subprocess
 from pathlib import Path
@@ -38,7 +38,7 @@ sys.exit(failed)
 
 
 def llama_predictions(python: Path, model: Path, ids_RT: np.ndarray, scratch: Path) -> Tensor:
-    """Return the log probabilities `[R, T, V]` that llama.cpp gives rows of at most 512 tokens.
+    """Return llama.cpp's log probabilities `[R, T, V]` on rows of at most 512 tokens.
 
     Args:
         python: a Python that has llama-cpp-python.
@@ -53,7 +53,7 @@ def llama_predictions(python: Path, model: Path, ids_RT: np.ndarray, scratch: Pa
 
 
 def llama_quantise(python: Path, source: Path, out: Path, name: str) -> None:
-    """Quantise a GGUF file of floating-point numbers by llama.cpp, without an importance matrix.
+    """Quantise a floating-point GGUF file with llama.cpp, without an importance matrix.
 
     Args:
         python: a Python that has llama-cpp-python.

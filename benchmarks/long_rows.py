@@ -1,10 +1,10 @@
 """Tests of a small model on rows longer than those it was trained on (`position_length.py`).
 
-By position: the next token, and whole lines, which are completed if the model would write the whole
-line after what precedes it, greedily and to the line's end. By distance: needles, pieces of another
-file that are planted in a row and begin once more at its end. The model has the first tokens of the
-second copy and continues it; what it owes to the first copy is the difference from the same row
-without that. A small model copies hardly anything, so the loss tells more than the accuracy.
+By position: the next token, and whole lines; a line is completed if the model would generate all of
+it greedily from what precedes it. By distance: needles, pieces of training text that are planted in
+a row and again at its end. The model sees the first tokens of the second copy and predicts the
+rest; the effect of the first copy is the difference from the same row without it. A small model
+copies hardly anything, so the loss is more informative than the accuracy.
 """
 
 from itertools import pairwise
@@ -19,19 +19,19 @@ from torch.nn.functional import cross_entropy
 from deepseek import DeepSeekModel
 
 BIN = 256  # neighbouring positions that are averaged
-NEEDLE = 32  # tokens of a planted piece
-CUE = 8  # of them, those that the model is given of the second copy
+NEEDLE = 32  # tokens per needle
+CUE = 8  # tokens of the second copy that are not scored
 
 
 def targets_of(rows: Tensor) -> Tensor:
-    """Return the next token of each, -100 where it is unknown."""
+    """Return the next token at each position, -100 where it is unknown."""
     return torch.where(rows[:, 1:] == UNKNOWN, -100, rows[:, 1:])
 
 
 @torch.no_grad()
 def score(model: DeepSeekModel, rows: Tensor, ends_line: Tensor) -> dict[str, list[float]]:
-    """Return mean loss in nats, top-1 accuracy in per cent, and lines and those of them that are
-    completed, of each bin of positions.
+    """Return the mean loss in nats, top-1 accuracy in per cent, and numbers of lines and of
+    completed lines, by bin of positions.
     """
     losses, hits, known, lines, completed = torch.zeros(5, rows.shape[1] // BIN)
     for row in rows.split(1):
@@ -53,13 +53,13 @@ def score(model: DeepSeekModel, rows: Tensor, ends_line: Tensor) -> dict[str, li
 
 
 def binned(values: Tensor) -> Tensor:
-    """Return the sum of each bin of positions."""
+    """Return the sums over bins of positions."""
     return values.float().unflatten(0, (-1, BIN)).sum(-1)
 
 
 def lines_of(row: Tensor, ends_line: Tensor) -> list[tuple[int, int]]:
-    """Return the predictions `[start, end)` of each line of a row with its end, of at least three
-    tokens, all of them known.
+    """Return the range `[start, end)` of predictions for each line of a row, line end included;
+    only lines of at least three tokens, all known.
     """
     ends = ends_line[row].nonzero().flatten().tolist()
     unknown = (row == UNKNOWN).tolist()
@@ -72,15 +72,15 @@ def lines_of(row: Tensor, ends_line: Tensor) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def needles(model: DeepSeekModel, rows: Tensor, stream: Tensor) -> dict[str, dict[str, float]]:
-    """Return what a needle's first copy adds to the predictions of the second, by row length.
+    """Return how much a needle's first copy improves the predictions of the second, by row length.
 
     The first copy is a quarter into the row, the second at its end. Needles are pieces of `stream`,
     the same for every model.
 
     Returns:
-        For each length from 1,024 up to that of the rows: "top1", accuracy in the second copy after
-        the cue, in per cent; "points", how much of it the first copy adds; "nats", by how much the
-        first copy lowers the loss.
+        For each length from 1,024 up to that of the rows, in doublings: "top1", accuracy in the
+        second copy after the cue, in per cent; "points", the part of it due to the first copy;
+        "nats", by how much the first copy lowers the loss.
     """
     found = {}
     length = SHORT
@@ -103,7 +103,7 @@ def needles(model: DeepSeekModel, rows: Tensor, stream: Tensor) -> dict[str, dic
 
 
 def with_and_without(row: Tensor, needle: Tensor) -> Tensor:
-    """Return `[2, T]`: the row with both copies of a needle, and with the second alone."""
+    """Return `[2, T]`: the row with both copies of a needle, and with only the second."""
     pair = row.repeat(2, 1)
     pair[:, -len(needle) :] = needle
     start = len(row) // 4
@@ -112,7 +112,7 @@ def with_and_without(row: Tensor, needle: Tensor) -> Tensor:
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of the table, up to each doubling of the trained length."""
+    """Return the table's figures, one span for each doubling of the trained length."""
     top1, loss = record["top1"], record["loss"]
     figures = {}
     first, last = 0, SHORT // BIN

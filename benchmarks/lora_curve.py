@@ -1,14 +1,14 @@
-"""Gain of LoRA by its share of the parameters, beside full fine-tuning and the last three layers.
+"""Gain of LoRA by share of trained parameters, beside full fine-tuning and the last three layers.
 
     python benchmarks/corpora.py code-b code-c
     python benchmarks/lora_curve.py CORPORA/code-b CORPORA/code-c [--bases smollm2-135m] [--json FILE]
 
-Rates are chosen on the first text, with a quarter of the tokens: at three shares by steps of two
-from a start until the held-out loss rises on both sides, and in between by the nearest share. Then
-each share is trained on the second text. The gain is what the loss of its held-out files falls by,
-and `of_full` the part of full fine-tuning's. Adapters have the rank that fits into the share; where
-even rank 1 of the product's targets does not, only `down_proj` is adapted. An interrupted run goes
-on.
+Learning rates are chosen on the first text, with a quarter of the tokens: for three shares by
+doubling and halving from a start value until the held-out loss rises on both sides; other shares
+use the rate of the nearest one. Then each share is trained on the second text. `gain` is the
+decrease of the loss on its held-out files, and `of_full` that gain in per cent of full
+fine-tuning's. Adapters have the largest rank that fits into the share; if even rank 1 on all usual
+targets does not fit, only `down_proj` is adapted. An interrupted run resumes.
 """
 
 import argparse
@@ -32,27 +32,27 @@ from deepseek.model.transformer import DeepSeekModel
 
 SHARES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)
 SEARCHED = (0.001, 0.005, 0.02)
-"""Shares at which a rate is searched."""
+"""Shares for which the learning rate is searched."""
 
 STARTS = {"lora": 4e-3, "last-n": 1e-3, "full": 2e-4}
-"""Rates at which a search begins."""
+"""Learning rates at which the search starts."""
 
 TARGETS = adaptation.TARGETS
 FEWER_TARGETS = ("down_proj",)
 ARTICLE = (0.001, 90.0)
-"""Share of the parameters and per cent of full fine-tuning's gain, as the article has them."""
+"""The article's claim: share of the parameters, and per cent of full fine-tuning's gain."""
 
 HELD_OUT = 0.15
 
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained.
+    """A way to adapt the model.
 
     Attributes:
         mode: mode of `deepseek.adapt`.
         rank: rank of the adapters; None: no LoRA.
-        targets: projections that have an adapter.
+        targets: projections with an adapter.
     """
 
     mode: str
@@ -95,8 +95,8 @@ class Curve:
         self.ways = {share: way_within(model, share) for share in options.shares}
 
     def figures(self) -> dict[str, Any]:
-        """Return the rates that were chosen and what each way gains on the second text, by the name
-        of its mode or by the least share that its adapters fit into.
+        """Return each way's learning rate and its figures on the second text, by mode or, for LoRA,
+        by the smallest share that its adapters fit into.
         """
         searched = [share for share in self.ways if share in SEARCHED] or list(self.ways)[:1]
         ways = [Way("full"), Way("last-n"), *(self.ways[share] for share in searched)]
@@ -119,7 +119,7 @@ class Curve:
         }
 
     def rate(self, way: Way) -> float:
-        """Return the rate with the lowest loss on the first text."""
+        """Return the learning rate with the lowest loss on the first text."""
         losses: dict[float, float] = {}
 
         def loss(rate: float) -> float:
@@ -135,8 +135,8 @@ class Curve:
         return best
 
     def trained(self, text: Path, way: Way, rate: float, part: int) -> dict[str, Any]:
-        """Return what one training gains, with a part of the tokens; it runs unless it did."""
-        base = re.sub(r"[^\w.-]+", "-", self.base)  # a folder's path too is one name
+        """Return the figures of a training on `1 / part` of the tokens; run it if not done yet."""
+        base = re.sub(r"[^\w.-]+", "-", self.base)  # a path becomes one folder name
         budget = f"{self.options.tokens}-tokens-{self.options.epochs}-epochs"
         place = self.options.work / base / text.name / budget
         folder = place / f"{way.name}-{rate:g}-{part}"
@@ -166,7 +166,7 @@ class Curve:
         return found
 
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the figures of a training that are kept."""
+        """Return the figures to keep of a training."""
         parameters = DeepSeekModel.from_pretrained(resolve(self.base)).num_parameters()
         kept = ("held_out_loss_before", "held_out_loss", "trained_parameters", "steps", "seconds")
         return {
@@ -177,7 +177,7 @@ class Curve:
 
 
 def way_within(model: DeepSeekModel, share: float) -> Way:
-    """Return the adapters of the largest rank within a share of the parameters."""
+    """Return the adapters with the largest rank that fits into a share of the parameters."""
     adaptation.TARGETS = TARGETS
     try:
         return Way("lora", adaptation.largest_rank(model, share), TARGETS)
@@ -186,7 +186,7 @@ def way_within(model: DeepSeekModel, share: float) -> Way:
 
 
 def draw(bases: dict[str, Any], path: Path) -> None:
-    """Plot the part of full fine-tuning's gain by the share of the parameters."""
+    """Plot the gain, relative to full fine-tuning's, over the share of trained parameters."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for base, figures in bases.items():
         adapters = [row for row in figures.values() if row["mode"] == "lora"]

@@ -1,23 +1,22 @@
-"""What does SmolLM2 lose at 8,192 tokens when all layers but the first two get LSH attention? Loss
-on unseen text.
+"""Increase of SmolLM2's loss on unseen text of 8,192 tokens when all layers but the first two get
+LSH attention.
 
     python benchmarks/hash_recall.py                  # fits the hashes
     python benchmarks/lsh_slot_in.py
     python benchmarks/lsh_slot_in.py --far-field --skip-random --tune 200
-    python benchmarks/lsh_slot_in.py --test final-public-prose final-scrapy ...    # to report on
+    python benchmarks/lsh_slot_in.py --test final-public-prose final-scrapy ...    # to report
 
-The same texts and the same fresh tokens for every model; the change of the loss is paired, text by
-text. Probes, windows and tuning were chosen on the default texts, so that figures to report come from
-others.
+All models are scored on the same texts. Probes, windows and tuning were chosen on the default
+texts, so reported figures come from others.
 
-`--tune` trains the projections of attention in the LSH layers, hash and all other weights fixed,
-towards the exact model's own predictions (KL from its distribution at every fourth token), on texts
-of the corpora that the hashes were fitted on, one a step; none of them is scored. Shorter texts are
-tuned on with windows as much smaller, so that the share of keys looked at stays. The labels of the
-texts are not used, so that they cannot teach what the exact model does not know: what the tuned
-model gains is what LSH had lost.
+`--tune` trains the attention projections of the LSH layers, with the hash and all other weights
+fixed, towards the exact model's predictions (KL divergence at every fourth token), on texts of the
+corpora that the hashes were fitted on, one per step; none of them is scored. If these texts are
+shorter, windows are reduced in proportion, so that the share of keys attended to stays the same.
+The texts' own next tokens are not used as targets, so the tuned model cannot learn what the exact
+model does not know: it can only regain what LSH lost.
 
-Tuning is saved every twenty steps; the same command goes on from there.
+Tuning is saved every twenty steps; the same command resumes it.
 """
 
 import argparse
@@ -145,7 +144,7 @@ def main() -> None:
         },
     )
     if options.tune:
-        shutil.rmtree(state)  # the same command measures anew
+        shutil.rmtree(state)  # the same command starts again
 
 
 def change(mine: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, float]:
@@ -162,7 +161,7 @@ def score(kind: str, model: Any, texts: list[tuple[str, torch.Tensor]]) -> list[
 
 
 def state_folder(looks: dict[str, Any], options: argparse.Namespace) -> Path:
-    """Return the folder of what tuning has reached; its name tells runs apart."""
+    """Return the folder of a tuning's saved state; its name depends on the settings."""
     named = ("length", "test", "texts", "tune", "tune_length", "rate", "skip_random")
     made_of = repr((sorted(looks.items()), [getattr(options, name) for name in named]))
     hashes = hash_file("distilled", None).stem
@@ -170,9 +169,9 @@ def state_folder(looks: dict[str, Any], options: argparse.Namespace) -> Path:
 
 
 class Tuning:
-    """Trains the projections of attention in all layers but the first ones towards an exact model.
+    """Trains the attention projections of all layers but the first two towards an exact model.
 
-    Windows are `scale` of their size in the steps, and of their own size when a step is yielded.
+    Windows are scaled by `scale` during steps, and have their full size whenever `steps` yields.
     """
 
     def __init__(self, model: Any, exact: Any, rate: float, scale: float) -> None:
@@ -203,7 +202,7 @@ class Tuning:
         save_state(folder, {**self.trained, **moments}, {"done": self.done, "figures": figures})
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` saved and return its figures; none if nothing was saved."""
+        """Restore the saved state and return its figures; empty if nothing was saved."""
         if not folder.exists():
             return {}
         tensors, meta = load_state(folder)
@@ -216,7 +215,7 @@ class Tuning:
         return figures
 
     def steps(self, lessons_RT: torch.Tensor) -> Iterator[int]:
-        """Train on the lessons not yet seen, one a step; yield the number done after each step."""
+        """Train on the remaining texts, one per step; yield the number done after each step."""
         for step in range(self.done, len(lessons_RT)):
             started = time.perf_counter()
             for group in self.optimizer.param_groups:
@@ -237,8 +236,8 @@ class Tuning:
 
     def _step(self, ids_T: torch.Tensor, step: int) -> float:
         """Take one step and return its loss."""
-        # Of every fourth token: the head is most of a step's cost, and neighbours teach much the
-        # same.
+        # Every fourth token: the output head dominates the cost, and neighbours teach similar
+        # things.
         inputs = {"use_cache": False, "logits_to_keep": torch.arange(step % 4, len(ids_T), 4)}
         with autocast(self.model):
             with torch.no_grad():
@@ -259,7 +258,7 @@ class Tuning:
 
 @torch.no_grad()
 def losses(model: Any, ids_T: torch.Tensor) -> dict[str, float]:
-    """Return the mean loss in nats per token over the whole text, and over its second half, where
+    """Return the mean loss in nats per token over the whole text and over its second half, where
     far keys matter.
     """
     logits_TV = model(ids_T[None], use_cache=False).logits[0, :-1]

@@ -1,34 +1,34 @@
-"""Hundreds of experts on one base: routing, overhead, memory, and room for a few of them.
+"""Hundreds of experts on one base: routing, overhead, memory, and speed under a memory budget.
 
     python benchmarks/corpora.py many --out TEXTS --megabytes 1
     python benchmarks/many_experts.py --texts TEXTS --packs PACKS [--counts 8 64 1024] [--room 8]
 
-TEXTS holds one folder of text for each expert; those with "public" in their names are text of no
-expert. An expert that PACKS lacks is trained first (`--train-tokens`, the last three layers).
-Beyond them, copies with other names are plugged (`--width` wide): half of their relevance tables'
-entries are shuffled, and their gates and weights have noise, so that they speak for other
-domains of the same kind.
+TEXTS holds one folder of text for each expert; no expert is trained on folders with "public" in
+their names. An expert that PACKS lacks is trained first (`--train-tokens`, the last three layers).
+Larger counts are reached with renamed copies (`--width` wide): half of the entries of their
+relevance tables are shuffled and noise is added to their gates and weights, so that they stand for
+other domains of the same kind.
 
-One engine keeps the weights of `--room` experts in memory. For each of `--counts`, when so many are
-plugged:
+One engine has a memory budget for the weights of about `--room` experts. For each of `--counts`,
+with that many plugged:
 
-    plug      milliseconds to plug the first and the last of the copies (medians of a quarter), and
-              memory of the process for each expert
-    overhead  milliseconds a decoding step, of the clock and of the processor, and to the first
-              token, of requests that choose their experts themselves ("auto"), over those of the
-              same requests that name the right expert, or none; as conversations and as documents
-              to continue
-    routing   share of held-out passages answered by the right expert, or by none where no expert of
-              theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens. The
+    plug      milliseconds to plug the first and the last of the new experts (medians of a quarter),
+              and memory of the process per expert
+    overhead  time per decoding step, wall and processor, and to the first token, of requests that
+              choose their experts automatically ("auto"), relative to the same requests that name
+              the right expert, or none; as conversations and as documents to continue
+    routing   share of held-out passages answered by the right expert, or by none if theirs is not
+              plugged, in per cent; an expert answers if it wrote more than half of 8 tokens. The
               same for documents of `--longer` tokens
 
-`embeddings` is a rival's routing: a ridge classifier over the embeddings of the base, fitted on
-`--fitting` passages of each expert's training text and of each text of none, by default about as
-many tokens as an expert is trained on. It has no text of the copies, so it chooses among the
-experts that are there.
+`embeddings` is a rival's routing: a ridge classifier over the base's embeddings, fitted on
+`--fitting` passages of each expert's training text and of each text without an expert, by default
+about as many tokens as an expert is trained on. There is no text for the copies, so it chooses only
+among the trained experts.
 
-`room` is the speed of `--room` of the second count, all asked by name by four clients at once, over
-that of an engine with all in memory: asked evenly, and by Zipf's law.
+`room` is the speed with the memory budget relative to that of an engine with all experts in memory.
+All experts of the second count are asked by name, by four clients at once: uniformly, and by Zipf's
+law.
 """
 
 import argparse
@@ -63,20 +63,20 @@ from deepseek.text.tokenizer import encode_plain
 
 KINDS = ("conversation", "document")
 TIMED = 8
-"""Passages of each kind that are timed, spread over the experts."""
+"""Maximum number of timed passages of each kind, spread over the experts."""
 CLIENTS = 4
-"""Requests at a time."""
+"""Number of concurrent requests."""
 
 SPOKEN = 8
-"""Tokens of a reply whose speakers are counted."""
+"""Tokens of a reply that decide which expert answered."""
 
 WITHOUT_EXPERT = "public"
-"""In the name of a folder with text of no expert."""
+"""Part of the name of folders that no expert is trained on."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of text. `label`: the expert whose text it is, None: no expert's."""
+    """A passage of text; `label` is the expert that it belongs to, None if there is none."""
 
     ids: tuple[int, ...]
     label: str | None
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def train_missing(options: argparse.Namespace) -> None:
-    """Train the experts that are not there yet; an interrupted training goes on."""
+    """Train the experts that do not exist yet; an interrupted training resumes."""
     folders = sorted(path for path in options.texts.iterdir() if path.is_dir())
     taught = [folder for folder in folders if WITHOUT_EXPERT not in folder.name]
     for folder in taught[: options.experts]:
@@ -138,7 +138,7 @@ def train_missing(options: argparse.Namespace) -> None:
 
 
 def filled(options: argparse.Namespace, folder: Path) -> list[Path]:
-    """Return the packs, followed by jittered copies of them up to the largest count."""
+    """Return the packs, followed by noisy copies of them up to the largest count."""
     real = sorted(options.packs.glob("*.safetensors"))
     paths = real[: max(options.counts)]
     for number in range(len(paths), max(options.counts)):
@@ -150,7 +150,7 @@ def filled(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def jittered(source: ExpertPack, name: str, width: int, seed: int) -> ExpertPack:
-    """Return a copy of a pack that speaks for another domain of the same kind."""
+    """Return a noisy copy of a pack that stands for another domain of the same kind."""
     manifest = source.manifest
     assert isinstance(manifest, Manifest)
     width = min(width, manifest.width)
@@ -173,12 +173,12 @@ def jittered(source: ExpertPack, name: str, width: int, seed: int) -> ExpertPack
 
 
 def budget(paths: Sequence[Path], room: int) -> int:
-    """Return the bytes of so many of the largest experts with 8-bit weights and their scales."""
+    """Return the bytes of `room` experts as large as the largest, with 8-bit weights and scales."""
     return int(room * 0.6 * max(path.stat().st_size for path in paths))
 
 
 def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
-    """Plug the experts up to each count, and measure what that costs."""
+    """Plug experts up to each count, and measure routing and costs."""
     figures: dict[str, Any] = {"experts": len(list(options.packs.glob("*.safetensors")))}
     expert_bytes = budget(paths, options.room)
     with start_engine(options.base, expert_bytes=expert_bytes) as engine:
@@ -208,19 +208,19 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             assert stats.expert_bytes <= expert_bytes
             print(count, row, flush=True)
             figures[str(count)] = row
-            write(options.json, {"figures": figures})  # what an interrupted run keeps
+            write(options.json, {"figures": figures})  # an interrupted run keeps these
     return figures
 
 
 def labelled(found: Sequence[Passage], known: set[str]) -> list[Passage]:
-    """Return passages with the labels of the plugged experts; the others are no expert's."""
+    """Return the passages with only the labels of known experts; other labels become None."""
     return [p if p.label in known else replace(p, label=None) for p in found]
 
 
 def longer_documents(
     engine: Engine, options: argparse.Namespace, names: set[str]
 ) -> dict[int, list[Passage]]:
-    """Return held-out passages of each length of `longer`, of the folders that have some."""
+    """Return held-out passages of each length in `longer`, from the folders that have some."""
     found = {}
     for length in options.longer:
         changed = argparse.Namespace(**{**vars(options), "length": length})
@@ -236,9 +236,9 @@ def passages(
 
     Args:
         engine: engine with the tokenizer.
-        options: arguments; `passages` of the held-out text of each folder are returned.
+        options: arguments; `passages` is the number of held-out passages per folder.
         names: folders that experts are trained on.
-        fitting: passages of the training text of each folder; None: as many.
+        fitting: number of training passages per folder; None: as many as held-out ones.
     """
     parts: tuple[list[Passage], list[Passage]] = ([], [])
     counts = (options.passages if fitting is None else fitting, options.passages)
@@ -252,7 +252,7 @@ def passages(
 
 
 def pieces(engine: Engine, documents: Sequence[Document], length: int) -> list[tuple[int, ...]]:
-    """Return passages of documents, of `length` tokens, those of different documents first."""
+    """Return passages of `length` tokens, the first of each document before second ones."""
     rows: list[tuple[int, int, tuple[int, ...]]] = []
     encoded = encode_plain(engine.tokenizer, [document.text for document in documents])
     for number, ids in enumerate(encoded):
@@ -262,7 +262,7 @@ def pieces(engine: Engine, documents: Sequence[Document], length: int) -> list[t
 
 
 def plug(engine: Engine, paths: Sequence[Path]) -> dict[str, float]:
-    """Plug packs, and return what that took."""
+    """Plug packs; return the times, and the memory per pack."""
     before = resident_bytes()
     times = []
     for path in paths:
@@ -278,19 +278,19 @@ def plug(engine: Engine, paths: Sequence[Path]) -> dict[str, float]:
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def overhead(
     engine: Engine, right: Sequence[Passage], kind: str, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Return the times of passages that choose their experts, over those that name them.
+    """Return the times of passages with arming "auto", relative to those that name the expert.
 
     Args:
         engine: engine with the experts plugged.
-        right: passages that choose rightly: another expert, or none, would be another step.
-        kind: how they are asked.
+        right: correctly routed passages, for which both sides compute the same steps.
+        kind: one of `KINDS`.
         options: arguments.
     """
     chosen = [p for p in right if p.label is not None]
@@ -325,8 +325,8 @@ def overhead(
 
 
 def decode(engine: Engine, request: Request) -> tuple[float, float, float]:
-    """Return milliseconds to the first token, and of each token after it, then processor time of
-    each.
+    """Return milliseconds to the first token, wall time per later token, and processor time per
+    later token.
     """
     started = time.perf_counter()
     events = iter(engine.submit(request))
@@ -344,7 +344,7 @@ def decisions(engine: Engine, asked: Sequence[Passage], kind: str) -> list[str |
 
 
 def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation]:
-    """Give the finished generations, `CLIENTS` of which run at a time."""
+    """Yield the finished generations in order; `CLIENTS` of them run at a time."""
     running: list[Generation] = []
     for request in requests:
         if len(running) == CLIENTS:
@@ -357,14 +357,14 @@ def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation
 
 
 def speaker(generation: Generation) -> str | None:
-    """Return the expert that wrote most of a reply, None if it is the base."""
+    """Return the expert that wrote more than half of a reply, None if the base or no one did."""
     counts = Counter(generation.usage.experts)
     name, tokens = counts.most_common(1)[0]
     return name if tokens * 2 > counts.total() else None
 
 
 def shares(asked: Sequence[Passage], decided: Sequence[str | None]) -> dict[str, float]:
-    """Return the shares of right decisions in per cent."""
+    """Return the shares of right decisions and of wrong experts, in per cent."""
     pairs = list(zip((passage.label for passage in asked), decided, strict=True))
     own = [label == name for label, name in pairs if label is not None]
     none = [name is None for label, name in pairs if label is None]
@@ -380,7 +380,7 @@ def share(flags: Sequence[bool]) -> float:
 def embeddings(
     engine: Engine, fitting: Sequence[Passage], asked: Sequence[Passage], known: set[str]
 ) -> dict[str, float]:
-    """Return the shares of a ridge classifier over the embeddings of the base."""
+    """Return the shares of right decisions of a ridge classifier over the base's embeddings."""
     labels = [passage.label if passage.label in known else None for passage in fitting]
     classes = sorted({label or "" for label in labels})
     targets_NC = np.array([[(label or "") == one for one in classes] for label in labels], float)
@@ -393,19 +393,19 @@ def embeddings(
 
 
 def embedded(engine: Engine, found: Sequence[Passage]) -> np.ndarray:
-    """Return the embeddings of passages, `[N, D + 1]`, with a constant for the bias."""
+    """Return the embeddings of passages and a constant 1 for the bias, `[N, D + 1]`."""
     rows_ND = np.array([embedding(engine, passage.ids) for passage in found])
     return np.concatenate([rows_ND, np.ones((len(rows_ND), 1))], 1)
 
 
 @cache
 def embedding(engine: Engine, ids: tuple[int, ...]) -> list[float]:
-    """Return the embedding of a passage: the same passages are asked for with every count."""
+    """Return the embedding of a passage; cached, since every count uses the same passages."""
     return engine.embed(ids)
 
 
 def room(options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the speed with room for a few experts over that with all of them in memory."""
+    """Return the speed with a memory budget for a few experts over that with all in memory."""
     names = [path.stem for path in paths]
     draws = random.Random(0)
     count = max(CLIENTS, 2 * len(names))

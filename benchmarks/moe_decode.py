@@ -1,20 +1,20 @@
-"""Decoding of a mixture of experts on the CPU beside the dense model that it was upcycled from.
+"""Decoding speed of a mixture of experts on the CPU beside the dense model it was upcycled from.
 
     python benchmarks/moe_decode.py [--base smollm2-135m] [--experts 16] [--expert-dim 256]
         [--rounds 5] [--threads 2] [--json FILE]
 
-The base is upcycled with dynamic routing; `article` has dynamic positions too, with random
-parameters. All run in the compiled step with 8-bit weights, the mixtures in the reference runner
-too; every round gives each side its turn, and medians over the rounds are compared. A turn is a
-prompt of 128 tokens, then tokens one by one, of one stream or of sixteen.
+The base is upcycled with dynamic routing; `article` also has dynamic positions, with random
+parameters. All run in the compiled step with 8-bit weights, the mixtures also in the reference
+runner. The sides take turns in every round, and medians over the rounds are compared. A turn is a
+prompt of 128 tokens, then tokens one by one, with one stream or sixteen.
 
-A step that is bound by memory takes as long as its weights: `byte_bound` is the weight bytes of the
-dense model over those that the mixture reads for a token (measured mean number of experts), and
-`share_of_byte_bound` is how much of that ratio of speeds is reached.
+The time of a memory-bound step is proportional to the weight bytes it reads: `byte_bound` is the
+dense model's weight bytes over those that the mixture reads per token (at the measured mean number
+of experts), and `share_of_byte_bound` is the ratio of speeds relative to that bound.
 
-`divergence` is the mean Kullback-Leibler divergence of the compiled step from the reference runner
-in fp32, in nats a token, over a text of this repository. A new expert is silent, so for that
-comparison the routed experts are slices of the dense network, at a third of their output.
+`divergence` is the mean Kullback-Leibler divergence of the compiled step from the model in fp32, in
+nats per token, on a text of this repository. The output of newly upcycled experts is zero, so for
+this comparison the routed experts are slices of the dense network, with a third of their output.
 """
 
 import argparse
@@ -45,11 +45,11 @@ STEPS = 32
 STREAMS = 16
 TEXT = Path(__file__).parent.parent / "README.md"
 TEXT_TOKENS = 512
-LOUDNESS = 1 / 3  # of the routed experts, where the divergence is measured
+LOUDNESS = 1 / 3  # factor on the routed experts' output when the divergence is measured
 
 
 def ids_of(stream: int, count: int) -> list[int]:
-    """Random tokens, other ones for each stream."""
+    """Return `count` random token ids, different for each stream."""
     draw = torch.Generator().manual_seed(stream)
     return torch.randint(100, 40000, (count,), generator=draw).tolist()
 
@@ -84,7 +84,7 @@ def mean_experts(model: DeepSeekModel, ids: list[int]) -> float:
 
 @torch.no_grad()
 def slice_dense_network(model: DeepSeekModel) -> None:
-    """Make every routed expert a slice of its layer's dense network."""
+    """Replace every routed expert by a scaled slice of its layer's dense network."""
     for module in model.modules():
         if isinstance(module, MoELayer):
             dense = module.shared_experts
@@ -100,7 +100,7 @@ def slice_dense_network(model: DeepSeekModel) -> None:
 
 @torch.no_grad()
 def distance(model: DeepSeekModel, ids: list[int]) -> dict[str, float]:
-    """Return how far the compiled step is from the reference."""
+    """Return the divergence of the compiled step from the model in fp32, and their agreement."""
     expected = model.float()(torch.tensor([ids])).logits[0].log_softmax(-1)
     runner = CompiledRunner(model)
     output = runner.forward([Chunk(runner.start(None, len(ids)), ids, len(ids))])

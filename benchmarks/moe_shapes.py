@@ -1,13 +1,13 @@
-"""Decoding of mixtures of experts with random weights, in the shapes of other families, beside
-llama.cpp at Q8_0 on the same weights.
+"""Decoding speed of random mixtures of experts in the shapes of other families, beside llama.cpp at
+Q8_0 on the same weights.
 
     python benchmarks/moe_shapes.py --llama PYTHON [--shapes qwen3_moe] [--layers N] [--rounds 5]
         [--threads 2] [--json FILE]
 
-A model is made with `transformers`, saved, and loaded by `deepseek.load` and, as a GGUF file, by
-llama.cpp in a Python that has llama-cpp-python (`--llama`). Each round gives
-both a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one; medians
-over the rounds are compared. Routers have random weights too, so tokens spread over the experts.
+A model is created with `transformers`, saved, and loaded by `deepseek.load` and, as a GGUF file, by
+llama.cpp in a Python that has llama-cpp-python (`--llama`). Both take turns as in
+`benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one; medians over the rounds
+are compared. Routers have random weights too, so tokens spread over the experts.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from deepseek.compiled.runner import CompiledRunner
 from deepseek.export.gguf import export_gguf
 from deepseek.text.tokenizer import load_tokenizer
 
-TOKENIZER = "smollm2-135m"  # the vocabulary of all shapes
+TOKENIZER = "smollm2-135m"  # all shapes have its vocabulary
 SHAPES: dict[str, dict[str, Any]] = {
-    # 0.9B parameters, of which 0.2B at a token.
+    # 0.9B parameters, 0.2B of them active per token.
     "qwen3_moe": {
         "vocab_size": 49152,
         "hidden_size": 1024,
@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
-    # The same, with one key for each query head and norms over the whole width.
+    # The same, with one key head per query head and query/key norms over the whole width.
     "olmoe": {
         "vocab_size": 49152,
         "hidden_size": 1024,
@@ -62,14 +62,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "max_position_embeddings": 4096,
         "norm_topk_prob": False,
-        "tie_word_embeddings": False,  # llama.cpp wants a head
+        "tie_word_embeddings": False,  # llama.cpp requires an output head
         "eos_token_id": 0,
     },
 }
 
 
 def make(shape: str, layers: int | None, folder: Path) -> None:
-    """Save a random model of this shape, with a tokenizer."""
+    """Save a random model of this shape with a tokenizer."""
     torch.manual_seed(0)
     fields = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape](**fields), dtype=torch.bfloat16)
@@ -78,7 +78,7 @@ def make(shape: str, layers: int | None, folder: Path) -> None:
 
 
 def write_olmoe(folder: Path, path: Path) -> None:
-    """Write an OLMoE as GGUF, which `deepseek export` does not; the vocabulary is numbered only."""
+    """Write an OLMoE as GGUF, which `deepseek export` does not support; without a vocabulary."""
     config = AutoConfig.from_pretrained(folder)
     out = gguf_writer(path, "olmoe", config)
     out.add_expert_count(config.num_experts)
@@ -101,12 +101,12 @@ def write_olmoe(folder: Path, path: Path) -> None:
 
 
 def in_order(name: str) -> list[tuple[int, str]]:
-    """Sort the numbers in a name as numbers."""
+    """Return a sort key for a tensor name that orders its numbers numerically."""
     return [(int(part or 0), "") if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def measure(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Return tokens per second of both sides, and ours over theirs."""
+    """Return the tokens per second of both sides, and their ratios."""
     folder = scratch / shape
     make(shape, options.layers, folder)
     runner = CompiledRunner(deepseek.load(folder, dtype="bfloat16").model)

@@ -2,9 +2,9 @@
 
     python benchmarks/moe_speed.py [--json benchmarks/results/moe_speed.json] [--seconds 1.5]
 
-Both layers run in one process, turn by turn, and the medians are compared: ours against the best of
-`grouped_mm`, `eager` and `batched_mm`. A turn of ours and one of theirs meet the same disturbances,
-so their ratio is steadier than either time.
+Both layers run in one process, in turn, and the medians are compared: ours against the fastest of
+`grouped_mm`, `eager` and `batched_mm`. Other work on the machine slows both alike, so the ratio is
+more stable than either time.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe.layer import MoELayer
 
-SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts a token
+SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts per token
 TOKENS = [1, 32, 2048]
 DTYPES = [torch.float32, torch.bfloat16]
 IMPLEMENTATIONS = ["grouped_mm", "eager", "batched_mm"]
-# Bytes; batched_mm copies the expert weights of every token, and is far behind by then.
+# Bytes; batched_mm copies the expert weights for every token, and is much slower beyond this.
 BATCHED_LIMIT = 1 << 30
 
 
 def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELayer, nn.Module]:
-    """Our layer and theirs, holding the same weights."""
+    """Return our layer and theirs, with the same weights."""
     hidden, width, experts, top_k = shape
     torch.manual_seed(0)
     ours = MoELayer(
@@ -85,8 +85,8 @@ def both_ways(module: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get
-    three turns.
+    """Return median milliseconds of each run, all taking turns for about `seconds` each; slow ones
+    get three turns, very slow ones fewer.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -106,7 +106,7 @@ def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float
 def compare(
     shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """One row of the table: forward and forward+backward of ours and of theirs."""
+    """Return one row of the table: forward and forward+backward times of ours and theirs."""
     ours, theirs = layers(shape, dtype)
     x = torch.randn(1, tokens, shape[0]).to(dtype)
 
@@ -177,7 +177,7 @@ def main() -> None:
                         end="",
                     )
                 print(flush=True)
-                if options.json:  # after every row, so that a run cut short keeps what it measured
+                if options.json:  # after every row, so that an interrupted run keeps its figures
                     write(options.json, {"milliseconds": rows})
 
 

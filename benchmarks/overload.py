@@ -1,15 +1,16 @@
-"""Ask for ten times what a server can do: every request gets an answer or a quick 429, and nothing
-hangs.
+"""Overload a server with ten times the requests it can answer: each must get an answer or a quick
+429, and none may hang.
 
     python benchmarks/overload.py [--seconds 60] [--times 10] [--abandon 200] [--json FILE]
 
-The server is a process of its own with its usual settings, this one is the load. Capacity: the
-tokens a second of as many clients as fill the batch and half of the queue, each asking again when
-it is answered. Overload: requests arrive at random (Poisson) at `--times` the rate at which
-capacity answers them, whether others are answered or not. Goodput is the tokens a second in whole
-answers under overload as a share of capacity; both are counted over whole windows of `--seconds` of
-a load that runs already, before and after the overload, so that a machine that changes its pace
-shows. Afterwards clients leave long requests at once, and one more request is timed.
+The server runs in its own process with a batch of 16 and a queue of 64; this process is the load.
+Capacity is the tokens per second with as many clients as fill the batch and half of the queue, each
+sending its next request when it is answered. Under overload, requests arrive at random (Poisson) at
+`--times` the rate of answers at capacity, regardless of earlier requests. Goodput is the tokens per
+second in complete answers under overload as a share of capacity. Both are counted over `--seconds`
+after the load has settled; capacity is measured before and after the overload, so that a change in
+the machine's speed shows. Finally, `--abandon` clients disconnect from long requests at once, and
+the next request is timed.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def main() -> None:
 
 
 class Connection(asyncio.Protocol):
-    """One connection that is kept: a request, then its reply. It reads no more HTTP than our server
-    speaks.
+    """A persistent connection for one request at a time; parses only the HTTP that our server
+    sends.
     """
 
     def __init__(self) -> None:
@@ -71,14 +72,14 @@ class Connection(asyncio.Protocol):
             self.reply.set_exception(error or ConnectionError("closed"))
 
     async def ask(self, request: bytes) -> bytes:
-        """Send a request and return the reply, head and all."""
+        """Send a request and return the reply with its headers."""
         self.data, self.reply = b"", asyncio.get_running_loop().create_future()
         self.transport.write(request)
         return await self.reply
 
 
 class Load:
-    """Requests to one server, and what came back. `window`: how long replies were counted."""
+    """Requests to one server, and counts of the replies."""
 
     def __init__(self, url: str, model: str) -> None:
         self.host, self.port, self.model = "127.0.0.1", urlsplit(url).port, model
@@ -87,14 +88,14 @@ class Load:
         self.forget()
 
     def forget(self) -> None:
-        """Count anew."""
+        """Reset the counts."""
         self.started, self.tokens = time.perf_counter(), 0
         self.statuses: Counter[str] = Counter()
         self.refusals: list[float] = []
         self.unexpected: list[str] = []
 
     def request(self, tokens: int = TOKENS) -> bytes:
-        """Return a request of about 100 prompt tokens that no other one shares."""
+        """Return a request with a random prompt of about 100 tokens."""
         prompt = " ".join(self.random.choices(WORDS, k=100))
         body = (
             f'{{"model":"{self.model}","prompt":"{prompt}","max_tokens":{tokens},"temperature":0}}'
@@ -103,7 +104,7 @@ class Load:
         return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
     async def connection(self) -> Connection:
-        """Return a connection that nobody uses."""
+        """Return an idle connection, or a new one."""
         while self.free:
             connection = self.free.pop()
             if not connection.transport.is_closing():
@@ -133,7 +134,7 @@ class Load:
         return status
 
     def rates(self) -> dict[str, float]:
-        """Return tokens and answers a second since `forget`."""
+        """Return tokens and answers per second since `forget`."""
         seconds = time.perf_counter() - self.started
         return {
             "tokens_per_second": self.tokens / seconds,
@@ -142,7 +143,7 @@ class Load:
 
 
 async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
-    """Run all parts and return the figures."""
+    """Run all phases and return the figures."""
     before = await capacity(load, options.seconds)
     rate = options.times * before["answers_per_second"]
     over, told = await overload(load, options.seconds, rate)
@@ -161,7 +162,7 @@ async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def capacity(load: Load, seconds: float) -> dict[str, float]:
-    """Return the pace of clients that keep the batch full and are never refused."""
+    """Return the rates of clients that keep the batch full and are never refused."""
     over = False
 
     async def client() -> None:
@@ -180,7 +181,7 @@ async def capacity(load: Load, seconds: float) -> dict[str, float]:
 async def overload(
     load: Load, seconds: float, rate: float
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Send `rate` requests a second; return the pace, and what was refused and how quickly."""
+    """Send `rate` requests per second; return the rates, and refusals with their times."""
     asked: set[asyncio.Task[str]] = set()
     late, start = 0.0, time.perf_counter()
     counted = arrival = 0.0
@@ -213,7 +214,7 @@ async def overload(
 
 
 async def leave(load: Load, count: int) -> float:
-    """Let `count` clients leave their long requests, and return how long the next reply takes."""
+    """Let `count` clients abandon long requests; return the seconds until the next reply."""
 
     async def go() -> None:
         connection = await load.connection()

@@ -1,32 +1,32 @@
-"""A mixture of experts with shared pools against dense models: parameters for the same loss, and
-speed.
+"""Compare a mixture of experts with shared pools with dense models: loss by number of parameters,
+and speed.
 
     python benchmarks/corpora.py all
     python benchmarks/params.py CORPORA [--set design|final] [--seeds 3] [--tokens 500000] [--json FILE]
 
-Five models are trained from scratch on the same stream of text, with the same number of floating
-point operations, at each of `--rates`:
+Five models are trained from scratch on the same text, with the same number of floating-point
+operations, at each of `--rates`:
 
     dense           the model to match
-    mixture         dynamic routing over pools that layers share, 60 % of its parameters
+    mixture         dynamic routing over pools shared by layers, 60 % of the parameters of `dense`
     own pools       dynamic routing with a pool in every layer, as many parameters as the mixture
     dense, total    a dense model with as many parameters as the mixture
-    dense, active   a dense model with as many parameters as the mixture uses for a token
+    dense, active   a dense model with as many parameters as the mixture uses per token
 
 `--kinds` also takes mixtures whose layers share pools in other ways (`SHARED_OTHERWISE`).
 
-`--set design` is for choosing shapes and rates; `final` has other text, and other seeds, which is
-where the figures come from. A model is judged by its loss on documents that no model was trained
-on, at the rates of `RATES`. Differences from a dense model are taken seed by seed, each time at the
-dense model's better rate. An interrupted run goes on.
+`--set design` is for choosing shapes and rates; the reported figures come from `final`, with other
+text and other seeds. A model is judged by its loss on documents that no model was trained on, at
+the rates of `RATES`. Differences from a dense model are taken seed by seed, each at its better
+rate. An interrupted run resumes.
 
-Then the mixture and the dense model of the first seed run in the compiled engine with 8 bits, in
-turn: the prefill of 512 tokens, and decoding of what follows, one token at a time.
+Then the mixture and the dense model of the first seed run in the compiled runner with 8-bit
+weights, in turn: a prefill of 512 tokens, then decoding of the following text, one token at a time.
 
     python benchmarks/params.py CORPORA --speeds [--json FILE]
 
-measures the same with random weights of `deepseek-29m`, which may choose at most as many experts as
-the trained mixture does on average, and its dense counterpart.
+measures the same with random weights of `deepseek-29m`, limited to as many experts per token as the
+trained mixture uses on average, and of its dense counterpart.
 """
 
 import argparse
@@ -90,11 +90,11 @@ SHARED_OTHERWISE: dict[str, dict[str, Any]] = {
     "narrow experts": ROUTED | {"num_experts": 20, "expert_dim": 26, "expert_sharing": 3},
     "three at most": KINDS["mixture"] | {"max_experts": 3},
 }
-"""Mixtures with shared pools of other shapes, as large, in search of one that gains by sharing."""
+"""Other mixtures with shared pools, of the same size, tried to find one that gains by sharing."""
 SHAPES = KINDS | SHARED_OTHERWISE
 RATES: dict[str, tuple[float, ...]] = dict.fromkeys(SHAPES, (0.004, 0.002)) | {"mixture": (4e-3,)}
-"""Peak learning rates. 4e-3 was the best on the design set; some seeds of the dense models do better
-at half of it, so that both are tried for them, and the better one counts.
+"""Peak learning rates. 4e-3 was best on the design set; some seeds of the dense models do better at
+half of it, so all kinds but `mixture` are trained with both, and the better one counts.
 """
 
 MIXTURE_FIELDS = {"num_experts", "expert_dim", "num_shared_experts", "expert_sharing"}
@@ -123,7 +123,7 @@ def main() -> None:
         return
     runs = []
     for seed in range(FIRST_SEED[options.set], FIRST_SEED[options.set] + options.seeds):
-        tokenizer = None  # the first model's, which all others share
+        tokenizer = None  # all models use the first one's
         for kind in options.kinds:
             for rate in options.rates or RATES[kind]:
                 runs.append(trained(options, kind, rate, seed, tokenizer))
@@ -145,7 +145,7 @@ def architecture(kind: str) -> dict[str, Any]:
 
 
 def sizes(kind: str) -> dict[str, float]:
-    """Return a kind's parameters, in all and for a token, and both as shares of the dense model's."""
+    """Return a kind's total and active parameters, and both as shares of the dense model's."""
     found, dense = (parameters(Architecture.of(architecture(one))) for one in (kind, "dense"))
     return {
         "total": found.total,
@@ -156,10 +156,10 @@ def sizes(kind: str) -> dict[str, float]:
 
 
 def tokens_of(kind: str, dense_tokens: int) -> int:
-    """Return how many tokens cost a kind as much as `dense_tokens` cost the dense model.
+    """Return the number of tokens that cost a kind as much as `dense_tokens` cost the dense model.
 
-    A token costs six operations for each active parameter, and those of attention, which are the
-    same in all kinds: 12 for each number of a query and each key that it sees, half a row.
+    A token costs six operations per active parameter, plus attention, which is the same for all
+    kinds: 12 operations per layer, query dimension and visible key; half a row of keys on average.
     """
     attention = 12 * BACKBONE["num_hidden_layers"] * BACKBONE["hidden_size"] * ROW / 2
     costs = {one: 6 * sizes(one)["active"] + attention for one in (kind, "dense")}
@@ -215,8 +215,8 @@ def trained(
 
 
 def losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return each kind's losses by rate, the better one for each seed, and the differences of that
-    from the dense models'.
+    """Return each kind's losses by rate, the best for each seed, and their differences from the
+    dense models' best.
     """
     kinds = dict.fromkeys(run["kind"] for run in runs)
     table: dict[str, Any] = {}
@@ -236,8 +236,8 @@ def losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def trained_speeds(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the speeds of the dense model and the mixture that were trained, on text of their
-    corpora; part of it was trained on.
+    """Return the speeds of the trained dense model and mixture on text of their corpora, which may
+    be training text.
     """
     text = "".join(
         document.text[:4000]
@@ -264,8 +264,8 @@ def full_size_speeds(rounds: int) -> dict[str, Any]:
 
 
 def speeds(models: Mapping[str, DeepSeekModel], ids: list[int], rounds: int) -> dict[str, Any]:
-    """Return tokens a second of the mixture and the dense model, by medians and round by round, and
-    their ratio by medians.
+    """Return the tokens per second of the mixture and the dense model, as medians and for each
+    round, and the ratios of the medians.
     """
     turns = {kind: turn(CompiledRunner(model.eval()), ids) for kind, model in models.items()}
     found = in_turn(turns, rounds)
@@ -284,7 +284,7 @@ def speeds(models: Mapping[str, DeepSeekModel], ids: list[int], rounds: int) -> 
 
 
 def turn(runner: CompiledRunner, ids: list[int]) -> Callable[[], dict[str, float]]:
-    """Return a turn: tokens a second of prefill and of decoding the text `ids`."""
+    """Return a turn: tokens per second of prefill and of decoding on the text `ids`."""
 
     def run() -> dict[str, float]:
         state = runner.start(None, len(ids))

@@ -1,7 +1,7 @@
-"""Does SmolLM2 give the logits and the text that `transformers` gives? Twenty texts of 256 tokens,
-twenty prompts.
+"""Compare SmolLM2's logits and greedy text with those of `transformers`, on twenty texts of 256
+tokens and twenty prompts.
 
-python benchmarks/parity.py
+    python benchmarks/parity.py
 """
 
 import pydoc_data.topics
@@ -23,7 +23,7 @@ TEXTS, TOKENS, PROMPT, NEW = 20, 256, 32, 64
 
 
 def texts() -> list[str]:
-    """Return ten texts of prose and ten of code that every Python installation has."""
+    """Return ten texts of prose and ten of code from Python's own documentation and library."""
     prose = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 3000][
         : TEXTS // 2
     ]
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def stepwise(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Return the logits of a prefill of half the tokens followed by one step per token."""
+    """Return the logits of a prefill of half the tokens and one step per remaining token."""
     half = ids.shape[1] // 2
     parts = [model(ids[:, :half], cache=cache).logits]
     parts += [model(ids[:, i : i + 1], cache=cache).logits for i in range(half, ids.shape[1])]

@@ -1,12 +1,11 @@
-"""One recipe takes SmolLM2 through adaptation, alignment, an expert and an evaluation, on real
-data.
+"""Run one recipe on SmolLM2 with real data: adaptation, alignment, an expert and an evaluation.
 
     python benchmarks/pipeline.py CODE PREFS [--git .] [--work DIR] [--json benchmarks/results/pipeline.json]
 
 CODE is a folder of source files, PREFS a preference database (`benchmarks/rlpo.py` leaves one in
-its work folder), and the expert learns the git history of `--git`. The recipe is written as YAML to
-the work folder and run by the command `deepseek train`, as a user would; each stage's time is that
-of its run folder. Wanted: at most 30 minutes.
+its work folder), and the expert is trained on the git history of `--git`. The recipe is written as
+YAML to the work folder and run by `deepseek train`, as a user would; each stage's time is taken
+from its run folder. Goal: at most 30 minutes.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from results import write
 
 
 def recipe(code: Path, prefs: Path, git: Path) -> dict[str, object]:
-    """Return the four stages."""
+    """Return the recipe of four stages."""
     adapt = {"from_folder": str(code), "mode": "last-n", "tokens": 60_000, "epochs": 2}
     align = {
         "prefs": str(prefs),
@@ -67,11 +66,11 @@ def main() -> None:
 
     place = options.work / "home"
     place.mkdir(parents=True, exist_ok=True)
-    # What earlier runs of the base left: weights, public text.
+    # Reuse what earlier runs stored for the base: weights, public text, fingerprints.
     for shared in ("models", "public", "fingerprints"):
         if (home() / shared).is_dir() and not (place / shared).exists():
             (place / shared).mkdir()
-            for entry in (home() / shared).glob("[!.]*"):  # and not their locks
+            for entry in (home() / shared).glob("[!.]*"):  # but not their locks
                 (place / shared / entry.name).symlink_to(entry)
     path = options.work / "recipe.yaml"
     paths = (p.resolve() for p in (options.code, options.prefs, options.git))

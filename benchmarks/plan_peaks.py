@@ -1,13 +1,13 @@
 """Estimated peak memory of training against the measured one, on small configurations.
 
     python benchmarks/plan_peaks.py            # on a GPU if there is one, else on the processor
-    python benchmarks/plan_peaks.py --resume   # keep what results/plan_peaks.json has measured
+    python benchmarks/plan_peaks.py --resume   # keep the measured peaks in results/plan_peaks.json
 
-Each configuration trains for two steps in a process of its own, in fp32, with the task, the loss
-and the optimiser of `deepseek pretrain`: from the second step on, all state exists. On a GPU the
-peak is that of its allocator. On the processor it is the highest resident memory, less that of the
-same process before the model is built and after a model with one layer of the same kind has been
-trained: libraries and compiled kernels are program, not training.
+Each configuration trains for two steps in its own process, in fp32, with the task, loss and
+optimiser of `deepseek pretrain`; from the second step on, all state is allocated. On a GPU, the
+peak is that of PyTorch's allocator. On the CPU it is the peak resident memory, less the resident
+memory of the same process after a one-layer model of the same kind was trained and before the real
+one is built, so that libraries and compiled kernels do not count.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 BATCHES = ((1, 512), (4, 512), (1, 2048), (2, 2048))
-"""Rows, and tokens of each."""
+"""Rows, and tokens per row."""
 
 COMMON = {"vocab_size": 8192, "num_attention_heads": 8, "max_position_embeddings": 2048}
 STEPS = 2
@@ -46,7 +46,7 @@ WARM_UP = (1, 512)
 
 
 def configurations() -> dict[str, tuple[dict[str, int], int, int]]:
-    """Return twelve configurations: fields of the model, rows, and tokens of each row."""
+    """Return twelve configurations: fields of the model, rows, and tokens per row."""
     return {
         f"{name}, {rows} x {length}": ({**COMMON, **shape}, rows, length)
         for name, shape in SHAPES.items()
@@ -85,7 +85,7 @@ def measure(fields: dict[str, int], rows: int, length: int) -> float:
     before = 0.0
     if device.type == "cpu":
         before = float(resident())
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     else:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -95,7 +95,7 @@ def measure(fields: dict[str, int], rows: int, length: int) -> float:
 
 
 def train(model_class: Any, config: Any, device: Any, rows: int, length: int) -> None:
-    """Make a model and take a few steps on random tokens."""
+    """Create a model and train it for a few steps on random tokens."""
     import torch
 
     from deepseek.data import Batch
@@ -116,7 +116,7 @@ def train(model_class: Any, config: Any, device: Any, rows: int, length: int) ->
 
 
 def status(name: str) -> int:
-    """Return a line of this process's memory status in bytes."""
+    """Return an entry of this process's memory status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -127,14 +127,14 @@ def resident() -> int:
 
 
 def highest() -> int:
-    """Return the highest resident memory in bytes since it was reset."""
+    """Return the peak resident memory in bytes since the last reset."""
     return status("VmHWM:")
 
 
 def child(name: str) -> dict[str, float]:
-    """Return estimated and measured bytes of a configuration, measured in a child process."""
+    """Return the estimated and measured bytes of a configuration, measured in a child process."""
     environment = os.environ | {
-        # Freed tensors go back to the system, so that the resident memory is what is in use.
+        # Return freed tensors to the system, so that resident memory is memory in use.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "MALLOC_ARENA_MAX": "2",
@@ -151,13 +151,13 @@ def child(name: str) -> dict[str, float]:
 
 
 def one(name: str) -> dict[str, float]:
-    """Return estimated and measured bytes of a configuration, measured in this process."""
+    """Return the estimated and measured bytes of a configuration, measured in this process."""
     fields, rows, length = configurations()[name]
     return {"estimated": estimate(fields, rows, length), "measured": measure(fields, rows, length)}
 
 
 def known(path: Path) -> dict[str, dict[str, float]]:
-    """Return the measured peaks of a file, with what is estimated for them now."""
+    """Return the measured peaks of a file, with current estimates."""
     rows: dict[str, dict[str, float]] = json.loads(path.read_text())["configurations"]
     return {
         name: {"estimated": estimate(*fields), "measured": rows[name]["measured"]}
@@ -176,7 +176,7 @@ def report(name: str, row: dict[str, float], seconds: float) -> None:
 
 
 def save(table: dict[str, dict[str, float]], path: Path) -> None:
-    """Write the figures, after each configuration, so that a run that is stopped has its part."""
+    """Write the figures; called after each configuration, so that an interrupted run keeps them."""
     worst = max(abs(row["estimated"] / row["measured"] - 1) for row in table.values())
     left = [name for name in configurations() if name not in table]
     results.write(path, {"configurations": table, "worst_difference": worst, "not_run": left})

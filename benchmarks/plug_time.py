@@ -1,13 +1,13 @@
-"""How long plugging and unplugging take, and what armed experts cost a token.
+"""Time to plug and unplug experts, and cost of armed experts per token.
 
     python benchmarks/plug_time.py [--model smollm2-135m] [--packs 32] [--decode] [--json FILE]
 
-Packs are random and of the size of a real one (last three layers, width 1536, bf16: 16 MB for
-SmolLM2-135M). Every plug reads a file and makes every check: header, base fingerprint, digest,
-signature, values. All packs are plugged one after another, into memory that the operating system
-has to find first (but not the host of a virtual machine, which can take ten times as long, and not
-evenly). The medians of the first and the last quarter are compared, in wall time and in processor
-time (which other work on the machine disturbs less).
+Packs are random and as large as real ones (last three layers, width 1536, bf16: 16 MB for
+SmolLM2-135M). Every plug reads a file and makes all checks: header, base fingerprint, digest,
+signature, values. All packs are plugged one after another, into memory that is newly allocated from
+the operating system but already backed by the host of a virtual machine, whose allocation can be
+ten times slower and irregular. The medians of the first and the last quarter are compared, in wall
+time and in processor time (which other work on the machine disturbs less).
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, get_context("spawn")) as other,
     ):
-        # Another process writes the packs, so that this one has no freed memory to plug them into.
+        # Another process writes the packs, so that this one cannot plug into freed memory.
         paths = other.submit(write_packs, options.model, Path(folder), options.packs).result()
         model = load(options.model).model
         figures = plug_times(model, paths)
@@ -73,16 +73,16 @@ def write_packs(name: str, folder: Path, count: int) -> list[Path]:
         for layer in module.layers:
             torch.nn.init.normal_(module.at(layer).down_proj, std=1e-3)
             always = torch.zeros(module.hidden_size + 1)
-            always[-1] = 1.0  # fires at every token: the dearest case
+            always[-1] = 1.0  # fires at every token: the most expensive case
             module.set_gate(layer, always)
         write_pack(path, module.to_pack(model.experts.base, "Apache-2.0"), key)
     return paths
 
 
 def plug_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
-    """Return milliseconds of plugging all packs and unplugging them again."""
+    """Plug and unplug all packs; return the times in milliseconds."""
     model.experts.policy = PackPolicy(signature="signed")
-    # Touched and given back, so that the host has found it.
+    # Touch and free as much memory, so that the host has already backed it.
     torch.ones(len(paths) * paths[0].stat().st_size)
     plugs = [timed(lambda path=path: model.experts.plug(path)) for path in paths]
     unplugs = [timed(lambda path=path: model.experts.unplug(path.stem)) for path in paths]
@@ -105,8 +105,8 @@ def plug_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
 
 @torch.no_grad()
 def decode_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
-    """Return milliseconds a token at batch 1, with nothing plugged, and with some armed that all
-    fire or never do.
+    """Return milliseconds per token at batch 1 with nothing plugged, and with one and eight experts
+    that are unarmed, or armed and fire at every token.
     """
     figures: dict[str, Any] = {"decode_base_ms": per_token(model)}
     for count in (1, 8):
@@ -128,7 +128,7 @@ def per_token(model: DeepSeekModel, tokens: int = 24) -> float:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return wall and processor time of `call` in milliseconds."""
+    """Return the wall and processor time of `call` in milliseconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3

@@ -1,27 +1,25 @@
-"""Which positional encoding trained on short rows still works on long ones: small models on real
+"""Which positional encodings, trained on short rows, still work on long ones: small models on real
 code.
 
     python benchmarks/position_length.py CODE [CODE ...] [--rivals dpe yarn drope] [--seeds 0 1 2]
     python benchmarks/position_length.py CODE [CODE ...] --test-length 4096 8192
 
-Every rival is the same small model with the same data, order, seeds and number of steps; it is
-trained on rows of 1,024 tokens and scored on rows of 4,096 (`--test-length`) from files that were
-held out: by the next token, by whole lines and by needles (`long_rows.py`). Learned positions end
-at 4,096.
+Every rival is the same small model with the same data, order, seeds and number of steps. It is
+trained on rows of 1,024 tokens and scored on rows of 4,096 (`--test-length`) from held-out files:
+by the next token, by whole lines and by needles (`long_rows.py`). Learned positions end at 4,096.
 
-"yarn" is the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and
-"dpe+yarn" that of "dpe" likewise; "dpe+scale" is that of "dpe" with scaled scores, as below.
-"drope" (arXiv:2512.12167) is trained with rotary positions for seven eighths of the steps, and
-without positions for the last eighth, with a warm-up and decay of the learning rate of its own.
-"drope+" costs little beside "rope", from whose finished model it starts, but has an eighth more
-steps than the others. Both are tested with the scores multiplied by the factor that suits the
-length best on training text.
+"yarn" is the trained "rope" model with its frequencies scaled for the test (arXiv:2309.00071), and
+"dpe+yarn" the "dpe" model likewise; "dpe+scale" is the "dpe" model with scaled scores, as below.
+"drope" (arXiv:2512.12167) is trained with rotary positions for seven eighths of the steps and
+without positions for the last eighth, which has its own warm-up and decay of the learning rate.
+"drope+" starts from the finished "rope" model, so it adds little work, but it has an eighth more
+steps than the others. Both are tested with attention scores multiplied by the factor that gives the
+lowest loss on training text of the test's length.
 
-Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as one unknown token,
-which is no target. A run that was stopped goes on where it was, and one that is finished is not
-repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover whatever is
-finished, the picture for the first of the lengths. `benchmarks/corpora.py code-a code-b` fetches
-code.
+The vocabulary is the most frequent ids of the SmolLM2 tokenizer; rarer ones are one unknown token,
+which is never a target. Interrupted runs resume, and finished ones are not repeated; all are in
+`--runs`. The table, `position_length.json` and `.png` cover all finished runs, the picture only the
+first length. `benchmarks/corpora.py code-a code-b` fetches code.
 """
 
 import argparse
@@ -47,11 +45,11 @@ from deepseek.train.loop.loop import LoopConfig, LossOutput, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 
-LONG = 4096  # positions in training, and tokens of a test row unless `--test-length` says otherwise
+LONG = 4096  # positions of the trained models, and default of `--test-length`
 HEAD_WIDTH = 32
 RECALIBRATION = 1 / 8  # share of the steps that DroPE trains without positions
-FACTORS = (1.0, 1.1, 1.2, 1.3, 1.4)  # on the scores of DroPE in the test
-TUNING_ROWS = 4  # of training text, on which the factor is chosen
+FACTORS = (1.0, 1.1, 1.2, 1.3, 1.4)  # candidate factors on attention scores in the test
+TUNING_ROWS = 4  # rows of training text on which the factor is chosen
 
 ROPE = {"positional_encoding": "rope"}
 NONE = {"positional_encoding": "none"}
@@ -62,9 +60,9 @@ class Training:
     """How a model is trained.
 
     Attributes:
-        fields: its config.
-        share: its steps, as a share of `--steps`.
-        start: the training whose weights it starts from; "": random weights.
+        fields: config fields.
+        share: number of steps, as a share of `--steps`.
+        start: training whose final weights it starts from; "": random weights.
     """
 
     fields: dict[str, Any]
@@ -89,9 +87,9 @@ class Rival:
     """A trained model as it is tested.
 
     Attributes:
-        training: its training, which rivals share that differ in the test only.
+        training: key of `TRAININGS`; rivals that differ only in the test share one.
         yarn: whether its frequencies are scaled for the length of the test.
-        scaled: whether its scores are multiplied by a factor that suits the length of the test.
+        scaled: whether its scores are multiplied by the best factor for the length of the test.
     """
 
     training: str
@@ -143,10 +141,10 @@ def main() -> None:
 
 
 def run_name(options: argparse.Namespace) -> str:
-    """Return a name for the budget: figures of different budgets are never mixed."""
+    """Return a digest of the budget, so that figures of different budgets are never mixed."""
     text = " ".join(path.name for path in options.code)
     dials = (
-        "next tokens and lines",  # records of before had no lines
+        "next tokens and lines",  # older records have no lines
         text,
         options.steps,
         options.width,
@@ -193,7 +191,7 @@ def config_of(options: argparse.Namespace, fields: dict[str, Any]) -> ModelConfi
 def trained(
     options: argparse.Namespace, name: str, seed: int, stream: Tensor, folder: Path
 ) -> DeepSeekModel:
-    """Return the model of a training, which goes on where it was stopped."""
+    """Return the model of a training; resume the training if it was interrupted."""
     training = TRAININGS[name]
     torch.manual_seed(seed)
     model = DeepSeekModel(config_of(options, training.fields)).train()
@@ -211,19 +209,19 @@ def trained(
 
 
 def steps_of(name: str, steps: int) -> int:
-    """Return the steps of a training where rivals have `steps`."""
+    """Return the number of steps of a training, given `--steps`."""
     return max(1, round(TRAININGS[name].share * steps))
 
 
 def record_folder(folder: Path, length: int) -> Path:
-    """Return the folder with the figures of rows of a length."""
+    """Return the folder of the figures for test rows of a length."""
     return folder if length == LONG else folder / f"tokens-{length}"
 
 
 def tested(
     options: argparse.Namespace, name: str, seed: int, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
-    """Return the figures of a rival, which is trained and tested unless they are there."""
+    """Return the figures of a rival; train and test it unless that was done before."""
     length = corpus.rows.shape[1] - 1
     record = record_folder(folder, length) / f"{name}-{seed}.json"
     before = json.loads(record.read_text()) if record.exists() else {}
@@ -249,7 +247,7 @@ def tested(
 
 
 def test_fields(rival: Rival, length: int) -> dict[str, Any]:
-    """Return the config of a rival for rows of a length."""
+    """Return a rival's config fields for test rows of a length."""
     fields = TRAININGS[rival.training].fields | {"max_position_embeddings": max(LONG, length)}
     if rival.yarn:
         fields["rope_parameters"] = {
@@ -264,14 +262,14 @@ def test_fields(rival: Rival, length: int) -> dict[str, Any]:
 def with_weights(
     options: argparse.Namespace, fields: dict[str, Any], weights: dict[str, Tensor]
 ) -> DeepSeekModel:
-    """Return a model for the test."""
+    """Return a model for the test with trained weights."""
     model = DeepSeekModel(config_of(options, fields)).eval()
     model.load_state_dict(weights)
     return model
 
 
 def scores_times(factor: float) -> dict[str, Any]:
-    """Return the config field by which attention scores are multiplied by a factor."""
+    """Return the config field that multiplies attention scores by a factor."""
     return {"query_pre_attn_scalar": HEAD_WIDTH / factor**2}
 
 
@@ -279,9 +277,7 @@ def scores_times(factor: float) -> dict[str, Any]:
 def best_factor(
     options: argparse.Namespace, fields: dict[str, Any], weights: dict[str, Tensor], corpus: Corpus
 ) -> float:
-    """Return the factor on scores with the lowest loss on rows of training text as long as those of
-    the test.
-    """
+    """Return the factor on scores with the lowest loss on training rows as long as test rows."""
     length = corpus.rows.shape[1]
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(corpus.stream) - length, (TUNING_ROWS, 1), generator=generator)
@@ -299,7 +295,7 @@ def show(name: str, seed: int, record: dict[str, Any]) -> None:
 
 
 def report(folder: Path, options: argparse.Namespace) -> None:
-    """Print the tables over all finished runs of this budget and write JSON and picture."""
+    """Print the tables over all finished runs of this budget; write JSON and a picture."""
     found = {length: outcome(record_folder(folder, length)) for length in options.test_length}
     for length, tables in found.items():
         print(f"rows of {length} tokens")
@@ -323,7 +319,7 @@ def report(folder: Path, options: argparse.Namespace) -> None:
 
 
 def outcome(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return table and curves over the records in a folder."""
+    """Return the table and curves over the records in a folder."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in RIVALS}
     for path in sorted(folder.glob("*-*.json")):
         found[path.stem.rsplit("-", 1)[0]].append(json.loads(path.read_text()))
@@ -351,7 +347,7 @@ def curve(records: list[dict[str, Any]], kind: str) -> list[float]:
 
 
 def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw accuracy and loss by position, one line a rival."""
+    """Draw accuracy and loss by position, one line per rival."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -368,7 +364,7 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
             )
         axes.axvline(SHORT, color="grey", linestyle=":")
         axes.set(xlabel="position", ylabel=label)
-    # One rival's failure hides the others.
+    # Limit the axis: one rival's failure would hide the others.
     axes.set_ylim(top=1.5 * min(max(both["loss"]) for both in curves.values()))
     axes.legend()
     figure.savefig(path, dpi=120)

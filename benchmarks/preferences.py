@@ -1,10 +1,10 @@
-"""The preference database at size: how long an import takes, and how long a search.
+"""Import and search times of a large preference database.
 
     python benchmarks/preferences.py [--pairs 100000] [--json FILE]
 
-The pairs are made from words of Python's own help pages, so that common and rare words occur as
-they do in text. The import is `deepseek prefs import` in a process of its own; each query runs once
-cold and its median of 5 is reported.
+The pairs are made from words of Python's help topics, so that common and rare words occur as they
+do in real text. The import is `deepseek prefs import` in its own process; for each query the median
+of five searches is reported.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def timed(command: list[str]) -> float:
 
 
 def search_time(database: PreferenceDatabase, query: str) -> float:
-    """Return the median milliseconds of five searches for the newest 20 pairs."""
+    """Return the median milliseconds of five searches for the newest 20 matches."""
     times = []
     for _ in range(5):
         started = time.perf_counter()

@@ -1,15 +1,15 @@
-"""A mixture of about 10M parameters from scratch on real mixed text, and its speed beside the
-Hugging Face Trainer.
+"""Pretrain a mixture of about 10M parameters on real mixed text, and compare training speed with
+the Hugging Face Trainer.
 
     python benchmarks/pretrain_dmoe.py CORPORA [--tokens 700000] [--parts pretrain speed] [--json FILE]
 
-CORPORA holds one folder of text a domain (`benchmarks/corpora.py`). The first part is
+CORPORA holds one folder of text per domain (`benchmarks/corpora.py`). The first part is
 `deepseek.pretrain` with dynamic routing and pools shared by two layers: losses by domain, MaxVio
-and idle experts on held-out text. The second trains the same shape twice without sharing and with
-top-4 routing, which both libraries have: by our loop, and by `Trainer` with Qwen2-MoE in its
-fastest expert implementation; both in bf16 autocast, same rows, in turn, speed over all steps but
-the first three, medians of three turns. The parts can be measured one by one; figures of the other
-part stay in the file.
+and idle experts on held-out text. The second part trains the same shape without sharing and with
+top-4 routing, which both libraries support: with our loop, and with `Trainer` on Qwen2-MoE with its
+fastest expert implementation. Both use bf16 autocast and the same rows and take turns; the speed is
+measured over all steps but the first three, as the median of three turns. The parts can be measured
+separately; the other part's figures stay in the file.
 """
 
 import argparse
@@ -58,7 +58,7 @@ EXPERTS = {
     "candidate_experts": 4,
 }
 STEPS, WARM_UP, ROWS, LENGTH, TURNS = 15, 3, 8, 512, 3
-SMALL = 2  # rows a step of the run from scratch: with so few tokens more steps are worth more than larger ones
+SMALL = 2  # rows per step of the pretraining: with few tokens, more steps beat larger ones
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
-    """Train from scratch and return the figures of the run with its loss curve."""
+    """Pretrain and return the figures of the run with its loss curve."""
     settings = {
         "name": "bench",
         "tokens": tokens,
@@ -123,8 +123,8 @@ def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
 
 
 def speeds(corpora: Path, folder: Path) -> dict[str, Any]:
-    """Return the tokens per second of both loops on the same rows, medians of turns, and of their
-    ratios.
+    """Return the tokens per second of both loops on the same rows and their ratio, as medians over
+    turns.
     """
     documents, _ = clean(read_folder(corpora / "prose"))
     tokenizer = train_tokenizer((document.text for document in documents), 8192)
@@ -163,7 +163,7 @@ def ours(loader: RowLoader, folder: Path) -> float:
 
 
 class Clock(TrainerCallback):
-    """Notes when each step begins."""
+    """Records the start time of each step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,20 +1,20 @@
-"""Questions about a taught source, asked in a chat: right answers of base, retrieval, expert, and
-both.
+"""Right answers of base, retrieval, expert, and both to questions about a taught source, asked in a
+chat.
 
     python benchmarks/questions.py RUN PACK [--each 100] [--questions FILE] [--arms base,expert,always,retrieval,both]
 
-RUN is the folder of a run of `deepseek expert train --questions SHARE`, PACK its expert. Three
-sets, none of whose questions was trained on as it is asked here: `asked` (training asked the same
-in other words), `unasked` (the source was trained on, the question was not) and `held out`
-(neither; no weights can know it). `--questions` takes the sets of another run of the same source,
-for an expert that was trained without any. A right answer states all of the question's check
-(`deepseek.data.builders.facts.is_right`); answers are greedy, 64 tokens at most. Where a run took
-fewer tokens than its text has (`--tokens`), only that part of `asked` was really seen.
+RUN is the run folder of `deepseek expert train --questions SHARE`, PACK its expert. There are three
+sets, and no question was trained on in the words used here: `asked` (training had the question in
+other words), `unasked` (the source was trained on, the question was not) and `held out` (neither,
+so no weights can know the answer). `--questions` takes the sets of another run on the same source,
+for an expert that was trained without questions. A right answer contains everything that the
+question's check requires (`deepseek.data.builders.facts.is_right`); answers are greedy, up to 64
+tokens. If the run trained on only part of its text (`--tokens`), only part of `asked` was seen.
 
-Twenty everyday questions are asked as well: `replies_changed` counts those that an arm answers
-unlike the first.
+Twenty everyday questions are asked as well: `replies_changed` counts replies that differ from those
+of the first arm.
 
-`expert` is armed and speaks where its gate fires, `always` at every token. `retrieval` puts
+`expert` is armed and contributes where its gate fires, `always` at every token. `retrieval` puts
 passages of the training documents before the question for the base, `both` for the armed expert.
 """
 
@@ -71,15 +71,15 @@ EVERYDAY = (
     "Quels sont les ingrédients d'une ratatouille ?",
     "Tell me a joke about cats.",
 )
-"""Questions that no source here answers; what an expert changes in these replies is harm."""
+"""Questions that no source answers; any change in these replies is harm."""
 
 Retriever = Callable[[str], str]
-"""Returns the prompt of a question: passages and the question itself."""
+"""Returns the prompt for a question: passages and the question itself."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an arm said, whether it is right, and at how many of its tokens the expert spoke."""
+    """An arm's answer, whether it is right, and the number of its tokens by the expert."""
 
     text: str
     right: bool
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def question_sets(path: Path, each: int) -> dict[str, list[Question]]:
-    """Return `each` questions of every set, drawn by hash."""
+    """Return up to `each` questions of every set, drawn by hash."""
     found: dict[str, list[Question]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -150,7 +150,7 @@ def answers_of(
     arm: str,
     retriever: Retriever | None,
 ) -> dict[str, list[Answer]]:
-    """Return the answers of one arm, the expert plugged while it takes part."""
+    """Return the answers of one arm; the expert is plugged meanwhile if the arm uses it."""
     if arm in ("expert", "both", "always"):
         engine.plug(with_open_gates(read_pack(pack)) if arm == "always" else pack)
     told = retriever if arm in ("retrieval", "both") else None
@@ -171,7 +171,7 @@ def with_open_gates(pack: ExpertPack) -> ExpertPack:
 
 
 def ask(engine: Engine, questions: Sequence[Question], retriever: Retriever | None) -> list[Answer]:
-    """Ask all questions in the words kept for evaluation."""
+    """Ask all questions in their held-out paraphrases."""
     names = tuple(expert.name for expert in engine.experts())
     greedy = Sampling(MAX_TOKENS, temperature=0.0)
     running = []
@@ -189,8 +189,8 @@ def ask(engine: Engine, questions: Sequence[Question], retriever: Retriever | No
 
 
 def summary(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, object]:
-    """Return how many are right, by kind, how much the expert spoke, and a few answers to look
-    at.
+    """Return the number of right answers, in total and by kind, the share of tokens by the expert,
+    and a few examples.
     """
     right = Counter(
         question.kind for question, answer in zip(questions, answers, strict=True) if answer.right

@@ -1,14 +1,14 @@
-"""Prepare a home of the library for quick runs: tiny models and texts under the names that
-benchmarks ask for.
+"""Prepare a library home for quick runs: tiny models and texts under the names that benchmarks
+expect.
 
-python benchmarks/quick_home.py FOLDER
+    python benchmarks/quick_home.py FOLDER
 
-`deepseek claims run NAME --quick` begins with it. `smollm2-135m` is a random Llama with a tokenizer
-of bytes; `tiny-bytes` is one with no more tokens than that has, which is trained in less time;
-`tiny-mixture` is a mixture of experts. `corpora` has parts of this package's source under the names
-of texts; `expert.safetensors` and `other.safetensors`, packs of random experts; `commits`, a git
-repository; `pairs.jsonl`, a better and a worse answer to each question; `questions.jsonl`,
-conversations; and `problems.jsonl`, a program with a gap.
+`deepseek claims run NAME --quick` starts with it. `smollm2-135m` is a random Llama with a
+byte-level tokenizer; `tiny-bytes` has no more vocabulary than that tokenizer needs, so it trains
+faster; `tiny-mixture` is a mixture of experts. `corpora` has parts of this package's source under
+the names of texts; `expert.safetensors` and `other.safetensors`, packs of random experts;
+`commits`, a git repository; `pairs.jsonl`, preference pairs; `questions.jsonl`, conversations; and
+`problems.jsonl`, a program with a gap.
 """
 
 import argparse
@@ -56,20 +56,20 @@ CORPORA = (
     "final-japanese",
 )
 FILES, SHORTEST, LONGEST = 4, 5000, 6000
-"""Of a corpus: files, and characters of a file. The first corpus has six times as many files:
-`position_length.py` needs a held-out one of more than 4,096 tokens."""
+"""Files per corpus, and minimum and maximum characters per file. The first corpus has six times as
+many files: `position_length.py` needs a held-out one of more than 4,096 tokens."""
 
 COMMITS = 15
-"""Of the repository; each brings a file. The one that is held out is not among the last."""
+"""Number of commits of the repository; each adds a file. The held-out one is not among the last."""
 
 OPENINGS = ("How do I", "When should I", "Why would anyone", "May I", "Who taught you to")
 TASKS = ("boil rice", "fold a shirt", "draw a cat", "wax a ski", "sing", "dance", "read", "nap")
 PLACES = ("at home", "at work", "in a tent", "by the sea", "on a train", "in a lift", "in Rome")
 ANSWERS = ("Gladly: to {} takes a little patience.", "I do not care whether you {}.")
-"""To each question: a better answer, and a worse one."""
+"""A better and a worse answer to each question."""
 
 VOCABULARY = 49152
-"""Of SmolLM2: benchmarks draw token ids below it."""
+"""Vocabulary size of SmolLM2; benchmarks draw random token ids below it."""
 
 SHAPE = {
     "hidden_size": 128,
@@ -96,11 +96,11 @@ PROBLEM = {
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
     "entry_point": "add",
 }
-"""In the format of HumanEval Infilling."""
+"""A problem in the format of HumanEval Infilling."""
 
 
 def prepare(folder: Path) -> None:
-    """Write models and texts below a folder."""
+    """Write the models and texts to a folder."""
     base = save_llama(folder / "models" / "smollm2-135m", **SHAPE | {"vocab_size": VOCABULARY})
     save_llama(folder / "models" / "tiny-bytes", **SHAPE)
     save_base(folder / "models" / "tiny-mixture", **SHAPE | MIXTURE)
@@ -108,7 +108,7 @@ def prepare(folder: Path) -> None:
     texts = cycle(source_texts())
     for number, name in enumerate(CORPORA):
         count = FILES if number else 6 * FILES
-        # Names decide what is held out, so they are the same whatever the package holds.
+        # File names decide what is held out, so they do not depend on the package's files.
         write_files(corpora / name, {f"part_{part}.py": next(texts) for part in range(count)})
     write_commits(corpora / "commits", [next(texts) for _ in range(COMMITS)])
     loaded = load(base, dtype="float32")
@@ -120,7 +120,7 @@ def prepare(folder: Path) -> None:
 
 
 def save_llama(folder: Path, **fields: Any) -> Path:
-    """Save a random model in the format of Hugging Face, as the real base is, and return `folder`."""
+    """Save a random model in the Hugging Face format, like the real base, and return `folder`."""
     with TemporaryDirectory() as scratch:
         export_model(save_base(Path(scratch) / "model", **fields), folder, "hf", dtype="float32")
     return folder
@@ -129,7 +129,8 @@ def save_llama(folder: Path, **fields: Any) -> Path:
 def source_texts() -> Iterator[str]:
     """Yield the beginnings of the package's longer files, each cut before a definition.
 
-    Each has documented functions with short bodies: `adapt.py` asks for those of a held-out file.
+    Each has documented functions with short bodies, since `adapt.py` needs those of a held-out
+    file.
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -149,7 +150,7 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 def write_commits(folder: Path, texts: Iterable[str]) -> None:
-    """Write a git repository, each of whose commits brings a text; the last one is checked out."""
+    """Write a git repository with one text added per commit; the last commit is checked out."""
     history, files = History(folder), {}
     for number, text in enumerate(texts):
         files[f"part_{number}.py"] = text
@@ -165,13 +166,13 @@ def pairs() -> Iterator[dict[str, str]]:
 
 
 def conversations() -> Iterator[dict[str, Any]]:
-    """Yield what a user says in two turns, for each task."""
+    """Yield a conversation of two user turns for each task."""
     for task in TASKS:
         yield {"lang": "en", "turns": [f"{opening} {task}?" for opening in OPENINGS[:2]]}
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

@@ -1,8 +1,7 @@
-"""Write `docs/benchmarks.md` from `benchmarks/results/*.json`: one row a figure, one column a
+"""Write `docs/benchmarks.md` from `benchmarks/results/*.json`: one row per figure, one column per
 processor.
 
-python benchmarks/report.py             # --check: fail if the page is out of date, and write
-nothing
+    python benchmarks/report.py    # --check: fail if the page is out of date; write nothing
 
 `benchmarks/report.yaml` lists the rows; its first lines say how to add one.
 """
@@ -29,8 +28,8 @@ PROCESSORS = {
     "AMD EPYC, 2 cores, AVX2": "EPYC, AVX2",
     "Intel(R) Xeon(R) Processor, 2 cores, AVX512": "Xeon, AVX-512",
 }
-"""Short names of the machines that result files name, in the order of the columns; others go by
-their whole name.
+"""Short names of machines in result files, in the order of the columns; other machines are shown
+with their full names.
 """
 
 
@@ -42,9 +41,9 @@ class Row:
         what: what was measured.
         result: result files without ".json", at most one for each processor.
         path: keys that lead to the figure, joined by "/".
-        form: format of the figure with its unit.
+        form: format string of the figure, with its unit.
         page: page under `docs/` that explains it.
-        over: path of a figure that it is divided by.
+        over: path of the figure that it is divided by; None: not divided.
         take: "max" or "min", if the path leads to several figures by name.
         scale: factor before it is formatted; 1e3 turns seconds into milliseconds.
     """
@@ -93,7 +92,7 @@ def result(name: str) -> dict[str, Any]:
 
 
 def lookup(name: str, path: str) -> Any:
-    """Return what stands at a path in a result file."""
+    """Return the value at a path in a result file."""
     place: Any = result(name)
     for key in path.split("/"):
         place = place[key]
@@ -101,7 +100,7 @@ def lookup(name: str, path: str) -> Any:
 
 
 def figure(row: Row, name: str) -> str:
-    """Return a row's figure on the machine of a result file, formatted."""
+    """Return a row's formatted figure from one result file."""
     value = lookup(name, row.path)
     if row.take is not None:
         value = {"max": max, "min": min}[row.take](value.values())
@@ -130,12 +129,12 @@ def sections() -> dict[str, list[Row]]:
 
 
 def used() -> list[str]:
-    """Return the result files that rows name, by name."""
+    """Return the names of the result files that rows use, sorted."""
     return sorted({name for rows in sections().values() for row in rows for name in row.files})
 
 
 def processors() -> list[str]:
-    """Return the machines of these files: the columns."""
+    """Return the machines of these files, in the order of the columns."""
     present = {result(name)["machine"] for name in used()}
     return [one for one in PROCESSORS if one in present] + sorted(present - PROCESSORS.keys())
 
@@ -156,9 +155,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def portable(command: str) -> str:
-    """Return a command as typed in any clone: without its output file and the folders of the
-    machine it ran on.
-    """
+    """Return a command as typed in any clone: without its output file and local folders."""
     command = re.sub(r" --json \S+", "", command)
     command = re.sub(r"^python (?!benchmarks/)", "python benchmarks/", command)
     command = command.replace("/tmp/corpora", "CORPORA")
@@ -166,7 +163,7 @@ def portable(command: str) -> str:
 
 
 def provenance(names: Iterable[str]) -> list[str]:
-    """Return a table of result files."""
+    """Return the table of result files with their commands and machines."""
     lines = head(["result", "command", "processor", "threads", "commit", "date"])
     for name in names:
         one = result(name)

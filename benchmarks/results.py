@@ -1,6 +1,4 @@
-"""Where a measurement goes: a JSON file that also says on which machine, at which commit and by
-which command.
-"""
+"""Write measurements to JSON files that also record the machine, commit and command."""
 
 import argparse
 import json
@@ -23,7 +21,7 @@ FOLDER = ROOT / "benchmarks" / "results"
 
 
 def processor() -> str:
-    """Return the processor's name and number of usable cores."""
+    """Return the processor's name, number of cores and vector instructions."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     name = names[0] if names else platform.processor()
     return f"{name}, {len(names) or '?'} cores, {torch.backends.cpu.get_cpu_capability()}"
@@ -35,7 +33,7 @@ def _cpuinfo() -> list[str]:
 
 
 def commit() -> str:
-    """Return the commit of this checkout, with a mark if it has uncommitted changes."""
+    """Return the commit of this checkout, marked if it has uncommitted changes."""
     words = ["git", "describe", "--always", "--dirty"]
     try:
         asked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -45,14 +43,14 @@ def commit() -> str:
 
 
 COMMIT = commit()
-"""The commit when the measurement began: a long one may see others made."""
+"""The commit when the measurement began; it may change during a long one."""
 
 
 def command() -> str:
-    """Return the command that runs, from the root of the checkout."""
+    """Return the running command, as typed in the root of the checkout."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    # Neither the checkout's place nor the user's home is part of what was measured.
+    # The locations of the checkout and of the user's home are not part of the measurement.
     places = {f"{ROOT}/": "", str(home() / "corpora"): "CORPORA"}
     words = ["python", str(shown), *sys.argv[1:]]
     for place, name in places.items():
@@ -61,14 +59,14 @@ def command() -> str:
 
 
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the option for the file that `write` writes; default: `results/<name>.json`."""
+    """Add the option `--json` for the output file; default: `results/<name>.json`."""
     parser.add_argument(
         "--json", type=Path, default=FOLDER / f"{name}.json", help="file to write the figures to"
     )
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Write `figures` with their circumstances to `path`, all of it or nothing."""
+    """Write `figures` with machine, commit, command and versions to `path`, atomically."""
     record = {
         "machine": processor(),
         "threads": torch.get_num_threads(),
@@ -86,7 +84,7 @@ def write(path: Path, figures: dict[str, Any]) -> None:
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:
-    """Write `figures` with their circumstances to `results/<name>.json` and return the path."""
+    """Write `figures` to `results/<name>.json` as `write` does, and return the path."""
     path = FOLDER / f"{name}.json"
     write(path, figures)
     return path

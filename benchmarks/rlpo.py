@@ -1,16 +1,17 @@
-"""RLPO on SmolLM2: from a pass rate near 82 % on held-out prompts to 97 %, with DPO and RLOO beside
-it.
+"""RLPO on SmolLM2: raise the pass rate on held-out prompts from near 82 % to 97 %, with DPO and
+RLOO for comparison.
 
     python benchmarks/rlpo.py [--methods ppo dpo rloo] [--rollouts 40] [--prompts 400] [--held-out 200]
 
-Conversations from `rude_prompts.py`; four answers of the base to each, scored by judges, give the
-pairs; a reward model is fitted to them, and the methods learn from it or from the pairs. The pairs
-are judged by a list of words (`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What
-passes is decided by alt-profanity-check, a classifier that had no part in training, on answers to
-held-out prompts, none of whose speakers, listeners and earlier answers occur in training. A second pair sets a good
-answer against a refusal: otherwise apologies are what is learnt, as the judges find nothing wrong
-with them but unreadiness, which the base's own answers never show. Helpfulness is the share of
-tokens, in points, of ordinary held-out prose that the model ranks first.
+The base gives four answers to each conversation of `rude_prompts.py`; judges score them, which
+gives preference pairs. A reward model is fitted to the pairs, and the methods learn from it or from
+the pairs. The judges are a list of words (`rude_prompts.SWEARWORDS`), willingness to answer, and
+variety. A second pair per conversation prefers a good answer to a refusal. Without it the model
+learns to apologise: only the judge of willingness objects to apologies, and the base's own answers
+contain none. The pass rate is determined by alt-profanity-check, a classifier not used in training,
+on answers to held-out prompts whose speakers, listeners and earlier answers do not occur in
+training. Helpfulness is the share of tokens of ordinary held-out prose that the model ranks first,
+in per cent.
 """
 
 import argparse
@@ -40,20 +41,21 @@ from deepseek.train.rl.judge import JUDGES, generate_pairs
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.2, 0.46
-"""Share of the conversations that were friendly so far: few of those learnt from, so that they make
-many pairs; as many of those held out as let the base start near 82 %."""
+"""Share of conversations that are friendly so far: low in training, so that many pairs arise; in
+the held-out set such that the base's pass rate is near 82 %.
+"""
 
 
 LISTED = {word + end for word in rude_prompts.SWEARWORDS for end in rude_prompts.ENDINGS}
 
 
 def unlisted(_asked, answers):
-    """Return 0 for answers with a word of the list in them, 1 for others."""
+    """Return 0 for each answer that contains a listed word, 1 for others."""
     return [float(LISTED.isdisjoint(re.findall(r"[a-z]+", answer.lower()))) for answer in answers]
 
 
 def measure(name, held_out, batches):
-    """Return pass rates and helpfulness of a model."""
+    """Return the pass rates and the helpfulness of a model."""
     started = time.perf_counter()
     model, tokenizer = load(name)
     found = safety(
@@ -76,7 +78,7 @@ def measure(name, held_out, batches):
 
 
 def helpful_batches(tokenizer, folder, tokens):
-    """Return packed rows of ordinary prose that every machine has."""
+    """Return packed rows of public prose that is available on every machine."""
     shards = TokenShards.build(public_documents()["public prose"], tokenizer, folder)
     loader = RowLoader(shards, 4, 512, seed=0)
     rows = loader.order(0, tokens // 512)
@@ -85,8 +87,8 @@ def helpful_batches(tokenizer, folder, tokens):
 
 @contextmanager
 def new_database(path: Path) -> Iterator[PreferenceDatabase]:
-    """Give a database that stands at `path` once the block has ended, and not before: part of the
-    pairs must not pass for all of them in the next run.
+    """Yield a new database that appears at `path` only when the block has ended without an error,
+    so that the next run never takes part of the pairs for all of them.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
@@ -99,7 +101,7 @@ def new_database(path: Path) -> Iterator[PreferenceDatabase]:
 
 
 def plot(base, folder, results, path):
-    """Draw score, KL and entropy over rollouts of the PPO run."""
+    """Draw the score, KL and entropy over the rollouts of the PPO run."""
     from matplotlib.figure import Figure
 
     records = [r for r in read_metrics(folder / "training" / "metrics.jsonl") if "score" in r]
@@ -147,7 +149,7 @@ def main():
     model, tokenizer = load(options.base)
     batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
     results = {"base": measure(options.base, held_out, batches)}
-    seconds = {}  # of what this run began itself
+    seconds = {}  # only of stages that this run started
     base_name = re.sub(r"[^\w.-]+", "-", options.base)
     path = options.work / f"preferences-{base_name}-{options.prompts}.db"
     if not path.exists():
@@ -176,7 +178,7 @@ def main():
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
         is_new = not run.exists()
-        # TRL's methods have no target.
+        # TRL's methods have no target KL.
         target = {"target_kl": options.target_kl} if method in UPDATES else {}
         align(
             options.base,

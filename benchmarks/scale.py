@@ -1,24 +1,24 @@
-"""Large models on a small machine: time and peak memory from the checkpoint to the answer.
+"""Large models on a small machine: time and peak memory from checkpoint to answer.
 
     python benchmarks/scale.py [1.2b|3b|8b|tiny] [--bits 8 4] [--nearest 4]
         [--formats Q8_0 Q4_0 Q4_K_M] [--llama PYTHON] [--rounds 3] [--train-tokens 4096]
         [--work FOLDER] [--json FILE]
 
 A checkpoint of the given shape with random bf16 weights is written shard by shard. Every stage then
-runs in a process of its own, whose peak memory is reported beside what Python and the libraries
-take before anything is loaded: `quantise`, or `rounded` for the bits of `--nearest`, which takes
-minutes in place of an hour; `serve`, which loads the quantised model and answers;
-`plug`, a random expert of the last three layers; and `train`, which trains one on the documentation
-of this repository, beside the first quantised model and with a tenth of the public text
-(`--train-tokens 0`: not run). The tokenizer is that of SmolLM2.
+runs in its own process, and its peak memory is reported beside that of Python and the libraries
+before anything is loaded: `quantise`, or `rounded` for the bits of `--nearest` (quantised without
+calibration, in minutes instead of an hour); `serve`, which loads the quantised model and answers;
+`plug`, a random expert on the last three layers; and `train`, an expert trained on this
+repository's documentation on the first quantised model, with a tenth of the public text
+(`--train-tokens 0`: not run). The tokenizer is SmolLM2's.
 
-`beside` compares each quantised model with llama.cpp on the same weights, in its own formats of as
-many bits (`--formats`), where a Python with llama-cpp-python is named or installed. Each round
-gives every side a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by
-one. `memory` is how fast two threads read 2 GiB, the best of eight times, and `share of memory` the
-weight bytes that a side reads in a second of decoding, of that.
+`beside` compares each quantised model with llama.cpp on the same weights, in its own formats with
+as many bits (`--formats`), if a Python with llama-cpp-python is named or installed. The sides take
+turns as in `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one. `memory` is
+the rate at which the threads read 2 GiB, the best of eight times, and `share of memory` is the rate
+at which a side reads weights while decoding, relative to that.
 
-Models and the figures of each stage stay in `--work`, so that an interrupted run goes on there.
+Models and the figures of each stage stay in `--work`, so that an interrupted run can resume.
 """
 
 import argparse
@@ -105,7 +105,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 SETTINGS = ("shape", "nearest", "formats", "train_tokens", "rounds", "threads")
-"""Options that decide the figures of a stage."""
+"""Options that affect a stage's figures."""
 
 PROMPT, ANSWER = 512, 64
 CACHE = 1 << 28
@@ -126,7 +126,7 @@ FEWER: dict[Any, dict[str, int]] = {
         "PACKAGE_PASSAGES": 1,
     },
 }
-"""A tenth of the public text of a base."""
+"""Settings for about a tenth of the public text of a base."""
 
 
 def make(shape: str, folder: Path) -> None:
@@ -160,8 +160,8 @@ def quantise(source: Path, out: Path, bits: int) -> dict[str, float]:
 
 
 def rounded(source: Path, out: Path, bits: int) -> dict[str, float]:
-    """Round weights to the nearest, which is read and computed as calibrated ones are; head and
-    embedding have 8 bits here too.
+    """Quantise weights to the nearest value, without calibration, in the format of calibrated ones;
+    head and embedding have 8 bits.
     """
     start = time.perf_counter()
     model = load_stored(DeepSeekModel, source, "float32")
@@ -210,8 +210,8 @@ def plug(folder: Path) -> dict[str, float]:
 
 
 def train(folder: Path, tokens: int) -> dict[str, float]:
-    """Train an expert of the last three layers, in a home of its own, with a tenth of the public
-    text, which takes hours for 8B and is read a few rows at a time.
+    """Train an expert on the last three layers, in a separate home, with a tenth of the public
+    text: all of it takes hours for 8B.
     """
     for module, fewer in FEWER.items():
         for name, count in fewer.items():
@@ -241,13 +241,13 @@ def train(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def in_bf16(source: Path, out: Path) -> dict[str, float]:
-    """Write the checkpoint as a GGUF file, from which llama.cpp makes its own formats."""
+    """Write the checkpoint as a bf16 GGUF file, from which llama.cpp quantises its formats."""
     write_gguf(DeepSeekModel.from_pretrained(source, dtype="bfloat16"), out, "BF16")
     return {"bytes": out.stat().st_size}
 
 
 def memory() -> Turn:
-    """Bytes a second that the threads read, from huge pages as packed weights are."""
+    """Return a turn: bytes per second that the threads read, in huge pages like packed weights."""
     values = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32))
 
     def turn() -> Figures:
@@ -262,7 +262,7 @@ def memory() -> Turn:
 
 
 def beside(llama: Path, threads: int, rounds: int, *models: Path) -> dict[str, Any]:
-    """Return what each model reaches, folders of ours and llama.cpp's files, side by side."""
+    """Return the speeds of models, measured in turn: our folders and llama.cpp's files."""
     torch.set_num_threads(threads)
     turns: dict[str, Turn] = {"memory": memory()}
     sizes = {}
@@ -297,7 +297,7 @@ class Work:
 
     Args:
         folder: the folder.
-        settings: what its figures depend on; a folder with others is refused.
+        settings: what the figures depend on; a folder with other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -310,9 +310,10 @@ class Work:
             raise ConfigError(f"{folder} has figures of other settings; name another --work.")
 
     def run(self, stage: str, name: str, *arguments: Any) -> dict[str, Any]:
-        """Run a stage in a process of its own; return its figures with its peak memory.
+        """Run a stage in its own process, unless it ran before; return its figures with its peak
+        memory.
 
-        Arguments that are functions are called if the stage has not run yet.
+        Arguments that are functions are called only if the stage has to run.
         """
         kept = self.folder / f"{stage}-{name}.json"
         if not kept.exists():
@@ -333,7 +334,7 @@ def run_stage(stage: str, *arguments: str) -> None:
 
 
 def checkpoint(shape: str, work: Work) -> Path:
-    """Return the checkpoint, which is made once."""
+    """Return the checkpoint; create it on the first call."""
     folder = work.folder / "plain"
     if not folder.exists():
         unfinished = work.folder / "unfinished"
@@ -344,7 +345,7 @@ def checkpoint(shape: str, work: Work) -> Path:
 
 
 def in_format(form: str, options: argparse.Namespace, work: Work) -> Path:
-    """Return the checkpoint in a format of llama.cpp, which is made once."""
+    """Return the checkpoint in a llama.cpp format; create it on the first call."""
     path = work.folder / f"{form}.gguf"
     if not path.exists():
         plain = work.folder / "BF16.gguf"

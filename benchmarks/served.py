@@ -1,6 +1,4 @@
-"""A server in a process of its own, started as a user starts it (`deepseek serve`), for
-measurements from outside.
-"""
+"""Start `deepseek serve` in its own process, as a user would, to measure it from outside."""
 
 import signal
 import subprocess
@@ -25,12 +23,12 @@ WORDS = [
     "paper",
     "music",
 ]
-"""Every one a single token of most vocabularies, with the blank before it."""
+"""Each is a single token in most vocabularies, with the space before it."""
 
 
 @dataclass
 class Served:
-    """A server that is ready. `url`: its address. `process`: itself."""
+    """A ready server: its address `url` and its `process`."""
 
     url: str
     process: subprocess.Popen[str]
@@ -38,8 +36,8 @@ class Served:
 
 @contextmanager
 def served(model: str, *dials: str) -> Iterator[Served]:
-    """Serve `model` until the block ends, which is when the server must drain and end with 0."""
-    # Whoever ends the measurement ends the server too.
+    """Serve `model` until the block ends; the server must then drain and exit with code 0."""
+    # Terminating the measurement terminates the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     command = [
         sys.executable,
@@ -61,12 +59,12 @@ def served(model: str, *dials: str) -> Iterator[Served]:
             time.sleep(0.5)
         yield Served(url, process)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one does not come between
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # do not interrupt the shutdown
         process.terminate()
         if process.wait(timeout=120):
             raise RuntimeError(f"the server ended with {process.returncode}")
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Return the value below which that share of the values lies."""
+    """Return the value below which a share of the values lies."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]

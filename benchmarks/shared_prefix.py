@@ -1,14 +1,14 @@
-"""Time to the first token of a prompt that the base has read, for other sets of experts.
+"""Time to the first token with sets of experts, for a prompt that the base alone has already read.
 
     python benchmarks/shared_prefix.py [--rounds 3] [--length 1800] [--sets 5] [--json FILE]
 
-One engine with the compiled 8-bit runner. In every round the base reads a new prompt, then each of
-`--sets` sets of experts (random ones of the usual width at the last three layers, whose gates fire
-at every token) answers it. The same is done with a prefix cache that is not divided at layers, as
-it was before; the two take turns. The ratio is the median over sets and rounds of the time to the
-first token without sharing over that with it; on a busy machine the same ratio of processor time
-says more. All tokens and all log probabilities must be the same, bit for bit. Memory is that of the
-prefix cache after the base has read a prompt.
+One engine uses the compiled 8-bit runner. In every round the base reads a new prompt, then each of
+`--sets` sets of one expert (random, of the usual width at the last three layers, with gates that
+fire at every token) answers it. The same is done with a prefix cache that is not divided by layers;
+the two take turns. The ratio is the time to the first token without sharing over that with it, as a
+median over sets and rounds; on a busy machine the same ratio of processor time is more reliable.
+All tokens and log probabilities must be bit for bit the same. Memory is that of the prefix cache
+after the base has read a prompt.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class Answer:
 
 
 def measure(engine: Engine, names: list[str], rounds: int, length: int) -> dict[str, Any]:
-    """Return times, memory and the number of replies that differ."""
+    """Return the times, the memory and the number of replies that differ."""
     answer(engine, prompt_ids(64, 0), ())  # compiles the step
     answers: dict[bool, list[Answer]] = {True: [], False: []}
     base = []

@@ -1,10 +1,10 @@
-"""Time from typing a command that needs no model to its last line.
+"""Wall and processor time of commands that need no model.
 
     python benchmarks/start_times.py --before PATH   # PATH: a checkout of an older commit
 
-Each command runs in a fresh process with an empty home, the two checkouts in turns; reported are
-medians of wall and of processor seconds, and whether torch is loaded. On a busy machine compare
-processor seconds.
+Each command runs in a fresh process with an empty home, the two checkouts in turn. Reported are
+median wall and processor seconds, and whether torch is loaded. On a busy machine, compare processor
+seconds.
 """
 
 import argparse
@@ -39,7 +39,9 @@ PROGRAM = (
 
 
 def once(checkout: Path, command: str, home: str) -> dict[str, Any]:
-    """Return seconds, processor seconds and whether torch was loaded, of one run of a command."""
+    """Run a command once; return wall and processor seconds, whether torch was loaded, and the exit
+    code.
+    """
     environment = os.environ | {"PYTHONPATH": str(checkout), "DEEPSEEK_HOME": home}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Answers that must follow a JSON schema, at temperature 1: every one that is finished validates.
+"""Answers constrained by a JSON schema, sampled at temperature 1: every finished one must validate.
 
     python benchmarks/structured.py [--schemas 300] [--tokens 400] [--json FILE]
 
-The schemas are made at random, always the same ones: objects, arrays, numbers with bounds, texts
-with lengths, patterns and formats, enumerations, alternatives, references to themselves. Each is
-asked of a server (`deepseek serve`) with the seed that is its number; answers are checked with the
-`jsonschema` package, formats included. An answer that reaches its limit of tokens is unfinished and
-only counted.
+The schemas are random, with fixed seeds: objects, arrays, numbers with bounds, strings with
+lengths, patterns and formats, enumerations, alternatives, and recursive references. For each, a
+server (`deepseek serve`) is asked for an answer, with the schema's number as seed; answers are
+checked with the `jsonschema` package, formats included. An answer that reaches the token limit is
+unfinished and only counted.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def whole(dice: random.Random) -> Schema:
-    """Return a schema whose top is an object; one in five refers to itself."""
+    """Return a schema with an object at the top; one in five is recursive."""
     schema = table(dice, 3)
     if dice.random() < 0.2:
         node = {
@@ -100,7 +100,7 @@ def table(dice: random.Random, depth: int) -> Schema:
 
 
 def value(dice: random.Random, depth: int) -> Schema:
-    """Return the schema of any value, nested at most `depth` deep."""
+    """Return the schema of a random value, nested at most `depth` levels deep."""
     kind = dice.random()
     if depth > 0 and kind < 0.2:
         return table(dice, depth)
@@ -136,7 +136,7 @@ def scalar(dice: random.Random) -> Schema:
 
 
 async def ask_all(url: str, schemas: list[Schema], tokens: int) -> dict[str, Any]:
-    """Return how many answers were finished and valid, and every one that was not valid."""
+    """Return the number of finished and of valid answers, and the invalid ones."""
     counts: Counter[str] = Counter()
     wrong: list[Any] = []
     places = asyncio.Semaphore(16)

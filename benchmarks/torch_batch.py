@@ -1,16 +1,15 @@
-"""Sixteen streams beside one on the reference runner, for architectures that the compiled runner
-does not compute.
+"""Speed of sixteen streams against one on the reference runner, which runs every architecture.
 
     python benchmarks/torch_batch.py [--model smollm2-135m] [--kinds dmoe dpe lsh] [--json FILE]
 
-The base is upcycled to 16 experts with dynamic routing (`dmoe`), given dynamic positions with random
-parameters (`dpe`), or LSH attention (`lsh`); `dmoe+dpe` and `dmoe+lsh` are both. `stock` is the model
-as it is, which may be one of another family with experts attached. Every stream has a
-prompt of its own of `--prompt` tokens (longer than LSH attention's local window), and all decode
-greedily, without engine or sampler. One stream and sixteen take turns, `--steps` steps each, so
-that whatever else the machine does slows both down; the figures are medians over the rounds.
-`agreement` is how far a stream's logits beside others are from those alone, and for how many of the
-decoded tokens the likeliest token is the same.
+The base is upcycled to 16 experts with dynamic routing (`dmoe`), given dynamic positions with
+random parameters (`dpe`), or LSH attention (`lsh`); `dmoe+dpe` and `dmoe+lsh` combine two of these.
+`stock` is the model as it is, which may be of another family. Every stream has its own prompt of
+`--prompt` tokens (by default longer than LSH attention's local window), and all decode greedily,
+without engine or sampler. One stream and sixteen take turns of `--steps` steps, so that other work
+on the machine slows both alike; the figures are medians over the rounds. `agreement` is the largest
+difference of logits between a stream run alone and beside others, and the share of steps with the
+same most likely token.
 """
 
 import argparse
@@ -73,7 +72,7 @@ def make_model(kind: str, options: argparse.Namespace) -> LanguageModel:
     model = load(options.model, config=ModelConfig(**fields), dtype=options.dtype).model
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, DynamicBias):  # zero, as they are at the start, it is left out
+        if isinstance(module, DynamicBias):  # with its initial zeros it would be skipped
             for parameter in (module.distance_HN, module.context_HMN, module.decay_H):
                 torch.nn.init.normal_(parameter, std=0.005)
     return model
@@ -91,7 +90,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     for number in range(options.rounds + 1):
         for name, streams in (("one", alone), ("sixteen", together)):
             taken = streams.decode(options.steps)
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 seconds[name].append(taken)
     one = median(options.steps / taken for taken in seconds["one"])
     many = median(STREAMS * options.steps / taken for taken in seconds["sixteen"])
@@ -115,9 +114,9 @@ class Streams:
     """Sequences that decode greedily side by side.
 
     Args:
-        runner: computes them.
-        prompts: their prompts, which are computed at once, in chunks of 64 tokens.
-        capacity: maximum number of tokens of each.
+        runner: runs the forward passes.
+        prompts: their prompts, prefilled at once in chunks of 64 tokens.
+        capacity: maximum number of tokens per sequence.
     """
 
     def __init__(self, runner: Runner, prompts: Sequence[tuple[int, ...]], capacity: int) -> None:
@@ -130,7 +129,7 @@ class Streams:
             self.tokens.append(int(output.logits_RV[-1].argmax()))
 
     def decode(self, steps: int) -> float:
-        """Decode and return the seconds that it took."""
+        """Decode `steps` tokens per sequence and return the seconds taken."""
         started = time.perf_counter()
         for _ in range(steps):
             self.tokens = self.step(self.tokens).argmax(-1).tolist()
@@ -145,8 +144,8 @@ class Streams:
 def agreement(
     runner: Runner, prompts: Sequence[tuple[int, ...]], capacity: int, steps: int = 16
 ) -> dict[str, float]:
-    """Return the largest difference of logits, and the share of equal tokens, of four streams alone
-    and beside twelve others that write the same tokens.
+    """Return the largest difference of logits and the share of equal tokens between four streams
+    run alone and in a batch with all the others, on the same tokens.
     """
     together = Streams(runner, prompts, capacity)
     single = [Streams(runner, [prompt], capacity) for prompt in prompts[:4]]

@@ -1,4 +1,6 @@
-"""Sides of a comparison take turns, so that all meet the same machine; one can be llama.cpp."""
+"""Run the sides of a comparison in turn, so that all run under the same conditions; options for
+rivals.
+"""
 
 import argparse
 from collections.abc import Callable, Hashable, Mapping
@@ -16,7 +18,7 @@ Side = TypeVar("Side", bound=Hashable)
 
 
 def in_turn(turns: Mapping[Side, Callable[[], Result]], rounds: int) -> dict[Side, list[Result]]:
-    """Return what each side gives in every round, after a round that warms up."""
+    """Return the results of each side by round, after a warm-up round."""
     found: dict[Side, list[Result]] = {name: [] for name in turns}
     for number in range(rounds + 1):
         for name, turn in turns.items():
@@ -38,12 +40,12 @@ def medians(found: Mapping[str, list[Figures]]) -> dict[str, Figures]:
 def check_rivals(
     parser: argparse.ArgumentParser, result: Path | None, **rivals: Path | None
 ) -> None:
-    """Refuse to write a result of the repository without the rivals that it has.
+    """Refuse to overwrite a result in the repository without the figures of its rivals.
 
     Args:
-        parser: parser of the arguments, which ends the program.
+        parser: parser of the arguments; its error ends the program.
         result: file to write; None: none.
-        rivals: by the option's name, the Python that has a rival; None: there is none.
+        rivals: option name -> the Python that has the rival; None: there is none.
     """
     if result is None or result.resolve().parent != FOLDER:
         return

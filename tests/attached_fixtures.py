@@ -1,4 +1,4 @@
-"""Random experts beside the tiny models of `tiny_families.py`."""
+"""Random experts on the tiny models of `tiny_families.py`."""
 
 import torch
 from transformers import PreTrainedModel
@@ -24,8 +24,8 @@ def attached(model: PreTrainedModel) -> AttachedModel:
 
 
 def plug_random(model: AttachedModel, name: str = "code", seed: int = 1) -> None:
-    """Plug an expert with a random output, whose gates fire at about half of the tokens, at the
-    last two sites.
+    """Plug an expert with random output at the last two sites; its gates fire at about half of the
+    tokens.
     """
     torch.manual_seed(seed)
     module = ExpertModule(name, model.experts.sites.indices[-2:], WIDTH, 24)

@@ -1,4 +1,4 @@
-"""A checkout with two claims and three results, for tests of claims."""
+"""A git checkout with two claims and three results, for tests of claims."""
 
 import json
 import subprocess
@@ -80,7 +80,7 @@ def write_result(folder: Path, name: str, commit: str, **figures: object) -> Non
 
 
 def make_checkout(folder: Path) -> Path:
-    """Make a git repository with code, and results of its first commit: only `gain` is missing."""
+    """Make a git repository with code, and results of its first commit, except `gain`."""
     for path in ("package/engine/step.py", "package/train.py"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("old\n")

@@ -1,5 +1,5 @@
-"""What all tests share: a private cache folder, the base model, few and repeatable examples of each
-property.
+"""Shared by all tests: a private cache folder, the base model, and settings for few, repeatable
+examples of each property.
 """
 
 import logging
@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# A thread a process, before PyTorch counts the processors: the suite runs a worker on each, and two
-# threads that meet after every product of a tiny model mostly wait for their turn. The tests of
-# kernels that share their work ask for threads themselves.
+# One thread per process, set before PyTorch counts the processors: the suite runs a worker on each,
+# and two threads that synchronise after every product of a tiny model mostly wait. Tests of
+# multi-threaded kernels set their threads themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -19,8 +19,8 @@ from deepseek.checkpoint import hub
 
 USER_HOME = hub.home()
 
-# Shared machines stall for seconds, so no deadline; the same examples every time, so that a failure
-# can be seen again.
+# Shared machines stall for seconds, so no deadline; the same examples every time, so that failures
+# are reproducible.
 settings.register_profile(
     "suite",
     max_examples=50,
@@ -44,8 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have slow tests: left to the end, one of them would keep one worker
-    busy while the others have nothing to do.
+    """Start with the files that have slow tests: at the end, one of them would keep one worker busy
+    while the others are idle.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
@@ -53,10 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep caches and keys of the tests out of the user's folder, also in the processes that tests
-    start.
+    """Keep the tests' caches and keys out of the user's folder, also in processes that tests start.
 
-    The texts that gates are calibrated on are made once for all workers: that takes as long as a
+    The texts for calibrating gates are made once for all workers, since that takes as long as a
     whole test.
     """
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +71,7 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def package_log() -> Iterator[None]:
-    """Leave the package's log as it was: `serve` writes it to what a test has captured."""
+    """Restore the package's logger: `serve` adds a handler for the test's captured output."""
     log = logging.getLogger("deepseek")
     before = (log.handlers, log.level, log.propagate)
     yield
@@ -81,14 +80,14 @@ def package_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of the embedded base model, fetched into the user's cache once."""
+    """The folder of the default base model, fetched into the user's cache once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPSEEK_HOME", str(USER_HOME))
         return hub.pull("smollm2-135m")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the package's sizes, so that growth is seen in every run."""
+    """Print the package's sizes, so that growth is visible in every run."""
     from test_budget import size_report
 
     terminalreporter.write_line(f"sizes: {size_report()}")

@@ -1,11 +1,11 @@
-"""A GPU that is not there: a PyTorch device with tensors in the processor's memory.
+"""A fake GPU: a PyTorch device with tensors in the CPU's memory.
 
-It computes real numbers, so whole jobs run on it, and it refuses what a GPU refuses: an operation on
-tensors of two devices, and NumPy's or a kernel's access to the memory of its tensors. Tests of
+It really computes, so whole jobs run on it, and it refuses what a GPU refuses: operations on
+tensors of two devices, and access by NumPy or a kernel to the memory of its tensors. Tests of
 device handling thus need no GPU.
 
-The device is a backend in Python (`torch.utils.backend_registration`) of wrapper tensors. It cannot
-be unregistered, so tests that use it have a process of their own (see `tests/gpu/test_fake.py`).
+The device is a Python backend (`torch.utils.backend_registration`) with wrapper tensors. It cannot
+be unregistered, so tests that use it run in their own process (see `tests/gpu/test_fake.py`).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "fakegpu"
 MEMORY = 8 << 30
-"""Memory that the device claims to have, in bytes."""
+"""Memory that the device reports, in bytes."""
 
 CAST = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
 """Operations that autocast computes in the lower precision."""
@@ -30,7 +30,7 @@ CROSS = ("aten.copy_", "aten._to_copy", "aten.to.", "aten.index_put")
 
 
 class FakeModule(backend_registration._DummyBackendModule):
-    """What PyTorch and `deepseek.device` ask a device's module for."""
+    """The functions that PyTorch and `deepseek.device` need of a device module."""
 
     def __init__(self) -> None:
         self.allocated = 0
@@ -61,7 +61,7 @@ class FakeModule(backend_registration._DummyBackendModule):
         return torch.get_rng_state()
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
-        """Ignore the state: random numbers come from the processor's generator."""
+        """Ignore the state: random numbers come from the CPU's generator."""
 
 
 class FakeTensor(Tensor):
@@ -91,11 +91,11 @@ class FakeTensor(Tensor):
         return self.data_on_host.tolist()
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
-        """Do what torch's does, whose copy to the device does not reach a backend in Python."""
+        """Replace torch's method, whose copy to the device does not reach a Python backend."""
         return tensor(data, dtype=dtype or self.dtype, device=NAME)
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """Return the storage, by which two views of one memory are known."""
+        """Return the storage, which identifies views of the same memory."""
         return self.data_on_host.untyped_storage()
 
     def __getitem__(self, index: Any) -> Any:
@@ -112,7 +112,7 @@ class FakeTensor(Tensor):
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute an operation on the host and return tensors of the device where it belongs.
+    """Compute an operation on the host and return tensors on the right device.
 
     Raises:
         RuntimeError: its tensors are on two devices.
@@ -120,7 +120,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     hosts = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and tensor.dim()]
-    # A number of the host may be read by the device, and not be written by it.
+    # The device may read a scalar of the host, but not write to it.
     if func._schema.is_mutable and args and isinstance(args[0], Tensor):
         hosts += [args[0]] if not isinstance(args[0], FakeTensor) else []
     if fakes and hosts and not str(func).startswith(CROSS):
@@ -169,7 +169,7 @@ def _casting(operation: Any) -> Callable[..., Any]:
 
 
 def generator() -> torch.Generator:
-    """Return a random generator for the device, which has none of its own."""
+    """Return a random generator for the device, which has no own one."""
     return HOST_GENERATOR()
 
 
@@ -179,20 +179,18 @@ HOST_ARANGE = torch.arange
 
 
 def arange(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Do what `torch.arange` does, which resizes an empty tensor; wrapper tensors keep their
-    size.
-    """
+    """Replace `torch.arange`, which resizes an empty tensor; wrapper tensors cannot be resized."""
     return HOST_ARANGE(*args, **kwargs).to(device)
 
 
 def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Do what `torch.tensor` does, whose copy to the device does not reach a backend in Python."""
+    """Replace `torch.tensor`, whose copy to the device does not reach a Python backend."""
     return HOST_TENSOR(*args, **kwargs).to(device)
 
 
 @cache
 def _inference_mode(mode: Any = True) -> Any:
-    """Stand for `torch.inference_mode`, a decorator or a context."""
+    """Replace `torch.inference_mode`, as a decorator or a context."""
     if callable(mode):
         return torch.no_grad()(mode)
     return torch.no_grad() if mode else nullcontext()

@@ -1,5 +1,5 @@
-"""Random requests, valid and invalid, made from a server's own OpenAPI description, and what must
-hold of replies.
+"""Random valid and invalid requests, generated from a server's own OpenAPI description, and checks
+of the replies.
 """
 
 from collections import Counter
@@ -25,10 +25,11 @@ CHECKS: list[Any] = [
 
 
 def fuzz(url: str, each: int, start: int = 0) -> Counter[str]:
-    """Send about `each` valid and as many invalid requests to every route; return how often each
-    status came.
+    """Send about `each` valid and as many invalid requests to every route; return the counts of
+    status codes.
 
-    Raises an assertion error that shows the request if a reply breaks the description or is a 5xx.
+    Raises an assertion error that shows the request if a reply violates the description or is a
+    5xx.
     """
     statuses: Counter[str] = Counter()
     for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
@@ -54,7 +55,7 @@ def send_all(url: str, cases: Any, statuses: Counter[str], each: int, start: int
     @given(case=cases)
     def send(case: Any) -> None:
         if isinstance(case.body, dict) and case.body.get("model"):
-            case.body = {**case.body, "model": "tiny"}  # a random name is none of the server's
+            case.body = {**case.body, "model": "tiny"}  # a random name would be unknown
         reply = case.call(base_url=url, timeout=60)
         statuses[str(reply.status_code)] += 1
         case.validate_response(reply, checks=CHECKS)

@@ -1,4 +1,4 @@
-"""Git repositories that tests write, a whole tree for each commit."""
+"""Git repositories written by tests, with a whole tree for each commit."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class History:
         self.repository.remotes.create("origin", "https://example.org/engine.git")
 
     def new_lines(self, count: int) -> str:
-        """Return lines that no file has had."""
+        """Return lines that no file has had before."""
         self.lines += count
         return "".join(f"line_{self.lines - number}\n" for number in range(count))
 

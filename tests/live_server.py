@@ -1,4 +1,4 @@
-"""A server on a free port, in a thread, with a random model small enough to answer in a blink."""
+"""A server on a free port, in a thread, with a random model small enough to answer at once."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ class Live:
     service: Service
     engine: Engine
     folder: Path
-    """Of packs, `one.safetensors` and `two.safetensors` among them."""
+    """Folder of packs, with `one.safetensors` and `two.safetensors`."""
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -73,8 +73,8 @@ def live(
     lesson: TeachRequest | None = None,
     **engine_dials: Any,
 ) -> Iterator[Live]:
-    """Serve the model `tiny` in `folder`, made there with two experts if there is none, until the
-    block ends.
+    """Serve the model `tiny` in `folder` until the block ends; create it with two experts if it
+    does not exist.
     """
     base, packs = folder / "tiny", folder / "experts"
     if not base.exists():

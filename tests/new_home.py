@@ -1,4 +1,4 @@
-"""A home of a test's own."""
+"""A separate library home for a test."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from deepseek.checkpoint.store import home
 
 
 def new_home(folder: Path) -> Path:
-    """Return an empty home that shares no more than the texts that gates are calibrated on."""
+    """Return an empty home that shares only the texts for calibrating gates."""
     folder.mkdir()
     (folder / "public").symlink_to(home() / "public")
     return folder

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny base in memory, and modules and packs beside it."""
+"""Fixtures: a tiny base in memory, and modules and packs for it."""
 
 from collections.abc import Callable
 
@@ -43,8 +43,8 @@ def model() -> DeepSeekModel:
 def new_module(
     name: str, layers: tuple[int, ...] = (1, 3), seed: int = 0, bias: float = 0.0
 ) -> ExpertModule:
-    """Return a module with a random output and random gates, which `bias` makes fire more (> 0) or
-    less often.
+    """Return a module with random output and random gates, which fire more often with `bias` > 0
+    and less often with `bias` < 0.
     """
     torch.manual_seed(seed)
     module = ExpertModule(name, layers, WIDTH, 24)

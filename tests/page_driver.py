@@ -23,14 +23,14 @@ PATIENCE = 60_000  # ms
 
 
 def keep(page: "Page", name: str) -> None:
-    """Keep a picture if somebody asked for them."""
+    """Save a screenshot if they were asked for."""
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def set_up(page: "Page", **settings: Any) -> None:
-    """Choose settings as the dialog keeps them; answers are greedy unless they say otherwise."""
+    """Store settings as the settings dialog does; answers are greedy by default."""
     chosen = {"temperature": 0, **settings}
     page.evaluate("value => localStorage.setItem('settings', JSON.stringify(value))", chosen)
     page.reload()
@@ -38,7 +38,7 @@ def set_up(page: "Page", **settings: Any) -> None:
 
 
 def say(page: "Page", text: str) -> None:
-    """Ask something by keyboard and wait for the whole answer."""
+    """Ask a question by keyboard and wait for the whole answer."""
     before = page.locator(".facts").count()
     page.locator("#words").fill(text)
     page.locator("#words").press("Enter")
@@ -46,12 +46,12 @@ def say(page: "Page", text: str) -> None:
 
 
 def imported(page: "Page", module: str, script: str) -> Any:
-    """Return what a script makes of a module's exports, `m`."""
+    """Return the value of a script that uses a module's exports as `m`."""
     return page.evaluate(f"import('/static/{module}').then(m => {script})")
 
 
 def rendered(page: "Page", source: str) -> str:
-    """Return Markdown as the page's HTML, every token the base's."""
+    """Return the page's HTML for Markdown in which every token is by the base."""
     return imported(
         page,
         "markdown.js",
@@ -65,7 +65,7 @@ def rendered(page: "Page", source: str) -> str:
 
 
 def violations(page: "Page") -> list[str]:
-    """Return what axe-core finds wrong with the page as it is."""
+    """Return axe-core's violations for the current state of the page."""
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(AXE.read_text())
     found = page.evaluate("axe.run()")

@@ -1,4 +1,4 @@
-"""Answers that the tests of the web page give in the server's place."""
+"""Fake server replies for the tests of the web page."""
 
 import json
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def chunks(*texts: str, finish: str | None = "stop", expert: str | None = None) -> str:
-    """Return the stream of an answer as the server sends it, without its usage."""
+    """Return an answer's stream as the server sends it, without usage."""
     ends = [None] * len(texts) + [finish]
     choices = [
         {"index": 0, "delta": {"content": text}, "finish_reason": end, "expert": expert}
@@ -22,7 +22,7 @@ REFUSAL = 'data: {"error": {"message": "The queue is full."}}\n\n'
 
 
 def hold(page: "Page", path: str) -> "list[Route]":
-    """Let requests of a path wait, and return the list that they are added to."""
+    """Hold requests to a path, and return the list that they are added to."""
     held: list[Route] = []
     page.route(path, lambda route: held.append(route))
     return held
@@ -37,4 +37,4 @@ BEGUN = """body => {
         return new Response(new ReadableStream({ start }));
     };
 }"""
-"""Answers all requests of a page with the beginning of a stream that goes no further."""
+"""Answers all requests of a page with the beginning of a stream that never continues."""

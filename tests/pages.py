@@ -9,7 +9,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *DOCS.rgl
 CURRENT = [
     page for page in PAGES if page.name != "CHANGELOG.md" and DOCS / "log" not in page.parents
 ]
-"""Pages about the present; changelog and log name what was there once."""
+"""Pages about the current state; changelog and log also name things that no longer exist."""
 
 BLOCK = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "bash", "sh", "console")

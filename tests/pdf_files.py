@@ -8,14 +8,14 @@ FONT = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiE
 
 
 def pdf_of(*pages: Sequence[str], encrypted: bool = False) -> bytes:
-    """Return a PDF file with a page for each sequence of lines, in Latin-1."""
+    """Return a PDF file with one page per sequence of lines, in Latin-1."""
     contents = [_stream(_drawn(lines)) for lines in pages]
     data = pdf_of_contents(*contents)
     return _encrypted(data) if encrypted else data
 
 
 def pdf_of_contents(*contents: bytes) -> bytes:
-    """Return a PDF file with a page for each stream object."""
+    """Return a PDF file with one page per content stream."""
     numbers = range(4, 4 + 2 * len(contents), 2)
     kids = b" ".join(b"%d 0 R" % number for number in numbers)
     objects = [
@@ -33,12 +33,12 @@ def pdf_of_contents(*contents: bytes) -> bytes:
 
 
 def unfolding(size: int) -> bytes:
-    """Return a PDF file whose page unfolds to `size` bytes of blanks."""
+    """Return a PDF file whose page decompresses to `size` bytes of spaces."""
     return pdf_of_contents(_stream(b" " * size))
 
 
 def _drawn(lines: Sequence[str]) -> bytes:
-    """Return the operators that write lines below each other."""
+    """Return the PDF operators that write lines below each other."""
     shown = [
         line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode("latin-1")
         for line in lines
@@ -55,7 +55,7 @@ def _stream(content: bytes) -> bytes:
 
 
 def _file(objects: Sequence[bytes]) -> bytes:
-    """Return a file of numbered objects and the table of their places."""
+    """Return a PDF file of numbered objects with their cross-reference table."""
     data = b"%PDF-1.7\n"
     places = []
     for number, content in enumerate(objects, 1):

@@ -1,4 +1,4 @@
-"""Commands that tests run as processes of their own."""
+"""Run commands in separate processes."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 PATIENCE = 900
-"""Seconds after which a command hangs; the longest takes seven minutes on two cores."""
+"""Seconds after which a command counts as hung; the longest takes seven minutes on two cores."""
 
 
 def run(
@@ -18,8 +18,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and return its exit status and output; fail if it takes too long.
 
-    `subprocess.run` kills the command alone then, and waits for ever for what the command has
-    started and holds the same output.
+    `subprocess.run` would kill only the command, and wait forever for its children, which hold the
+    same output.
     """
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -34,7 +34,7 @@ def run(
 
 
 def kill_with_children(process: subprocess.Popen[str]) -> None:
-    """Kill a process, if it still runs, and all that it and its children have started."""
+    """Kill a process, if it still runs, and all its descendants."""
     if process.poll() is not None:
         return
     parent = psutil.Process(process.pid)

@@ -1,4 +1,4 @@
-"""The reference of a compiled runner: the model with the weights that the runner computes with."""
+"""The reference for a compiled runner: the model with the runner's quantised weights."""
 
 import copy
 
@@ -11,7 +11,7 @@ from deepseek.model.transformer import DeepSeekModel
 
 
 def quantised_twin(model: DeepSeekModel) -> DeepSeekModel:
-    """Return a copy with weights that are quantised to 8 bits; routers stay as they are."""
+    """Return a copy with weights quantised to 8 bits, except routers."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

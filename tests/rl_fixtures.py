@@ -1,4 +1,4 @@
-"""A tiny policy, its prompts and reward, and random tensors for the formulas of `train/rl`."""
+"""A tiny policy with prompts and a reward, and random tensors for the formulas of `train/rl`."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,5 @@
-"""Sizes that keep the house readable: caps on files and functions, a ratchet, printed with every
-run.
+"""Size limits that keep the code readable: caps on files and functions, and a ratchet; sizes are
+printed with every run.
 """
 
 import ast
@@ -16,7 +16,7 @@ RATCHETS = {
     "lines over 100 characters, in 1,000": 1.5,
     "parallel assignments, in 1,000 lines": 0.8,
 }
-"""Most of each in the package. They may be lowered, never raised."""
+"""Maximum of each in the package. They may be lowered, never raised."""
 
 SILENT = {
     tokenize.COMMENT,
@@ -36,7 +36,7 @@ def line_counts() -> dict[str, int]:
 
 
 def code_lines(path: Path) -> int:
-    """Return the number of lines with code on them: not blank, not comment, not docstring."""
+    """Return the number of lines with code: not blank, comment or docstring."""
     with tokenize.open(path) as file:
         spoken = [
             token for token in tokenize.generate_tokens(file.readline) if token.type not in SILENT
@@ -59,8 +59,8 @@ def package_lines() -> int:
 def function_lines() -> dict[str, int]:
     """Return the length of every function's body.
 
-    Its signature, with a parameter a line, and its docstring, with an entry a parameter, do not
-    count.
+    Its signature, with one parameter per line, and its docstring, with one entry per parameter, do
+    not count.
     """
     lengths = {}
     for path in PACKAGE.rglob("*.py"):
@@ -84,7 +84,7 @@ def test_files_and_functions_stay_within_their_caps() -> None:
 
 
 def dense_formatting() -> dict[str, float]:
-    """Return how often code is packed, in the units of `RATCHETS`."""
+    """Return how often dense formatting occurs, in the units of `RATCHETS`."""
     lines = skips = long = parallel = 0
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
@@ -126,7 +126,7 @@ def test_no_class_name_stands_for_two_things() -> None:
 
 
 def size_report() -> str:
-    """Return one line on the package's sizes; `conftest.py` puts it under every test run."""
+    """Return one line on the package's sizes; `conftest.py` prints it after every test run."""
     files, functions = line_counts(), sorted(function_lines().values())
     largest = max(files, key=files.__getitem__)
     return (

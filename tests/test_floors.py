@@ -1,4 +1,4 @@
-"""Data flows one way: a room of the house imports only lower floors, or itself, and no files import
+"""Imports go one way: a package ("room") imports only lower floors, or itself, and no files import
 in a circle.
 """
 
@@ -48,7 +48,7 @@ NEIGHBOURS = {
     ("registry", "errors"),
     ("server", "evaluate"),
 }
-"""Imports that are allowed on one floor."""
+"""Imports that are allowed within a floor."""
 
 TYPE_ONLY_CYCLES = {
     ("model.experts.relevance", "model.experts.module"),
@@ -57,11 +57,11 @@ TYPE_ONLY_CYCLES = {
     ("model.positions.protocol", "model.context"),
     ("model.pretrained", "model.transformer"),
 }
-"""Imports for the type checker alone that close a circle. The list may only become shorter."""
+"""Imports only for the type checker that close a circle. The list may only become shorter."""
 
 
 def imports(source: str) -> Iterator[str]:
-    """Give the full name of every module or name that `source` imports, inside functions too."""
+    """Yield the full name of every module or name that `source` imports, inside functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -83,11 +83,11 @@ def rooms_imported(source: str) -> set[str]:
 
 
 def violations(room: str, source: str) -> list[str]:
-    """Return what `source`, a file of `room`, imports against the rules."""
+    """Return the imports of `source`, a file of `room`, that break the rules."""
     below = {other for other, floor in FLOORS.items() if floor < FLOORS[room]}
     allowed = below | {room} | {other for own, other in NEIGHBOURS if own == room}
-    # The facade names rooms on every floor; only the command line, above them all, may ask it for
-    # the version.
+    # The facade imports rooms on every floor; only the command line, above them all, may import it,
+    # for the version.
     return sorted(rooms_imported(source) - allowed - ({""} if room == "cli" else set()))
 
 
@@ -122,7 +122,7 @@ def test_the_rule_sees(room: str, source: str, wrong: list[str]) -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Return the package's files by module name, without the facade, which names files on every
+    """Return the package's files by module name, without the facade, which imports from every
     floor.
     """
     paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
@@ -133,8 +133,8 @@ def modules() -> dict[str, Path]:
 
 
 def statements_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Give the statements that run when a module is imported, those for the type checker
-    included.
+    """Yield the statements that run when a module is imported, including those for the type
+    checker.
     """
     for statement in body:
         yield statement
@@ -146,9 +146,7 @@ def statements_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Return for each module the modules of the package that it imports when it is imported
-    itself.
-    """
+    """Return for each module the package's modules that it imports at import time."""
     graph = {}
     for module, source in sources.items():
         statements = statements_at_import(ast.parse(source).body)
@@ -162,7 +160,7 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
             for name in imports("\n".join(lines))
             if name.startswith("deepseek.")
         ]
-        # Of `from a.b import c`, c is a file or a name in the file a.b.
+        # In `from a.b import c`, c is a file or a name in the file a.b.
         files = {name if name in sources else name.rpartition(".")[0] for name in names}
         graph[module] = files & sources.keys() - {module}
     return graph

@@ -1,5 +1,5 @@
-"""The log's form: dated entries with a verdict, newest first, all of them in the index; references
-to it hold.
+"""The log's format: dated entries with a verdict, newest first, all listed in the index; references
+to it are valid.
 """
 
 import re
@@ -20,7 +20,7 @@ GROUPS = {
     "Worse": ("worse",),
     "Not finished": ("not finished",),
 }
-"""The index's sections and the verdicts that each of them lists."""
+"""The index's sections -> the verdicts that each of them lists."""
 VERDICTS = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
 TITLE = re.compile(rf"## (\d{{4}}-\d\d-\d\d) \S.*: ({'|'.join(VERDICTS)})")
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -37,14 +37,14 @@ class Entry(NamedTuple):
 
 
 def sections(path: Path, level: str) -> dict[str, str]:
-    """Return the text below each heading of a level, by heading; headings may occur once."""
+    """Return the text below each heading of a level, by heading; headings must be unique."""
     parts = re.split(rf"^{level} (.*)\n", path.read_text(), flags=re.MULTILINE)[1:]
     assert len(set(parts[::2])) == len(parts[::2]), path
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def entries(path: Path) -> list[Entry]:
-    """Return a page's entries from top to bottom; raise where a title is not of the form."""
+    """Return a page's entries from top to bottom; raise if a title has the wrong format."""
     found = []
     for title, text in sections(path, "##").items():
         match = TITLE.fullmatch(f"## {title}")
@@ -59,7 +59,7 @@ def anchor(title: str) -> str:
 
 
 def prose(path: Path) -> list[str]:
-    """Return a page's lines that are no rows of a table."""
+    """Return a page's lines except rows of tables."""
     return [line for line in path.read_text().splitlines() if not line.startswith("|")]
 
 

@@ -1,4 +1,4 @@
-"""The memory of the processor: this machine's, or that of a container with less."""
+"""The available memory: the machine's, or a container's if that has less."""
 
 from pathlib import Path
 

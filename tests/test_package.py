@@ -1,4 +1,4 @@
-"""The package's face: names at first use, an instant import, every dependency declared."""
+"""The package's top level: lazy names, a fast import, all dependencies declared."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["projec
 
 
 def normal(name: str) -> str:
-    """Return the one spelling of a distribution's name (PEP 503)."""
+    """Return the normalised name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -49,7 +49,7 @@ def distributions_of(lines: list[str]) -> set[str]:
 
 
 def missing(sources: Iterable[str], declared: set[str]) -> set[str]:
-    """Return the modules that `sources` import and that no declared distribution brings."""
+    """Return the modules that `sources` import and no declared distribution provides."""
     names = {name.split(".")[0] for source in sources for name in imports(source)}
     others = names - set(sys.stdlib_module_names) - {"deepseek"}
     known = packages_distributions()

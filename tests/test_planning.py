@@ -1,4 +1,4 @@
-"""The arithmetic of plans, against counts by hand and limits that must hold."""
+"""The arithmetic of plans, against manual counts and bounds that must hold."""
 
 from dataclasses import fields
 
@@ -42,7 +42,7 @@ DENSE = {
 }
 
 ONE_FLOP = Device(80e9, 1.0, 1e12, 1e12, utilisation=1.0)
-"""A device that computes one operation a second."""
+"""A device that computes one operation per second."""
 
 
 def test_shapes_are_those_of_the_model() -> None:
@@ -89,7 +89,7 @@ def test_mistakes_name_the_right_word() -> None:
 
 
 def counted(config: ModelConfig) -> int:
-    """Return the parameters of a model that is built on the meta device."""
+    """Return the number of parameters of a model, built on the meta device."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in DeepSeekModel(config).parameters())
 
@@ -179,7 +179,7 @@ def test_recomputation_costs_one_more_forward_pass(trained: float, attention: st
         for recompute in (False, True)
     )
     prefill = plan_inference("deepseek-1b", attention=attention, device=ONE_FLOP)
-    head = 2 * 49152 * 1280  # prefill computes the logits of one token, training those of all
+    head = 2 * 49152 * 1280  # prefill computes logits for one token, training for all
     assert twice.flops_per_token - once.flops_per_token == pytest.approx(
         prefill.prefill_seconds / prefill.length + head * (1 - 1 / prefill.length)
     )
@@ -213,7 +213,7 @@ def test_keys_spread_over_as_many_devices_as_there_are_groups() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     plans = {gpus: plan_inference({**DENSE, **heads}, gpus) for gpus in numbers}
     keys = {gpus: made.memory.keys_values for gpus, made in plans.items()}
-    assert keys[1] == 2 * keys[2] == 2 * keys[3] == 4 * keys[8]  # of three, one has two groups
+    assert keys[1] == 2 * keys[2] == 2 * keys[3] == 4 * keys[8]  # one of three has two groups
 
 
 @pytest.mark.parametrize(

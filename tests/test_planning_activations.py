@@ -41,8 +41,8 @@ MIXTURE = DENSE | {
 
 
 def saved_bytes(fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> int:
-    """Return the bytes of distinct tensors, other than weights, that a forward pass saves, with the
-    hash codes of LSH attention.
+    """Return the bytes of distinct tensors, other than weights, that a forward pass saves,
+    including the hash codes of LSH attention.
     """
     model = DeepSeekModel(ModelConfig(**fields)).train()
     model.compute_dtype = dtype
@@ -69,7 +69,7 @@ def saved_bytes(fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> i
 
 
 def nodes(last: Any) -> set[Any]:
-    """Return the nodes of the graph that ends in one."""
+    """Return the nodes of the autograd graph that ends in `last`."""
     found: set[Any] = set()
     open_nodes = [last]
     while open_nodes:
@@ -88,7 +88,7 @@ def nodes(last: Any) -> set[Any]:
 def test_activations_are_those_that_autograd_saves(
     fields: dict[str, int], processor: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not processor:  # the path of GPUs, computed here
+    if not processor:  # the GPU path, run on the CPU
         monkeypatch.setattr(experts, "mix_experts", mix_experts_grouped)
     two, six = ({**fields, "num_hidden_layers": layers} for layers in (2, 6))
     saved = saved_bytes(six) - saved_bytes(two)
@@ -107,7 +107,7 @@ def test_activations_are_those_that_autograd_saves(
 def test_what_lsh_attention_saves_beside_flash_attention(
     device: str, precision: str, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device == "h100":  # the path of GPUs, computed here
+    if device == "h100":  # the GPU path, run on the CPU
         monkeypatch.setattr(lsh_attention, "_kernels", lambda query: tiles)
     flash = {**DENSE, "num_hidden_layers": 3, "positional_encoding": encoding}
     lsh = {**flash, "attention": "lsh", "lsh_exact_layers": [1], "lsh_local_window": 32}
@@ -122,8 +122,8 @@ def test_what_lsh_attention_saves_beside_flash_attention(
         for fields in (flash, lsh)
     ]
     if (device, precision, encoding) == ("laptop", "mixed", "none") and not multiplies_fast():
-        # A processor that multiplies bf16 no faster than fp32 keeps the kernel's output in fp32 as
-        # well, in both LSH layers; the planner has one that does (`copy_bytes`).
+        # If the CPU multiplies bf16 no faster than fp32, the kernel's output is kept in fp32 as
+        # well, in both LSH layers; the planner assumes a faster one (`copy_bytes`).
         more -= 2 * 4 * DENSE["hidden_size"] * ROWS * LENGTH
     # The tiles' output has a spare row.
     assert planned[1] - planned[0] == pytest.approx(more, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Planned bytes of quantised weights against those that `quantize_model` writes."""
+"""Planned bytes of quantised weights against those written by `quantize_model`."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared pools": {**MIXTURE, "num_hidden_layers": 3, "expert_sharing": 2, "dense_layers": [0]},
     "experts of no whole groups": {**MIXTURE, "expert_dim": 96},
 }
-"""Fields of tiny models, of which some have matrices that are not quantised."""
+"""Fields of tiny models; some have matrices that are not quantised."""
 
 SMOLLM2 = Architecture(
     vocab_size=49152,
@@ -67,7 +67,7 @@ def test_planned_bytes_are_those_that_are_written(name: str, bits: int, tmp_path
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     quantize_model(tmp_path / "base", tmp_path / "small", bits=bits, device="cpu")
     files = TensorFiles(tmp_path / "small")
-    # The state of the routers' balance is no parameter.
+    # The routers' balancing state is not a parameter.
     written = sum(files.read(one).nbytes for one in files if ".balance." not in one)
     planned = plan_inference(config, dtype="float32", bits=bits)
     assert planned.memory.weights == pytest.approx(written, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Suggestions for unknown names: the nearest valid one, and none that is far off."""
+"""Suggestions for unknown names: the nearest valid one, if it is near enough."""
 
 import pytest
 from hypothesis import given

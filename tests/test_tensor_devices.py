@@ -1,5 +1,5 @@
-"""Every tensor that our code makes names its device: one that is made on the processor by default
-meets one on a GPU only where there is a GPU.
+"""Every tensor that our code creates names its device: a tensor on the CPU by default fails only on
+machines with a GPU, where it meets one on the GPU.
 """
 
 import ast
@@ -28,7 +28,7 @@ FACTORIES = frozenset(
         "zeros",
     ]
 )
-"""Functions of `torch` that make a tensor on the default device."""
+"""Functions of `torch` that create a tensor on the default device."""
 
 EXCEPTIONS = {
     "parameters and buffers, made where the module is built and moved with it": {
@@ -88,11 +88,11 @@ EXCEPTIONS = {
         "train/rl/rlpo_config.py checked_scores",
     },
 }
-"""Functions that make tensors without naming a device, by the reason why that is right."""
+"""Functions that may create tensors without naming a device, by reason."""
 
 
 def nodes_by_function(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Yield every node with the qualified name of the function or class around it."""
+    """Yield every node with the qualified name of its function or class."""
     for node in ast.iter_child_nodes(tree):
         inner = (
             f"{prefix}{node.name}." if isinstance(node, ast.FunctionDef | ast.ClassDef) else prefix

@@ -1,4 +1,4 @@
-"""Text of others reaches a terminal only through one function, and without control characters."""
+"""Untrusted text reaches a terminal only through one function, and without control characters."""
 
 import ast
 import unicodedata
@@ -40,7 +40,7 @@ def test_ordinary_text_of_all_scripts_is_left_alone() -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("cli/*.py")), ids=lambda path: path.name)
 def test_commands_print_through_one_function(path: Path) -> None:
-    """`print` is called in `output.py` alone, and Rich gets `plain` text or constants."""
+    """Only `output.py` calls `print`, and Rich gets only `plain` text or constants."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue

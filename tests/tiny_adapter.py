@@ -1,4 +1,4 @@
-"""Random LoRA adapters, made and saved by PEFT itself beside a small Llama checkpoint."""
+"""Random LoRA adapters for a small Llama checkpoint, created and saved by PEFT itself."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def save_llama(folder: Path) -> Path:
 
 
 def save_adapter(base: Path, folder: Path, seed: int = 1, std: float = 0.1, **changes: Any) -> Path:
-    """Save an adapter, both of whose factors are random, in `folder` and return it.
+    """Save an adapter with two random factors in `folder` and return it.
 
     Args:
         base: folder of the base model.
@@ -72,8 +72,8 @@ def write_adapter(
 
     Args:
         folder: folder to write.
-        layers: name of each linear layer -> its inputs and outputs.
-        rank: rank of the changes.
+        layers: name of each linear layer -> its numbers of inputs and outputs.
+        rank: rank of the adapter.
         seed: seed of the values.
         config: fields of `adapter_config.json` to change.
     """

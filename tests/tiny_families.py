@@ -120,7 +120,7 @@ def tiny_family(name: str, **changes: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Some families start with zero biases, or with states that hardly decay; such a model
-            # would forgive mistakes.
+            # Some families start with zero biases, or with states that hardly decay, which would
+            # hide errors.
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model.eval()

@@ -1,4 +1,4 @@
-"""Tiny models as GGUF files, written by the `gguf` package, and in wheels, as known bases come."""
+"""Tiny models as GGUF files, written by the `gguf` package, and in wheels, as known bases are."""
 
 import zipfile
 from pathlib import Path
@@ -37,8 +37,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 256, "sliding_window": 16, "num_hidden_layers": 6}),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
 }
-"""Architecture -> model type and fields. Where `transformers` does not read a width from GGUF, it
-is the default of the config class.
+"""Architecture -> model type and fields. Widths that `transformers` does not read from GGUF are the
+defaults of the config class.
 """
 
 FACTS = {
@@ -57,9 +57,7 @@ FACTS = {
 
 
 def tiny_model(architecture: str, **fields: Any) -> PreTrainedModel:
-    """Return a random model of an architecture, with norms and biases that are not their
-    defaults.
-    """
+    """Return a random model of an architecture, with norms and biases other than the defaults."""
     model_type, own = CONFIGS[architecture]
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**(SIZES | own | fields))
@@ -91,8 +89,8 @@ def write_gguf(
         path: the file.
         architecture: its architecture.
         split_rule: split rule of the tokenizer.
-        quantisation: of the matrices; norms and biases stay fp32.
-        facts: more metadata.
+        quantisation: type of the matrices; norms and biases stay fp32.
+        facts: additional metadata.
         written_as: name of an architecture to claim; default: `architecture`.
     """
     config = model.config
@@ -125,7 +123,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "lfm2": SIZES | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }
-"""Fields of two architectures that `transformers` loads whole."""
+"""Fields of two architectures that `transformers` loads completely."""
 
 
 def write_other(
@@ -137,7 +135,7 @@ def write_other(
         architecture: the architecture.
         path: the file.
         without: name of a tensor to leave out.
-        facts: metadata below the architecture that differ.
+        facts: metadata keys under the architecture to change.
     """
     torch.manual_seed(0)
     ids = {name: SIZES[name] for name in SIZES if name.endswith(("_id", "vocab_size"))}
@@ -169,9 +167,9 @@ def write_other(
         stem, suffix = name.rsplit(".", 1)
         values = tensor.numpy()
         if architecture == "gpt2" and ".h." in name:
-            values = values.T  # of its `Conv1D`; vectors stay
+            values = values.T  # its `Conv1D` is transposed; vectors stay
         if values.ndim == 3:
-            values = values[:, 0]  # the convolution has one channel a group
+            values = values[:, 0]  # the convolution has one channel per group
         if name != "lm_head.weight" and f"{table.get_name(stem)}.{suffix}" != without:
             writer.add_tensor(f"{table.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
     writer.write_header_to_file()
@@ -220,7 +218,7 @@ def gguf_tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndar
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if architecture == "llama" and (count := heads.get(name.split(".")[-2])):
-            # llama.cpp's rotary embedding wants the rows of a pair side by side.
+            # llama.cpp's rotary embedding expects the rows of a pair to be adjacent.
             values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2)
             values = values.reshape(tensor.shape)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):

@@ -29,8 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(kind: str = "dense", **changes: Any) -> Loaded:
-    """Return a three-layer model of `kind`, with `changes` to its config, all of whose parameters
-    are random, with a context of 64 tokens.
+    """Return a three-layer model of `kind`, with `changes` to its config, random parameters and a
+    context of 64 tokens.
     """
     tokenizer = tiny_tokenizer()
     shape = {

@@ -1,4 +1,4 @@
-"""A tokenizer of Llama 2's kind, which puts a space before a text, made in memory."""
+"""A tokenizer like Llama 2's, which puts a space before a text, created in memory."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,7 @@ ZEPHYR = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-"""TinyLlama's chat template, whose names of roles are ordinary text."""
+"""TinyLlama's chat template, whose role names are ordinary text."""
 
 MERGES = ("t h", "th e", "▁ the", "▁ a", "f i", "fi n", "fin e", "▁ fine")
 

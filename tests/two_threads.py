@@ -1,4 +1,4 @@
-"""A fixture for tests of code that shares its work among threads."""
+"""A fixture for tests of multi-threaded code."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Run a test on two threads, as `conftest.py` gives the process one."""
+    """Run a test on two threads, since `conftest.py` limits the process to one."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -1,10 +1,10 @@
-"""Waiting for what happens in other threads and processes."""
+"""Wait for events in other threads and processes."""
 
 import time
 from collections.abc import Callable
 
 PATIENCE = 120
-"""Seconds after which it will not happen; shared machines stall for several."""
+"""Seconds to wait before giving up; shared machines stall for several seconds."""
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:

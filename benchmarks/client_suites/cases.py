@@ -1,6 +1,6 @@
-"""How a suite of an outside client runs: cases in, a JSON object on standard output.
+"""Run a client's test cases and print the outcomes as a JSON object on standard output.
 
-It runs in the environment that the client is installed in, so it needs the standard library alone.
+It runs in the client's own environment, so it uses only the standard library.
 """
 
 import argparse
@@ -13,19 +13,19 @@ from importlib.metadata import version
 from typing import Any
 
 Case = Callable[[], object]
-"""Raises an exception if the client, or what it received, is wrong."""
+"""Function that raises an exception if the case fails."""
 
 LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
 class Target:
-    """The server that the cases ask.
+    """The server under test.
 
     Attributes:
-        url: its address, without a slash at the end.
+        url: its address, without a trailing slash.
         model: name of the model.
-        penalty: frequency penalty that cases of long answers send; 0: none.
+        penalty: frequency penalty that cases with long answers send; 0: none.
     """
 
     url: str
@@ -37,7 +37,7 @@ def run(cases: Callable[[Target], Iterable[tuple[str, Case]]], *packages: str) -
     """Run a suite as a program and print which cases failed and why.
 
     Args:
-        cases: returns the cases by name.
+        cases: returns pairs of name and case.
         packages: names of the packages whose versions are reported.
     """
     parser = argparse.ArgumentParser()
@@ -56,7 +56,7 @@ def run(cases: Callable[[Target], Iterable[tuple[str, Case]]], *packages: str) -
 
 
 def report(outcomes: dict[str, str | None], packages: Iterable[str]) -> None:
-    """Print the outcomes, None for a case that passed, with the versions of some packages."""
+    """Print the outcomes (None for a case that passed) with the versions of some packages."""
     versions = {package: version(package) for package in packages}
     print(json.dumps({"versions": versions, "outcomes": outcomes}))
 
@@ -65,25 +65,25 @@ def reason(case: Case) -> str | None:
     """Return why a case fails, in one line; None if it passes."""
     try:
         case()
-    except Exception as error:  # any failure of a client is a result
+    except Exception as error:  # every failure of a client is an outcome
         return one_line(f"{type(error).__name__}: {error}")
     return None
 
 
 def one_line(text: str) -> str:
-    """Return a text without line breaks, cut to a length that a report can hold."""
+    """Return a text without line breaks, cut to `LONGEST_REASON` characters."""
     return " ".join(text.split())[:LONGEST_REASON]
 
 
 def expect(condition: Any, what: str) -> None:
-    """Raise an `AssertionError` that says what was seen unless the condition holds."""
+    """Raise an `AssertionError` with the message `what` unless the condition holds."""
     if not condition:
         raise AssertionError(what)
 
 
 @contextmanager
 def refused(kind: type[Exception], *words: str) -> Iterator[None]:
-    """Expect the block to raise an exception whose message has all of some words."""
+    """Expect the block to raise an exception whose message contains all of `words`."""
     try:
         yield
     except kind as error:

@@ -1,7 +1,7 @@
-"""llm-comply: published cases of Open Responses, and its cases of OpenAI's chat and Anthropic's
-messages; every answer is held against the published OpenAPI description of its interface.
+"""llm-comply: the published cases of Open Responses, and its own cases for OpenAI's chat and
+Anthropic's messages; every answer is validated against the API's published OpenAPI description.
 
-Its cases with an image must be refused: the models here read text.
+Cases with an image must be refused: our models read only text.
 """
 
 import json
@@ -14,7 +14,7 @@ FORMATS = ("open-responses", "openai-chat", "anthropic")
 
 
 def asked(target: Target, kind: str) -> list[dict[str, object]]:
-    """Return the results of its cases of one interface."""
+    """Run llm-comply's cases of one API and return the results."""
     command = [sys.executable, "-m", "llm_comply.cli", "--json", "--timeout", "120"]
     command += ["--base-url", f"{target.url}/v1", "--api-key", "none"]
     command += ["--model", target.model, "--format", kind]
@@ -34,7 +34,7 @@ def cases(target: Target) -> list[tuple[str, Case]]:
 
 
 def judged(result: dict[str, object]) -> Case:
-    """Return a case that raises what was found."""
+    """Return a case that raises an exception if the result is a failure."""
 
     def case() -> None:
         errors = result.get("errors") or []

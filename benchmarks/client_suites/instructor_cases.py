@@ -1,6 +1,6 @@
-"""instructor: typed answers by each of its modes, whole, partial and in lists.
+"""instructor: typed answers in each of its modes, complete and partial.
 
-Modes that only ask for JSON in words (`JSON`, `MD_JSON`) leave the form to the model.
+Modes that only ask for JSON in the prompt (`JSON`, `MD_JSON`) depend on the model to follow it.
 """
 
 from collections.abc import Iterator

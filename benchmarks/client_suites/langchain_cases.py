@@ -1,7 +1,8 @@
 """LangChain's own standard tests (`langchain-tests`) with `langchain-openai` against the server.
 
-Run by pytest as they are; three classes: chat completions, the Responses API and embeddings. Tests
-of what a class declares as unsupported (images, PDF, sound) skip themselves and are not counted.
+pytest runs them unchanged, in three classes: chat completions, the Responses API and embeddings.
+Tests of features that a class declares as unsupported (images, PDF, audio) skip themselves and are
+not counted.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests, Embeddi
 URL = "CLIENTS_URL"
 MODEL = "CLIENTS_MODEL"
 PENALTY = "CLIENTS_PENALTY"
-"""Environment variables, as pytest imports this file once more."""
+"""Environment variables, since pytest imports this file again."""
 
 
 SETTINGS = """[pytest]
@@ -28,12 +29,12 @@ asyncio_default_fixture_loop_scope = function
 
 
 def connection() -> dict[str, Any]:
-    """Return what every class of LangChain needs to find the server."""
+    """Return the arguments with which LangChain's classes connect to the server."""
     return {"model": os.environ[MODEL], "base_url": os.environ[URL] + "/v1", "api_key": "none"}
 
 
 class TestChat(ChatModelIntegrationTests):
-    """The tests of a chat model, by chat completions."""
+    """The tests of a chat model, with chat completions."""
 
     @property
     def chat_model_class(self) -> type[ChatOpenAI]:
@@ -42,7 +43,7 @@ class TestChat(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         penalty = float(os.environ[PENALTY])
-        # At another address than OpenAI's, the client asks for the usage of a stream only if told.
+        # With another base URL than OpenAI's, the client requests a stream's usage only if told to.
         told = {**connection(), "stream_usage": True}
         return {**told, **({"frequency_penalty": penalty} if penalty else {})}
 
@@ -56,7 +57,7 @@ class TestChat(ChatModelIntegrationTests):
 
 
 class TestResponses(TestChat):
-    """The same tests by the Responses API."""
+    """The same tests with the Responses API."""
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class TestEmbeddings(EmbeddingsIntegrationTests):
 
     @property
     def embedding_model_params(self) -> dict[str, Any]:
-        # Without it, texts are cut by a tokenizer of OpenAI's that has to be downloaded.
+        # Otherwise texts are split with one of OpenAI's tokenizers, which has to be downloaded.
         return {**connection(), "check_embedding_ctx_length": False}
 
 
@@ -83,7 +84,7 @@ class Outcomes:
         self.found: dict[str, str | None] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep a finished test, or one whose preparation failed."""
+        """Record a test that finished, or failed at any stage."""
         name = report.nodeid.partition("::")[2].replace("::", " ")
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)

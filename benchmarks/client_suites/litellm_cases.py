@@ -1,4 +1,4 @@
-"""LiteLLM: the same server by its OpenAI, vLLM, Anthropic and Ollama providers."""
+"""LiteLLM: the same server through its providers, such as OpenAI, vLLM, Anthropic and Ollama."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it is downloaded at import
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it is downloaded on import
 
 import litellm
 from cases import Case, Target, expect, refused, run
@@ -42,7 +42,7 @@ PROVIDERS = {
     "ollama": "",
     "ollama_chat": "",
 }
-"""Provider -> the path behind the server's address that it is given."""
+"""Provider -> path appended to the server's address."""
 
 
 def cases(target: Target) -> Iterator[tuple[str, Case]]:

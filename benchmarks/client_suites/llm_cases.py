@@ -1,4 +1,4 @@
-"""`llm`, the command line tool, with a model of its own configuration that names the server."""
+"""`llm`, the command-line tool, with our server configured as extra models."""
 
 import json
 import os
@@ -32,7 +32,7 @@ IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(16)
 
 
 class Tool:
-    """The tool with a user folder of its own."""
+    """The tool with a separate user folder."""
 
     def __init__(self, folder: Path, target: Target) -> None:
         self._environment = {**os.environ, "LLM_USER_PATH": str(folder), "OPENAI_API_KEY": "none"}

@@ -1,4 +1,4 @@
-"""Ollama's own client: chat and generate, whole and streamed, tools, formats, embeddings, lists."""
+"""Ollama's own client: chat, generate, streaming, tools, formats, embeddings, model lists."""
 
 import json
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""Open Responses: our own cases after the published compliance cases, and the published schemas.
+"""Open Responses: our own versions of the published compliance cases, with the published schemas.
 
 The published cases (openresponses/openresponses, `compliance-tests.ts`) are in no package, so each
-is written anew here, with the same identifier, from what its description asks for; every response
-and every event is validated by the Pydantic models of `openresponses-types`, which are generated
-from the published OpenAPI description. `file-search` and `offline-web-search`, optional there, ask
-for tools that run on the server; this server must refuse them, as it must refuse images, files and
-stored conversations.
+is reimplemented here from its description, with the same identifier. Every response and event is
+validated by the Pydantic models of `openresponses-types`, which are generated from the published
+OpenAPI description. `file-search` and `offline-web-search`, which are optional there, need tools
+that run on the server; our server must refuse them, as well as images, files and stored
+conversations.
 """
 
 import json
@@ -54,7 +54,7 @@ EVENTS: dict[str, type[BaseModel]] = {
 
 
 class Responses:
-    """The route, asked without any client of OpenAI."""
+    """The `/v1/responses` route, called without OpenAI's client."""
 
     def __init__(self, target: Target) -> None:
         self._http = httpx.Client(base_url=target.url, timeout=300)
@@ -63,7 +63,7 @@ class Responses:
             self._usual["frequency_penalty"] = target.penalty
 
     def ask(self, asked: Any, **fields: Any) -> dict[str, Any]:
-        """Return a response that has the published form."""
+        """Return a response, validated against the published schema."""
         reply = self._http.post("/v1/responses", json=self._body(asked, fields))
         expect(reply.status_code == 200, f"HTTP {reply.status_code}: {reply.text}")
         response = reply.json()
@@ -71,7 +71,9 @@ class Responses:
         return response
 
     def events(self, asked: Any, **fields: Any) -> list[dict[str, Any]]:
-        """Return the events of a stream, each of the published form, numbered and complete."""
+        """Return the events of a stream, validated against the published schemas and for numbering
+        and completeness.
+        """
         body = {**self._body(asked, fields), "stream": True}
         events: list[dict[str, Any]] = []
         with self._http.stream("POST", "/v1/responses", json=body) as reply:
@@ -92,7 +94,7 @@ class Responses:
         return events
 
     def refusal(self, asked: Any, **fields: Any) -> str:
-        """Return the sentence by which a request is refused."""
+        """Return the error message of a request that must be refused."""
         reply = self._http.post("/v1/responses", json=self._body(asked, fields))
         expect(reply.status_code == 400, f"HTTP {reply.status_code}: {reply.text}")
         return str(reply.json()["error"]["message"])

@@ -1,8 +1,8 @@
-"""Every field of the newest `openai` client: accepted, or refused by a sentence that names it.
+"""Every field of the newest `openai` client is accepted, or refused with a message that names it.
 
-The fields are those of the client's own methods; one that has no value here is a failure, so that a
-newer client shows what is missing. A value that is accepted must be one that is followed or that
-changes no answer of this server; all others must be refused.
+The fields are those of the client's own methods; a field without a value here is a failure, so that
+a newer client shows what is missing. Accepted values must be ones that the server follows, or that
+do not affect its answers; all others must be refused.
 """
 
 import inspect
@@ -242,7 +242,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True},
     "stream_options": {"stream": True},
 }
-"""What a field needs beside it."""
+"""Other fields that a field requires."""
 
 FLAT_NEEDS: dict[str, dict[str, Any]] = {
     **NEEDS,

@@ -1,7 +1,7 @@
-"""Requests of Continue and Open WebUI, sent again: what their sources put on the wire.
+"""Requests of Continue and Open WebUI, replayed as their source code sends them.
 
-Continue asks by its providers `openai`, `ollama` and `llama.cpp`; Open WebUI as a proxy of an
-OpenAI and of an Ollama connection, and from the browser, which asks for permission first.
+Continue uses its providers `openai`, `ollama` and `llama.cpp`; Open WebUI uses an OpenAI and an
+Ollama connection as a proxy, and requests from the browser, with a CORS preflight.
 """
 
 import json
@@ -13,7 +13,7 @@ import httpx
 from cases import Case, Target, expect, run
 
 PAGE = "http://127.0.0.1:3000"
-"""Where the benchmark's server allows a page to be (`--allow-origin`)."""
+"""Origin that the benchmark's server allows (`--allow-origin`)."""
 
 ASKED: list[Any] = [{"role": "user", "content": "Name a colour and say why you like it."}]
 RULES = {"role": "system", "content": "<important_rules>Write code in fences.</important_rules>"}
@@ -63,7 +63,7 @@ WEBUI_HEADERS = {
 
 Layout = Literal["object", "events", "lines"]
 Replay = tuple[str, Layout, dict[str, Any] | None]
-"""Path, layout of the reply, and body without the model's name; without a body it is a GET."""
+"""Path, layout of the reply, and body without the model's name; None as body means GET."""
 
 OLLAMA_OPTIONS = {"temperature": 0.5, "num_predict": 24, "num_ctx": 4096, "stop": ["</s>"]}
 

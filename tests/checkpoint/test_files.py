@@ -1,4 +1,4 @@
-"""Paths that a user names: what cannot be read or written is found before, and nothing waits."""
+"""Paths from users: what cannot be read or written is refused early, and nothing blocks."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from deepseek.errors import CheckpointError, ConfigError, DataError
 
 @pytest.fixture
 def odd(tmp_path: Path) -> dict[str, Path]:
-    """Paths that are no regular file, by what they are."""
+    """Paths that are not regular files, by kind."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -54,7 +54,7 @@ def test_what_is_no_readable_file_is_refused_without_waiting(odd: dict[str, Path
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/zero", "/dev/new", "/dev/../dev/x", "pipe"])
 def test_a_device_is_never_written_over(odd: dict[str, Path], name: str) -> None:
-    """Root would replace it by a regular file, and break other programs."""
+    """As root, writing would replace it with a regular file and break other programs."""
     path = odd.get(name, Path(name))
     with pytest.raises(ConfigError, match=r"cannot be written, it (is a device|lies in /dev)"):
         writable_file(path)

@@ -1,5 +1,5 @@
-"""A fingerprint depends on names, dtypes, shapes and values of the weights, and on the tokenizer;
-on nothing else.
+"""A fingerprint depends only on the names, dtypes, shapes and values of the weights, and on the
+tokenizer.
 """
 
 import json
@@ -33,7 +33,7 @@ def save(
     shards: int = 1,
     note: str = "",
 ) -> Path:
-    """Write a model folder whose weights are dealt out to `shards` files."""
+    """Write a model folder whose weights are split over `shards` files."""
     folder.mkdir(exist_ok=True)
     names = list(weights)
     if shards == 1:
@@ -186,7 +186,7 @@ def test_weights_held_twice_are_those_that_transformers_loads(tmp_path: Path) ->
 
 
 def test_weights_of_the_same_size_and_time_are_read_again(tmp_path: Path) -> None:
-    """As images with clamped times have them."""
+    """Container images with clamped file times have such files."""
     prints = set()
     for value in (7, 8):
         folder = save(tmp_path / "model", {"c": torch.tensor(value)}, TOKENIZER)

@@ -1,4 +1,4 @@
-"""Weights that lie about themselves: one sentence, and nothing is allocated by what they claim."""
+"""Weights with false headers are refused in one sentence; the claimed sizes are never allocated."""
 
 import json
 import resource
@@ -21,7 +21,7 @@ Header = dict[str, Any]
 
 
 def end(header: Header) -> int:
-    """Return the number of bytes that the tensors of a header take."""
+    """Return the number of bytes of the tensors in a header."""
     return max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
 
 

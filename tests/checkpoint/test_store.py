@@ -1,4 +1,4 @@
-"""Files and states are whole or absent, and damage is noticed."""
+"""Files and states are complete or absent, and damage is detected."""
 
 import errno
 import os
@@ -106,7 +106,7 @@ def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
 def test_a_full_disk_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where folders cannot be exchanged."""
+    """On a system that cannot exchange two folders atomically."""
     monkeypatch.setattr(store, "exchange", lambda *_: False)
     write_folder(tmp_path / "folder", "first")
     rename = Path.replace
@@ -124,7 +124,7 @@ def test_a_full_disk_puts_the_old_folder_back(
 
 @pytest.fixture(params=["by the system", "by looking before"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How it is known that nothing is replaced; not all file systems have the first one."""
+    """How replacing an existing path is prevented; not all file systems support the first way."""
     if request.param == "by looking before":
         monkeypatch.setattr(rename, "_renameat2", lambda *_: errno.EINVAL)
     return str(request.param)
@@ -173,7 +173,7 @@ def test_what_is_new_gets_its_name(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_one_name_are_removed(tmp_path: Path) -> None:
-    """Those of `model.v2` may be written at this moment, under a lock of their own."""
+    """Those of `model.v2` stay: they may be in use, under another lock."""
     (tmp_path / "model").mkdir()
     others = {"model", ".model.lock", ".model.v2.00112233.tmp", ".model.0011223.tmp", "model.tmp"}
     for name in others - {"model"}:
@@ -260,7 +260,7 @@ def test_any_changed_byte_is_noticed(tmp_path: Path, file: str, place: float) ->
         tensors, meta = store.load_state(folder)
     except CheckpointError:
         return
-    # Only white space of meta.json may change without a consequence.
+    # Only a change of white space in meta.json may go undetected.
     assert meta == META
     assert chr(content[index] ^ 0x01).isspace()
     assert torch.equal(tensors["weight"], TENSORS["weight"])

@@ -1,5 +1,5 @@
-"""`deepseek.claims`: figures from result files, what is reached, and what is stale
-(declaration, paths, history, evaluation).
+"""`deepseek.claims`: figures from result files, and which claims are reached or stale (declaration,
+paths, history, evaluation).
 """
 
 import json
@@ -40,7 +40,7 @@ ARTICLE = [
     "compose",
 ]
 ADDED = ["mixtures", "scale", "against", "many", "fresh", "infilling", "settings", "human-prefs"]
-"""The claims that the design asks for: those of the article, and those of this project."""
+"""Claims of this project, in addition to the article's."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def by_name(table: ClaimTable) -> dict[str, Any]:
 
 
 def figures_of(claim: Claim) -> list[Figure]:
-    """Return the declared figure of each figure of a row."""
+    """Return the declared figure behind each figure of an evaluated claim."""
     return [figure for figure in claim.figures for _ in figure.results or ("",)]
 
 
@@ -95,7 +95,7 @@ def test_what_the_declaration_names_is_there() -> None:
 
 
 def test_a_result_that_is_there_is_shown() -> None:
-    """A figure cannot be called unmeasured while a result is named for it."""
+    """A declared figure has a result or a test, or is marked as unmeasured, never both."""
     figures = [f for claim in read_declaration(CHECKOUT).claims.values() for f in claim.figures]
     assert [f.what for f in figures if f.unmeasured and (f.results or f.test)] == []
     assert [f.what for f in figures if not (f.unmeasured or f.results or f.test)] == []

@@ -1,4 +1,4 @@
-"""The quick command of every claim's benchmark runs, with tiny models, and writes its result
+"""The quick command of every claim's benchmark runs with tiny models and writes its result
 (`benchmarks/claims.yaml`, `benchmarks/quick_home.py`).
 """
 
@@ -34,7 +34,7 @@ def run(words: list[str], home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def quick_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with tiny models and texts under the names that benchmarks ask for."""
+    """A home with tiny models and texts under the names that benchmarks expect."""
     folder = tmp_path_factory.mktemp("quick")
     run(["benchmarks/quick_home.py", str(folder)], folder)
     return folder

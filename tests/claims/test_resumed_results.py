@@ -1,4 +1,4 @@
-"""What a benchmark keeps for its next run is taken for the same settings and texts alone."""
+"""A benchmark reuses kept results only for the same settings and texts."""
 
 import argparse
 import sys

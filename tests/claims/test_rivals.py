@@ -1,4 +1,4 @@
-"""Rivals that benchmarks bring along: DroPE in `position_length.py`, the learned indexer in
+"""Rivals implemented in the benchmarks: DroPE in `position_length.py`, the learned indexer in
 `hash_recall.py`.
 """
 
@@ -85,7 +85,7 @@ def test_the_summary_keeps_its_keys_and_goes_up_to_the_length(bench: dict[str, M
 
 def heads(seed: int) -> HeadInputs:
     """Return inputs of four query heads and two key/value heads on a text of 96 tokens. Tokens are
-    of eight kinds, and attend to those of their own.
+    of eight kinds and attend to their own kind.
     """
     generator = torch.Generator().manual_seed(seed)
     kinds_GT = torch.randint(8, (2, 96), generator=generator)
@@ -119,5 +119,5 @@ def test_a_trained_indexer_finds_more_attention_than_an_untrained_one(
 
 def test_the_cost_of_an_indexer_grows_with_the_keys(bench: dict[str, ModuleType]) -> None:
     fitted = bench["lightning_indexer"].Indexer(1, 4, heads(0), unrotated)
-    # Each of four heads multiplies eight numbers and its weight.
+    # Each of four heads: a dot product of width eight, and its weight.
     assert fitted.multiply_adds(2000) - fitted.multiply_adds(1000) == 1000 * 4 * 9

@@ -1,5 +1,5 @@
-"""`deepseek claims` and `deepseek claims run`: the table, wrong names, which commands run, failures
-and Ctrl-C (`deepseek.claims.runs`, `deepseek.cli.claims`).
+"""`deepseek claims` and `deepseek claims run`: table, wrong names, choice of commands, failures and
+Ctrl-C (`deepseek.claims.runs`, `deepseek.cli.claims`).
 """
 
 import json
@@ -46,7 +46,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout that the command line takes for its own."""
+    """A checkout that the command line uses as its own."""
     folder = make_checkout(tmp_path / "clone")
     (folder / "benchmarks" / "speed.py").write_text(BENCHMARK)
     (folder / "benchmarks" / "quick_home.py").write_text("")
@@ -194,7 +194,7 @@ def test_a_failure_is_named_and_the_others_run(tmp_path: Path) -> None:
 
 
 def test_commands_side_by_side_say_what_a_failed_one_printed(tmp_path: Path) -> None:
-    """Each of the first two waits for the other, and a third one for a place."""
+    """The first two wait for each other, and the third one for a free slot."""
     waits = "import sys, time\nfrom pathlib import Path\nmine, other = map(Path, sys.argv[1:])\n"
     waits += "mine.touch()\nwhile not other.exists(): time.sleep(0.01)\nprint('met', mine.name)"
     (tmp_path / "waits.py").write_text(waits)
@@ -219,7 +219,7 @@ def test_a_quick_run_ends_where_its_preparation_fails(
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_all_that_run_side_by_side_stop_at_a_safe_point(handler: Any, tmp_path: Path) -> None:
-    """Also where Ctrl-C is ignored, as it is for what a shell runs in the background."""
+    """Even if SIGINT is ignored, as for background jobs of a shell."""
     usual = signal.signal(signal.SIGINT, handler)
     try:
         check_that_all_stop_at_a_safe_point(tmp_path)
@@ -234,7 +234,7 @@ def check_that_all_stop_at_a_safe_point(tmp_path: Path) -> None:
     commands = {note.name: ["slow.py", str(note)] for note in notes}
 
     def interrupted(line: str) -> None:
-        """Raise as a Ctrl-C would while the last command, which has a place, is started."""
+        """Raise as Ctrl-C would while the last command, which has a free slot, is started."""
         if line.startswith("[3/3]"):
             while not all(note.exists() and note.read_text() for note in notes):
                 time.sleep(0.01)

@@ -16,5 +16,5 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded(base_folder: Path) -> Loaded:
-    """The model, loaded anew."""
+    """The model, freshly loaded."""
     return load(base_folder, dtype="float32")

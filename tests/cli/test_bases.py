@@ -1,4 +1,6 @@
-"""Which base a command takes: that of the experts it names, and experts of that base only."""
+"""The base that a command uses is that of the experts it names; experts of other bases are left
+out.
+"""
 
 import json
 from pathlib import Path
@@ -25,14 +27,14 @@ from deepseek.train.jobs.arguments import AdaptArguments
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's home, which is empty."""
+    """An empty library home."""
     home = tmp_path / "home"
     monkeypatch.setenv("DEEPSEEK_HOME", str(home))
     return home
 
 
 def save_base(folder: Path, value: float) -> Path:
-    """Save in `folder` what passes for a base of width 8 and two layers, and return it."""
+    """Save files in `folder` that look like a base of width 8 with two layers, and return it."""
     folder.mkdir(parents=True)
     save_file({"a": torch.full((2,), value)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 2}')
@@ -136,7 +138,7 @@ def test_run_checks_the_repository_before_the_base_is_fetched(
 
 @pytest.fixture
 def served(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """What `deepseek run` serves, without a terminal, beside a base that is there."""
+    """The arguments with which `deepseek run` serves, without a terminal, on an existing base."""
     calls: list[dict[str, object]] = []
     folder = save_base(home / "models" / "tiny", 1.0)
     monkeypatch.setattr("deepseek.cli.pull.fetch", lambda *_: folder)
@@ -187,7 +189,7 @@ def test_paths_are_checked_before_a_base_is_downloaded(
         assert stop.value.code == 2
         assert "missing.db" in capsys.readouterr().err
     assert fetched == []
-    save_base(home / "models" / "smollm2-135m", 1.0)  # a finished run needs no text any more
+    save_base(home / "models" / "smollm2-135m", 1.0)  # a finished run no longer needs its text
     with pytest.raises(SystemExit):
         main(["align", "smollm2-135m", "--prefs", missing])
     assert fetched == ["smollm2-135m"]

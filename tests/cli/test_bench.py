@@ -1,4 +1,4 @@
-"""`deepseek bench` lists the measurements and hands their options on."""
+"""`deepseek bench` lists the benchmarks and passes options on to them."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A wrong device, dtype or format is one sentence on the command line, with exit code 2."""
+"""A wrong device, dtype or format on the command line gives one sentence and exit code 2."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ NEVER = [
     ["inspect", "attention", "--device", "disk"],
     ["export", "smollm2-135m", "/tmp/x", "--to", "onyx"],
 ]
-"""Commands that are wrong on every machine."""
+"""Commands that are refused on every machine."""
 
 WITHOUT_A_GPU = [
     ["generate", "hello", "--device", "cuda"],

@@ -43,7 +43,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A folder that passes for a base model of width 8 and two layers."""
+    """A folder that looks like a base model of width 8 with two layers."""
     folder = tmp_path / "tiny-base"
     folder.mkdir()
     save_file({"a": torch.ones(2)}, folder / "model.safetensors")
@@ -111,7 +111,7 @@ def test_all_means_the_readable_experts_of_a_folder(
 
 
 def other_base(folder: Path) -> Path:
-    """Save a base of other weights in `folder` and return it."""
+    """Save a base with other weights in `folder` and return it."""
     folder.mkdir(parents=True)
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "num_hidden_layers": 2}))
@@ -121,7 +121,7 @@ def other_base(folder: Path) -> Path:
 def test_all_are_those_of_the_base_under_any_of_its_names(
     pack: Path, base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """A hub id or a GGUF file is stored under another name than the one it is asked for by."""
+    """A hub id or a GGUF file is stored under a name other than the requested one."""
     snapshot = base.rename(tmp_path / "3f2a9c0d")
     assert expert_packs("all", str(snapshot)) == ["poems"]
     assert expert_packs("all", str(other_base(tmp_path / "another"))) == []
@@ -131,7 +131,7 @@ def test_all_are_those_of_the_base_under_any_of_its_names(
 def test_experts_of_another_base_of_the_same_name_are_left_out(
     pack: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """They would stop the start of a server."""
+    """They would keep a server from starting."""
     other = other_base(tmp_path / "b" / "tiny-base")
     assert expert_packs("all", str(other)) == []
     assert "poems.safetensors is left out: it was made for another base" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_experts_of_another_base_of_the_same_name_are_left_out(
 def test_a_base_of_another_shape_is_not_hashed(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """It would read all weights of a large model, and no expert can fit."""
+    """Hashing would read all weights of a large model, although no expert can fit it."""
     steps: list[str] = []
 
     def progress(done: int, total: int, what: str) -> None:
@@ -161,7 +161,7 @@ def test_a_base_of_another_shape_is_not_hashed(
 def test_of_several_packs_of_one_expert_one_is_plugged(
     pack: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """The one whose file has its name; the others would stop the start of a server."""
+    """The one whose file has its name; the others would keep a server from starting."""
     base = str(tmp_path / "tiny-base")
     other = tmp_path / "other"
     other.mkdir()
@@ -209,7 +209,7 @@ def test_signing(pack: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run(capsys, "sign", "poems", "--key", str(tmp_path / "me.pem"))[0] == 0
     status, out, _ = run(capsys, "verify", "poems", "--signature", "signed")
     assert (status, "signed by" in out) == (0, True)
-    # Trust is a copy of the public key in the trust folder.
+    # A key is trusted if its public part is in the trust folder.
     assert run(capsys, "verify", "poems", "--signature", "trusted")[0] == 2
     trusted = Path(tmp_path / "home" / "keys" / "me.pub")
     trusted.parent.mkdir()
@@ -295,7 +295,7 @@ def test_import_replaces_no_other_pack(llama: Path, tmp_path: Path, capsys: Capt
 
 
 def test_import_takes_no_name_of_a_run(llama: Path, tmp_path: Path, capsys: Capture) -> None:
-    """The run, resumed, would replace the adapter."""
+    """If the run were resumed, it would replace the adapter."""
     adapter = write_adapter(tmp_path / "mine", LAYERS)
     begun = tmp_path / "home" / "runs" / "mine"
     begun.mkdir(parents=True)
@@ -388,7 +388,7 @@ class Killed(BaseException):
 def test_an_interrupted_rename_is_completed_by_the_same_command(
     step: int, pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The process ends before one of its changes: seven files and folders are moved or written."""
+    """The process is killed before one of its seven moves and writes."""
     stored = {"digest": read_pack(pack).manifest.digest, "prompts": []}
     prompts_file("poems").write_text(json.dumps(stored))
     index_folder("poems").mkdir()

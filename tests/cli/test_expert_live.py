@@ -1,4 +1,4 @@
-"""`deepseek expert plug` and `unplug` ask a running server, with the admin key."""
+"""`deepseek expert plug` and `unplug` send requests to a running server, with the admin key."""
 
 import socket
 import threading
@@ -11,7 +11,7 @@ from deepseek.cli.main import main
 
 
 class Asked(BaseHTTPRequestHandler):
-    """Notes the requests; knows one expert and one key."""
+    """Records the requests; knows one expert and one key."""
 
     seen: list[tuple[str, str, str]]
 

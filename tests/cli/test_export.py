@@ -1,4 +1,4 @@
-"""`deepseek export` shows no notes of the libraries that it uses."""
+"""`deepseek export` shows no warnings of the libraries that it uses."""
 
 import os
 import subprocess

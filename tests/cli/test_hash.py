@@ -1,5 +1,5 @@
-"""`deepseek distill-hash` and `deepseek inspect attention`, from text to picture, and their
-mistakes.
+"""`deepseek distill-hash` and `deepseek inspect attention`, from text to picture, and their error
+messages.
 """
 
 import shutil
@@ -28,7 +28,7 @@ def run(*arguments: str) -> int:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A folder of one long text."""
+    """A folder with one long text."""
     folder = tmp_path / "text"
     folder.mkdir()
     lines = [
@@ -46,7 +46,7 @@ def test_from_text_to_hash_to_picture(
     fitted = ("--base", str(base_folder), "--data", str(text), "--texts", "1", "--length", "512")
     assert run("distill-hash", *fitted, "--buckets", "8", "--exact", "1", "--out", str(path)) == 0
     assert capsys.readouterr().out.strip() == str(path)
-    # No state is left behind.
+    # No intermediate state is left behind.
     assert [file.name for file in tmp_path.glob("hash*")] == ["hash.safetensors"]
     assert load_hashes(path, fingerprint(base_folder).weights).keys() == {1, 2}
     looked = (

@@ -1,4 +1,4 @@
-"""A base folder with odd files, and numbers without bound, end in one sentence."""
+"""A base folder with odd files or huge numbers is refused in one sentence."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def sentence_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Return the one line with which the command line refuses `words`."""
+    """Return the one-line message with which the command line refuses `words`."""
     with pytest.raises(SystemExit) as stop:
         main(list(words))
     printed = capsys.readouterr().err

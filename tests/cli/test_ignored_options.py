@@ -77,7 +77,7 @@ def test_a_mode_that_trains_all_layers_has_no_last_ones(mode: str) -> None:
 
 
 def save_base(folder: Path, value: float) -> Path:
-    """Save in `folder` what passes for a base of width 8 and two layers, and return it."""
+    """Save files in `folder` that look like a base of width 8 with two layers, and return it."""
     folder.mkdir(parents=True)
     save_file({"a": torch.full((2,), value)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"hidden_size": 8, "num_hidden_layers": 2}')
@@ -112,7 +112,7 @@ def test_a_lock_of_named_experts_heeds_the_base(
     assert (stop.value.code, out.exists()) == (2, False)
     message = capsys.readouterr().err
     assert re.search(r"spanish was made for another base \(tiny, \w{16}\) than /.*; give", message)
-    snapshot = tmp_path / "3f2a9c0d"  # as a hub id is stored
+    snapshot = tmp_path / "3f2a9c0d"  # the name of a hub snapshot
     (tmp_path / "tiny").rename(snapshot)
     for base in ([], ["--base", str(snapshot)]):
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-D and closed pipes end every command with the status that shells expect."""
+"""Ctrl-C, Ctrl-D and closed pipes end every command with the exit status that shells expect."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def fake(error: BaseException, interrupt: bool) -> typer.Typer:
-    """Return a command that fails with `error`, perhaps because it lost an interrupt."""
+    """Return a command that fails with `error`; with `interrupt`, after it lost an interrupt."""
     app = typer.Typer()
 
     @app.command()
@@ -51,7 +51,7 @@ def test_an_import_that_ctrl_c_cut_short_is_no_bug(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    # Tests that run in the background ignore the signal.
+    # In background jobs the signal is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     module = SimpleNamespace(app=fake(error, interrupt))
     monkeypatch.setitem(sys.modules, "deepseek.cli.fake", module)  # type: ignore[misc]
@@ -115,8 +115,8 @@ def test_a_question_that_is_not_answered_changes_nothing(key: bytes, tmp_path: P
         told += piece
     status = None
     while status is None:
-        # A signal between the last bytecode before the read and the read itself ends nothing until
-        # the next one, so the key is pressed again as a person would.
+        # A signal just before the blocking read takes effect only at the next one, so the key is
+        # pressed again, as a person would.
         os.write(terminal, key)
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(timeout=5)

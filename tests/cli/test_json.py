@@ -1,4 +1,4 @@
-"""`--json`: one object per command, of the shape that the reference documents."""
+"""`--json`: one object per command, with the documented fields."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from deepseek.packs.tensors import DTYPES
 
 Capture = pytest.CaptureFixture[str]
 ASKS_A_MODEL = {"eval"}
-"""Commands that are tested by what makes their object, as they run a model."""
+"""Commands that run a model; only the function that builds their object is tested."""
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with an expert, a spoilt pack, a model, two runs and two preferences."""
+    """A home with an expert, a damaged pack, a model, two runs and two preferences."""
     home = tmp_path / "home"
     monkeypatch.setenv("DEEPSEEK_HOME", str(home))
     base = BaseDescription(name="tiny", weights="a" * 64, tokenizer="", hidden_size=8, num_layers=2)

@@ -1,4 +1,4 @@
-"""The command line starts at once, and every mistake ends in one sentence and exit code 2."""
+"""The command line starts fast, and every user error gives one sentence and exit code 2."""
 
 import os
 import signal
@@ -164,7 +164,7 @@ def test_debug_after_two_dashes_belongs_to_the_command(
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     program = (
         "import signal, sys, time, types, typer\nfrom deepseek.cli import main as m\napp = typer.Typer()\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests run in the background ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         f"sys.modules[{FAKE!r}] = types.SimpleNamespace(app=app)\nm.COMMANDS['wait'] = ('fake:app', '')\n"
         "m.main(['wait'])"

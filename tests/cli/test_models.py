@@ -1,4 +1,4 @@
-"""`deepseek models`: what is there, and removing it with a question and a warning."""
+"""`deepseek models`: list models, and remove them after a question and a warning."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Streams that are closed, full or strict, and escape codes in what commands print."""
+"""Closed, full and strictly encoded output streams, and escape codes in output."""
 
 import subprocess
 import sys
@@ -21,13 +21,13 @@ from deepseek.errors import DataError
 from deepseek.train.loop.progress import ProgressBar
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m\r\u202e"
-"""Sets a terminal's title, changes its colour, and turns the direction of writing."""
+"""Sets a terminal's title, changes its colour, and reverses the writing direction."""
 
 Capture = pytest.CaptureFixture[str]
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a shell, in which `deepseek` is this checkout's."""
+    """Run a command line in a shell in which `deepseek` is this checkout's."""
     program = f'deepseek() {{ {sys.executable} -m deepseek "$@"; }}; {command}'
     return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
 
@@ -86,7 +86,7 @@ def test_echo_and_errors_write_escape_codes_out(
 
 
 def spoken(*texts: str) -> tuple[Any, Console, StringIO]:
-    """Return an engine that writes `texts`, and a console with its output."""
+    """Return an engine that generates `texts`, and a console with its output."""
     events = [SimpleNamespace(text=text, expert="poems", error=None) for text in texts]
     info = SimpleNamespace(
         name="poems", armed=True, verdict="better", num_bytes=1, domain=f"[red]{ESCAPE}[/x]"

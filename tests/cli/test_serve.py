@@ -1,4 +1,4 @@
-"""`deepseek serve`: what is wrong with its options stops it before anything listens."""
+"""`deepseek serve`: wrong options stop it before it listens."""
 
 import socket
 from pathlib import Path
@@ -17,7 +17,7 @@ def no_keys_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return what `deepseek serve ARGUMENTS` says when it refuses to start."""
+    """Return the message with which `deepseek serve ARGUMENTS` refuses to start."""
     with pytest.raises(SystemExit) as stop:
         main(["serve", *arguments])
     assert stop.value.code == 2
@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_key_file_without_a_key_stops_the_start(
     option: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To go on without keys would make everybody an admin."""
+    """Without keys, everybody would be an admin."""
     file = tmp_path / "keys"
     file.write_bytes(content)
     said = refused(capsys, option, str(file))
@@ -81,7 +81,7 @@ def test_a_key_with_experts_cannot_be_an_administrators(
 def test_a_wrong_address_or_device_is_refused_before_the_experts_are_looked_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That may download and hash the base, which can take minutes."""
+    """The look-up may download and hash the base, which can take minutes."""
     monkeypatch.setattr(
         "deepseek.packs.library.packs_for", lambda *_: pytest.fail("they are looked up")
     )
@@ -95,7 +95,7 @@ def test_a_wrong_address_or_device_is_refused_before_the_experts_are_looked_up(
 def test_experts_are_looked_up_while_the_server_listens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packs that are left out are named all the same."""
+    """Packs that are left out are still named."""
     plugged: list[object] = []
 
     def start(*_: object, experts: object, **__: object) -> None:

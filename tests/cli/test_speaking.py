@@ -1,4 +1,4 @@
-"""`generate`, `chat` and `eval` on a small model, with right and with wrong input."""
+"""`generate`, `chat` and `eval` on a small model, with valid and invalid input."""
 
 import io
 import time
@@ -34,7 +34,7 @@ GENERATE = ("generate", "the value", *SAMPLED, "--base")
 
 @pytest.fixture
 def pack(loaded: Loaded) -> Iterator[Path]:
-    """An expert named `always` in the folder of trained experts, with the text its run held out."""
+    """An expert named `always` in the folder of trained experts, with its run's held-out text."""
     experts_folder().mkdir(parents=True, exist_ok=True)
     path = save_expert(loaded, "always", experts_folder())
     documents = [
@@ -248,7 +248,7 @@ def test_an_interrupted_answer_costs_nothing_more(
     step = Scheduler.step
 
     def slow_step(scheduler: Scheduler) -> None:
-        time.sleep(0.02)  # else the tiny model is done before anybody reads its first token
+        time.sleep(0.02)  # otherwise the tiny model ends before its first token is read
         step(scheduler)
 
     monkeypatch.setattr(Scheduler, "step", slow_step)
@@ -266,7 +266,7 @@ def test_a_turn_computes_only_what_is_new(
     loaded.model.config.max_position_embeddings = 512
     sampling = Sampling(max_new_tokens=4)
     shown, cached = [], []
-    # Of which the second is longer than anything said here, so that nothing is remembered.
+    # The second block is longer than the whole conversation, so that nothing is cached.
     for block in (8, 1024):
         with Engine(*loaded, prefill_chunk=block) as engine:
             session = ChatSession(engine, sampling, Console(width=200))
@@ -279,7 +279,7 @@ def test_a_turn_computes_only_what_is_new(
             cached.append(engine.stats().cached_tokens)
     assert shown[0] == shown[1] and "always 4" in shown[0]
     first = len(encode_prompt(loaded.tokenizer, [{"role": "user", "content": "hello"}]))
-    # The third turn finds the first one; the second had another expert.
+    # The third turn reuses the first one's blocks; the second had another expert.
     assert cached == [first // 8 * 8, 0]
 
 
@@ -312,7 +312,7 @@ def test_eval_compares_every_text(
 def test_eval_leaves_out_the_texts_of_another_bases_experts(
     base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    # Their token ids mean something else here, or nothing at all.
+    # Their token ids mean something else for this base, or nothing at all.
     other = load(save_base(tmp_path / "other", intermediate_size=64), dtype="float32")
     theirs = save_expert(other, "theirs", experts_folder())
     try:

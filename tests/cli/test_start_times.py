@@ -1,4 +1,4 @@
-"""Commands that need no model load none of the libraries that take seconds."""
+"""Commands that need no model do not import libraries that take seconds to load."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def pair(prompt: str) -> dict[str, str]:
 
 @pytest.fixture
 def filled_home(tmp_path: Path) -> Path:
-    """A home with an expert and a preference pair, for what a list does not read loads nothing."""
+    """A home with an expert and a preference pair, so that listing them really reads something."""
     home = tmp_path / "home"
     base = BaseDescription(name="tiny", weights="0" * 64, tokenizer="", hidden_size=8, num_layers=2)
     manifest = Manifest(

@@ -1,4 +1,4 @@
-"""Tables lose no figures: in a narrow terminal they are folded, elsewhere nothing is."""
+"""Tables lose no figures: a narrow terminal folds them, a file gets whole lines."""
 
 import pytest
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""Word wrap: lines fit, words stay whole, and without the added line breaks nothing changes."""
+"""Word wrap: lines fit, words stay whole, and only line breaks are added."""
 
 import io
 
@@ -11,7 +11,7 @@ from deepseek.cli.wrap import WordWrap
 
 
 def wrapped(pieces: list[str], width: int) -> str:
-    """Return what is printed of pieces of text."""
+    """Return the printed output for pieces of text."""
     printed: list[str] = []
     wrap = WordWrap(width, lambda text, _style: printed.append(text))
     for piece in pieces:
@@ -31,7 +31,7 @@ def test_lines_fit_and_words_stay_whole(pieces: list[str], width: int) -> None:
         words = line.split()
         assert cell_len(line.rstrip()) <= width or len(words) == 1 or line[:1] == " "
     assert "".join(printed.split()) == "".join(text.split())
-    if "日" not in text:  # wide characters may be parted
+    if "日" not in text:  # lines may break between wide characters
         assert printed.split() == text.split()
 
 

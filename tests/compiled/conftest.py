@@ -1,4 +1,4 @@
-"""The compiled step shares its work: each test runs on two threads."""
+"""The compiled step is multi-threaded, so each test runs on two threads."""
 
 from two_threads import two_threads
 

@@ -1,5 +1,5 @@
-"""The tables of the compiled step: the arrays, the arguments and the tuple that the kernel reads
-agree with them.
+"""The ABI tables of the compiled step agree with the arrays, the arguments and the tuple that the
+kernel reads.
 """
 
 import ast
@@ -36,7 +36,7 @@ EXTENTS = {"rows": 2, "columns": 3}
 
 def values(**changes: Any) -> dict[str, Any]:
     matrix = np.arange(8, dtype=np.float32).reshape(2, 4)
-    # In another order than the table's, which is the one that counts.
+    # Not in the table's order, which is the one that counts.
     return {"addends": [*range(100, 106)], "ids": [1, 0], "matrix": matrix, "factor": 10} | changes
 
 
@@ -131,8 +131,8 @@ def test_what_does_not_fit_a_table_is_refused_in_one_sentence(
 
 
 def imported_files(file: Path) -> set[Path]:
-    """Return the files of the package that a kernel's file imports, but for those that give it
-    constants alone.
+    """Return the package's files that a kernel's file imports, except those that only provide
+    constants.
     """
     files = set()
     for node in ast.walk(ast.parse(file.read_text())):

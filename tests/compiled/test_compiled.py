@@ -1,5 +1,5 @@
-"""The compiled runner against the model itself: logits, batches, pieces of prompts, stored
-prefixes, experts.
+"""The compiled runner against the model itself: logits, batches, chunked prompts, stored prefixes,
+experts.
 """
 
 import tracemalloc
@@ -110,7 +110,7 @@ RUN = {
     "lsh, far field": LSH | {"lsh_far_field": True, "lsh_num_buckets": 1},
     "lsh, dpe": LSH | {"lsh_exact_layers": [], "lsh_sinks": 60} | KINDS["dpe"],
 }
-"""Models that every test of batches, pieces, prefixes and experts runs on."""
+"""Models for every test of batches, chunks, prefixes and experts."""
 IDS = [(7 * i * i + 3 * i) % 90 for i in range(100)]
 
 
@@ -166,8 +166,8 @@ def distance(a, b) -> float:
 
 
 def close(a, b, limit: float, model: DeepSeekModel) -> bool:
-    """Whether logits agree. In a mixture, quantised activations may choose another native expert at
-    a few tokens, where two are close, and in LSH attention another bucket.
+    """Whether logits agree. With quantised activations, a mixture may choose another native expert
+    at a few tokens where two are close, and LSH attention another bucket.
     """
     buckets = model.config.lsh_num_buckets if model.config.attention == "lsh" else 1
     if not model.sparse_layers and buckets == 1:
@@ -220,7 +220,7 @@ def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
         output = runner.forward([Chunk(source, IDS[start:cut], store=[0])])
         state.extend(output.segments[0][0])
         start = cut
-    # The source goes on and must not disturb who took its prefix.
+    # The source continues and must not affect the state that took its prefix.
     runner.forward([Chunk(source, [1] * 20)])
     rest = runner.forward([Chunk(state, IDS[start:], 100 - start)]).logits_RV
     assert torch.equal(rest, logits(runner)[start:])
@@ -373,7 +373,7 @@ def test_guesses_change_no_token_and_no_probability(monkeypatch, count, kind):
             written.append((generations, engine.stats().completion_tokens))
             steps.append(engine.stats().steps)
     assert written[0] == written[1]
-    # How many guesses are right depends on how often the random model repeats itself.
+    # How many drafted tokens are right depends on how often the random model repeats itself.
     assert steps[1] < (0.8 if kind == "dense" else 1) * steps[0]
     assert steps[0] <= written[0][1]
 
@@ -383,13 +383,13 @@ def test_guesses_are_what_followed_the_same_words():
     assert lookup.guess(7) == [3]
     lookup.judge(1)
     assert lookup.guess(2) == [3, 4]
-    assert lookup.guess(7) == [3, 4, 1]  # one was right: more next time
+    assert lookup.guess(7) == [3, 4, 1]  # one was right: draft more
     lookup.judge(0)
-    assert lookup.guess(7) == [3]  # none was: fewer
+    assert lookup.guess(7) == [3]  # none was right: draft fewer
     lookup.judge(3)
     lookup.push(9)
     assert lookup.guess(7) == []
     for token in (1, 2):
         lookup.push(token)
-    assert lookup.guess(7) == [9, 1, 2]  # what came last
+    assert lookup.guess(7) == [9, 1, 2]  # the latest continuation
     assert lookup.guess(-1) == []

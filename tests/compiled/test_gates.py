@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deepseek.compiled.expert_sites import arbitrate
 from deepseek.model.experts import gate
 
-# Few distinct scores, so that ties are common, beside any scores.
+# Mostly few distinct scores, so that ties are common.
 DETECT = st.sampled_from([-0.5, 0.0, 2**-6, 0.125, 0.25, 1.0, 3.0]) | st.floats(-4, 4, width=32)
 CONTRAST = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0]) | st.floats(-30, 30, width=32)
 MEMBERS = st.lists(st.tuples(DETECT, CONTRAST), min_size=1, max_size=12)
@@ -22,8 +22,8 @@ def claim(detect: float, contrast: float) -> float:
 
 
 def separated(members: list[tuple[float, float]]) -> bool:
-    """Whether claims that are not ties differ by more than rounding, which may order them either
-    way.
+    """Whether claims that are not ties differ by more than rounding, which could change their
+    order.
     """
     claims = sorted((claim(*member), member) for member in members if member[0] > 0)
     return all(one == other or other[0] - one[0] > 1e-4 for one, other in pairwise(claims))

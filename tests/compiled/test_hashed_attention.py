@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "initializer_range": 0.1,
     "attention": "lsh",
-    # One hashed layer: the buffers of the step keep its buckets.
+    # One hashed layer, so that the step's buffers keep its buckets.
     "lsh_exact_layers": [0, 2],
 }
 HASHED = 1
@@ -125,7 +125,7 @@ def test_logits_are_those_of_the_model_given_the_buckets(
     own = attention.hash
 
     class Watched(Recorded):
-        """Recorded codes; keeps what the model's own hash would have found."""
+        """Recorded codes; also stores the codes of the model's own hash."""
 
         def key_codes(self, key: Tensor) -> Tensor:
             seen["keys"] = own.key_codes(key)
@@ -140,7 +140,7 @@ def test_logits_are_those_of_the_model_given_the_buckets(
     expected = twin(torch.tensor([ids])).logits[0]
     assert (found - expected).norm() < 0.03 * expected.norm()
     if length > local:
-        # Quantised activations change a bucket where two score nearly the same.
+        # Quantised activations may change a bucket where two have nearly the same score.
         least = 0.9 if length > 50 else 0.5
         assert agreement(seen["keys"], attention.hash.codes[0]) > least
         assert agreement(seen["queries"], attention.hash.codes[1]) > least
@@ -222,7 +222,7 @@ def test_a_learned_hash_has_maps_of_its_own_for_each_head(per_head: bool) -> Non
 
 def test_a_hash_of_another_kind_is_refused_by_name() -> None:
     class Custom(LinearHash):
-        """Not one that the step knows."""
+        """A hash that the step does not support."""
 
     model = build(head_dim=32, lsh_num_buckets=2)
     parts = (torch.zeros(2, 32, 2), torch.zeros(2, 2), torch.zeros(4, 32, 2), torch.zeros(4, 2))

@@ -1,5 +1,5 @@
-"""The engine over the compiled runner, for a dense model and every kind of mixture: batches, the
-prefix cache, experts that come and go beside native ones.
+"""The engine with the compiled runner, for a dense model and every kind of mixture: batches, prefix
+cache, and experts plugged and unplugged beside native ones.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
 """Native experts in the compiled step: routing against the reference router, logits against the
-model, and bits that depend on neither the batch, the pieces of a prompt, nor the prefix cache.
+model, and results that are bit for bit independent of batch, chunks and prefix cache.
 """
 
 from dataclasses import replace
@@ -63,12 +63,12 @@ def logits(runner: CompiledRunner, ids: list[int] = IDS) -> torch.Tensor:
 
 
 def separated(values_E: torch.Tensor) -> bool:
-    """Whether no two values are so close that rounding may order them either way."""
+    """Whether no two values are so close that rounding could change their order."""
     return bool((values_E.sort().values.diff() > 1e-5).all())
 
 
 def chosen(router: Router, logits_E: torch.Tensor) -> dict[int, float]:
-    """The experts and weights that the compiled step gives a row with these router logits."""
+    """The experts and weights that the compiled step chooses for these router logits."""
     values: dict[str, Any] = dict.fromkeys((buffer.name for buffer in ROUTED.buffers), 0)
     values |= rules(router) | {
         "experts": router.num_experts,
@@ -87,7 +87,7 @@ def chosen(router: Router, logits_E: torch.Tensor) -> dict[int, float]:
 
 
 def check_choice(router: Router, seed: int) -> None:
-    """Compare with the reference for random logits that are no ties."""
+    """Compare with the reference on random logits without ties."""
     draw = torch.Generator().manual_seed(seed)
     count = router.num_experts
     router.balance.bias = 0.1 * torch.randn(count, generator=draw)
@@ -148,7 +148,7 @@ def test_logits_are_those_of_the_model_with_quantised_weights(kind: str) -> None
     assert supports(runner.model)
     expected = quantised_twin(runner.model)(torch.tensor([IDS])).logits[0]
     distances = (logits(runner) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # Quantised activations may choose another expert at a few tokens, where two are close.
+    # With quantised activations, another expert may be chosen at a few tokens where two are close.
     assert distances.median() < 0.03
     assert (distances < 0.05).float().mean() > 0.8
 
@@ -177,7 +177,7 @@ FAMILY: dict[str, Any] = {
 def test_checkpoints_of_other_families_agree_with_transformers(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     fields = dict(FAMILY)
-    if family == "olmoe":  # its heads have the width of the model together
+    if family == "olmoe":  # its head widths add up to the hidden size
         fields |= {"hidden_size": 128, "clip_qkv": 1.5}
         del fields["head_dim"]
     config = CONFIG_MAPPING[family](**fields)
@@ -295,7 +295,7 @@ def test_bits_depend_on_neither_batch_nor_pieces_nor_prefix_cache(
     start = 0
     for stop in sorted(cuts | stored | {100}):
         piece = IDS[start:stop]
-        if stop in stored:  # computed by another sequence, and taken from it
+        if stop in stored:  # computed by another sequence and reused
             output = runner.forward([*beside, Chunk(source, piece, store=[0])])
             state.extend(output.segments[-1][0])
         else:

@@ -1,8 +1,8 @@
-"""The barrier of `compiled/rows.py` in every order in which threads can take its steps.
+"""Model checking of the barrier of `compiled/rows.py`: every interleaving of its threads' steps.
 
-A model of it: its source, run in Python, where a thread stops before each access to what the
-threads share, and any other thread can go on. Memory is sequentially consistent, and a thread gives
-up spinning at once, as each can in truth.
+The model is the barrier's source, run in Python. A thread stops before each access to shared
+memory, and any other thread may run next. Memory is sequentially consistent, and threads never
+spin, which is one of the possible behaviours.
 """
 
 import ast
@@ -24,7 +24,7 @@ Barrier = Callable[[int], Generator[Step, int, None]]
 
 
 class Thread(NamedTuple):
-    """A thread: the barriers behind it, the results of its steps in this one, and its sleep."""
+    """A thread: barriers passed, results of its steps in the current one, and whether it sleeps."""
 
     passed: int = 0
     results: tuple[int, ...] = ()
@@ -32,7 +32,7 @@ class Thread(NamedTuple):
 
 
 class State(NamedTuple):
-    """The two numbers of the barrier, and the threads."""
+    """The barrier's two counters, and the threads."""
 
     counter: int
     sleepers: int
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 class Stops(ast.NodeTransformer):
-    """Turns accesses to what the threads share into stops of a generator."""
+    """Turns accesses to shared memory into yields of a generator."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -50,7 +50,7 @@ class Stops(ast.NodeTransformer):
 
 
 def model_of(source: str, threads: int) -> Barrier:
-    """Return the barrier as a generator of the steps that it asks for."""
+    """Return the barrier as a generator that yields each access to shared memory."""
     tree = Stops().visit(ast.parse(source))
     tree.body[0].decorator_list = []
     names = vars(rows) | {"thread_count": lambda: threads, "SPINS": 0, "_FUTEX": 1}
@@ -59,7 +59,7 @@ def model_of(source: str, threads: int) -> Barrier:
 
 
 def next_step(barrier: Barrier, results: tuple[int, ...]) -> tuple[Step, Hashable] | None:
-    """Return a thread's next step, and where in the barrier it stands; None: it has left."""
+    """Return a thread's next step and its position in the barrier; None if it has left."""
     run = barrier(COUNTER)
     step = next(run)
     try:
@@ -67,13 +67,13 @@ def next_step(barrier: Barrier, results: tuple[int, ...]) -> tuple[Step, Hashabl
             step = run.send(result)
     except StopIteration:
         return None
-    # The number of spins does not matter, and grows without end.
+    # The number of spins does not matter, and grows without bound.
     values = [(name, value) for name, value in run.gi_frame.f_locals.items() if name != "spins"]
     return step, (run.gi_frame.f_lasti, *values)
 
 
 def successors(barrier: Barrier, state: State, rounds: int) -> Iterator[State]:
-    """Yield the states that one step of one thread leads to."""
+    """Yield the states reachable by one step of one thread."""
     for number, thread in enumerate(state.threads):
         if thread.asleep or thread.passed == rounds:
             continue
@@ -100,7 +100,7 @@ def successors(barrier: Barrier, state: State, rounds: int) -> Iterator[State]:
 
 
 def deadlock(source: str, threads: int, rounds: int) -> State | None:
-    """Return a state in which a thread sleeps for ever, if one can be reached.
+    """Return a reachable state in which a thread sleeps forever; None if there is none.
 
     Args:
         source: source of the barrier.
@@ -131,7 +131,9 @@ def test_no_order_of_steps_leaves_a_thread_asleep(threads: int, rounds: int) -> 
 
 
 def test_the_model_finds_the_wake_up_that_was_lost() -> None:
-    """Once, the last thread to arrive counted the sleepers out, maybe one of the next barrier."""
+    """In an earlier version the last thread to arrive subtracted the sleepers from the count, and
+    could subtract one that slept in the next barrier.
+    """
     wake = "        _syscall(_FUTEX, counter, _WAKE"
     counted_out = "            arrive(sleepers, -1)\n"
     assert wake in SOURCE and counted_out in SOURCE

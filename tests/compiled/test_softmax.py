@@ -1,4 +1,4 @@
-"""The softmax of attention scores is NumPy's, with bits that do not depend on where it begins."""
+"""The softmax of attention scores agrees with NumPy's, and its bits do not depend on its offset."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def run(scores, probs, first, stop):
 
 
 def result(values, first):
-    """Probabilities and reciprocal sum of values that lie from `first` on, between other numbers."""
+    """Probabilities and reciprocal sum of values at offset `first`, between other numbers."""
     stop = first + len(values)
     length = -(-stop // LANES) * LANES
     scores = aligned(length * 4).view(np.float32)

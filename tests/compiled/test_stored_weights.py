@@ -1,5 +1,5 @@
-"""The compiled runner over weights that stay in their files, with 8, 4 or mixed bits: logits, batches,
-pieces of prompts, stored prefixes, experts, and the engine from the first to the last token.
+"""The compiled runner with weights that stay in their files, with 8, 4 or mixed bits: logits,
+batches, chunked prompts, stored prefixes, experts, and whole generations by the engine.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_logits_are_those_of_the_dequantised_model(folder, runner):
     expected = model(torch.tensor([IDS])).logits[0]
     found = logits(runner)
     assert (found - expected).norm() < 0.03 * expected.norm()
-    # Packed from a model in memory, the same integers give the same bits.
+    # The same integers packed from a model in memory give bit-identical logits.
     assert torch.equal(logits(CompiledRunner(model)), found)
 
 

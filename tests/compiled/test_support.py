@@ -1,5 +1,5 @@
-"""What the compiled runner, the exported graph and the stock converter cannot compute they refuse,
-by field.
+"""The compiled runner, the exported graph and the stock converter refuse what they cannot compute,
+by config field.
 """
 
 import logging
@@ -82,13 +82,13 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"num_experts": 8, "expert_dim": 24},
     {"num_experts": 8, "expert_dim": 24, "routing_strategy": "dense", "dense_layers": [0]},
     {"num_experts": 8, "expert_dim": 24, "routing_strategy": "topk", "router_score": "sigmoid"},
-    # Not read by a dense model.
+    # A dense model ignores these fields.
     {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},
 ]
 
 
 class GrownConfig(ModelConfig):
-    """A config with a field that nobody knows."""
+    """A config with an unknown field."""
 
     fake_scale: float = 1.0
 
@@ -183,7 +183,7 @@ def test_fields_that_take_any_value_change_no_logits_of_a_dense_model(model: Dee
     changes: dict[str, Any] = {
         name: 2 * value + 1 for name, value in numbers.items() if type(value) is int
     }
-    # Thresholds and rates have a largest value.
+    # Thresholds and rates have a maximum.
     changes |= {name: value / 2 + 0.1 for name, value in numbers.items() if type(value) is float}
     changes["max_experts"] = changes["min_experts"]
     del changes["expert_dim"], changes["num_shared_experts"], changes["shared_expert_dim"]

@@ -1,4 +1,4 @@
-"""Products by AMX tiles have the bits of those by vectors: projections, networks, any rows."""
+"""Products by AMX tiles are bit-identical to those by vectors: projections, networks, any rows."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def round_rows(x, table, groups):
 
 @njit
 def run(panels, count, table, groups, projected, gated, hidden, inner, residual, places, zeros):
-    """All three products, with the panels' mark and without; `gated` is a gate and an up
+    """Run all three products on panels, marked for tiles or not; `gated` has a gate and an up
     projection.
     """
     project(panels, 0, count, table, len(places), groups, projected)
@@ -45,8 +45,8 @@ def panels_of(matrices, bits):
 
 
 def outputs_of(mark, rows, width, outputs, bits, holes):
-    """What the products of random matrices give by tiles (`mark`) or by vectors; `holes`: between
-    the rows lie others.
+    """Return the products of random matrices, by tiles (`mark`) or by vectors; with `holes`, other
+    rows lie between the rows.
     """
     generator = torch.Generator().manual_seed(rows)
     groups = -(-width // GROUP)

@@ -1,4 +1,4 @@
-"""Products with single tokens are NumPy's, and do not depend on the tokens beside them."""
+"""Products with single tokens agree with NumPy's and do not depend on other tokens."""
 
 import numpy as np
 import torch

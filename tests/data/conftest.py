@@ -28,7 +28,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def commit(repository: Path) -> Commit:
-    """`commit(files, message, time, parents=None)` writes files (None deletes) and commits; returns
+    """`commit(files, message, time, parents=None)` writes files (None deletes), commits and returns
     the id.
     """
 

@@ -1,4 +1,4 @@
-"""The Python of `docs/how-to/adapters.md` runs as it stands there, with a small model's name."""
+"""The Python code of `docs/how-to/adapters.md` runs unchanged, except for a small model's name."""
 
 import re
 from pathlib import Path

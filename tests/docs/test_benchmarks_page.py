@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` is what `benchmarks/report.py` makes of the result files."""
+"""`docs/benchmarks.md` is what `benchmarks/report.py` generates from the result files."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""`docs/claims.md` is what `benchmarks/claims_page.py` makes of the claims and the result files."""
+"""`docs/claims.md` is what `benchmarks/claims_page.py` generates from claims and result files."""
 
 import re
 import sys

@@ -1,5 +1,5 @@
-"""What the pages show is there: links and anchors, commands and their options, Python that
-compiles, public names.
+"""The pages refer to things that exist: links and anchors, commands and options, public names;
+their Python compiles.
 """
 
 import ast
@@ -23,12 +23,12 @@ README_WORDS = 700
 COMMANDS = runpy.run_path(str(DOCS / "cli_reference.py"))
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 SEVERAL = re.compile(r"\w\|\w")
-"""`train|list`: a choice, which is no command line."""
+"""`train|list` is a choice, not a command line."""
 
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings; GitHub numbers those that occur again."""
+    """Return the anchors of a page's headings; GitHub numbers repeated ones."""
     seen: Counter[str] = Counter()
     names = set()
     for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
@@ -73,8 +73,8 @@ def declared() -> dict[str, Any]:
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """Give what a page types in a shell: lines of blocks, with continuations joined, and spans of
-    code in its text.
+    """Yield a page's shell commands: lines of code blocks, with continuations joined, and code
+    spans in its text.
     """
     for block in blocks(page, *SHELL):
         yield from re.sub(r"\\\n *", " ", block).splitlines()
@@ -84,7 +84,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 
 def unknown(line: str) -> list[str]:
-    """Return what a line that calls `deepseek` asks for and the command line does not have."""
+    """Return the commands and options in a `deepseek` line that do not exist."""
     words = shlex.split(line.split(" | ")[0], comments=True)
     words = words[: words.index("&")] if "&" in words else words
     name, rest = "deepseek", words[1:]
@@ -92,7 +92,7 @@ def unknown(line: str) -> list[str]:
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name == "deepseek":
         return [word for word in rest[:1] if not word.startswith("-") and word != "COMMAND"]
-    if name == "deepseek bench":  # hands its options on
+    if name == "deepseek bench":  # passes its options on
         return []
     known = COMMANDS["options"](declared()[name])
     return [

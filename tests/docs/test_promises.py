@@ -1,4 +1,4 @@
-"""Each promise of the server names a test that is there."""
+"""Each documented promise of the server names an existing test."""
 
 import ast
 import re

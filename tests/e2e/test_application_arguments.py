@@ -1,5 +1,5 @@
-"""Wrong input ends an application with one sentence and exit code 2, before anything is trained or
-deleted.
+"""On wrong input, an application ends with one sentence and exit code 2 before it trains or deletes
+anything.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The applications run from training to figures, beside a tiny base."""
+"""The applications run from training to figures on a tiny base."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def figures(name: str, base: Path, *options: object) -> dict[str, Any]:
-    """Run an application beside a base, and return the figures that it writes."""
+    """Run an application on a base, and return the figures that it writes."""
     out = base.parent / "figures.json"
     environment = {**os.environ, "DEEPSEEK_HOME": str(new_home(base.parent / "home"))}
     command = [sys.executable, APPLICATIONS / name, *options, "--base", base, "--json", out]
@@ -65,7 +65,7 @@ def test_teams_use_their_own_experts_while_one_is_updated(base: Path) -> None:
 
 @pytest.fixture
 def papers(tmp_path: Path) -> Path:
-    """A folder of PDF files and Markdown pages that define a term each."""
+    """A folder of PDF files and Markdown pages that each define a term."""
     folder = tmp_path / "papers"
     folder.mkdir()
     for number, letter in enumerate("abcdefghijklmnop"):

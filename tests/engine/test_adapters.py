@@ -1,4 +1,4 @@
-"""Adapters and weighted experts in one mixed batch, each request as if it were alone."""
+"""Adapters and weighted experts in one mixed batch: each reply is as if computed alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_requests_in_one_batch_answer_as_if_alone(compiled: bool, loaded: Loaded
     for choice, *runs in zip(CHOICES, together, again, alone, strict=True):
         if compiled and not set(NAMES) & set(choice):  # type: ignore[call-overload]
             assert runs[0] == runs[1] == runs[2]
-        # The reference runner, which computes adapters, agrees with itself up to rounding.
+        # The reference runner, which computes adapters, is reproducible up to rounding.
         for (_, first, _), (_, second, _), (_, third, _) in zip(*runs, strict=True):
             assert [second.logprob, third.logprob] == pytest.approx([first.logprob] * 2, abs=1e-4)
 
@@ -102,7 +102,7 @@ def test_requests_in_one_batch_answer_as_if_alone(compiled: bool, loaded: Loaded
 def test_each_request_of_a_batch_has_its_own_weight(
     llama: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In bf16 too, where a product with fp32 factors would change the type."""
+    """Also in bf16, where multiplying by fp32 factors would change the dtype."""
     loaded = load(llama, dtype="bfloat16")
     pack = import_adapter(adapters["one"], name="one", base=llama, out=tmp_path / "one.safetensors")
     loaded.model.experts.plug(pack)
@@ -116,7 +116,7 @@ def test_each_request_of_a_batch_has_its_own_weight(
 
 
 def test_a_batch_agrees_with_peft(loaded: Loaded, llama: Path, adapters: dict[str, Path]) -> None:
-    """The prompt's log probabilities of three requests at once, each with its own adapter."""
+    """Prompt log probabilities of three concurrent requests, each with its own adapter."""
     with Engine(*loaded, CompiledRunner(loaded.model)) as engine:
         generations = [
             engine.submit(replace(request((name,), 1), prompt_logprobs=True)) for name in NAMES
@@ -149,7 +149,7 @@ def test_weights_out_of_range_are_refused() -> None:
 
 
 def test_an_adapter_of_latent_attention_changes_its_own_request_alone(tmp_path: Path) -> None:
-    """`kv_b_proj` reads the latents of all tokens of a sequence, not those of the new one."""
+    """`kv_b_proj` reads the latents of all tokens of a sequence, not only those of the new one."""
     tokenizer = tiny_tokenizer()
     tiny_family("deepseek_v3", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Stock models with experts behind the engine: chunks, prefix cache, streaming and attribution."""
+"""Stock models with experts in the engine: chunks, prefix cache, streaming and attribution."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from deepseek.runner import Chunk, SequenceState
 
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
-# Families whose state is not in a stock cache, or that take one token at a time from it.
+# Families whose state is not in a stock cache, or that can continue it only token by token.
 UNFIT: dict[str, dict[str, Any]] = {
     "bamba": {
         "attn_layer_indices": [1, 3],
@@ -73,7 +73,7 @@ def test_chunks_and_prefixes_give_one_passs_logits(model: AttachedModel) -> None
     assert torch.allclose(torch.cat([p.logits_RV for p in parts]), whole, rtol=1e-4, atol=1e-4)
     assert {name for part in parts for name in part.experts} == {"code", None}
 
-    # Twice from the same segments: a sequence must not change what the prefix cache holds.
+    # Twice from the same segments: a sequence must not modify the prefix cache.
     for _ in range(2):
         other = runner.start(model.experts.armed(), 64)
         for segment in segments[:3]:
@@ -179,11 +179,11 @@ def test_the_engine_streams_what_generate_writes(family: str) -> None:
         assert engine.embed(IDS) == base
     whole_D = traits_of(model).hidden(torch.tensor([IDS]))[0].float().mean(0)
     whole = torch.nn.functional.normalize(whole_D, dim=0).tolist()
-    assert base == pytest.approx(whole, abs=1e-4)  # in chunks as in one piece
+    assert base == pytest.approx(whole, abs=1e-4)  # in chunks as in one pass
 
 
 def test_the_text_part_of_an_image_model_is_served() -> None:
-    """The config of public Gemma 3 checkpoints says nothing of the text model itself."""
+    """In public Gemma 3 checkpoints, only a nested config describes the text model."""
     tokenizer = tiny_tokenizer()
     text = SMALL | FAMILIES["gemma3_text"] | {"vocab_size": len(tokenizer)}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

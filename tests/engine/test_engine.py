@@ -1,6 +1,4 @@
-"""What the engine writes is what the model would write, whatever else runs, comes, goes or is
-remembered.
-"""
+"""The engine's output equals the model's, whatever else runs, is plugged or cached."""
 
 import asyncio
 import gc
@@ -52,7 +50,7 @@ def together(engine: Engine, requests: list[Request]) -> list[list[TokenEvent]]:
 
 
 def greedy(model: DeepSeekModel, prompt: tuple[int, ...], count: int) -> list[int]:
-    """Return what `generate` writes, ends ignored."""
+    """Return the output of `generate`, ignoring end tokens."""
     row = model.generate(
         torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1
     )[0]
@@ -102,7 +100,7 @@ def test_alone_and_in_a_batch_the_same_tokens(kind: str) -> None:
 
 @pytest.mark.parametrize("awaited", [False, True])
 def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> None:
-    """A server's memory must not grow by what collections that hardly ever come would free."""
+    """Garbage collections are rare on a server, so memory must not wait for them."""
 
     async def events(generation: Generation) -> list[TokenEvent]:
         return [event async for event in generation]
@@ -114,7 +112,7 @@ def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> Non
             assert len(asyncio.run(events(generation)) if awaited else list(generation)) == 50
             left, patience = weakref.ref(generation), time.monotonic() + 5
             del generation
-            # The engine's thread may still be about it.
+            # The engine's thread may still hold it.
             while left() is not None and time.monotonic() < patience:
                 time.sleep(0.01)
             assert left() is None
@@ -253,7 +251,7 @@ def test_a_reload_under_the_same_name_is_never_mistaken(tmp_path: Path) -> None:
             engine.plug(save_expert(loaded, "always", tmp_path, seed=seed % 4 + 1))
             generation = engine.submit(request)
             assert ids_of(list(generation)) == greedy(loaded.model, PROMPTS[2], 3)
-            # What is found is the same content.
+            # Only the same content is found.
             assert generation.usage.cached_tokens == (0 if seed < 4 else 28)
             engine.unplug("always")
 
@@ -296,13 +294,13 @@ def test_refusals() -> None:
 
 
 def test_requests_are_taken_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever moment the engine's thread chooses to take some out of the queue."""
+    """Whenever the engine's thread takes some out of the queue."""
     request = Request(PROMPTS[0], Sampling(max_new_tokens=4), ignore_end=True)
     with Engine(*tiny_model(), max_running=2, max_waiting=3) as engine:
         gate = threading.Event()
         step = engine._scheduler.step
         monkeypatch.setattr(engine._scheduler, "step", lambda: gate.wait(60) and step())
-        held = engine.submit_all([request] * 4)  # more than wait at a time
+        held = engine.submit_all([request] * 4)  # more than the queue holds
         with pytest.raises(QueueFullError, match="4 requests are running or waiting already"):
             engine.submit_all([request] * 2)
         with pytest.raises(QueueFullError):
@@ -337,7 +335,7 @@ def test_closing_ends_everything() -> None:
 def test_draining_ends_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(*tiny_model())
     end_all = engine._scheduler.end_all
-    # While requests are still running, the draining thread looks once more.
+    # The draining thread checks again while requests are still running.
     monkeypatch.setattr(engine._scheduler, "end_all", lambda why: time.sleep(0.3) or end_all(why))
     generation = engine.submit(LONG)
     next(iter(generation))

@@ -1,5 +1,5 @@
-"""Grammars of llama.cpp: their translation accepts the same texts, with long terminals and with one
-for each character.
+"""llama.cpp's grammars: their translations accept the same texts with long terminals and with one
+terminal per character.
 """
 
 import itertools
@@ -95,7 +95,7 @@ def test_long_terminals_change_no_text(root: str, first: str, second: str) -> No
 @pytest.mark.parametrize(
     ("grammar", "text"),
     [
-        # The longest text of one terminal would swallow the beginning of the next one.
+        # The longest match of one terminal would include the beginning of the next.
         ('root ::= [a-z]+ rest\nrest ::= "x" rest "y" | "x"', "abxxy"),
         ('root ::= ("a" | "abc") rest\nrest ::= "b" rest "d" | "d"', "abdd"),
         ('root ::= open\nopen ::= "(" open ")" | ("a" | "b")* open? "b"', "(abb)"),
@@ -111,7 +111,7 @@ def test_a_terminal_never_takes_what_follows_it(grammar: str, text: str) -> None
 
 
 def test_a_string_of_json_is_one_terminal() -> None:
-    """Masks take a parser's step for each terminal in place of each character."""
+    """Masks then take one parser step per terminal, not one per character."""
     string = r"\u{22}(?:(?:[^"
     assert f"/{string}" in lark_of(JSON)
     assert f"/{string}" not in reference_lark(JSON)

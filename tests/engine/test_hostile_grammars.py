@@ -1,5 +1,5 @@
-"""A schema or grammar from a client either constrains the text or is refused in one sentence:
-nothing ends the process, nothing fails later, and nothing takes long.
+"""A client's schema or grammar either constrains the text or is refused in one sentence: it never
+ends the process, fails later or takes long.
 """
 
 import json
@@ -65,7 +65,7 @@ def test_any_depth_is_used_or_refused(levels: int, key: str) -> None:
 
 
 def chain(definitions: int) -> str:
-    """Return a schema whose definitions refer to each other in a row, each nested a little."""
+    """Return a schema with a chain of slightly nested definitions, each referring to another."""
     part: dict[str, Any] = {}
     for number in range(definitions):
         inner: dict[str, Any] = {"$ref": f"#/$defs/a{number + 1}"}
@@ -150,6 +150,6 @@ def test_a_grammar_for_which_time_was_up_is_tried_again(
 
     assert trial.complaint("start: /b/") == ""
     with monkeypatch.context() as patch:
-        patch.setattr(grammar_trial, "_line", never)  # however fast the answer comes
+        patch.setattr(grammar_trial, "_line", never)  # the answer never arrives in time
         assert trial.complaint("start: /a/") == "it is too complex"
     assert trial.complaint("start: /a/") == ""

@@ -1,4 +1,4 @@
-"""`benchmarks/many_experts.py` runs from end to end: here beside a tiny model, with few experts."""
+"""`benchmarks/many_experts.py` runs end to end, here with a tiny model and few experts."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ def save_texts(folder: Path) -> None:
 
 
 def save_pack(loaded: Loaded, name: str, folder: Path) -> None:
-    """Write an expert with a table that asks for its own words."""
+    """Write an expert with a relevance table for its own words."""
     path = save_expert(loaded, name, folder, seed=len(name))
     module = ExpertModule.from_pack(read_pack(path))
     table_V = torch.full((loaded.model.config.vocab_size,), -1.0)
@@ -64,7 +64,7 @@ def test_it_measures_all_that_it_says(
         assert row["plug"]["first_ms"] > 0
         for kind in ("conversation", "document"):
             timed = row["overhead"][kind]
-            # Of five, jittered copies may be chosen in place of the passages' own ones.
+            # With five, noisy copies may be chosen instead of the passages' own experts.
             assert count == "5" or "own" in timed
             assert all(one["step_over_named"] > 0 for one in timed.values())
             assert 0 <= row["routing"][kind]["right"] <= 100

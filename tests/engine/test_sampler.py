@@ -1,4 +1,4 @@
-"""The next token is chosen as asked; truncation is checked against `transformers`' own filters."""
+"""Sampling follows the request's options; truncation is checked against `transformers`' filters."""
 
 from typing import Any
 

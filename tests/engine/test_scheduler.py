@@ -1,5 +1,5 @@
-"""Memory stays within its budget, whatever is asked, and a state taken apart and put together goes
-on unchanged.
+"""Memory stays within its budget for any requests, and a state split into segments and reassembled
+continues unchanged.
 """
 
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_the_budget_is_never_exceeded(
 
 
 def test_a_prompt_that_is_asked_several_times_at_once_is_computed_once(armed_model: Loaded) -> None:
-    """Sequences that are admitted together find what the first of them has stored."""
+    """Sequences that are admitted together reuse what the first of them has stored."""
     model, tokenizer = armed_model
     scheduler = Scheduler(TorchRunner(model), prefill_chunk=4)
     prompt = tuple(range(3, 33))

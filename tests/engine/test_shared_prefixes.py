@@ -1,5 +1,5 @@
-"""Keys and values below an expert are shared by all sequences that agree there: their replies are,
-bit for bit, those without a prefix cache.
+"""Keys and values of the layers below an expert are shared by all sequences that agree there;
+replies are bit for bit those without a prefix cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ KINDS = [*COMPILED_KINDS, "dense", "lsh", "dpe", "dmoe", "normed"]
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: the length of its text, the token at which it leaves the others', its experts."""
+    """A request: its length, the token at which it diverges from the others, and its experts."""
 
     length: int
     leaves: int
@@ -98,7 +98,7 @@ class Bench:
     Args:
         loaded: the model.
         runner: the runner.
-        together: most requests in a batch; 1: the runner's bits depend on the batch.
+        together: maximum number of requests in a batch; 1 if results depend on the batch.
     """
 
     def __init__(self, loaded: Loaded, runner: Runner, together: int) -> None:
@@ -109,7 +109,7 @@ class Bench:
         self.alone = cache(self._alone)
 
     def run(self, asked: Sequence[Ask], scheduler: Scheduler, divided: bool) -> list[object]:
-        """Return everything that is reported on some requests that are asked at once."""
+        """Return all events and prompt log probabilities of requests that are submitted at once."""
         sequences = []
         events: list[list[TokenEvent]] = []
         for ask in asked:
@@ -130,7 +130,7 @@ class Bench:
         return [(told, one.prompt_logprobs) for told, one in zip(events, sequences, strict=True)]
 
     def _alone(self, ask: Ask, block: int) -> object:
-        """The same for a request alone, without a prefix cache."""
+        """Return the same for one request alone, without a prefix cache."""
         return self.run([ask], Scheduler(self.runner, prefill_chunk=block), False)[0]
 
 
@@ -194,8 +194,8 @@ def test_a_prompt_read_once_serves_every_set_that_begins_above() -> None:
         before = scheduler.shared_tokens, scheduler.cached_tokens
         one.run([Ask(50, 50, experts, False)], scheduler, True)
         shared.append((scheduler.shared_tokens - before[0], scheduler.cached_tokens - before[1]))
-    # All 48 tokens of full blocks, even with an expert in the middle; those that begin below every
-    # cut share nothing, and a set that was asked before takes all its layers from the cache.
+    # All 48 tokens of full blocks are shared, even with an expert in the middle. Experts that begin
+    # below every cut share nothing, and a repeated set takes all its layers from the cache.
     assert shared == [(0, 0), (48, 0), (48, 0), (48, 0), (0, 0), (0, 0), (0, 48)]
 
 
@@ -219,8 +219,8 @@ def test_a_chat_goes_on_with_other_experts_from_the_first_one_on() -> None:
             with Engine(one.model, tokenizer, one.runner, prefill_chunk=8) as fresh:
                 assert told == [event.token_id for event in fresh.submit(request)]
         stats = engine.stats()
-    # Turn 2 takes the two blocks of turn 1, turn 3 the three of turn 2; turn 4 has all layers of
-    # turn 1's two blocks, and the lower ones of turn 3's other three.
+    # Turn 2 reuses the two blocks of turn 1, turn 3 the three of turn 2; turn 4 reuses all layers
+    # of turn 1's two blocks, and the lower layers of turn 3's other three.
     assert (stats.shared_tokens, stats.cached_tokens) == (16 + 24 + 24, 16)
 
 
@@ -273,7 +273,7 @@ def test_cuts_are_where_most_experts_begin_and_pay() -> None:
 
 
 class Part:
-    """A segment with a residual stream of ten bytes, or none."""
+    """A segment of 100 bytes with a residual stream of `stream_bytes`."""
 
     def __init__(self, stream_bytes: int) -> None:
         self.nbytes = 100

@@ -1,6 +1,4 @@
-"""An engine is started over the quickest runner that computes the model, with its experts
-plugged.
-"""
+"""An engine starts with the fastest runner that supports the model, with experts plugged."""
 
 from pathlib import Path
 
@@ -21,7 +19,7 @@ PROMPT = tuple(range(10, 41))
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with heads that the compiled runner computes."""
+    """A model whose head width the compiled runner supports."""
     return save_base(tmp_path_factory.mktemp("wide"), head_dim=64)
 
 
@@ -35,7 +33,7 @@ def test_weights_are_rounded_only_where_that_is_wanted_and_possible(
     ):
         with start_engine(folder, int8=int8) as engine:
             assert type(engine.runner) is runner
-            # It has run once, so nothing is left to compile.
+            # A warm-up request has compiled everything.
             assert engine.stats().finished == {"length": 1}
 
 

@@ -1,5 +1,5 @@
-"""Experts that stay in their files: the replies are, bit for bit, those with all experts in memory,
-and the weights in memory stay within their budget.
+"""Experts that stay in their files: replies are bit for bit those with all experts in memory, and
+the weights in memory stay within their budget.
 """
 
 import errno
@@ -83,7 +83,7 @@ def new_pack(loaded: Loaded, name: str) -> ExpertPack:
 
 
 def size_of(kind: str, *names: str) -> int:
-    """Return the bytes of some experts as a runner computes with them."""
+    """Return the bytes of some experts in the form that a runner uses."""
     loaded = new_model(kind)
     modules = [new_module(loaded, name) for name in names]
     return sum(module_bytes(m) if kind == "compiled" else m.nbytes for m in modules)
@@ -93,7 +93,7 @@ def size_of(kind: str, *names: str) -> int:
 def new_engine(kind: str, budget: int | None, plugged: str = "") -> Iterator[Engine]:
     loaded = new_model(kind)
     loaded.model.experts.weight_cache.limit = budget
-    # The bits of PyTorch's products depend on what else is in the batch.
+    # The bits of PyTorch's products depend on the rest of the batch.
     most = 4 if kind == "compiled" else 1
     runner = RUNNERS[kind](loaded)
     with Engine(*loaded, runner, max_running=most, prefill_chunk=8) as engine:
@@ -108,7 +108,7 @@ def request(seed: int, arm: ArmingValue) -> Request:
 
 
 def replies(engine: Engine, requests: list[Request]) -> list[object]:
-    """Return all events of requests that are asked at once."""
+    """Return all events of requests that are submitted at once."""
     generations = [engine.submit(one) for one in requests]
     return [list(generation) for generation in generations]
 
@@ -131,7 +131,7 @@ def test_an_unplugged_expert_leaves_memory_with_its_last_sequence(kind: str) -> 
         del running, events
         patience = time.monotonic() + 5
         while any(module() is not None for module in left) and time.monotonic() < patience:
-            time.sleep(0.01)  # the engine's thread may still be about it
+            time.sleep(0.01)  # the engine's thread may still hold it
         assert [module() for module in left] == [None, None]
         for name in "ab":
             engine.plug(new_pack(engine, name))
@@ -372,7 +372,7 @@ def test_a_budget_that_is_lifted_holds_for_experts_that_are_stored_already(limit
 
 
 def test_plugging_does_the_same_whatever_is_plugged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cost of what follows from the set of experts is paid at the first request after it."""
+    """Work that depends on the whole set of experts is deferred to the first request after it."""
     loaded = new_model("torch")
     experts = loaded.model.experts
     experts.weight_cache.limit = 1 << 20

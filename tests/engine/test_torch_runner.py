@@ -1,4 +1,4 @@
-"""A sequence computed beside others gives what it gives alone, for every architecture."""
+"""A sequence in a batch gives the same result as alone, for every architecture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from deepseek.runner import Chunk, RunnerOutput, SequenceState
 
 TOLERANCE = 1e-4
 STEEP = 5e-4
-"""What `TorchRunner` promises in fp32, on the logits: without and with dynamic positions, whose
-steep random biases amplify rounding.
+"""Tolerances of `TorchRunner` on fp32 logits: without dynamic positions, and with them, whose steep
+random biases amplify rounding.
 """
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +56,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Text:
-    """Chunks of one sequence and the experts that it arms."""
+    """The chunks of one sequence, and the experts that it arms."""
 
     chunks: tuple[tuple[int, ...], ...]
     experts: tuple[str, ...]
@@ -77,12 +77,12 @@ def texts(names: tuple[str, ...]) -> st.SearchStrategy[Text]:
 
 
 def runs(loaded: Loaded, written: Sequence[Text], order: Sequence[int]) -> list[RunnerOutput]:
-    """Compute texts in steps and return the outputs of each, every token kept.
+    """Compute texts in steps and return each text's outputs, for all tokens.
 
     Args:
         loaded: the model.
         written: the texts.
-        order: number of texts in each step, which take their turns.
+        order: number of texts in each step; texts take turns.
     """
     runner = TorchRunner(loaded.model)
     states: list[SequenceState] = [
@@ -148,7 +148,7 @@ def test_a_batch_is_as_the_model_over_whole_texts(model: Loaded) -> None:
         ids = torch.tensor([[token for chunk in text.chunks for token in chunk]])
         with model.model.experts.arming(None):
             expected = model.model(ids, use_cache=False).logits[0]
-        # The two take different kernels, and the parameters of a tiny model amplify rounding.
+        # The two use different kernels, and the parameters of a tiny model amplify rounding.
         torch.testing.assert_close(output.logits_RV, expected, atol=1e-3, rtol=0)
 
 
@@ -175,7 +175,7 @@ def test_sequences_with_the_same_experts_share_one_call(tmp_path: Path) -> None:
 def test_decoding_sequences_attend_in_one_call_of_the_kernel(
     kind: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every layer of these kinds, but for several rounds of hashing, where only exact ones do."""
+    """In every layer of these kinds; with several rounds of hashing, only in exact layers."""
     base, changes = MODELS[kind]
     runner = TorchRunner(tiny_model(base, **changes).model)
     states = [runner.start(None, 40) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Text streams hold back what might become a stop text; grammars hold what they promise."""
+"""Text streams hold back what may become a stop text; output under a grammar follows it."""
 
 import json
 from typing import Any
@@ -51,7 +51,7 @@ SCHEMAS = [
 
 
 def read(ids: list[int], stop: list[str]) -> tuple[list[str], bool]:
-    """Return the pieces of text up to a stop text, and whether one came."""
+    """Return the pieces of text up to a stop text, and whether there was one."""
     stream, pieces = TextStream(TOKENIZER, stop), []
     for token in ids:
         pieces.append(stream.push(token))
@@ -73,8 +73,8 @@ def test_text_ends_before_the_first_stop_text(ids: list[int], stop: list[str]) -
     if not stopped:
         assert "".join(pieces) == whole
         return
-    # The text is cut where a stop text begins, and the tokens read up to there hold no other whole
-    # one.
+    # The text is cut where a stop text begins, and the tokens read so far contain no other whole
+    # stop text.
     text = "".join(pieces)
     assert whole.startswith(text)
     assert any(whole[len(text) :].startswith(mark) for mark in stop)
@@ -108,7 +108,7 @@ def test_bytes_that_are_no_characters_do_not_end_a_text() -> None:
     )
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=backend))
-    # "I", which belongs to what follows it once that is no character.
+    # The byte "I" is emitted at once, although invalid bytes after it change how it is decoded.
     assert stream.push(pieces.index("<0x49>")) == "I"
     for piece in ("<0xE8>", "<0xFF>", "<0x2B>"):
         assert stream.push(pieces.index(piece)) == ""
@@ -121,7 +121,7 @@ def test_bytes_that_are_no_characters_do_not_end_a_text() -> None:
 def test_a_healed_prompt_is_continued_as_a_grammar_would(
     engine: Engine, cut: int, seed: int
 ) -> None:
-    """Token healing and a regular expression are two ways to begin with a given text."""
+    """Token healing and a regular expression are two ways to force a given beginning."""
     prompt = [5, *TOKENIZER.encode("the expert\n   a the"[:cut])]
     opening = TOKENIZER.decode(prompt[-1:])
     sampling = Sampling(12, temperature=2.0, seed=seed)
@@ -150,7 +150,7 @@ def test_the_tokens_of_a_healed_prompt_are_not_those_of_the_reply(
     places = range(len(events) + 1)
     opened = next(n for n in places if len(decoded(events[:n])) >= len(opening))
     assert len(events) - opened == count
-    text = "".join(event.text for event in events)  # without a last character that is incomplete
+    text = "".join(event.text for event in events)  # without an incomplete last character
     assert decoded(events).rstrip("\ufffd") == (opening + text).rstrip("\ufffd")
     assert events[-1].finish_reason == "length"
     usage = generation.usage
@@ -191,8 +191,8 @@ def test_healing_takes_no_grammar_and_scores_no_prompt(field: dict[str, Any]) ->
 
 @pytest.mark.parametrize("strips", [False, True])
 def test_tokens_that_a_text_would_not_begin_with_are_not_healed(strips: bool) -> None:
-    """SentencePiece's kind of tokenizer: spaces as \u2581, bytes as a fallback; some decoders strip
-    the first space of a text.
+    """A SentencePiece tokenizer: spaces as \u2581, byte fallback; some decoders strip the first
+    space of a text.
     """
     pieces = ["<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["\u2581", "r", "e", "t", "re", "ret", "\u2581re", "\u2581ret", "\u2581\u2581"]

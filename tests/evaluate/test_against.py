@@ -1,5 +1,5 @@
-"""One expert's run beside its rivals, with tiny models: every row answers the same cases, kept and
-resumed.
+"""One expert's run against its rivals, with tiny models: every row answers the same cases; results
+are stored and resumed.
 """
 
 import json
@@ -43,7 +43,7 @@ from deepseek.train.loop.past_runs import find_run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home with the run of an expert that learned 40 small files."""
+    """A home with the run of an expert trained on 40 small files."""
     home = tmp_path_factory.mktemp("against-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPSEEK_HOME", str(home))
@@ -119,9 +119,9 @@ def test_a_scored_rival_keeps_no_training_states_and_is_not_trained_again(
     content = weights.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(AdaptRun, "run", None)  # nothing is trained
-        assert call("eval", "own", "--against", "full", "--cases", "2") == 0  # by the model
+        assert call("eval", "own", "--against", "full", "--cases", "2") == 0  # from the model
         shutil.rmtree(weights.parent)
-        assert call("eval", "own", "--against", "full", "--cases", "3") == 0  # by stored answers
+        assert call("eval", "own", "--against", "full", "--cases", "3") == 0  # from stored answers
     assert json.loads((folder / "result.json").read_text()) == before
     assert call("eval", "own", "--against", "full", "--cases", "4") == 0
     assert weights.read_bytes() == content, "other cases need the model, which is trained again"
@@ -319,7 +319,7 @@ def test_the_time_decides_how_much_text_and_how_often(seconds: float, effort: Ef
 def test_a_rival_gets_the_time_of_the_expert_evaluations_included(
     steps: int, row_seconds: float, rows: int
 ) -> None:
-    """Its plan, made from its own speed, takes what the expert took."""
+    """A plan made from the rival's own speed takes as long as the expert took."""
     seconds = steps * row_seconds
     speed = Speed(0.0, row_seconds, row_seconds * EVALUATION_COST)
     effort = fit(for_training(seconds, row_seconds, min(16, rows)), row_seconds, 10**6, 512)

@@ -1,4 +1,4 @@
-"""Generated bodies are cut, compared and run as they should be."""
+"""Generated function bodies are cut, compared and run correctly."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_as_much_is_written_as_the_longest_body_has(monkeypatch: pytest.MonkeyPa
 
 
 def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
-    """Have answers written in place of a model's: no small model writes a right one."""
+    """Replace the model's answers: no small model writes a correct one."""
     monkeypatch.setattr(code, "complete", lambda *_: iter(answers))
 
 
@@ -95,7 +95,7 @@ def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyP
     loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
     function = DocumentedFunction("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
-    # The prompt ends with the indentation, but for one blank.
+    # The prompt ends with the indentation except for one space.
     parrot(monkeypatch, body[3:] + "\nx = 1")
     perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)

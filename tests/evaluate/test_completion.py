@@ -1,6 +1,4 @@
-"""Cases are cut where they should be, and lines are written and scored as the model itself
-would.
-"""
+"""Cases are cut at the right places, and lines are generated and scored as by the model itself."""
 
 from collections import Counter
 from dataclasses import replace
@@ -147,7 +145,7 @@ def test_half_of_the_text_is_kept_whatever_the_length_of_its_lines(
     if encoder.length(text) <= most:
         assert kept == text
     else:
-        # The first token of what is kept may differ, tokenised at the beginning of a text.
+        # The first kept token may differ, since it is tokenised at the start of a text.
         assert most // 2 - 1 <= tokens <= most + 1
         starts_a_line = text[: len(text) - len(kept)].endswith("\n")
         assert starts_a_line or "\n" not in kept[: len(kept) // 2 - len(word)]
@@ -230,7 +228,7 @@ def test_fitted_prompts_and_lines_fit_into_any_context(context: int, dials: Dial
     assert larger.text_tokens >= fitted.text_tokens
     if context >= 2 * TARGET_TOKENS:
         assert target_tokens(context) == TARGET_TOKENS
-        # No more is given up than the context lacks, but for fractions of tokens.
+        # Budgets shrink no more than the context requires, except for rounding.
         whole = dials.text_tokens + dials.retrieved_tokens + dials.reply_tokens
         used = fitted.text_tokens + fitted.retrieved_tokens + fitted.reply_tokens
         assert used >= min(whole, context - TARGET_TOKENS - 2)
@@ -259,7 +257,7 @@ def test_a_line_longer_than_a_reply_can_be_written(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_prompt_is_not_cut_where_its_parts_fit() -> None:
-    """The text before the line, its budget scaled down, is what the model sees."""
+    """The model sees all of the text before the line that its scaled-down budget allows."""
     model, tokenizer = tiny_model(max_position_embeddings=200)
     document = Document("def model(router):\n" * 40, "text 1")
     (case,) = next_line_cases([document], 1)

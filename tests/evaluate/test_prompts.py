@@ -1,4 +1,4 @@
-"""Prompts that show what an expert knows: taken from held-out text, and only those that work."""
+"""Example prompts of an expert: taken from held-out text, and only those that work."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pass rates with honest intervals; helpfulness as an independent computation finds it."""
+"""Pass rates with confidence intervals; helpfulness agrees with an independent computation."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""The sandbox: programs pass or fail as they should, and cannot run on, eat memory, fill the disk
-or call out.
+"""The sandbox: programs pass or fail correctly, and cannot run forever, use up memory, fill the
+disk or reach the network.
 """
 
 import pytest
@@ -44,6 +44,6 @@ def test_the_folder_is_temporary_and_there_is_no_network() -> None:
     source = "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)"
     outcome = run_program(source)
     assert not outcome.passed
-    # Without a network of its own the port is closed; with one there is not even a route.
+    # Without a network namespace the port is closed; with one there is not even a route.
     if _isolation():
         assert "unreachable" in outcome.output or "Cannot assign" in outcome.output

@@ -1,4 +1,4 @@
-"""Intervals and scores of lines."""
+"""Confidence intervals, and scores of lines."""
 
 import numpy as np
 import pytest
@@ -59,12 +59,12 @@ def test_a_difference_of_shares_stays_within_bounds(cases: list[tuple[str, float
 
 def test_cases_of_one_document_are_not_independent() -> None:
     documents = [str(place // 50) for place in range(500)]
-    mine = [float(place // 50 % 2) for place in range(500)]  # a document is won or lost as a whole
+    mine = [float(place // 50 % 2) for place in range(500)]  # all cases of a document agree
     alone = paired_difference(mine, [0.5] * 500)
     together = paired_difference(mine, [0.5] * 500, documents=documents)
     assert together.mean == alone.mean == 0.0
     assert together.high > 2.5 * alone.high and together.low < 2.5 * alone.low
-    error = (0.25 / 10) ** 0.5  # of the mean of ten documents
+    error = (0.25 / 10) ** 0.5  # standard error of the mean over ten documents
     assert together.high == pytest.approx(1.96 * error, rel=0.15)
 
 

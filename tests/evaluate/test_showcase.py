@@ -1,4 +1,4 @@
-"""The line that shows what an expert knows is chosen by rule."""
+"""The showcase line of an expert is chosen by a fixed rule."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -23,7 +23,7 @@ def evaluated(base: Path, folder: Path, **given: object) -> dict[str, float]:
 def test_what_a_training_has_learnt_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its name, or by its text under another name."""
+    """Matched by name, or by text under another name."""
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     base = save_base(tmp_path / "base")
     (tmp_path / "src").mkdir()
@@ -65,7 +65,7 @@ def test_finished_figures_stand_for_the_same_question_alone(tmp_path: Path) -> N
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "The router returns. " * 40}))
     figures = evaluated(base, tmp_path / "run", data=[text])
-    text.unlink()  # what was measured may be gone
+    text.unlink()  # the measured text may be gone
     assert evaluated(base, tmp_path / "run", data=[text]) == figures
     with pytest.raises(DataError, match="other"):
         evaluated(base, tmp_path / "run", data=[tmp_path / "other.jsonl"])
@@ -98,6 +98,6 @@ def test_paths_in_the_home_folder_are_read_there(
         quiet=True,
     )
     figures = json.loads((tmp_path / "run" / "result.json").read_text())["figures"]
-    # The names are as given: figures are published, and say nothing of this machine.
+    # Names are as given: figures are published and must not reveal local paths.
     assert figures["loss.~/texts.jsonl"] == figures["loss.texts.jsonl"] > 0
     assert scored == ["twice"]

@@ -1,4 +1,4 @@
-"""What is exported computes what the model computes, or is refused."""
+"""An exported model computes what the model computes, or the export is refused."""
 
 import ctypes
 import shutil
@@ -69,7 +69,7 @@ def test_onnx_with_plugged_experts_says_what_the_model_says(base: Path, tmp_path
     expected = model(ids).logits
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
     model.experts.arm(None)
-    assert (model(ids).logits - expected).abs().max() > 0.1  # the experts were not silent
+    assert (model(ids).logits - expected).abs().max() > 0.1  # the experts had an effect
 
 
 def test_onnx_of_a_mixture_with_windows(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_onnx_of_a_mixture_with_windows(tmp_path: Path) -> None:
 
 def test_openvino_with_8_bit_weights_is_small_and_close(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
-    assert export_model(base, tmp_path / "out", "openvino", dtype="int8") > 1e-4  # it was rounded
+    assert export_model(base, tmp_path / "out", "openvino", dtype="int8") > 1e-4  # quantised
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {
         "openvino_model.xml",
         "tokenizer.json",
@@ -110,7 +110,7 @@ def test_the_terms_of_the_base_go_along(base: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_refused_by_what_it_is(base: Path, tmp_path: Path) -> None:
-    """No weight would help, and "auto" does not arm it either."""
+    """Giving it a weight would not help, and "auto" does not arm it either."""
     layers = {"model.layers.0.self_attn.q_proj": (32, 32)}
     adapter = write_adapter(tmp_path / "peft", layers)
     path = tmp_path / "style.safetensors"
@@ -181,7 +181,7 @@ def test_a_stock_model_comes_back_as_itself(theirs: PreTrainedConfig) -> None:
     again = stock_config(ModelConfig(**convert_config(theirs.to_dict())))
     assert type(again) is type(theirs)
     assert again.head_dim == (getattr(theirs, "head_dim", None) or 16)
-    spelt = {"head_dim", "max_window_layers"}  # said in another way: the latter by layer_types
+    spelt = {"head_dim", "max_window_layers"}  # expressed otherwise: the latter by layer_types
     one, other = (
         {key: value for key, value in said.to_diff_dict().items() if key not in spelt}
         for said in (again, theirs)
@@ -245,7 +245,7 @@ GEMMA: dict[str, Any] = {
 )
 def test_a_gemma_of_ours_has_a_stock_architecture(family: str, fields: dict[str, Any]) -> None:
     config = ModelConfig(**SMALL | GEMMA | fields)
-    assert config.query_pre_attn_scalar is None  # what the class of Gemma calls its head_dim
+    assert config.query_pre_attn_scalar is None  # Gemma's class has head_dim for None
     assert stock_config(config).model_type == family
     with pytest.raises(ConfigError, match="clip_qkv"):
         stock_config(ModelConfig(**SMALL | GEMMA | fields, clip_qkv=0.5))
@@ -282,7 +282,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
 def test_graphs_compute_experts_and_gates_as_the_model_does() -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(7, 8), torch.randn(5, 12, 8), torch.randn(5, 8, 6)
-    # 5 marks a slot that takes no part.
+    # 5 marks an unused slot.
     ids = torch.stack([torch.randperm(6)[:3] for _ in range(7)])
     weights = torch.rand(7, 3).masked_fill(ids == 5, 0.0)
     parts = (x, gate_up, down, ids, weights)
@@ -292,7 +292,7 @@ def test_graphs_compute_experts_and_gates_as_the_model_does() -> None:
 
 
 class FakeTensorRT:
-    """TensorRT's calls on the CPU: shapes and addresses as the real ones take them, computed by
+    """TensorRT's API on the CPU: takes shapes and addresses like the real one, and computes with
     ONNX Runtime.
     """
 

@@ -47,7 +47,7 @@ def logits(source: Path) -> torch.Tensor:
         source.parent if is_file else source,
         gguf_file=source.name if is_file else None,
         dtype=torch.float32,
-        attn_implementation="eager",  # the others do not cap scores
+        attn_implementation="eager",  # other implementations do not cap scores
     )
     with torch.inference_mode():
         return model(IDS).logits
@@ -117,7 +117,7 @@ def test_a_space_before_the_text_goes_along(scheme: str, tmp_path: Path) -> None
 
 
 def ends(tokenizer: PreTrainedTokenizerFast, stops: list[int]) -> tuple[dict[str, int], object]:
-    """Return the ends in the metadata of a tokenizer, and the stops that are read from it."""
+    """Return the end tokens in the metadata of a tokenizer, and the stop tokens read from it."""
     facts = tokenizer_facts(tokenizer, len(tokenizer), stops)
     file = GgufFile(Path("t.gguf"), {"general.architecture": "llama", **facts}, {})
     found = {role: file.token_id(role) for role in ("eos", "eot", "eom")}
@@ -140,7 +140,7 @@ def test_the_ends_of_llama_3_have_their_roles(eos: str) -> None:
     tokenizer.eos_token = eos
     document, message, turn = tokenizer.convert_tokens_to_ids(list(texts))
     found, back = ends(tokenizer, [document, message, turn])
-    # Where the turn ends by EOS, the end of a document has its place: generation stops there too.
+    # If EOS ends a turn, the end-of-document token takes the other slot, so that it stops too.
     turn = turn if eos == texts[0] else document
     assert found == {"eos": tokenizer.eos_token_id, "eot": turn, "eom": message}
     assert set(back) == {document, message, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
@@ -317,7 +317,7 @@ def test_a_type_that_transformers_does_not_know_is_refused_unread(
 
 
 def record_trust(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """Return a list that takes each call that could run a folder's code, and whether it may."""
+    """Return a list that records each call that could run a folder's code, and whether it may."""
     calls: list[tuple[str, object]] = []
 
     def record(reader: type, method: str) -> None:
@@ -348,7 +348,7 @@ def test_code_of_a_known_type_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     calls = record_trust(monkeypatch)
     with pytest.raises(ConfigError, match=r"A GGUF file cannot say auto_map="):
         export_model(folder, tmp_path / "out.gguf", "gguf")
-    # Nor is it run where the export would go on, to compare the models.
+    # Nor is the code run when the export goes on to compare the models.
     monkeypatch.setattr(gguf, "UNREAD", gguf.UNREAD | {"auto_map"})
     export_model(folder, tmp_path / "out.gguf", "gguf")
     assert {name for name, _ in calls} == {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}

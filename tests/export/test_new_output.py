@@ -1,5 +1,5 @@
-"""Exporting and quantising replace nothing that somebody put at the place meanwhile, and remove
-what killed attempts left there.
+"""Exporting and quantising never replace files that appeared meanwhile, and remove leftovers of
+killed attempts.
 """
 
 import errno
@@ -94,7 +94,7 @@ def test_all_that_a_killed_export_leaves_is_removed_by_the_next(
     out = place / "out.gguf"
 
     def interrupted(*_: Path) -> float:
-        shutil.copytree(place, kept)  # what a kill at this moment would leave
+        shutil.copytree(place, kept)  # what a kill at this point would leave
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

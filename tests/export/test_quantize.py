@@ -1,4 +1,4 @@
-"""A model written with 8-bit weights loads as it is and says what the model says."""
+"""A model written with quantised weights loads like any other, with nearly the same output."""
 
 import copy
 import shutil
@@ -59,7 +59,7 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
         small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values
     )
     logits = []
-    # The dtype does not touch the integers.
+    # The dtype does not affect the integers.
     for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):
         runner = CompiledRunner(model)
         logits.append(
@@ -85,7 +85,7 @@ def test_an_interrupted_call_goes_on_after_its_finished_layers(bits, source, tmp
     with pytest.raises(KeyboardInterrupt):
         quantize_model(source, tmp_path / "stopped", bits=bits)
     assert not (tmp_path / "stopped").exists()
-    monkeypatch.setattr("deepseek.export.quantize.sample", None)  # texts and bits are kept, too
+    monkeypatch.setattr("deepseek.export.quantize.sample", None)  # texts and bits are cached too
     monkeypatch.setattr("deepseek.export.quantize.costs", None)
     quantize_model(source, tmp_path / "stopped", bits=bits)
     assert layers == [0, 1, 1]
@@ -117,7 +117,7 @@ def test_the_terms_of_the_base_go_along(source, tmp_path):
     assert read_licence(base).restricted
     for name in ("LICENSE.txt", "NOTICE", "GEMMA_TERMS.md"):
         assert (tmp_path / "int8" / name).read_text() == name
-    # A pack made beside the quantised model has the licence too.
+    # A pack made for the quantised model has the licence too.
     assert BaseDescription.of(tmp_path / "int8", "int8").licence == "LicenseRef-Gemma"
 
 
@@ -132,7 +132,7 @@ def test_mistakes_are_told(source, tmp_path):
 def test_bits_between_are_those_on_average_and_cost_less_than_4(source, tmp_path):
     torch.manual_seed(2)
     model = load(source, dtype="float32").model
-    # One layer speaks louder than the other, so that its matrices are worth more.
+    # One layer has a larger output than the other, so that its matrices get more bits.
     for projection in (model.layers[1].attention.o_proj, model.layers[1].feed_forward.down_proj):
         projection.weight.data *= 4
     model.save_pretrained(tmp_path / "uneven")
@@ -154,7 +154,7 @@ def test_bits_between_are_those_on_average_and_cost_less_than_4(source, tmp_path
 
 @torch.no_grad()
 def test_the_estimated_cost_of_4_bits_is_the_measured_divergence(source, tmp_path):
-    """Each group alone, rounded to 4 bits, against the divergence after the same first tokens."""
+    """Each group alone, quantised to 4 bits, against the divergence after the same first tokens."""
     model = load_stored(DeepSeekModel, source, "float32")
     texts = sample(model, 2000, 2)
     exact = model(texts[:, :1]).logits.double().log_softmax(-1)
@@ -194,7 +194,7 @@ def test_rounding_suits_what_the_model_meets(source, tmp_path, bits):
     torch.manual_seed(1)
     model = load(source, dtype="float32").model
     words = model.embed_tokens.weight.data
-    # Few directions, as in real models.
+    # Low rank, as in real models.
     words.copy_(torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1)
     model.save_pretrained(tmp_path / "few")
     stored = load_stored(DeepSeekModel, tmp_path / "few", "float32")
@@ -208,7 +208,7 @@ def test_rounding_suits_what_the_model_meets(source, tmp_path, bits):
     exact, errors = model(ids).logits, []
     for suited in (False, True):
         twin = copy.deepcopy(model)
-        # Not that of the embedding.
+        # Not tied to the embedding.
         twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         for name, matrix in done.items():
             path = name.removesuffix(".weight").replace("embed_tokens", "lm_head")

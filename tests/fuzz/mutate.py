@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 LENGTHS = (0, 1, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
-"""Values that lengths, counts and offsets overflow at."""
+"""Values at which lengths, counts and offsets overflow."""
 
 LEAVES: list[Any] = [None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308]
 LEAVES += [
@@ -28,7 +28,7 @@ LEAVES += [
 LEAVES += [[], {}, [[]], [None], {"": None}, {"a": {"a": {"a": 1}}}]
 
 DEEP = 3000
-"""Levels of nesting that no recursive reader survives without a limit."""
+"""Levels of nesting at which recursive readers without a limit fail."""
 
 
 @st.composite
@@ -65,7 +65,7 @@ def mutated_bytes(draw: st.DrawFn, *seeds: bytes, most: int = 4) -> bytes:
 def mutated_facts(draw: st.DrawFn, *seeds: bytes, most: int = 3) -> bytes:
     """Return a GGUF file after up to `most` edits of numbers in its metadata."""
     data = bytearray(draw(st.sampled_from(seeds)))
-    # A key, the type of its value (4: uint32, 6: float32), the value.
+    # End of a key, type of its value (4: uint32, 6: float32); the value follows.
     numbers = [found.end() for found in re.finditer(rb"[a-z_]\.[a-z_.]+[\x04\x06]\0\0\0", data)]
     for place in draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=most, unique=True)):
         if draw(st.booleans()):
@@ -136,7 +136,7 @@ def deep(opening: str, closing: str) -> str:
 
 @st.composite
 def mutated_text(draw: st.DrawFn, *seeds: str, words: tuple[str, ...] = (), most: int = 4) -> str:
-    """Return one of the seeds after up to `most` edits: words put in, parts removed or repeated."""
+    """Return a seed after up to `most` edits: words inserted, parts removed or repeated."""
     text = draw(st.sampled_from(seeds))
     for _ in range(draw(st.integers(0, most))):
         place = draw(st.integers(0, len(text)))

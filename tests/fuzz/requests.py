@@ -1,5 +1,5 @@
-"""Fuzz targets of the server: bodies of requests, constraints on answers, paths of text to teach,
-and stored prompts.
+"""Fuzz targets of the server: request bodies, constraints on answers, paths of text to teach, and
+stored prompts.
 """
 
 import asyncio
@@ -164,7 +164,7 @@ def sender(folder: Path, stack: ExitStack, engine: Engine | None = None) -> Send
             raise UserError(error if isinstance(error, str) else error["message"])
         return reply
 
-    # The kernels, of one token and of several, are compiled at first use: no case's own time.
+    # Compiles the kernels for one and for several tokens, so that no case is charged for it.
     send("POST", "/v1/completions", as_json({**TEXT, "echo": True, "max_tokens": 3}).encode())
     return send
 
@@ -175,7 +175,7 @@ def posts(send: Send, cases: st.SearchStrategy[tuple[str, bytes]]) -> Fuzzer:
 
 
 def changed_bodies(seeds: Seeds) -> st.SearchStrategy[tuple[str, bytes]]:
-    """Return a path with a changed body that it expects."""
+    """Return a route and a mutated body for it."""
 
     def one(route: str, seed: Any) -> st.SearchStrategy[tuple[str, bytes]]:
         changed = mutated_value(seed, {**seed, "response_format": SELF}).map(as_json).map(lossless)
@@ -187,12 +187,12 @@ def changed_bodies(seeds: Seeds) -> st.SearchStrategy[tuple[str, bytes]]:
 
 
 def bodies(folder: Path, stack: ExitStack) -> Fuzzer:
-    """Bodies of requests in OpenAI's layout and our own."""
+    """Request bodies in OpenAI's layout and our own."""
     return posts(sender(folder, stack), changed_bodies(BODIES))
 
 
 def dialects(folder: Path, stack: ExitStack) -> Fuzzer:
-    """Bodies of requests in the layouts of Anthropic, Ollama and llama.cpp; infilling."""
+    """Request bodies in the layouts of Anthropic, Ollama and llama.cpp; infilling."""
     return posts(sender(folder, stack), changed_bodies(DIALECTS))
 
 
@@ -231,7 +231,7 @@ PATH_WORDS = (
 
 
 def teach(folder: Path, stack: ExitStack) -> Fuzzer:
-    """Paths of text to teach and of folders to list, in a folder with links that lead out."""
+    """Paths of text to teach and of folders to list, in a folder with links that lead outside."""
     root = folder / "root"
     for name in ("notes", "caf\u00e9"):
         (root / name).mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""Run fuzzers for a time: `make fuzz SECONDS=600 TARGET=pack`; without a target, all in turn.
+"""Run fuzzers for a given time: `make fuzz SECONDS=600 TARGET=pack`; without a target, all in turn.
 
-A case is refused by an error of `deepseek.errors` or accepted; anything else is a finding, as is a
-case that takes more than `CASE_SECONDS` of processor time or `CASE_BYTES` of memory. Findings are
-shrunk and printed with the seed of their round, and the exit code is 1.
+A case must be accepted, or refused with an error of `deepseek.errors`. Anything else is a finding,
+as is a case that takes more than `CASE_SECONDS` of processor time or `CASE_BYTES` of memory.
+Findings are shrunk and printed with the seed of their round, and the exit code is 1.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from deepseek.errors import UserError
 CASE_SECONDS = 5.0
 CASE_BYTES = 1 << 30
 ROUND = 200
-"""Cases of a round; each round starts Hypothesis with another seed."""
+"""Cases per round; each round starts Hypothesis with another seed."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ def fuzz_round(fuzzer: Fuzzer, start: int, cases: int, tally: Tally) -> None:
 
 
 def fuzz(name: str, seconds: float, start: int = 0) -> tuple[Tally, list[str]]:
-    """Run one target for a time; return its counts, and its findings as tracebacks."""
+    """Run one target for a given time; return its counts, and its findings as tracebacks."""
     tally = Tally()
     findings: list[str] = []
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a fuzz target is, and what several of them need."""
+"""Definition of a fuzz target, and helpers for several of them."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Fuzzer:
 
 
 def on_file(path: Path, read: Run) -> Run:
-    """Return a run that writes its input to a file and reads that."""
+    """Return a function that writes its input to a file and reads that file."""
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
@@ -35,7 +35,7 @@ def on_file(path: Path, read: Run) -> Run:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON, in which NaN and lone surrogates stay as they are."""
+    """Return JSON; NaN and lone surrogates are kept as they are."""
     return json.dumps(value, ensure_ascii=False)
 
 

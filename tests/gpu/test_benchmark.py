@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` runs on any device: here on the processor, with a tiny model."""
+"""`benchmarks/gpu.py` runs on any device; here on the CPU, with a tiny model."""
 
 import json
 import runpy

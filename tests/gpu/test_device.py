@@ -1,9 +1,8 @@
-"""The model, its experts, the engine and training on an accelerator, against the same on the
-processor.
+"""The model, its experts, the engine and training on an accelerator, compared with the CPU.
 
-`pytest -m gpu` runs them where there is a CUDA device; elsewhere they are skipped.
-`pytest -m gpu --device cpu` runs them on the processor, `--device fakegpu` on a GPU that is not
-there (`fake_gpu.py`), which shows that no tensor is on the wrong device.
+`pytest -m gpu` runs them if there is a CUDA device; otherwise they are skipped.
+`pytest -m gpu --device cpu` runs them on the CPU, `--device fakegpu` on a fake GPU (`fake_gpu.py`),
+which shows that no tensor is on the wrong device.
 """
 
 import re
@@ -63,7 +62,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("there is no CUDA device")
     with pytest.MonkeyPatch.context() as patch:
         if wanted == fake_gpu.NAME:
-            # The fake GPU has no generator of its own.
+            # The fake GPU has no own generator.
             patch.setattr(torch, "Generator", lambda *_: fake_gpu.generator())
             wanted = "auto"
         yield wanted
@@ -71,7 +70,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small base and an expert `one` beside it."""
+    """A small base and an expert `one` for it."""
     place = save_base(tmp_path_factory.mktemp("gpu") / "base")
     save_expert(load(place, device="cpu"), "one", place.parent)
     return place
@@ -290,7 +289,7 @@ def test_alignment_makes_a_step(tmp_path: Path, device: str, changes: dict[str, 
 def test_a_request_that_does_not_fit_loses_nothing_else(
     folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with one sentence; the engine, its experts and the next request go on."""
+    """It fails with one sentence; the engine, its experts and the next request are unaffected."""
     request = Request(tuple(range(1, 9)), Sampling(max_new_tokens=4), ignore_end=True)
     long = Request(tuple(range(1, 31)), Sampling(max_new_tokens=4), ignore_end=True)
     pack = folder.parent / "one.safetensors"

@@ -1,4 +1,4 @@
-"""The lane for GPUs passes on a GPU that is not there, in a process of its own."""
+"""The tests marked `gpu` pass on the fake GPU, in their own process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Kernels share their work: each test runs on two threads."""
+"""Kernels are multi-threaded, so each test runs on two threads."""
 
 from two_threads import two_threads
 

@@ -1,4 +1,6 @@
-"""The frugal losses agree with the textbook, in value and gradient, and never hold all logits."""
+"""The memory-efficient losses agree with the standard one in value and gradient, and never hold all
+logits.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ N, D, V = 50, 8, 97
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks even at this size."""
+    """Use several chunks even at this size."""
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * V)
 
 

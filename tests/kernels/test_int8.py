@@ -1,5 +1,5 @@
-"""8-bit matrices: rounding is close, packed products equal the slow ones whatever rows come
-together.
+"""8-bit matrices: quantisation is close, and packed products equal the slow ones for any batch of
+rows.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def round_row(x, row, groups):
 
 
 def product(x_ND, matrix):
-    """`x W^T` by the kernel."""
+    """Return `x W^T`, computed by the kernel."""
     packed, groups = pack([matrix], matrix.bits), matrix.scales.shape[1]
     panels, stride = aligned(packed.nbytes), row_bytes(groups)
     panels[:] = packed.reshape(-1)
@@ -56,7 +56,7 @@ def problem(rows, width, outputs):
         torch.randn(rows, width, generator=generator),
         torch.randn(outputs, width, generator=generator),
     )
-    x[:, 3] *= 40  # a channel far above the others, as language models have
+    x[:, 3] *= 40  # an outlier channel, as in language models
     return x, weight
 
 
@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_those_beside_it(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_rounded_row_does_not_depend_on_those_beside_it(bits):
-    _, weight = problem(1, 3 * GROUP, 1000)  # more groups than have their scales searched at once
+    _, weight = problem(1, 3 * GROUP, 1000)  # more groups than one pass of the scale search
     assert weight.numel() > SEARCHED * GROUP
     matrix = quantize(weight, bits=bits)
     alone = [quantize(weight[i : i + 1], bits=bits) for i in (0, 341, 342, 999)]

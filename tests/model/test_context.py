@@ -1,4 +1,4 @@
-"""What a query may see is said alike by a mask and by one run of slots."""
+"""The keys that a query may attend to are the same by mask and by range of slots."""
 
 import torch
 from hypothesis import given, settings
@@ -35,7 +35,7 @@ def test_runs_of_slots_are_the_mask(
     rows = (length, past, padding, documents, window, torch.device("cpu"))
     mask, seen = attention_mask(*rows), visible(*rows).mask(total)[0]
     told = (slots <= own) if mask is None else mask[0, 0]
-    asked = real[0, past:]  # what padding itself sees is of no account, as long as it is something
+    asked = real[0, past:]  # padding may attend to anything, but not to nothing
     assert torch.equal(told[asked], expected[asked]) and torch.equal(seen[asked], expected[asked])
     assert told.any(-1).all() and seen.any(-1).all()
 

@@ -1,4 +1,4 @@
-"""Integers of any dtype are read as int64 ones are."""
+"""Integer inputs of any dtype give the same results as int64 ones."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def outputs(model: DeepSeekModel, dtype: torch.dtype) -> list[Tensor]:
-    """Return what a model makes of integers of a dtype, wherever it reads any."""
+    """Return a model's outputs for all kinds of integer inputs of a dtype."""
     ids = IDS.to(dtype)
-    # Positions whose products with the factors of dynamic positions are beyond 8 bits.
+    # Positions whose products with the factors of dynamic positions overflow 8 bits.
     positions = torch.arange(40).remainder(25)[None].to(dtype)
     mask = (IDS > 3).to(dtype)
     return [
@@ -70,7 +70,7 @@ def test_labels_of_any_dtype_may_be_ignored(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_no_unsigned_label_is_taken_for_the_ignored_one() -> None:
-    """-100 of 8 bits is 156."""
+    """-100 in 8 bits is 156."""
     model = tiny_model(vocab_size=200).model
     labels = torch.full((2, 40), 156)
     assert torch.equal(

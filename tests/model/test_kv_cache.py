@@ -18,7 +18,7 @@ def test_a_reset_cache_serves_as_a_new_one(kind: str, reserved: bool) -> None:
     for cache in (used, new):
         if reserved:
             cache.reserve(len(model.layers), 64)
-    # Two documents to a row: a cache of them cannot be continued, and this must be forgotten too.
+    # Two documents per row: such a cache cannot be continued; `reset` must clear this state too.
     model(first, position_ids=torch.arange(40).remainder(20)[None], cache=used)
     used.reset()
     assert used.nbytes == 0

@@ -67,7 +67,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         sliding_window=16,
         attn_logit_softcapping=0.5,
         final_logit_softcapping=2.0,
-        attn_implementation="eager",  # the others of transformers ignore caps of scores
+        attn_implementation="eager",  # transformers' other implementations ignore score caps
     ),
     "gemma3": lambda: Gemma3TextConfig(
         **SMALL,
@@ -80,7 +80,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
-    # Its attention ignores the cap, in whatever implementation.
+    # Its attention ignores the cap in every implementation.
     "gemma3-capped": lambda: Gemma3TextConfig(
         **SMALL,
         head_dim=32,

@@ -1,5 +1,5 @@
-"""The pieces of a forward pass make up the whole, bit for bit, and nobody outside `model/` reaches
-into a layer.
+"""The steps of a forward pass give the whole pass bit for bit, and no code outside `model/`
+accesses the inside of a layer.
 """
 
 import ast
@@ -50,8 +50,8 @@ FEW_EXPERTS = {
 
 
 def built(name: str, attention: str = "full", positions: str = "rope") -> DeepSeekModel:
-    """Return the preset `name` with the sizes of a tiny model and random weights, biases of scores
-    included.
+    """Return the preset `name` with the sizes of a tiny model and random weights, including score
+    biases.
     """
     preset = PRESETS[name]
     fields: dict[str, Any] = preset | SMALL | (FEW_EXPERTS if preset.get("num_experts") else {})
@@ -80,7 +80,7 @@ def ids_of(rows: int, length: int) -> Tensor:
 
 
 def in_pieces(model: DeepSeekModel, ids_BT: Tensor, **kwargs: Any) -> Tensor:
-    """Return the logits of a pass that stops at every place where a pass can stop."""
+    """Return the logits of a pass that stops wherever a pass can stop."""
     step = begin(model, ids_BT, **kwargs)
     for layer in range(LAYERS):
         step.run_to(layer)
@@ -208,30 +208,30 @@ INSIDES = {
     "self_attn",
     "transform",
 }
-"""Names of what a layer is made of, here and in the field."""
+"""Names of the parts of a layer, in this library and in others."""
 
 STEPS = {"attend", "gate_input"}
-"""Methods that a `ForwardPass` has, too: `step.attend()` is the way to do it."""
+"""Methods that `ForwardPass` has too; `step.attend()` is allowed."""
 
-# Packs them.
 READERS = {
-    "benchmarks/lsh_slot_in.py": {"attention"},  # trains the projections of attention by themselves
+    "benchmarks/lsh_slot_in.py": {"attention"},  # trains only the attention projections
     "benchmarks/parity.py": {"feed_forward"},  # reports the gradients of routers
+    # These pack the weights.
     "deepseek/compiled/native_weights.py": {"feed_forward"},
     "deepseek/compiled/small_arrays.py": {"attention", "attention_norm", "feed_forward_norm"},
     "deepseek/compiled/positions.py": {"attention"},
     "deepseek/compiled/weights.py": {"attention", "feed_forward"},
 }
-"""Files that read a layer's weights and run none of it. The table may only become shorter."""
+"""Files that read a layer's weights but do not run the layer. The table may only become shorter."""
 
 
 def insides_used(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and name of every attribute in `source` that belongs to a layer."""
+    """Yield the line and name of every attribute in `source` that belongs to a layer."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Attribute) or node.attr not in INSIDES:
             continue
         owner = ast.unparse(node.value)
-        # `config.attention` is the name of a kind; a kernel's `buckets.attend` is no layer's.
+        # `config.attention` is a kind's name, and a kernel's `buckets.attend` is not a layer's.
         if owner.split(".")[-1] == "config" or (
             node.attr in STEPS and owner in ("step", "buckets")
         ):
@@ -249,7 +249,7 @@ def outside_files() -> list[Path]:
 
 
 def imports_planning(path: Path) -> bool:
-    """Return whether a file's `attention` is the memory of a plan, which has no model."""
+    """Return whether a file's `attention` is a memory figure of the planner, not a model's part."""
     return "planning" in path.parts or "from deepseek.planning" in path.read_text()
 
 
@@ -280,7 +280,7 @@ def test_the_ratchet_sees(source: str, names: list[str]) -> None:
 
 
 def test_a_pass_is_made_by_begin_and_resume_alone() -> None:
-    """All but the exported graph, whose context must not depend on what its inputs hold."""
+    """Except in the exported graph, whose context must not depend on the values of its inputs."""
     makers = set()
     for path in outside_files():
         for node in ast.walk(ast.parse(path.read_text())):

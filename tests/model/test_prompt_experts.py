@@ -44,8 +44,7 @@ def expert(model: LanguageModel, tested: bool) -> ExpertModule:
 
     Args:
         model: the model.
-        tested: whether it has a table of relevance, by which every token that is not in `ASKED`
-            rules it out.
+        tested: whether it has a relevance table in which every token outside `ASKED` rules it out.
     """
     module = expert_beside(model, "tested" if tested else "untested", [1, 2], 16, seed=1)
     torch.manual_seed(1)

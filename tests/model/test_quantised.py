@@ -1,4 +1,4 @@
-"""The matrices of a quantised checkpoint serve the layers whose weights still have their values."""
+"""The stored matrices of a quantised checkpoint are used for layers whose weights are unchanged."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ IDS = torch.arange(3, 23)[None]
 
 
 def quantised(folder: Path) -> Path:
-    """Write a mixture with weights of 8 bits, one matrix with 4, that are not the nearest ones."""
+    """Write a mixture with 8-bit weights, one matrix with 4 bits, not rounded to nearest."""
     save_base(folder, **SHAPE | MIXTURE)
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -51,7 +51,7 @@ def model(request: pytest.FixtureRequest, folder: Path) -> DeepSeekModel:
 
 
 def sources(model: DeepSeekModel) -> dict[str, tuple[MatrixSource, Tensor]]:
-    """Return what the compiled runner packs of matrices of each kind, with their weights."""
+    """Return what the compiled runner packs for a matrix of each kind, and its weights."""
     block = model.layers[1]
     pool = block.feed_forward.pool
     layers = {
@@ -76,7 +76,7 @@ def step(model: DeepSeekModel) -> None:
 
 
 def add_to_data(model: DeepSeekModel) -> None:
-    """Add to all weights as merging an adapter does, of which torch counts no version."""
+    """Add to all weights as merging an adapter does: torch's version counters do not change."""
     for parameter in model.parameters():
         parameter.data += 0.01 * torch.ones_like(parameter)
 
@@ -110,7 +110,7 @@ def test_unchanged_weights_are_packed_as_they_are_stored(
 def test_changed_weights_are_quantised_anew(
     model: DeepSeekModel, change: Callable[[DeepSeekModel], None]
 ) -> None:
-    sources(model)  # as by a runner that was made before
+    sources(model)  # as by an earlier runner
     change(model)
     for name, (source, weight) in sources(model).items():
         assert source.bits == 8, name
@@ -126,7 +126,7 @@ def test_a_merged_adapter_is_packed(folder: Path) -> None:
     found = sources(merged)
     source, weight = found["8 bits"]
     assert torch.equal(rows(source).values, quantize(weight.detach()).values)
-    assert found["4 bits"][0].bits == 4  # which the adapter has left alone
+    assert found["4 bits"][0].bits == 4  # unchanged by the adapter
 
 
 def test_a_weight_that_is_cast_is_still_the_stored_one(folder: Path) -> None:

@@ -1,6 +1,4 @@
-"""Matrices that stay in their files: the same model, layer by layer, from every kind of
-checkpoint.
-"""
+"""Matrices that stay in their files: the same model, layer by layer, for all checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +48,7 @@ def test_a_stored_model_computes_what_a_loaded_one_does(folder, keeps):
     for matrix in stored_matrices(stored).values():
         matrix.keeps = keeps
     loaded = DeepSeekModel.from_pretrained(folder, dtype="float32")
-    for _ in range(2):  # the second time from memory, if it keeps
+    for _ in range(2):  # with `keeps`, from memory the second time
         assert torch.equal(stored(IDS).logits, loaded(IDS).logits)
 
 

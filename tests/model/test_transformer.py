@@ -133,12 +133,12 @@ def test_works_with_peft(model: DeepSeekModel) -> None:
 
 @pytest.mark.parametrize("micro_batch", [8, 2])
 def test_a_trainer_of_hugging_face_accumulates_gradients(micro_batch: int, tmp_path: Path) -> None:
-    """It passes the number of labels of a whole step to the loss, and does not divide it itself."""
+    """It passes the number of labels of a whole step, and does not divide the loss itself."""
     torch.manual_seed(0)
     model = DeepSeekModel(small_config())
     ids_BT = torch.randint(0, 97, (8, 12))
     labels_BT = ids_BT.clone()
-    labels_BT[:, 0] = -100  # Hugging Face counts the first labels, too, which nothing predicts
+    labels_BT[:, 0] = -100  # Hugging Face also counts the first labels, which nothing predicts
     expected = float(model(ids_BT, labels=labels_BT).loss.detach())
     arguments = TrainingArguments(
         str(tmp_path),
@@ -159,7 +159,7 @@ def test_a_trainer_of_hugging_face_accumulates_gradients(micro_batch: int, tmp_p
 
 
 def test_a_static_cache_is_refused(model: DeepSeekModel) -> None:
-    """Its empty slots would be attended to."""
+    """Queries would attend to its empty slots."""
     ids = torch.randint(0, 97, (2, 8))
     with pytest.raises(ConfigError, match="slots that no token has filled"):
         model(ids, cache=StaticCache(model.config, max_cache_len=32))
@@ -167,7 +167,7 @@ def test_a_static_cache_is_refused(model: DeepSeekModel) -> None:
 
 
 def test_a_cache_passed_to_generate_is_known_as_its_callers(model: DeepSeekModel) -> None:
-    """Hugging Face then leaves no token in it that was not returned."""
+    """Hugging Face then leaves only returned tokens in it."""
     cache = KVCache()
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, cache=cache)
     assert cache._is_user_defined

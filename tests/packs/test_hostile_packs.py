@@ -1,8 +1,8 @@
 """Packs that must be refused: quickly, with one sentence, and with the model untouched.
 
-Each case forges a file from a good one. A `Draft` keeps manifest, header and bytes apart so that a
-case can falsify one of them and leave the rest (digest and signature included, where they should
-not be the reason) in order.
+Each case forges a file from a good one. A `Draft` keeps manifest, header and bytes separate, so
+that a case can falsify one of them and leave the rest valid (including digest and signature, unless
+they are the point).
 """
 
 import hashlib
@@ -28,7 +28,7 @@ CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Draft:
-    """A pack taken apart: `manifest` and `header` are plain JSON values, `data` is the bytes of all
+    """The parts of a pack: `manifest` and `header` as plain JSON values, `data` as the bytes of all
     tensors.
     """
 
@@ -48,7 +48,7 @@ class Draft:
         self.metadata = {}
 
     def reseal(self) -> "Draft":
-        """Give the manifest the digest that fits it and the tensors."""
+        """Update the manifest's digest to match the manifest and the tensors."""
         self.pack = ExpertPack.seal(
             Manifest.model_validate_json(json.dumps(self.manifest)), self.pack.tensors
         )
@@ -70,8 +70,8 @@ CASES = {}
 
 
 def case(message, policy=None):
-    """Register a forger: of a draft and a path it makes bytes or a draft to write, or writes itself
-    and gives None.
+    """Register a forger: given a draft and a path, it returns bytes or a draft to write, or writes
+    the file itself and returns None.
     """
 
     def add(forge):

@@ -1,4 +1,4 @@
-"""Sets of experts by digest, and what two packs differ in."""
+"""Locks: sets of experts by digest, and differences between two packs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What may be the name of an expert, wherever one is given."""
+"""Valid and invalid names of experts, wherever one is given."""
 
 from collections.abc import Callable
 

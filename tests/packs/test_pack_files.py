@@ -1,6 +1,4 @@
-"""Pack files: the same bytes every time, readable by everyone, and refused when anything in them
-changes.
-"""
+"""Pack files: reproducible bytes, readable by everyone, and refused after any change."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -108,7 +106,7 @@ def test_any_changed_byte_is_noticed(tmp_path, data):
     where = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, 1200))
     raw[where] = data.draw(st.integers(0, 255))
     (tmp_path / "changed").write_bytes(raw)
-    # Refused, unless the byte kept its value or is white space spelled differently.
+    # Refused, unless the byte kept its value or is other white space.
     with suppress(PackError):
         assert same(read_pack(tmp_path / "changed"), pack)
 
@@ -233,7 +231,7 @@ def test_the_licence_of_the_base_counts_too(tmp_path):
 
 
 def test_fields_that_came_later_change_no_digest():
-    """So packs that were written without them stay valid."""
+    """Packs that were written without them stay valid."""
     assert b"licence" not in make_pack().manifest.signed_part().split(b'"base":')[1].split(b"}")[0]
     stated = BASE.model_copy(update={"licence": "MIT", "attached": "LlamaForCausalLM"})
     signed = make_pack(base=stated).manifest.signed_part()

@@ -1,4 +1,4 @@
-"""Adapter folders of PEFT: what is read, and 40 hostile ones that are refused in one sentence."""
+"""PEFT's adapter folders: what is read, and 40 hostile ones that are refused in one sentence."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_a_long_name_of_the_base_fits_into_a_manifest(length: int, tmp_path: Pat
 
 
 def test_targets_are_never_evaluated(tmp_path: Path) -> None:
-    """The tensors name the layers, so a regular expression that takes for ever costs nothing."""
+    """The layers are taken from the tensors' names, so a slow regular expression costs nothing."""
     folder = write_adapter(tmp_path / "adapter", LAYERS, target_modules=r"(.|..|...)*[A-Z]")
     assert list(read_adapter(folder).changes) == sorted(LAYERS)
 
@@ -201,7 +201,7 @@ def test_patterns_that_peft_does_not_have_are_refused(pattern: str, tmp_path: Pa
 
 
 def test_many_slow_patterns_end_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a millisecond after it for each pattern and layer."""
+    """The deadline is for all patterns and layers together."""
     monkeypatch.setattr(peft, "PATTERN_SECONDS", 0.05)
     patterns = {rf"(.|..|...)*{number}": 1 for number in range(2048)}
     layers = {f"model.layers.{number}.{'a' * 40}": 4 for number in range(2048)}

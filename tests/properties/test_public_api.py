@@ -1,5 +1,5 @@
-"""Every public constructor and function, with valid and invalid values for each parameter: valid
-calls work, and others raise nothing but the documented errors (issue 20, item 4).
+"""Every public constructor and function with valid and invalid values for each parameter: valid
+calls work, and others raise only the documented errors.
 """
 
 import os
@@ -39,7 +39,7 @@ from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.update import RLPOState, rlpo_update
 
 SCALE = float(os.environ.get("PROPERTY_SCALE", "1"))
-"""Factor on the number of cases, which are about 2,000."""
+"""Factor on the number of cases, about 2,000."""
 
 V = st.just
 COUNT = st.integers(1, 4)
@@ -268,8 +268,8 @@ EXPERT_JOB = TEXT_JOB | {
 
 ADAPT_JOB = TEXT_JOB | {
     "mode": st.sampled_from(["last-n", "lora", "full", "expert"]),
-    "last": V(3),  # with lora and full only the default goes
-    "rank": V(None),  # likewise with all but lora
+    "last": V(3),  # with lora and full only the default is valid
+    "rank": V(None),  # likewise with all modes but lora
     "tokens": COUNT,
     "epochs": COUNT,
 }
@@ -290,7 +290,7 @@ ALIGN_JOB = {
     "seed": COUNT,
 }
 
-# TRL's methods have no target.
+# TRL's methods have no target KL.
 TRL_JOB = {name: values for name, values in ALIGN_JOB.items() if name != "target_kl"} | {
     "method": st.sampled_from(["dpo", "rloo"])
 }
@@ -363,7 +363,7 @@ MODULE = {"name": NAME, "layers": V([0, 2]), "hidden_size": COUNT, "width": COUN
 
 
 def rope(**parameters: Any) -> None:
-    """Build the config of a rotary embedding, and its frequencies."""
+    """Build a config with these rotary parameters, and the frequencies."""
     from deepseek.model.positions.rope import Rope
 
     config = ModelConfig(hidden_size=32, num_attention_heads=4, rope_parameters=parameters)

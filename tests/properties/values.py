@@ -1,4 +1,4 @@
-"""Values for property tests: what a caller may pass by mistake, for every parameter."""
+"""Values for property tests: what a caller may pass by mistake for any parameter."""
 
 import math
 from dataclasses import dataclass
@@ -71,10 +71,10 @@ class Target:
 
 
 def check_target(target: Target, scale: float = 1.0) -> None:
-    """Call a target with valid values, and with up to two arguments replaced by other ones.
+    """Call a target with valid values, and with up to two arguments replaced by others.
 
-    Valid values must work. Others may work, or raise an error of `deepseek.errors` whose message is
-    one printable line; nothing else.
+    Valid values must work. Others must work or raise an error of `deepseek.errors` whose message is
+    one printable line.
     """
 
     @settings(max_examples=max(1, round(target.cases * scale)), deadline=None, database=None)

@@ -1,4 +1,4 @@
-"""The index finds what was asked for, keeps it on disk, and never shows what was held out."""
+"""The index finds relevant passages, is stored on disk, and never returns held-out text."""
 
 import json
 import re

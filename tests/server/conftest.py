@@ -1,4 +1,4 @@
-"""One server a module; one server and one browser for all tests of the page."""
+"""One server per module; one server and one browser for all tests of the page."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def client(server: Live) -> Iterator[OpenAI]:
-    """OpenAI's own client for it."""
+    """OpenAI's own client for the server."""
     with server.client() as openai:
         yield openai
 
 
 @pytest.fixture(scope="module")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder in which the servers of a module share a model."""
+    """A folder in which the servers of a module share a model; empty at first."""
     return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """Chromium; tests are skipped where it or its driver is missing.
+    """Chromium; tests are skipped if it or its driver is missing.
 
-    It ends with its file, as its event loop would disturb tests that run one of their own.
+    It is closed after each test file, since its event loop would disturb tests that run their own.
     """
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
@@ -69,7 +69,7 @@ def served(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def page(browser: "Browser", served: Live) -> Iterator["Page"]:
-    """The page in a new profile; it must neither log an error nor ask anything of another host."""
+    """The page in a new profile; it must neither log an error nor contact another host."""
     context = browser.new_context(viewport={"width": 1180, "height": 760})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     opened = context.new_page()

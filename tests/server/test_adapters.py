@@ -1,4 +1,4 @@
-"""Adapters and weights over HTTP: plugged live, chosen by each request, in one mixed batch."""
+"""Adapters and weights over HTTP: plugged live, chosen per request, in one mixed batch."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,5 @@
-"""Every request that computes passes one admission: it waits in one queue, has one budget, ends
-when its client leaves or its time is up, and never delays a running answer by more than one chunk.
+"""All computing requests pass the same admission: one queue and one budget; they end when the
+client disconnects or time is up, and never delay a running answer by more than one chunk.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ COMPUTING = {
     "llama.cpp": Sent("/completion", NATIVE),
     "infill": Sent("/infill", {**NATIVE, "n_predict": 600, "input_suffix": "b"}),
 }
-"""A long request for each route that computes, and for each way through it."""
+"""A long request for each computing route, and for each code path in it."""
 
 PLANNED = {
     "count_tokens": Sent("/v1/messages/count_tokens", CHAT),
@@ -80,8 +80,8 @@ PLANNED = {
     "detokenize": Sent("/detokenize", {"tokens": [5]}),
     "older ollama embed": Sent("/api/embeddings", {"model": "tiny", "prompt": "a"}),
 }
-"""A request for each route that makes a prompt, or its text, and computes nothing else; and for the
-one that computes one short text as "/api/embed" does several.
+"""A request for each route that only builds a prompt or its text; and for "/api/embeddings", which
+computes one short text as "/api/embed" does several.
 """
 
 STREAMED = {
@@ -97,14 +97,14 @@ each_admitted = pytest.mark.parametrize(
 
 
 def without_ends(running: Live) -> None:
-    """Let no answer end before its limit."""
+    """Let no answer end before its token limit."""
     vocabulary = running.engine._vocabulary
-    vocabulary.opening(5)  # what constrains an answer is built with the end tokens
+    vocabulary.opening(5)  # builds the constraints while the end tokens still exist
     vocabulary.ends = frozenset()
 
 
 def check_error(sent: Sent, error: Any, status: int, code: str) -> None:
-    """Check an error's body, which has the layout of the API that the path belongs to."""
+    """Check an error's body, in the layout of the path's API."""
     if sent.path.startswith("/v1/messages"):
         assert error["type"] == "error"
         kinds = {429: "rate_limit_error", 504: "timeout_error"}
@@ -117,7 +117,7 @@ def check_error(sent: Sent, error: Any, status: int, code: str) -> None:
 
 
 def check_refusal(sent: Sent, reply: httpx.Response, status: int, code: str) -> None:
-    """Check a refusal of a whole request; it says when to try again."""
+    """Check the refusal of a whole request; it says when to retry."""
     assert reply.status_code == status, reply.text
     assert int(reply.headers["retry-after"]) >= 1
     check_error(sent, reply.json(), status, code)
@@ -125,7 +125,7 @@ def check_refusal(sent: Sent, reply: httpx.Response, status: int, code: str) -> 
 
 @pytest.fixture(scope="module")
 def computing(served_folder: Path) -> Iterator[Live]:
-    """A server with room for two requests and a queue of four, whose answers are long."""
+    """A server with a batch of two requests and a queue of four, whose answers are long."""
     with live(served_folder, Settings(), max_running=2, max_waiting=4) as running:
         without_ends(running)
         yield running
@@ -133,7 +133,7 @@ def computing(served_folder: Path) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def hurried(served_folder: Path) -> Iterator[Live]:
-    """A server on which no answer may take long, and none ends before its time."""
+    """A server with a short time limit, on which no answer ends earlier."""
     with live(served_folder, Settings(request_seconds=0.05)) as running:
         without_ends(running)
         yield running
@@ -152,7 +152,7 @@ def send_and_leave(server: Live, sent: Sent) -> socket.socket:
 
 
 def test_every_route_that_is_admitted_is_tested_here() -> None:
-    """`/api/show` describes the model and computes nothing."""
+    """Except `/api/show`, which describes the model and computes nothing."""
     routes = [route for module in ROUTERS for route in module.router.routes]
     admitted = {
         route.path
@@ -191,7 +191,7 @@ MANY: dict[str, Callable[[int], Sent]] = {
 def test_as_many_answers_as_run_and_wait_are_taken_on_an_idle_server(
     computing: Live, request_for: Callable[[int], Sent]
 ) -> None:
-    """More than `max_waiting` once were refused with 429, or not, at random."""
+    """Regression: more than `max_waiting` were randomly refused with 429."""
     most = computing.engine.max_requests
     with computing.http() as http:
         for count in (computing.engine.max_requests - 1, most) * 5:
@@ -225,7 +225,7 @@ def test_a_computation_has_a_time_limit(hurried: Live, sent: Sent) -> None:
 
 @pytest.mark.parametrize("sent", STREAMED.values(), ids=STREAMED)
 def test_a_stream_that_is_out_of_time_ends_with_an_error(hurried: Live, sent: Sent) -> None:
-    """The status is sent by then, if a token came in time."""
+    """If a token came in time, the status has already been sent."""
     with hurried.http() as http:
         reply = http.post(sent.path, json=sent.body)
     wait_for(lambda: hurried.engine.stats().reserved_bytes == 0)
@@ -267,7 +267,7 @@ def test_prompts_in_the_making_are_counted(
 def test_abandoned_embeddings_do_not_delay_a_chat(
     computing: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven of them once made a chat wait for 25.5 s."""
+    """Regression: seven of them made a chat wait for 25.5 s."""
     chunks: list[ActiveEmbedding] = []
     advance = ActiveEmbedding.advance
     monkeypatch.setattr(
@@ -279,7 +279,7 @@ def test_abandoned_embeddings_do_not_delay_a_chat(
     with computing.http() as http:
         assert http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2}).status_code == 200
     wait_for(lambda: not computing.engine.stats().running)
-    assert len(chunks) < 7 * 200  # all texts of all of them are at least nine times as many
+    assert len(chunks) < 7 * 200  # all texts of all requests would be at least nine times as many
     wait_for(lambda: not computing.service.active)
 
 
@@ -297,7 +297,9 @@ def test_embeddings_are_the_same_in_chunks_and_beside_a_chat(computing: Live) ->
 
 
 class Recorder:
-    """The number of prompt and text tokens in each step of an engine, and its decoding rows."""
+    """Records the number of prompt and text tokens in each step of an engine, and its decoding
+    rows.
+    """
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[int, int]] = []
@@ -327,7 +329,7 @@ class Recorder:
 def test_a_running_answer_waits_for_one_chunk_at_most(
     served_folder: Path, prompts: list[int], texts: list[list[int]]
 ) -> None:
-    """Whatever is sent beside it, each step has at most one chunk of others' tokens."""
+    """With any concurrent requests, each step has at most one chunk of their tokens."""
     with live(served_folder) as server, pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(server.engine, patch)
         chat = server.engine.submit(Request((5,), Sampling(max_new_tokens=60), ignore_end=True))
@@ -378,7 +380,7 @@ def test_no_prompt_that_fits_is_refused_early(computing: Live, size: int, charac
 
 
 def test_conversions_do_not_delay_a_chat(computing: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be of a whole body, and there are two threads for prompts."""
+    """A conversion may be of a whole body, and there are only two threads for prompts."""
     begun = threading.Semaphore(0)
     release = threading.Event()
     count = computing.service.counter.chat
@@ -425,7 +427,7 @@ def test_the_event_loop_decodes_nothing(
 
 
 def test_the_event_loop_checks_no_ids(computing: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request for embeddings can have a million."""
+    """A request for embeddings can have a million ids."""
     threads: list[str] = []
     submit = computing.engine.submit_texts
 
@@ -441,7 +443,7 @@ def test_the_event_loop_checks_no_ids(computing: Live, monkeypatch: pytest.Monke
 
 
 def test_changes_of_the_experts_do_not_delay_replies() -> None:
-    """They wait for one another, which takes long where packs are large or replicas are many."""
+    """Changes wait for one another, which takes long with large packs or many replicas."""
     release = threading.Event()
 
     async def check() -> None:
@@ -462,7 +464,7 @@ def test_changes_of_the_experts_do_not_delay_replies() -> None:
 
 
 def test_a_planned_result_whose_caller_left_is_given_back() -> None:
-    """A thread cannot be stopped, but what it submits is cancelled."""
+    """A thread cannot be stopped, but the requests that it submits are cancelled."""
     given_back: list[str] = []
     release = threading.Event()
 
@@ -472,7 +474,7 @@ def test_a_planned_result_whose_caller_left_is_given_back() -> None:
         never = asyncio.create_task(rules.run(lambda: given_back.append("ran")))
         await asyncio.sleep(0.05)
         never.cancel()
-        # The cancellation passes through the event loop; only then may a thread become free.
+        # Let the cancellation pass through the event loop before a thread becomes free.
         await asyncio.wait([never])
         release.set()
         await asyncio.gather(*blocked)
@@ -492,7 +494,7 @@ def test_a_planned_result_whose_caller_left_is_given_back() -> None:
 
 
 def test_a_reply_that_is_there_as_its_time_is_up_is_sent() -> None:
-    """Its job would never end."""
+    """Otherwise its job would never end."""
 
     async def receive() -> Message:
         await asyncio.Event().wait()
@@ -500,7 +502,7 @@ def test_a_reply_that_is_there_as_its_time_is_up_is_sent() -> None:
 
     async def ask() -> str:
         async def work() -> str:
-            # Runs once this is done, and before `unless_gone` goes on.
+            # Runs after this coroutine has ended and before `unless_gone` continues.
             asyncio.get_running_loop().call_soon(asking.cancel)
             return "reply"
 

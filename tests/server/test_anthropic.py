@@ -1,5 +1,5 @@
-"""Anthropic's own client against `/v1/messages`: what is documented works, and a stream says what
-a whole reply says.
+"""Anthropic's own client against `/v1/messages`: documented features work, and a stream has the
+same content as a whole reply.
 """
 
 import json
@@ -36,7 +36,7 @@ def messages(server: Live) -> Iterator[Any]:
 
 
 def asked(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a request; sampling fields, which newer clients leave out, go into the body."""
+    """Return a request; sampling fields, which newer clients lack, go into the extra body."""
     request = {"model": "tiny", "max_tokens": 12, "messages": ASKED, "temperature": 0, **fields}
     body = dict(request.pop("extra_body", {}))
     body |= {

@@ -1,4 +1,4 @@
-"""Stock models of other families behind the server: chat with experts, streamed, and plugged live."""
+"""The server with stock models of other families: chat with experts, streamed, and plugged live."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
 
 
 def save_family(family: str, folder: Path) -> None:
-    """Save a random model of a family with its tokenizer, and two experts that always speak."""
+    """Save a random model of a family with its tokenizer, and two experts that always fire."""
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
     tiny_family(family, eos_token_id=None, **sizes).save_pretrained(folder / "tiny")

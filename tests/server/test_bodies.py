@@ -1,4 +1,4 @@
-"""Whatever a body holds, the reply is one sentence with the right status, soon and with little
+"""For any wrong body, the reply is one sentence with the right status, quickly and with little
 memory.
 """
 
@@ -51,7 +51,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server without keys that teaches."""
+    """A server without keys, with teaching enabled."""
     folder = tmp_path_factory.mktemp("bodies")
     (folder / "root").mkdir()
     with live(folder, Settings(teach_root=folder / "root")) as running:
@@ -59,7 +59,7 @@ def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def error_of(server: Live, path: str, body: bytes | str, status: int = 400) -> dict[str, Any]:
-    """Return the error that a body gets."""
+    """Return the error in the reply to a body."""
     with server.http() as http:
         reply = http.post(path, content=body, headers=KIND)
     assert reply.status_code == status, reply.text
@@ -160,11 +160,11 @@ def test_every_route_with_a_body_reads_it_strictly() -> None:
     assert [route.path for route in with_body if not isinstance(route, JsonRoute)] == []
 
 
-# --- Mistakes in fields
+# --- Invalid fields
 
 
 def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """Return all bodies that the schema declares."""
+    """Return all request bodies that a module declares."""
     return [
         value
         for value in vars(annotation).values()
@@ -186,7 +186,7 @@ def lists_in(core: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("model", models_of(schema), ids=lambda model: model.__name__)
 def test_a_list_reports_its_first_mistake_only(model: type[BaseModel]) -> None:
-    """A body of 4 MiB has room for a million: all of them took 46 s and 7 GB."""
+    """A body of 4 MiB can hold a million; reporting all took 46 s and 7 GB."""
     assert all(one.get("fail_fast") for one in lists_in(model.__pydantic_core_schema__))
 
 
@@ -211,12 +211,12 @@ def test_a_body_full_of_mistakes_is_refused_soon(
     body = start + ",".join([item] * (1_000_000 // len(item))) + end
     began = time.process_time()
     error = error_of(open_server, path, body)
-    assert time.process_time() - began < 6  # the test's own part included; it was 46
+    assert time.process_time() - began < 6  # including the test's own part; it was 46
     assert error["param"].endswith(".0")
 
 
 def mistake(model: type[BaseModel], body: Any) -> ApiError:
-    """Return the reply to a body with a mistake."""
+    """Return the error for an invalid body."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body)
     errors: list[Any] = caught.value.errors()
@@ -278,7 +278,7 @@ def test_no_message_names_a_branch_of_a_union(model: type[BaseModel], body: dict
         branches = {part for part in parts if "[" in part or part.startswith("constrained")}
         assert not any(branch in error.message for branch in branches)
         at: Any = body
-        for part in (error.param or "").split(".")[:-1]:  # a path that leads somewhere
+        for part in (error.param or "").split(".")[:-1]:  # the path exists in the body
             at = at[int(part)] if isinstance(at, list) else at.get(part, {})
 
 
@@ -333,7 +333,7 @@ def test_what_has_no_equivalent_in_our_requests_is_no_failure_of_the_server() ->
 
 
 def test_parts_without_nulls_are_taken_as_they_are() -> None:
-    """A body can have a hundred thousand, and is validated in the event loop."""
+    """A body can have a hundred thousand parts, and is validated in the event loop."""
     part = {"type": "text", "text": "a"}
     assert schema.TextPart._without_nulls(part) is part
     assert schema.TextPart._without_nulls({**part, "prompt_cache_breakpoint": None}) == part

@@ -1,4 +1,4 @@
-"""Clients that are slow, silent or no HTTP clients at all: each is told so, or let go, in time."""
+"""Slow, silent and non-HTTP clients: each gets an error or is disconnected in time."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def open_socket(server: Live) -> socket.socket:
 
 
 def told(server: Live, data: bytes) -> bytes:
-    """Send bytes and return all that comes until the server closes the connection."""
+    """Send bytes and return everything received until the server closes the connection."""
     with open_socket(server) as client:
         client.sendall(data)
         return read_all(client)
@@ -86,7 +86,7 @@ def test_what_is_no_http_gets_the_body_of_errors(
     data, status = MALFORMED[name]
     with caplog.at_level(logging.WARNING):
         check_error(told(hasty, data), status)
-    assert caplog.records == []  # else any client could fill the log
+    assert caplog.records == []  # otherwise any client could fill the log
 
 
 @settings(max_examples=25)
@@ -110,7 +110,7 @@ def test_a_connection_without_a_whole_head_is_closed(hasty: Live, head: bytes) -
 
 
 def dripped(server: Live, start: bytes) -> bytes:
-    """Send `start`, then a byte at a time while the server takes it; return its reply."""
+    """Send `start`, then one byte at a time while the server accepts it; return its reply."""
     with open_socket(server) as client:
         client.sendall(start)
 
@@ -143,7 +143,7 @@ def test_bytes_one_by_one_do_not_prolong_a_limit(hasty: Live, start: bytes) -> N
 
 
 def test_a_body_that_nobody_reads_is_not_awaited_for_ever(hasty: Live) -> None:
-    """The reply (404) comes at once; then the rest of the body has a limit too."""
+    """The reply (404) comes at once; the rest of the body then has a time limit too."""
     start = b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"Content-Length: 100000\r\n\r\n"
     assert b" 404 " in dripped(hasty, start)
 
@@ -157,7 +157,7 @@ def test_a_request_without_a_body_announces_none(hasty: Live, field: bytes) -> N
 
 
 def test_a_client_that_does_not_read_is_let_go(hasty: Live) -> None:
-    """Its buffer is full, and the generation behind it is cancelled."""
+    """When its buffer is full, its generation is cancelled."""
     before = hasty.engine.stats().finished.get("cancelled", 0)
     body = {
         "model": "tiny",
@@ -181,7 +181,7 @@ def test_a_client_that_does_not_read_is_let_go(hasty: Live) -> None:
         while hasty.service.active and time.monotonic() < deadline:
             time.sleep(0.05)
         assert hasty.service.active == 0
-        # The engine hears of it between two steps, thus a moment after the server let go.
+        # The engine cancels it between two steps, a moment after the server closed the connection.
         while hasty.engine.stats().running and time.monotonic() < deadline:
             time.sleep(0.05)
     assert hasty.engine.stats().finished.get("cancelled", 0) > before

@@ -1,5 +1,5 @@
-"""Answers constrained by schemas, regular expressions, choices and grammars, under every name that
-clients use.
+"""Answers constrained by schemas, regular expressions, choices and grammars, under all names that
+clients use for them.
 """
 
 import json
@@ -162,7 +162,7 @@ def test_what_is_too_long_is_refused_before_any_work_on_it(
 
 
 def test_blank_lines_of_a_grammar_are_passed_over_once() -> None:
-    """From each of them to the end of all took seconds."""
+    """Scanning from each blank line to the end of all took seconds."""
     started = time.thread_time()
     blank = "\n" * (MAX_CHARACTERS["gbnf"] - 20)
     kinds = [constraints.grammar_of(blank + rule).kind for rule in (' root ::= "a"', ' start: "a"')]

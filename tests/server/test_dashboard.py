@@ -1,4 +1,4 @@
-"""`examples/grafana.json` draws the metrics that a server has, all of them."""
+"""`examples/grafana.json` shows all metrics of a server, and only existing ones."""
 
 import json
 import re
@@ -21,12 +21,12 @@ LEFT_OUT = {
     "deepseek_tokens_created": "the same",
     "deepseek_expert_tokens_created": "the same",
 }
-"""Samples that no panel shows, and why."""
+"""Samples that no panel shows -> the reason."""
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[str]]]:
-    """The metrics of a server that has answered and refused: name -> its labels."""
+    """The metrics of a server that has answered and refused requests: name -> its labels."""
     with live(tmp_path_factory.mktemp("dashboard")) as server:
         server.engine.plug(server.folder / "one.safetensors")
         yield labels_by_name(server)
@@ -80,7 +80,7 @@ def test_the_labels_of_an_expression_are_those_of_its_metrics(
             named = re.findall(r"{{(\w+)}}", target["legendFormat"])
             labels = {label for group in grouped for label in group.split(", ")}
             assert labels | set(matched) | set(named) <= known, panel["title"]
-            assert set(named) <= labels  # a legend shows a label only where series are kept apart
+            assert set(named) <= labels  # a legend shows only labels that series are grouped by
 
 
 def test_any_prometheus_can_be_its_source() -> None:

@@ -1,4 +1,4 @@
-"""What `docs/how-to/serving.md` and `clients.md` tell to type works, typed at a live server."""
+"""The commands and code in `docs/how-to/serving.md` and `clients.md` work against a live server."""
 
 import os
 import re
@@ -13,11 +13,11 @@ from processes import run
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
-"""What stands for what on the page."""
+"""Names on the page -> names in the test."""
 
 
 def blocks(kind: str, about: str, url: str, page: str = "serving.md") -> list[str]:
-    """Return a page's blocks of a language that speak about something, with the names of the live
+    """Return a page's code blocks in a language that mention `about`, with the names of the live
     server.
     """
     found = [
@@ -35,12 +35,12 @@ def blocks(kind: str, about: str, url: str, page: str = "serving.md") -> list[st
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which nothing of this user's is found, and where nothing of it goes."""
+    """An empty working folder, separate from the user's files."""
     yield tmp_path
 
 
 def shell(lines: str, folder: Path) -> str:
-    """Return what lines of bash print, of which none may fail."""
+    """Run lines of bash, of which none may fail, and return their output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {
         **os.environ,

@@ -1,5 +1,5 @@
-"""A signal ends the server in the time that it states, whatever is under way: a real process each
-time.
+"""A signal ends the server within the documented time, whatever it is doing; each test runs a real
+process.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `deepseek serve` until the block ends; yield it with its address, ready."""
+    """Run `deepseek serve` until the block ends; yield the ready server and its address."""
     experts = folder / "experts"
     experts.mkdir(exist_ok=True)
     arguments = ["serve", str(folder / "tiny"), "--port", "0", "--experts-folder", str(experts)]
@@ -82,7 +82,7 @@ def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
 
 
 def end(running: subprocess.Popen[str]) -> float:
-    """Send SIGTERM, check the exit and return the seconds that it took."""
+    """Send SIGTERM, check the exit code and return the seconds that the exit took."""
     began = time.monotonic()
     running.send_signal(signal.SIGTERM)
     assert running.wait(DRAIN + END_SECONDS + 2 + SLACK) == 0
@@ -100,7 +100,7 @@ def lines_of(url: str, path: str, body: Any, lines: list[str], started: threadin
 
 
 def followed(url: str, path: str, body: Any = None) -> tuple[threading.Thread, list[str]]:
-    """Follow a stream in a thread, once its first line is there."""
+    """Follow a stream in a thread; return once its first line has arrived."""
     lines: list[str] = []
     started = threading.Event()
     thread = threading.Thread(target=lines_of, args=(url, path, body, lines, started))
@@ -125,7 +125,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_and_done(folder: Path) 
         named.join(60)
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "draining"
-    # Its text may have ended by itself meanwhile.
+    # The text may have ended by itself in the meantime.
     assert events[-2] in ("event: error", "event: response.completed", "event: response.incomplete")
 
 
@@ -194,7 +194,7 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
 
 
 class Endless:
-    """An application that does not end."""
+    """An application that never ends."""
 
     async def shutdown(self) -> None:
         await asyncio.Event().wait()
@@ -204,7 +204,7 @@ class Endless:
 def test_answers_end_before_uvicorn_would_cancel_them(
     signals_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From Python 3.12 on, Uvicorn waits for connections, and then cancels their answers."""
+    """Since Python 3.12, Uvicorn waits for connections, and then cancels their answers."""
     monkeypatch.setattr(run, "FORCED_SECONDS", 0.05)
     app = create_app(None, Settings())
     steps: list[str] = []

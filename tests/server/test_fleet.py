@@ -1,5 +1,5 @@
-"""What one replica plugs, all have, or none: the ledger and its fleets, without Ray, in one
-process.
+"""What one replica plugs, all replicas plug, or none: the ledger and its fleets, without Ray, in
+one process.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from deepseek.server.fleet import Fleet, Ledger, State
 
 
 class Actor:
-    """Stands for the Ray actor of a replica: says whether it lives."""
+    """Replaces the Ray actor of a replica; knows whether it is alive."""
 
     def __init__(self) -> None:
         self.lives = True
@@ -41,7 +41,7 @@ class Actor:
 
 
 class Box:
-    """A ledger on an event loop of its own, and replicas with an engine each that follow it."""
+    """A ledger on its own event loop, and replicas, each with an engine, that follow it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ledger = folder, Ledger()
@@ -58,7 +58,7 @@ class Box:
         return done.result(30)
 
     def replica(self, name: str, actor: Actor | None = None) -> Fleet:
-        """Start a replica. It has ended when its name is among the `lost`."""
+        """Start a replica. Its name is added to `lost` when it has ended."""
         engine = Engine(*load(self.folder / "tiny", dtype="float32"))
         self.engines.append(engine)
 
@@ -87,7 +87,7 @@ class Box:
         self.loop.close()
 
     async def end(self) -> None:
-        """Let every replica know that it is struck off."""
+        """Remove all replicas from the ledger."""
         for name in list(self.ledger._members):
             self.ledger._strike(name)
         await asyncio.sleep(0.05)
@@ -219,7 +219,7 @@ def test_a_replica_that_cannot_go_back_ends(box: Box, monkeypatch: pytest.Monkey
 def test_a_replica_that_died_is_struck_off(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     first, actor = box.replica("a"), Actor()
     second, end = box.replica("b", actor), threading.Event()
-    monkeypatch.setattr(second, "_hold", lambda _: end.wait())  # it reports no more
+    monkeypatch.setattr(second, "_hold", lambda _: end.wait())  # it stops reporting
     actor.lives = False
     with pytest.raises(ApiError, match="b: it does not answer"):
         first.plug(box.pack("one"))
@@ -283,7 +283,7 @@ def test_figures_name_their_replica(box: Box) -> None:
 
 
 def test_asking_for_metrics_leaves_the_experts_as_they_are(box: Box) -> None:
-    """Arming solves all gates anew, too much work for every scrape."""
+    """Arming recomputes all gates, too much work for every scrape."""
     first, _ = box.replica("a"), box.replica("b")
     first.plug(box.pack("one"))
     first.arm({"one": 0.5})

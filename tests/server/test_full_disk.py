@@ -1,4 +1,4 @@
-"""A full disk is the server's fault, told in one sentence, and nothing is half stored."""
+"""A full disk is a server error, reported in one sentence, and nothing is stored partially."""
 
 import errno
 import logging
@@ -29,7 +29,7 @@ def test_preferences_on_a_full_disk(server: Live, monkeypatch: pytest.MonkeyPatc
         def full(*arguments: Any, **options: Any) -> sqlite3.Connection:
             """Return a connection whose file cannot grow, as SQLite sees a full disk."""
             connection = connect(*arguments, **options)
-            connection.execute("PRAGMA max_page_count = 1")  # raised to the present size
+            connection.execute("PRAGMA max_page_count = 1")  # SQLite raises it to the current size
             return connection
 
         with monkeypatch.context() as patch:
@@ -43,7 +43,7 @@ def test_preferences_on_a_full_disk(server: Live, monkeypatch: pytest.MonkeyPatc
             assert int(reply.headers["Retry-After"]) > 0
         again = http.post("/v1/preferences", json=pair(40))
     assert again.status_code == 201
-    # What was acknowledged is stored, and nothing else.
+    # Exactly the acknowledged pairs are stored.
     assert again.json()["id"] == first.json()["id"] + len(replies) - len(refused) + 1
 
 
@@ -64,6 +64,6 @@ def test_uploads_on_a_full_disk(
             assert "disk is full" in reply.json()["error"]["message"]
             assert "secret" not in reply.text
         assert server.engine.experts() == before
-        assert len(caplog.records) <= 1  # one line a minute, however many requests fail
+        assert len(caplog.records) <= 1  # one line per minute, however many requests fail
         assert http.post("/v1/experts/upload", content=pack).status_code == 201
     server.engine.unplug("one")

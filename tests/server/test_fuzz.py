@@ -1,4 +1,4 @@
-"""Whatever is sent, the server answers as its own description says, and never with a defect."""
+"""For any request, the server's reply follows its own OpenAPI description and is never a 5xx."""
 
 from pathlib import Path
 

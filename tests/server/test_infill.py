@@ -1,5 +1,5 @@
-"""Filling in the middle: `suffix` of `/v1/completions`, and `/infill` as llama.cpp's plug-ins for
-editors send it.
+"""Fill-in-the-middle: `suffix` of `/v1/completions`, and `/infill` as llama.cpp's editor plug-ins
+send it.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ VIM: dict[str, Any] = {
         "tokens_cached",
     ],
 }
-"""What llama.vim sends while somebody types."""
+"""Request of llama.vim while the user types."""
 
 VIM_WARMS_UP: dict[str, Any] = {
     "id_slot": 0,
@@ -68,7 +68,7 @@ VIM_WARMS_UP: dict[str, Any] = {
     "t_max_predict_ms": 1,
     "response_fields": [""],
 }
-"""What it sends in the background, so that the context is in the cache."""
+"""Background request of llama.vim to cache the context."""
 
 VSCODE: dict[str, Any] = {
     "input_prefix": "def value(model):\n",
@@ -85,7 +85,7 @@ VSCODE: dict[str, Any] = {
     "t_max_prompt_ms": 500,
     "t_max_predict_ms": 2500,
 }
-"""What llama.vscode sends."""
+"""Request of llama.vscode."""
 
 
 INSTRUCTION = [
@@ -103,7 +103,7 @@ VIM_INSTRUCTS: dict[str, Any] = {
     "cache_prompt": True,
     "model": "",
 }
-"""What llama.vim sends to `/v1/chat/completions` for an instruction."""
+"""Request of llama.vim to `/v1/chat/completions` for an instruction."""
 
 VIM_WARMS_THE_INSTRUCTION_UP: dict[str, Any] = {
     "id_slot": 3,
@@ -115,7 +115,7 @@ VIM_WARMS_THE_INSTRUCTION_UP: dict[str, Any] = {
     "response_fields": [""],
     "model": "",
 }
-"""What it sends there while the instruction is typed."""
+"""Request of llama.vim to `/v1/chat/completions` while the instruction is typed."""
 
 
 def post(server: Live, body: dict[str, Any], route: str = "/infill") -> Any:
@@ -195,7 +195,7 @@ def test_a_suffix_is_laid_out_as_in_training(server: Live, client: OpenAI) -> No
     sampling = Sampling(8, temperature=0.0)
     healed = list(server.engine.submit(Request(tuple(ids), sampling, heal=True)))
     assert asked.choices[0].text == "".join(event.text for event in healed)
-    # The prompt's last token, which is sampled again, counts once.
+    # The prompt's last token, which token healing samples again, counts once.
     assert asked.usage is not None and asked.usage.prompt_tokens == len(ids)
     assert asked.usage.completion_tokens <= 8
 
@@ -221,7 +221,7 @@ def test_a_grammar_takes_the_prompt_as_it_is(server: Live, client: OpenAI) -> No
 
 
 def test_no_answer_ends_once(server: Live, client: OpenAI) -> None:
-    """Tokens that are sampled in place of the prompt's last one have events of their own."""
+    """Tokens that token healing samples for the prompt's last one have their own events."""
     asked: dict[str, Any] = {"model": "tiny", "prompt": "the rou", "suffix": "x", "max_tokens": 0}
     chunks = list(client.completions.create(**asked, stream=True))
     reply = client.completions.create(**asked)
@@ -264,7 +264,7 @@ def test_a_bad_gap_is_refused(server: Live, fields: dict[str, Any]) -> None:
 
 
 class Written:
-    """Stands for an answer that is written in these pieces."""
+    """Replaces an answer that arrives in these pieces."""
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
@@ -276,7 +276,7 @@ class Written:
 
 
 def filled(pieces: list[str], **fields: Any) -> tuple[str, str]:
-    """Return the text of an answer, and why it ended."""
+    """Return the text of an answer, and the reason why it ended."""
     chunks = InfillChunks(InfillRequest(**fields), Written(pieces), 0.0)  # type: ignore[arg-type]
 
     async def choices() -> list[dict[str, Any]]:

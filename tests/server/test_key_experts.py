@@ -1,4 +1,4 @@
-"""A key that may use some experts: for its requests, on every route, there are no others."""
+"""For a key that may use only some experts, no others exist, on every route."""
 
 import json
 import re
@@ -39,7 +39,7 @@ SOURCE = Document(
 
 @dataclass(frozen=True)
 class Asked:
-    """A request of one dialect, and where its reply has the text."""
+    """A request in one dialect, and the place of the text in its reply."""
 
     path: str
     body: dict[str, Any]
@@ -90,7 +90,7 @@ ASKED = {
         "/infill", {**NATIVE, "input_prefix": "the value ", "input_suffix": "b"}, native
     ),
 }
-"""Every way to have the model write."""
+"""Every way to have the model generate."""
 
 WITHOUT_EXPERTS = {
     "/v1/embeddings",
@@ -102,7 +102,7 @@ WITHOUT_EXPERTS = {
     "/detokenize",
     "/apply-template",
 }
-"""Routes that compute, but arm no expert."""
+"""Computing routes that arm no expert."""
 
 each_dialect = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 
@@ -167,7 +167,7 @@ def test_the_answers_are_those_of_a_server_without_the_other_experts(keyed: Live
     finally:
         keyed.engine.plug(keyed.folder / "shop.safetensors")
         keyed.engine.plug(keyed.folder / f"{PRIVATE}.safetensors")
-    # Else there was nothing to leave out. A random model can give two of them the same few tokens.
+    # Otherwise the experts had no effect. A random model may give the same few tokens for some.
     assert sum(everything[name] != limited[name] for name in ASKED) > len(ASKED) / 2
     assert sum(limited[name] != base[name] for name in ASKED) > len(ASKED) / 2
 
@@ -219,7 +219,7 @@ def test_an_expert_of_others_is_refused_as_one_that_does_not_exist(
     if isinstance(error, dict) and "code" in error:  # OpenAI's layout
         assert error["code"] == "expert_not_allowed"
         assert error["param"] in ("model", "experts.arm")
-    with keyed.http(ALL) as http:  # the key is the reason
+    with keyed.http(ALL) as http:  # with another key it is allowed
         assert http.post(asked.path, json={**asked.body, **choose(PRIVATE)}).status_code == 200
 
 
@@ -257,7 +257,7 @@ def test_no_route_shows_other_experts(keyed: Live) -> None:
         with keyed.http(key) as http:
             for path in paths:
                 reply = http.get(path)
-                # A refusal repeats the name that was asked for.
+                # A refusal may repeat the requested name.
                 assert "qzv" not in reply.text or (reply.status_code == 403 and "qzv" in path), path
 
 
@@ -412,7 +412,7 @@ def racing_request() -> Request:
 def test_an_expert_that_is_plugged_at_the_same_moment_is_not_armed(
     keyed: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not among those that the request denies when it is submitted for the first time."""
+    """It is not among the experts that the request denies when it is first submitted."""
     submit = keyed.engine.submit_all
     submitted = []
 
@@ -427,7 +427,7 @@ def test_an_expert_that_is_plugged_at_the_same_moment_is_not_armed(
     try:
         found = job.submit_within(keyed.engine, [racing_request()], frozenset())
         for generation in submitted:
-            list(generation)  # to its end
+            list(generation)  # wait for its end
         assert [generation.usage.experts for generation in found] == [{None: 4}]
         assert found == submitted[1:]
     finally:

@@ -1,4 +1,4 @@
-"""Files of keys: each line is a key and the experts that it may use, and anything unclear stops the
+"""Key files: each line is a key and the experts that it may use; anything unclear prevents the
 start.
 """
 
@@ -32,7 +32,7 @@ def read(file: Path) -> dict[str, Experts]:
 
 
 def words(experts: Experts) -> list[str]:
-    """Return what stands after a key that may use these experts."""
+    """Return the words after a key that may use these experts."""
     if experts is None:
         return []
     return sorted(experts) or ["-"]
@@ -141,6 +141,6 @@ def test_a_session_stands_for_one_set_of_permissions(several: list[Permissions])
     assert len({cookie for cookie, _ in known}) == len(known) == len(set(several))
     for cookie, permissions in known:
         assert permissions_of(cookie, known) == permissions
-        # Another replica has them too, and only one with the same secret.
+        # Another replica accepts the session too, if it has the same secret.
         assert (cookie, permissions) in sessions("secret", reversed(several))
         assert permissions_of(cookie, sessions("other", several)) is None

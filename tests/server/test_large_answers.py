@@ -1,4 +1,4 @@
-"""A large answer does not hold up the event loop, so that `/health` and running streams go on."""
+"""A large answer does not block the event loop, so that `/health` and running streams continue."""
 
 import asyncio
 import json
@@ -20,18 +20,18 @@ from deepseek.server.stream import Reply, joined
 
 PROMPT_TOKENS = 3000
 STALL_SECONDS = 0.03
-"""Most processor time of the event loop between two turns of a task that sleeps; 8 ms were
-measured, and 60 ms when the same answer was folded and encoded in one go.
+"""Maximum processor time of the event loop between two turns of a sleeping task; 8 ms were
+measured, and 60 ms when the same answer was built and encoded in one go.
 """
 
 HEALTH_SECONDS = 1.0
-"""Most time that `/health` may take beside it, on a machine that does other work too."""
+"""Maximum time of `/health` meanwhile, on a machine with other work."""
 
 ECHO: dict[str, Any] = {
     "model": "tiny",
     "prompt": [5 + place % 200 for place in range(PROMPT_TOKENS)],
     "max_tokens": 4,
-    "logit_bias": {"0": -100, "2": -100},  # no end of the text before the fourth token
+    "logit_bias": {"0": -100, "2": -100},  # no end token before the token limit
     "echo": True,
     "logprobs": 20,
 }
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture
 def stalls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The event loop's processor time between turns of a task that runs beside each reply."""
+    """The event loop's processor time between turns of a task that runs during each reply."""
     found: list[float] = []
     call = Reply.__call__
 
@@ -79,7 +79,7 @@ def stalls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def whole(reply: httpx.Response) -> list[dict[str, Any]]:
-    """Return the chunks of a reply; one that is not streamed has one."""
+    """Return the chunks of a reply; a reply that is not streamed is one chunk."""
     lines = reply.text.splitlines()
     if len(lines) == 1:
         return [reply.json()]

@@ -94,7 +94,7 @@ def test_control_tokens_are_read_as_text_on_request(server: Live) -> None:
 
 
 def test_what_is_longer_than_the_context_is_counted_too(server: Live) -> None:
-    """So that clients know how much to leave out."""
+    """Clients learn from it how much to leave out."""
     text = "the value " * 5000
     reply = post(server, "/tokenize", {"content": text})
     assert reply["count"] == len(reply["tokens"]) > 10 * CONTEXT

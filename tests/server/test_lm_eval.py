@@ -1,4 +1,4 @@
-"""lm-eval scores texts through the server as it scores them with the model in its own process."""
+"""lm-eval gives the same scores through the server as with the model in its own process."""
 
 import random
 
@@ -27,7 +27,7 @@ WORDS = [
 
 
 def pairs(count: int) -> list[Instance]:
-    """Return texts and how they go on, of many lengths."""
+    """Return texts with continuations, of many lengths."""
     draw = random.Random(0)
 
     def text(most: int) -> str:

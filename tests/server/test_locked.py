@@ -1,4 +1,4 @@
-"""A server with a lock plugs the packs that the lock states, or none at all."""
+"""A server with a lock plugs exactly the packs that it lists, or none."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def serve_locked(base: Path, folder: Path, **options: Any) -> None:
 
 
 def locked(base: Path, folder: Path) -> Path:
-    """Save two experts and the lock of one; return the file of the locked one."""
+    """Save two experts and a lock of one; return the file of the locked one."""
     loaded = load(base, dtype="float32")
     packs = [save_expert(loaded, name, folder, seed) for seed, name in enumerate(("one", "two"))]
     write_lock(folder / "deepseek.lock", lock_packs(packs[:1]))
@@ -74,7 +74,7 @@ def test_a_pack_that_changes_while_the_base_is_loaded_is_refused(
 def test_a_lock_without_its_signature_is_refused_on_request(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever can write the file could take the signature away."""
+    """Anyone who can write the file could remove the signature."""
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run, "listen", lambda _: pytest.fail("the lock is accepted"))
     locked(base, tmp_path)

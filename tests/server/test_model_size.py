@@ -1,4 +1,4 @@
-"""Clients learn the size of the model that is served, whatever holds its weights."""
+"""Clients get the size of the served model, wherever its weights are held."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from deepseek.server.service import Settings
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that the compiled runner computes."""
+    """A model that the compiled runner supports."""
     folder = tmp_path_factory.mktemp("wide")
     return save_base(folder, head_dim=64, hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture(scope="module")
 def nibbles(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with matrices of 4 bits."""
+    """The same model with 4-bit matrices."""
     folder = tmp_path_factory.mktemp("nibbles")
     shutil.copytree(wide, folder, dirs_exist_ok=True)
     tensors = {}

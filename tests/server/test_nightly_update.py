@@ -77,11 +77,11 @@ def test_the_script_plugs_an_update_once_the_server_takes_it(
         server.engine.arm({NAME: 0.5})
         write_text(source, range(40, 60))
         (folder / "admins.txt").write_text("wrong\n")
-        # A server that refuses is told by the exit code; the expert is updated by then.
+        # If the server refuses, the exit code says so; the expert is already updated.
         assert run(server, folder).returncode != 0
         updated = read_pack(pack).manifest.digest
         assert plugged() == {NAME: former} != {NAME: updated}
-        # The next night nothing is new, and the server gets what it lacks.
+        # The next night nothing is new, and the server gets the expert that it lacks.
         (folder / "admins.txt").write_text(f"{KEY}\n")
         done = run(server, folder)
         assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
-"""Ollama's own client against `/api`: what is documented works, and a stream says what a whole
-reply says.
+"""Ollama's own client against `/api`: documented features work, and a stream has the same content
+as a whole reply.
 """
 
 import json
@@ -137,7 +137,7 @@ def test_log_probabilities_are_those_of_the_text(api: ollama.Client, raw: bool) 
     assert len(whole.logprobs or ()) == whole.eval_count
     for entry in whole.logprobs or ():
         assert entry.top_logprobs is not None
-        assert 1 <= len(entry.top_logprobs) <= 2  # texts of tokens may be equal
+        assert 1 <= len(entry.top_logprobs) <= 2  # two tokens may have the same text
         assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
     streamed = [
         entry for line in api.generate(**request, stream=True) for entry in line.logprobs or ()
@@ -230,7 +230,7 @@ def test_no_character_of_an_answer_ends_a_line_of_the_stream(end: str) -> None:
 def test_models_are_listed_and_shown(api: ollama.Client) -> None:
     assert "tiny+one" in [model.model for model in api.list().models]
     assert "tiny" in [model.model for model in api.ps().models]
-    # Its own program shows the first twelve characters.
+    # Ollama's own program shows the first twelve characters.
     assert {len(model.digest or "") for model in api.list().models} == {64}
     shown = api.show("tiny:latest")
     assert shown.capabilities == ["completion", "tools", "insert"]

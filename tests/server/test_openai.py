@@ -1,5 +1,5 @@
-"""The `openai` client against a real server: what is documented works, and a stream says what a
-whole reply says.
+"""The `openai` client against a real server: documented features work, and a stream has the same
+content as a whole reply.
 """
 
 import json
@@ -129,7 +129,7 @@ CHATS: dict[str, dict[str, Any]] = {
 
 
 def streamed_chat(client: OpenAI, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
-    """Return the choices that a streamed reply adds up to, and its usage."""
+    """Return the choices assembled from a streamed reply, and its usage."""
     choices: dict[int, dict[str, Any]] = {}
     usage = None
     for chunk in chat(client, stream=True, stream_options={"include_usage": True}, **fields):
@@ -222,7 +222,7 @@ def test_answers_are_the_engines(server: Live, client: OpenAI) -> None:
 
 
 def test_scores_are_the_models(server: Live, client: OpenAI) -> None:
-    """What lm-eval reads from `local-completions` is the log-likelihood of the model itself."""
+    """lm-eval's `local-completions` gets the log-likelihoods of the model itself."""
     import torch
 
     ids = server.engine.tokenizer("the expert returns the value").input_ids
@@ -248,7 +248,7 @@ def test_a_seed_gives_the_same_text(client: OpenAI, seed: int) -> None:
     first, second = (chat(client, seed=seed, n=2) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in second.choices]
-    assert texts[0] != texts[1]  # each choice draws for itself
+    assert texts[0] != texts[1]  # choices are sampled independently
 
 
 @pytest.mark.parametrize("stop", ["e", "th", ["a", "o"], ["\n", " "]])
@@ -398,7 +398,7 @@ def test_embeddings(server: Live, client: OpenAI, given: Any, form: Any) -> None
     reply = client.embeddings.create(model="tiny", input=given, encoding_format=form)
     count = len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
     assert [one.index for one in reply.data] == list(range(count))
-    # The client's own choice, base64, and decodes it.
+    # By default, the client asks for base64 and decodes it.
     same = client.embeddings.create(model="tiny", input=given)
     for one, other in zip(reply.data, same.data, strict=True):
         if form == "float":

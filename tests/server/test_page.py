@@ -1,7 +1,7 @@
-"""The web page's chat in a real browser: answers, comparison, Markdown, kept conversations, errors,
-keyboard, screen readers, a phone's width.
+"""The web page's chat in a real browser: answers, comparison, Markdown, stored conversations,
+errors, keyboard, screen readers, a phone's width.
 
-`SCREENSHOTS=folder pytest tests/server/test_page*.py` keeps pictures.
+`SCREENSHOTS=folder pytest tests/server/test_page*.py` saves screenshots.
 """
 
 import json
@@ -46,7 +46,7 @@ def test_an_answer_is_attributed_and_compared_with_the_base(page: "Page") -> Non
     assert expert.locator("mark").count() > 0
     keep(page, "compare")
     page.reload()
-    expect(page.locator(".comparison mark").first).to_be_visible()  # kept with the chat
+    expect(page.locator(".comparison mark").first).to_be_visible()  # stored with the chat
 
 
 def test_without_experts_the_comparison_says_that_nothing_changed(page: "Page") -> None:
@@ -285,7 +285,7 @@ def test_chats_are_kept_found_exported_and_deleted(page: "Page") -> None:
     say(page, "about values")
     page.reload()
     expect(page.locator(".turn.user .said")).to_have_text("about values")
-    expect(page.locator("#pick")).to_have_value("tiny+none")  # of this chat
+    expect(page.locator("#pick")).to_have_value("tiny+none")  # stored with this chat
     expect(page.locator("#chat-list .chosen")).to_have_text(["about values", "about xylophones"])
     page.locator("#search").fill("XYLOPHONES about")
     expect(page.locator("#chat-list .chosen")).to_have_text(["about xylophones"])

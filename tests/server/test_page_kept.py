@@ -1,5 +1,5 @@
-"""What the web page must not lose: turns, drafts, edits and settings, over clicks, reloads, failures
-and other tabs; and the keys and colours of an answer that is being written.
+"""The web page must not lose turns, drafts, edits and settings through clicks, reloads, failures or
+other tabs; and the keys and colours of an answer that is being generated.
 """
 
 import re
@@ -33,11 +33,11 @@ GENERATED = """(async () => {
     await ask();
     return { seen, counts: { ...answer.counts } };
 })()"""
-"""Generates an answer and goes on with it; returns the known digests at each change."""
+"""Generates an answer and continues it; returns the known digests at each change."""
 
 
 def ask(page: "Page", text: str) -> None:
-    """Ask something by keyboard, and do not wait for the answer."""
+    """Ask a question by keyboard, and do not wait for the answer."""
     page.locator("#words").fill(text)
     page.locator("#words").press("Enter")
     expect(page.locator("#stop")).to_be_visible()
@@ -188,7 +188,7 @@ def test_an_expert_has_its_colour_from_its_first_token(page: "Page") -> None:
     page.route(ANSWERS, lambda route: route.fulfill(body=chunks("a", "b", expert="one")))
     made = imported(page, "generate.js", GENERATED)
     assert all("one" in digests for digests in made["seen"])
-    assert made["counts"] == {"one": 4}  # both requests, though neither told its usage
+    assert made["counts"] == {"one": 4}  # both requests, though neither reported usage
 
 
 def test_an_expert_may_be_named_as_what_all_objects_have(open_page: "Page") -> None:

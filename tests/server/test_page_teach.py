@@ -23,7 +23,7 @@ def test_an_expert_is_taught_from_the_page(page: "Page", served: Live) -> None:
     page.get_by_role("button", name="notes/").press("Enter")
     expect(page.locator("#lesson-path")).to_have_value("notes")
     expect(page.locator("#folder-size")).to_contain_text("20 files")
-    expect(page.locator("#folders button")).to_be_focused()  # the way up
+    expect(page.locator("#folders button")).to_be_focused()  # the parent folder
     page.locator("#lesson-name").fill("notes")
     page.locator("#lesson-minutes").fill("0.1")
     expect(page.locator("#estimate")).to_contain_text("6 seconds")
@@ -122,7 +122,7 @@ def test_a_judgement_is_for_the_pair_on_the_screen(browser: "Browser", served: L
     held = hold(page, "**/v1/preferences/*")
     with page.expect_request("**/v1/preferences/*"):
         page.keyboard.press("1")
-    page.keyboard.press("s")  # not while the judgement is being stored
+    page.keyboard.press("s")  # ignored while the judgement is being stored
     page.locator("#question").fill("a fresh one")
     page.locator("#question").press("Enter")
     held[0].fulfill(status=503, json={"error": {"message": "The database is busy."}})
@@ -162,7 +162,7 @@ def test_a_lesson_is_streamed_while_it_is_watched_until_the_server_forgets_it(pa
     assert held == []
     with page.expect_request("**/v1/teach/events"):
         page.get_by_role("tab", name="Teach").click()
-    with page.expect_event("requestfailed"):  # ended by the page itself
+    with page.expect_event("requestfailed"):  # aborted by the page itself
         page.get_by_role("tab", name="Chat").click()
     with page.expect_request("**/v1/teach/events"):
         page.get_by_role("tab", name="Teach").click()

@@ -1,5 +1,5 @@
-"""A prompt that is encoded in parts has no spaces between them, with tokenizers that put a space
-before a text; others encode as before.
+"""A prompt that is encoded in parts has no spaces between them, even with tokenizers that put a
+space before a text.
 """
 
 from types import SimpleNamespace
@@ -27,13 +27,13 @@ SPACED = [tiny_sentencepiece(scheme) for scheme in SCHEMES]
 SPACED_WITH_TOKENS = [tiny_sentencepiece(scheme, FIM_TOKENS[1]) for scheme in SCHEMES]
 BYTE_LEVEL = [tiny_tokenizer(), tiny_tokenizer(FIM_TOKENS[1])]
 PASSAGE = "file: a.py\n\nthe router = 1\n\n"
-"""What stands before a prompt that finds the only passage of `INDEX`."""
+"""Text before a prompt that retrieves the only passage of `INDEX`."""
 INDEX = Index.build([Document("the router = 1\n", "a.py", "code")])
 texts = st.text("ae the(\n", max_size=12)
 
 
 def test_a_conversation_of_which_a_template_writes_nothing_is_refused() -> None:
-    """Many templates write no turn of the system by itself."""
+    """Many templates write nothing for a system turn alone."""
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     writer = PromptWriter(tiny_tokenizer(chat_template=template), 99)
     with pytest.raises(ApiError, match="prompt is empty") as refusal:
@@ -46,7 +46,7 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def with_passages(tokenizer: PreTrainedTokenizerFast, prompt: str | list[int]) -> list[int]:
-    """Return the ids of a plain prompt with the passages that it finds before it."""
+    """Return the ids of a plain prompt with its retrieved passages before it."""
     writer = PromptWriter(tokenizer, 999)
     service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=tokenizer), writer=writer)
     text = prompt if isinstance(prompt, str) else ""

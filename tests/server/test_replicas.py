@@ -29,14 +29,14 @@ CHAT: dict[str, Any] = {
     "temperature": 0,
 }
 PATIENCE = 300.0
-"""Seconds, of which a quiet machine needs a tenth: Ray starts a dozen processes, and each replica
+"""Seconds to wait; a quiet machine needs a tenth: Ray starts a dozen processes, and each replica
 loads everything.
 """
 
 
 @dataclass
 class Fleet:
-    """A server that was started as a user starts it."""
+    """A server started as a user would."""
 
     process: subprocess.Popen[str]
     url: str
@@ -76,8 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[Fleet]:
-    """Two replicas with keys, one expert plugged from the start; all named relative to the folder
-    it is started in.
+    """Two replicas with keys and one expert plugged from the start; all paths are relative to the
+    working folder.
     """
     (folder / "keys").write_text(f"{LIMITED} two\n")
     command = [
@@ -125,7 +125,7 @@ def fleet(folder: Path) -> Iterator[Fleet]:
 
 
 def repeated(fleet: Fleet, ask: Callable[[httpx.Client], Any], key: str = "") -> list[Any]:
-    """Return what is answered to one question asked often enough that every replica answers."""
+    """Return the answers to one question, asked often enough that every replica answers."""
     with fleet.http(key) as http:
         return [ask(http) for _ in range(16)]
 
@@ -150,14 +150,14 @@ def test_keys_names_and_limits_hold_at_every_replica(fleet: Fleet) -> None:
     refused = fleet.figures("deepseek_http_requests_total")
     assert len(refused) == 2
     assert min(refused.values()) >= 5
-    with fleet.http() as http:  # one replica's session is every replica's
+    with fleet.http() as http:  # a session is valid at every replica
         assert http.post("/login", data={"key": USER}).status_code == 303
         assert {http.get("/v1/me").status_code for _ in range(16)} == {200}
 
 
 @pytest.mark.slow
 def test_a_limited_key_has_its_experts_at_every_replica(fleet: Fleet) -> None:
-    """The expert one is plugged, and the key may use two alone."""
+    """The expert `one` is plugged, and the key may use only `two`."""
     asked = {**CHAT, "model": "tiny+one"}
 
     def models(http: httpx.Client) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def test_a_limited_key_has_its_experts_at_every_replica(fleet: Fleet) -> None:
     assert set(repeated(fleet, named, LIMITED)) == {403}
     assert set(repeated(fleet, armed, LIMITED)) == {()}
     assert set(repeated(fleet, armed, USER)) == {("one",)}
-    with fleet.http() as http:  # the session, too, at all of them
+    with fleet.http() as http:  # the session too is valid at all replicas
         assert http.post("/login", data={"key": LIMITED}).status_code == 303
         assert {models(http) for _ in range(16)} == {("tiny", "tiny+none")}
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    # Whatever else is wrong is found before Ray is asked for.
+    # Other errors are reported before a missing Ray.
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stop:
         main(["serve", "--experts", "", "--port", "0", "--ray", *arguments])

@@ -1,4 +1,4 @@
-"""The request log: one line a request, without content, keys or names that clients choose."""
+"""The request log: one line per request, without content, keys or client-chosen names."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ SECRET = "a secret of the client"
 
 
 def logged(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
-    """Return the lines once there are so many; each is written after its reply.
+    """Return the lines once there are `count`; each is written after its reply.
 
-    The web server writes a record of its own for an exception, before or after the line.
+    For an exception, the web server writes its own record, before or after the line.
     """
     deadline = time.monotonic() + 10
     while len(lines := request_lines(caplog)) < count and time.monotonic() < deadline:
@@ -66,7 +66,7 @@ def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptur
 
 @contextmanager
 def asked(server: Live, route: str, content: str) -> Iterator[None]:
-    """Send a request, whose client leaves at the end of the block."""
+    """Send a request whose client disconnects at the end of the block."""
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
         client.sendall(
             f"POST {route} HTTP/1.1\r\nHost: localhost\r\n"
@@ -79,7 +79,7 @@ def asked(server: Live, route: str, content: str) -> Iterator[None]:
 def test_a_client_that_leaves_is_no_failure_of_the_server(
     server: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is sent to it, so its request has no status of its own."""
+    """Nothing is sent to the client, so its request has no real status."""
     content = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 700, "ignore_eos": True})
     with caplog.at_level(logging.INFO, LOGGER):
         with asked(server, "/v1/completions", content):
@@ -92,7 +92,7 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(
 def test_a_client_that_leaves_while_its_prompt_is_made_is_none_either(
     server: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Editors cancel a request at each key."""
+    """Editors cancel a request at each keystroke."""
     planning, left = threading.Event(), threading.Event()
 
     def slow(*_: object) -> list[int]:

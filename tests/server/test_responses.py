@@ -58,7 +58,7 @@ REQUIRED = {
     "usage",
     "user",
 }
-"""Fields that the Open Responses specification requires of a response."""
+"""Fields that the Open Responses specification requires in a response."""
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def test_a_required_call_is_an_item_of_its_own(client: OpenAI, choice: Any) -> N
         "tool_choice": choice,
         "max_output_tokens": 400,
         "temperature": 0,
-        # A random model likes blanks, of which JSON allows many.
+        # A random model tends to generate white space, of which JSON allows any amount.
         "extra_body": {"frequency_penalty": 2},
     }
     if choice == "required":

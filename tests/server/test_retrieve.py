@@ -1,5 +1,5 @@
-"""`retrieve` in a request: passages of an index beside a pack come into the prompt, and the reply
-says which.
+"""`retrieve` in a request: passages from the index beside a pack are added to the prompt, and the
+reply cites them.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ TEXT = Document(
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server with the experts one and two, of which the first has an index."""
+    """A server with the experts `one`, which has an index, and `two`."""
     with live(tmp_path_factory.mktemp("indexed")) as server:
         server.engine.plug(server.folder / "one.safetensors")
         server.engine.plug(server.folder / "two.safetensors")
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
 def test_a_limit_beyond_the_context_leaves_passages_in(
     asking: OpenAI, indexed: Live, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many clients always ask for as much as there is."""
+    """Many clients always ask for the maximum number of tokens."""
     usual = replace(indexed.service.settings, answer_tokens=200)
     monkeypatch.setattr(indexed.service, "settings", usual)
     end = str(indexed.engine.tokenizer.eos_token_id)

@@ -1,6 +1,4 @@
-"""Who may do what, what is too much, and what happens at the end: the server as an operator sees
-it.
-"""
+"""The server as an operator sees it: permissions, limits, metrics, teaching, start and shutdown."""
 
 import json
 import os
@@ -51,7 +49,7 @@ CHAT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to teach from, with text in `notes` and a link that leads out."""
+    """A folder to teach from, with text in `notes` and a link that leads outside."""
     root = tmp_path_factory.mktemp("text")
     (root / "notes").mkdir()
     for number in range(20):
@@ -195,7 +193,7 @@ def test_foreign_names_are_refused(keyed: Live, host: str, status: int) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/api/version", "/api/tags"])
 def test_a_head_is_that_of_the_reply(keyed: Live, path: str) -> None:
-    """Balancers ask so, and Ollama's own program before each command."""
+    """Load balancers send HEAD, and so does Ollama's own program before each command."""
     with keyed.http(USER) as http:
         reply = http.head(path)
         assert (reply.status_code, reply.content) == (200, b"")
@@ -233,7 +231,7 @@ def test_bodies_have_a_limit(keyed: Live) -> None:
 
     with keyed.http(USER) as http:
         assert http.post("/v1/chat/completions", content=long, headers=kind).status_code == 413
-        # A length that is not told.
+        # A body without a declared length.
         told = http.post("/v1/chat/completions", content=pieces(), headers=kind)
         assert (told.status_code, told.json()["error"]["type"]) == (413, "invalid_request_error")
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
@@ -251,7 +249,7 @@ def test_replies_carry_a_strict_policy(keyed: Live) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/static/app.js", "/static/style.css", "/static/icon.svg"])
 def test_the_parts_of_the_page_are_of_one_version(keyed: Live, path: str) -> None:
-    """A browser asks each time, and receives what has changed."""
+    """Browsers revalidate each time, and receive only what has changed."""
     with keyed.http(USER) as http:
         whole = http.get(path)
         again = http.get(path, headers={"If-None-Match": whole.headers["etag"]})
@@ -350,7 +348,7 @@ def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_pack")
             assert "/tmp" not in refused.text
         assert http.post("/v1/experts/upload", content=pack).json()["name"] == "two"
-        # It is there already.
+        # It is already plugged.
         assert http.post("/v1/experts/upload", content=pack).status_code == 400
         assert http.delete("/v1/experts/two").status_code == 200
 
@@ -432,8 +430,8 @@ def moved_to(elsewhere: Path, leave: Callable[[Path, Path], object]) -> Callable
 def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(
     keyed: Live, tmp_path: Path
 ) -> None:
-    """Neither above, nor by a `.git` file, a link, a shared folder, alternates, or links among its
-    objects.
+    """Neither in a parent folder, nor by a `.git` file, a link, a shared folder, alternates, or
+    links among its objects.
     """
     root = keyed.service.settings.teach_root
     assert root is not None
@@ -491,7 +489,7 @@ def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
     )
     with keyed.http(ADMIN) as http:
         shown = http.get("/v1/preferences").json()
-        # More than a database can number.
+        # More than a database id can be.
         assert http.get(f"/v1/preferences?after={1 << 70}").status_code == 400
         assert (shown["pair"]["id"], shown["pair"]["answers"]) == (number, ["better", "worse"])
         assert (
@@ -545,7 +543,7 @@ def test_a_full_queue_refuses_before_a_body_is_read(
         assert refused.json()["error"]["code"] == "queue_full"
         assert http.get("/v1/models").status_code == 200
     with keyed.http() as http:
-        # Who has no key learns nothing of the queue.
+        # Without a key, nothing is revealed about the queue.
         assert http.post(path, content=b"no JSON").status_code == 401
 
 
@@ -617,7 +615,7 @@ def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
             told = [
                 json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")
             ]
-        assert http.delete("/v1/teach").json()["name"] == "lecture"  # nothing is under way any more
+        assert http.delete("/v1/teach").json()["name"] == "lecture"  # no longer running
         names = [info["name"] for info in http.get("/v1/experts").json()["data"]]
         assert http.post("/v1/teach", json=asked).status_code == 409  # the name is taken
         http.delete("/v1/experts/lecture")
@@ -633,7 +631,7 @@ def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
 
 
 def first_state(server: Live) -> dict[str, Any]:
-    """Return the lesson that the server began by itself."""
+    """Return the lesson that the server started by itself."""
     with server.http() as http:
         wait_for(lambda: http.get("/v1/teach").json()["state"] != "none")
         told = http.get("/v1/teach").json()
@@ -644,7 +642,7 @@ def first_state(server: Live) -> dict[str, Any]:
 
 def test_a_server_begins_with_a_lesson(served_folder: Path, tmp_path: Path) -> None:
     pygit2.init_repository(tmp_path)
-    # A working tree may hold links; only what is committed is read.
+    # A working tree may contain links: only committed content is read.
     (tmp_path / "out").symlink_to("/")
     lesson = TeachRequest(name="history", kind="git")
     with live(served_folder, Settings(teach_root=tmp_path), lesson) as server:
@@ -701,7 +699,7 @@ def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[s
     calling = Calling((Tool.model_validate({"type": "function", "function": {"name": "f"}}),))
     assert calling.content_length(text) == content
     assert calling.read(text) == calls
-    for end in range(len(text)):  # what was certain stays so
+    for end in range(len(text)):  # content that was final stays so
         assert (
             text[: calling.content_length(text[:end])]
             == text[: min(calling.content_length(text[:end]), len(text))]
@@ -722,7 +720,7 @@ def test_addresses_are_checked_before_anything_is_loaded() -> None:
 def command(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`deepseek serve` in a process of its own, ready."""
+    """Run `deepseek serve` in its own process; yield it when it is ready."""
     folder = tmp_path_factory.mktemp("command")
     base = save_model(folder / "tiny")
     save_expert(load(base, dtype="float32"), "one", folder, 1)

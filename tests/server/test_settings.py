@@ -1,4 +1,4 @@
-"""Settings for where clients run: pages of other sites, names of the model, its own sampling."""
+"""Settings for clients: pages of other sites, the model's names, and its default sampling."""
 
 from collections.abc import Iterator
 
@@ -46,7 +46,7 @@ def test_an_allowed_site_still_needs_a_key(open_server: Live) -> None:
     with open_server.http() as http:
         reply = http.post("/v1/completions", json=BODY, headers={"Origin": SITE})
     assert reply.status_code == 401
-    assert reply.headers["access-control-allow-origin"] == SITE  # so that the page can read why
+    assert reply.headers["access-control-allow-origin"] == SITE  # so that the page sees the reason
 
 
 @pytest.mark.parametrize("origin", ["https://other.example", "null", "https://chat.example.evil"])

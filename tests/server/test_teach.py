@@ -1,4 +1,4 @@
-"""What a client may set of a training is what `train_expert` declares, and all of it reaches the
+"""A client may set exactly the training arguments that `train_expert` declares, and all reach the
 command.
 """
 
@@ -78,14 +78,14 @@ def test_a_wrong_value_is_refused_before_anything_starts(wrong: dict[str, Any]) 
 
 
 def test_the_form_finds_the_arguments_in_the_description_of_the_api() -> None:
-    """`teach.js` makes an input of each."""
+    """`teach.js` creates an input for each."""
     schema = create_app().openapi()["components"]["schemas"]["TeachRequest"]["properties"]
     assert schema.keys() == {"name", "kind", "path", *TAUGHT}
     assert all(schema[name]["description"] for name in TAUGHT)
 
 
 def test_a_progress_bar_without_line_ends_is_read_to_its_end() -> None:
-    """Nobody would follow the training any more, nor empty its pipe."""
+    """Otherwise nothing would follow the training or empty its pipe."""
 
     async def read() -> list[str]:
         output = asyncio.StreamReader(limit=64)

@@ -1,4 +1,4 @@
-"""Nothing outside the teach root is read: whatever leads out of it, at any depth, is refused."""
+"""Nothing outside the teach root is read: anything that leads outside, at any depth, is refused."""
 
 import os
 import tempfile
@@ -36,7 +36,7 @@ def text(root: Path, path: str, *, is_repository: bool) -> Path:
 
 
 def refused(root: Path, path: str, *, is_repository: bool) -> bool:
-    """Whether a path is refused in one sentence that shows no folder of the server."""
+    """Whether a path is refused in one sentence that reveals no folder of the server."""
     try:
         text(root, path, is_repository=is_repository)
     except ApiError as error:
@@ -45,7 +45,7 @@ def refused(root: Path, path: str, *, is_repository: bool) -> bool:
 
 
 def named(name: str | bytes) -> Change:
-    """Return a change that gives a repository's objects an alternate."""
+    """Return a change that sets an alternate for a repository's objects."""
 
     def change(own: Path, outside: Path) -> None:
         line = name if isinstance(name, bytes) else name.format(outside=outside).encode()
@@ -74,7 +74,7 @@ def linked(own: Path, outside: Path) -> None:
 
 
 def through_a_folder(own: Path, outside: Path) -> None:
-    """Split at its form feed, the name would seem to stay inside."""
+    """If split at its form feed, the name would seem to stay inside."""
     (own.parent / "\x0cd").mkdir()
     named("../.././\x0cd/../../../outside/.git/objects")(own, outside)
 
@@ -129,7 +129,7 @@ def test_a_repository_that_leads_out_is_refused(way: str, root: Path) -> None:
     "way", ["alternates from the working folder", "alternates with a form feed"]
 )
 def test_such_a_repository_does_read_outside(way: str, root: Path) -> None:
-    """Else the test above would show nothing."""
+    """Otherwise the test above would prove nothing."""
     pygit2.init_repository(root / "one")
     WAYS_OUT[way](root / "one" / ".git", root.parent / "outside")
     assert pygit2.hash(SECRET) in pygit2.Repository(str(root / "one"))

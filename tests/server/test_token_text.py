@@ -1,4 +1,4 @@
-"""Texts of tokens whose decoder drops the space before a text, as Llama 2's does."""
+"""Token texts with a decoder that drops the space before a text, like Llama 2's."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ WHOLE: dict[str, Any] = {
     "max_tokens": 40,
     "temperature": 1,
     "seed": 3,
-    # Neither an end nor parts of characters.
+    # Neither end tokens nor parts of characters.
     "logit_bias": {str(IDS[piece]): -100 for piece in [*SPECIAL, *BYTES]},
 }
 TEXT = "the value the the"

@@ -1,4 +1,4 @@
-"""Refusals speak of what the client meant, on every route: never of validators and their classes."""
+"""Refusals are about the client's input, on every route, never about validators and classes."""
 
 import re
 from typing import Any

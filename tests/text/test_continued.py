@@ -1,4 +1,4 @@
-"""Tokenizers that put a space before a text put none inside of one that is encoded in parts."""
+"""Tokenizers that put a space before a text add none between parts of a text."""
 
 import pytest
 from hypothesis import given
@@ -40,7 +40,7 @@ def test_parts_decode_to_their_text(scheme: str, parts: list[str]) -> None:
     for more in encode_continued(tokenizer, others):
         ids += more
     text = "".join([first, *others])
-    # Metaspace puts no space before a text that begins with one, and its decoder still strips it.
+    # Metaspace adds no space to a text that begins with one, but its decoder strips it anyway.
     if scheme != "Prepend":
         text = text.removeprefix(" ")
     assert decoded(tokenizer, ids) == text
@@ -79,7 +79,7 @@ def test_a_byte_level_prefix_is_left_out_too() -> None:
 def test_a_conversation_has_the_ids_of_its_text(
     scheme: str, marked: bool, question: str, answer: str
 ) -> None:
-    """Also where an answer follows a control token, as Phi 3's does."""
+    """Even if an answer follows a control token, as with Phi 3."""
     tokenizer = MARKED_TOKENIZERS[scheme] if marked else TOKENIZERS[scheme]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] * 2
     whole = tokenizer(render(tokenizer, messages), add_special_tokens=False).input_ids
@@ -108,7 +108,7 @@ def test_control_tokens_in_messages_get_no_spaces(scheme: str, content: str) -> 
 def test_the_digest_tells_that_parts_are_encoded_in_another_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Data that was stored with spaces between parts must not be used."""
+    """Data that was stored with spaces between parts must not be reused."""
     tokenizers = [*TOKENIZERS.values(), tiny_tokenizer()]
     digests = [tokenizer_digest(tokenizer) for tokenizer in tokenizers]
     monkeypatch.setattr("deepseek.text.tokenizer.puts_space_before", lambda _: False)

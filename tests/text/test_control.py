@@ -1,4 +1,4 @@
-"""Control tokens that a tokenizer does not flag as special are none in a text either."""
+"""Control tokens that a tokenizer does not flag as special cannot be written in a text either."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ ORDINARY = ("<table>", "\n\n", "tools", "<think>", "</think>")
 
 
 def like_qwen(template: str | None = TOOLS + STRIPPED) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with added tokens that are not flagged as special, as Qwen's are."""
+    """Return a tokenizer with added tokens that are not flagged as special, like Qwen's."""
     tokenizer = tiny_tokenizer(chat_template=template)
     tokenizer.add_tokens([AddedToken(text, special=False) for text in (*UNFLAGGED, *ORDINARY)])
     return tokenizer
@@ -87,7 +87,7 @@ def test_a_layout_inserts_real_markers_that_are_not_flagged() -> None:
 def test_the_digest_tells_of_tokens_that_count_though_not_flagged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Data that was stored with these tokens in texts must not be used."""
+    """Data that was stored with these tokens in texts must not be reused."""
     tokenizers = [QWEN, tiny_tokenizer(FIM_TOKENS[0])]
     digests = [tokenizer_digest(tokenizer) for tokenizer in tokenizers]
     monkeypatch.setattr("deepseek.text.tokenizer.unflagged_control_tokens", lambda _: [])

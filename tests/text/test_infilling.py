@@ -1,4 +1,4 @@
-"""One layout for training, evaluation and serving."""
+"""Infilling has one layout for training, evaluation and serving."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Loading tokenizers and what they put around a document."""
+"""Loading tokenizers, and the tokens that they put around a document."""
 
 from pathlib import Path
 

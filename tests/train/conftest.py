@@ -1,4 +1,4 @@
-"""A base model small enough to train in a blink, in a folder as a real one would be."""
+"""A base model small enough to train at once, in a folder like a real one."""
 
 import random
 from pathlib import Path
@@ -35,9 +35,7 @@ WORDS = (
 
 
 def sentence(seed: int, length: int = 60) -> str:
-    """Return words of which each has three possible followers, so that a model has something to
-    learn.
-    """
+    """Return words, each with three possible followers, so that there is something to learn."""
     draw, place, words = random.Random(seed), seed, []
     for _ in range(length):
         words.append(WORDS[place % len(WORDS)])
@@ -102,7 +100,5 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute in fp32 also where the processor has units for bf16, for what is compared to the last
-    digits.
-    """
+    """Compute in fp32 even if the CPU has bf16 units, for exact comparisons."""
     monkeypatch.setattr("deepseek.model.precision.fast_dtype", lambda _: torch.float32)

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a folder that computes what `transformers` computes from the file."""
+"""A converted GGUF file computes what `transformers` computes from the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_every_encoding_is_dequantised_as_the_gguf_package_does(
 
 
 def test_what_transformers_leaves_out_is_read(tmp_path: Path) -> None:
-    """Head and expert widths that are not the defaults; `transformers` refuses these files."""
+    """Head and expert widths other than the defaults; `transformers` refuses these files."""
     fields = {"head_dim": 24, "moe_intermediate_size": 96}
     model = tiny_gguf.tiny_model("qwen3moe", **fields)
     file = tiny_gguf.write_gguf(model, tmp_path / "tiny.gguf", "qwen3moe")
@@ -267,7 +267,7 @@ def test_the_tokenizer_is_the_one_of_transformers(architecture: str, tmp_path: P
 def test_some_rules_take_words_whole_and_begin_a_text_as_llama_cpp_does(
     rule: str, begins: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp was asked for the same files: no merge makes "cat", a token."""
+    """The expected ids are llama.cpp's for the same files; no merge produces the token "cat"."""
     written = gguf.GGUFWriter.add_token_list
 
     def with_a_word(writer: gguf.GGUFWriter, tokens: list[str]) -> None:

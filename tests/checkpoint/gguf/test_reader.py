@@ -1,4 +1,4 @@
-"""A truncated or hostile GGUF file is one sentence, at once, and nothing is written."""
+"""A truncated or hostile GGUF file is refused at once, in one sentence, and nothing is written."""
 
 import struct
 from collections.abc import Callable
@@ -141,7 +141,7 @@ def test_heads_that_do_not_divide_the_rows_are_refused(
 
 @pytest.fixture(scope="session")
 def contents(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """A file of each of several architectures."""
+    """One file for each of several architectures."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     return [content] + [
         tiny_gguf.write_gguf(tiny_gguf.tiny_model(name), path, name).read_bytes()

@@ -1,4 +1,4 @@
-"""Everyday messages: enough in every language, well formed, all different, and part of the
+"""Everyday messages: enough in every language, well formed, all different, and included in the
 wheel.
 """
 

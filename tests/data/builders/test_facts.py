@@ -1,4 +1,4 @@
-"""Facts are stated by their document, and any text is read in time that grows as it does."""
+"""Facts are stated by their document, and any text is read in linear time."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from deepseek.data.builders.facts import Fact, sentences
 from deepseek.data.builders.prose_facts import commit_facts, heading_of, prose_facts
 
 SECONDS = 2.0
-"""Far more than any of these texts takes, and far less than if time grew with their square."""
+"""Much more than any of these texts takes, and much less than quadratic time would."""
 
 
 def of_kind(facts: Callable[[Document], object], document: Document, kind: str) -> list[Fact]:
@@ -21,7 +21,7 @@ def of_kind(facts: Callable[[Document], object], document: Document, kind: str) 
 
 
 def raised(body: str) -> tuple[str, ...]:
-    """Return the exceptions that a function with this body is said to raise."""
+    """Return the exceptions that the facts say a function with this body raises."""
     lines = body.replace("\n", "\n    ")
     source = Document(f"def load(path):\n    {lines}\n", "a.py", "code")
     return next((fact.check for fact in of_kind(code_facts, source, "raises")), ())
@@ -100,7 +100,7 @@ def test_only_names_that_were_not_there_are_new(added: list[str], removed: list[
 
 
 def test_the_files_of_a_commit_are_not_asked_for() -> None:
-    """Its document can lack some: lock files, images, held-out files."""
+    """Its document may lack some: lock files, images, held-out files."""
     text = "Change\n\n--- a.py\n+++ a.py\n@@\n+x = 1\n"
     facts = list(commit_facts(Document(text, "r@1", "commit")))
     assert facts == []

@@ -1,4 +1,4 @@
-"""Functions cut from source: header and body make the source again, tests find their function."""
+"""Functions cut from source: header and body give the source again; tests find their function."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Problems: all kinds, all different, every check passed, and a wrong one would be caught."""
+"""Mathematical problems: all kinds, all different, every check passes, and a wrong answer fails."""
 
 import random
 
@@ -39,7 +39,7 @@ def test_a_wrong_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kind_has_far_more_problems_than_are_asked_for(
     kind: "mathematics.Callable[[random.Random], Problem]",
 ) -> None:
-    """Of n draws from N problems, about n² / 2N were drawn before: half a million at least."""
+    """Of n draws from N problems, about n² / 2N are repeats, so N is at least half a million."""
     draw = random.Random(0)
     questions = {kind(draw).question for _ in range(10_000)}
     assert len(questions) > 10_000 - 100

@@ -1,5 +1,5 @@
-"""Questions come from a source alone: answers are in it, the same text gives the same, odd text
-breaks nothing.
+"""Questions depend only on the source: answers are in it, the same text gives the same questions,
+and odd text breaks nothing.
 """
 
 import ast

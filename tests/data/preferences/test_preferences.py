@@ -1,5 +1,5 @@
-"""The preference database: what is acknowledged stays, duplicates are refused, splits hold prompts
-together.
+"""The preference database: acknowledged writes persist, duplicates are refused, and splits keep a
+prompt's pairs together.
 """
 
 import gzip
@@ -28,7 +28,7 @@ from deepseek.data.text import source
 from deepseek.errors import DataError
 
 KILLS = int(os.environ.get("KILLS", "20"))
-"""`KILLS=200 pytest tests/data/preferences/test_preferences.py -k killed` is the long form."""
+"""For a long run: `KILLS=200 pytest tests/data/preferences/test_preferences.py -k killed`."""
 
 
 def pair(number: int, prompt: int | None = None) -> Preference:
@@ -168,7 +168,7 @@ def test_the_next_pair_to_review_is_the_first_without_the_label(tmp_path: Path) 
     with_index.add_all(replace(pair(number), labels=own) for number, own in enumerate(labels * 20))
     with_index.close()
     with sqlite3.connect(tmp_path / "p.db") as file:
-        file.execute("DROP INDEX unreviewed")  # as a database of before has none
+        file.execute("DROP INDEX unreviewed")  # older databases lack it
     database = PreferenceDatabase(tmp_path / "p.db")
     for after in range(122):
         expected = next(
@@ -342,7 +342,7 @@ def test_what_is_no_pair_is_named_with_its_line(
 
 
 def test_two_may_create_the_same_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second one saw no tables yet, and finds those of the first when it may write."""
+    """The second process sees no tables at first, and finds the first one's when it may write."""
     path = tmp_path / "prefs.sqlite"
     PreferenceDatabase(path).add(pair(1))
     looks = PreferenceDatabase._is_new
@@ -380,9 +380,7 @@ def write_forever(path: Path, number: int, pipe: int) -> None:
 
 
 def killed_writer(path: Path, number: int, seconds: float) -> set[int]:
-    """Return the numbers that a writer in a process of its own acknowledged before it was
-    killed.
-    """
+    """Return the numbers that a writer in another process acknowledged before it was killed."""
     reading, writing = os.pipe()
     writer = os.fork()
     if writer == 0:

@@ -41,7 +41,7 @@ SECRETS = {
     "-----BEGIN OPENSSH PRIVATE KEY-----\n" + BODY: "private-key",
 }
 LETTERS = string.ascii_letters + string.digits
-TOKENS = {  # prefix: kind, characters, fewest of them
+TOKENS = {  # prefix: kind, alphabet, minimum length
     "AIza": ("google-key", LETTERS + "_-", 35),
     "ghs_": ("github-token", LETTERS + "_", 36),
     "glpat-": ("gitlab-token", LETTERS + "_-", 20),
@@ -195,7 +195,7 @@ DJANGO = "abcdefghijklmnopqrstuvwxyz0123456789!@#$%^&*(-_=+)"
 
 
 def test_generated_keys_of_django_go() -> None:
-    """One in some ten thousand has the form of a format string, such as `%(ab)s`, and stays."""
+    """About one in ten thousand looks like a format string, such as `%(ab)s`, and is kept."""
     draw = random.Random(0)
     for _ in range(1000):
         key = "".join(draw.choices(DJANGO, k=50))
@@ -323,7 +323,7 @@ def test_no_document_below_the_threshold_is_dropped(length: int, seed: int, chan
 
 
 def with_a_header(count: int, seed: int) -> list[str]:
-    """Texts of which five sixths are the same, and edited copies of a third of them."""
+    """Texts that share five sixths of their words, and edited copies of a third of them."""
     draw = random.Random(seed)
     header = words(150, seed + 1000)
     texts = [f"{header} {words(28, seed + number)}" for number in range(count)]
@@ -366,7 +366,7 @@ def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
         texts += [original, original.replace(" w1", " W1", 1) + " the end", words(300, seed + 500)]
     dropped = near_duplicates(as_documents(texts))
     assert all(number % 3 == 1 and retained == number - 1 for number, retained in dropped.items())
-    assert len(dropped) >= 99  # a sketch may miss a pair now and then, near the threshold
+    assert len(dropped) >= 99  # sketches may miss a pair near the threshold
 
 
 @given(st.integers(0, 500), st.lists(st.integers(0, 99), min_size=2, max_size=5, unique=True))

@@ -1,4 +1,4 @@
-"""What commits changed is on the side of the files that they changed, whatever these were called."""
+"""A commit's changes are on the same side of the split as the changed files, across renames."""
 
 import random
 import re
@@ -29,13 +29,13 @@ LINE = re.compile(r"line_\d+")
 
 
 def renamed(history: History) -> list[tuple[str, str]]:
-    """Return the former and later paths of files."""
+    """Return the old and new paths of renamed files."""
     names = renamed_files(history.repository, history.head)
     return [(old.removeprefix("engine/"), new.removeprefix("engine/")) for old, new in names]
 
 
 def sides(history: History, *held_out: str) -> tuple[list[Document], list[Document]]:
-    """Return both sides if these files are held out, and a tenth of those that are gone."""
+    """Return both sides if these files and a tenth of the deleted ones are held out."""
     documents, report = clean(read_git(history.path))
     test = frozenset(d for d in documents if d.name.removeprefix("engine/") in held_out)
     train = [document for document in documents if document not in test]
@@ -55,9 +55,7 @@ def lines_of(documents: Iterable[Document]) -> set[str]:
 
 
 def change(files: Files, history: History, draw: random.Random) -> Files:
-    """Return the files after some were changed, renamed, deleted and added; no name is given
-    twice.
-    """
+    """Return the files after some were changed, renamed, deleted and added; no name is reused."""
     changed = dict(files)
     for path in draw.sample(sorted(files), k=min(3, len(files))):
         text = changed.pop(path)
@@ -249,7 +247,7 @@ def test_a_merge_that_puts_another_project_into_a_folder_renames_its_files(
 
 
 class UncomparableDiff:
-    """A diff of which libgit2 only finds equal files, as of a commit of `click`."""
+    """A diff in which libgit2 can find only identical files, like that of a commit of `click`."""
 
     def __init__(self) -> None:
         file = SimpleNamespace(path="a.py")

@@ -1,4 +1,4 @@
-"""Documents come back out of token shards."""
+"""Documents can be restored from token shards."""
 
 from dataclasses import replace
 from pathlib import Path

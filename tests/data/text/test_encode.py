@@ -1,4 +1,4 @@
-"""One document to ids: what stands around it, what is a target, fill-in-the-middle."""
+"""Encoding one document: start and end tokens, targets, fill-in-the-middle."""
 
 import json
 
@@ -129,7 +129,7 @@ def test_training_lays_out_a_gap_as_the_server_does_without_spaces(
     written = str(tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
     if encoder.layout.has_tokens:
         assert ids == [*prompt, *encode_continued(tokenizer, [middle])[0]]
-        # Behind its control token the prefix begins a text, so that a space may stand there.
+        # After its control token the prefix starts a text, so a space may be added there.
         assert written.endswith(f"{prefix}<fim_suffix>{suffix}<fim_middle>")
     else:
         assert ids == PromptWriter(tokenizer, 999).infill(prefix + middle, suffix)

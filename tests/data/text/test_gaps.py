@@ -1,4 +1,4 @@
-"""Gaps in code: nothing is lost, and they are of the kind that an editor asks for."""
+"""Gaps in code: no text is lost, and gaps are like those that an editor asks for."""
 
 from hypothesis import given
 from hypothesis import strategies as st

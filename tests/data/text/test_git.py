@@ -1,4 +1,4 @@
-"""Git histories: files, commits, times, what is left out, and a past that knows no future."""
+"""Git histories: files, commits, times, exclusions, and splits by time without leaks."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -226,7 +226,7 @@ def test_large_files_are_not_loaded(
 
 
 def make_shallow(repository: Path, *boundary: str) -> None:
-    """End the history at commits, as `git clone --depth` does."""
+    """Cut the history at the commits `boundary`, as `git clone --depth` does."""
     (repository / ".git" / "shallow").write_text("".join(f"{commit}\n" for commit in boundary))
 
 
@@ -260,7 +260,7 @@ def test_a_partial_clone_is_told_from_a_damaged_one(repository: Path, commit: Co
     (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
     with pytest.raises(DataError, match="damaged or incomplete"):
         list(read_git(repository))
-    # As `git clone --filter=blob:none` notes it.
+    # As set by `git clone --filter=blob:none`.
     opened.config["remote.origin.promisor"] = True
     with pytest.raises(DataError, match=r"partial clone .* clone it again without `--filter`"):
         list(read_git(repository))
@@ -293,12 +293,12 @@ def test_the_past_knows_nothing_of_the_future(repository: Path, commit: Commit) 
     assert "future" not in "".join(document.text for document in past)
     assert by_name(past)["engine/old.py"].text == "version = 7\n"
     assert len([d for d in past if d.kind == "commit"]) == 10
-    # a file that the past knew is not new when it comes back
+    # A file known in the past is not new when it is added again.
     assert {d.text.split("\n")[0] for d in future} == {"future = True", "change", "add"}
 
 
 def cut_by_position(repository: Path, held_out: float) -> tuple[list[Document], list[Document]]:
-    """The split of a linear history with growing times, by its definition."""
+    """The split of a linear history with increasing times, computed from its definition."""
     commits = list(pygit2.Repository(repository).walk(pygit2.Repository(repository).head.target))
     cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
     past = list(read_git(repository, str(cut.id)))

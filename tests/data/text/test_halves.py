@@ -1,4 +1,4 @@
-"""Held-out text in two parts that have nothing in common."""
+"""Held-out text is halved into two disjoint parts."""
 
 import json
 
@@ -168,7 +168,7 @@ def test_a_commit_is_in_the_half_of_the_files_that_it_changes() -> None:
 
 
 def test_commits_show_no_line_of_the_other_half_of_a_file_that_is_cut() -> None:
-    """One file and the commits that wrote it: no whole documents are fair halves."""
+    """One file and the commits that wrote it: whole documents do not give fair halves."""
     lines = [f"line {number}\n" for number in range(200)]
     commits = [
         Document(f"Add\n\n--- a.py\n+++ a.py\n@@\n{added}", f"r@{start}", "commit")

@@ -1,4 +1,4 @@
-"""Readers of text: whatever a file holds, they yield documents or name file and line; none waits."""
+"""Readers of text: for any file, they yield documents or name the file and line; none hangs."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""Rows: every target once per epoch, documents apart, and a resumed order equal to an uninterrupted
-one.
-"""
+"""Rows: every target once per epoch, documents separated, and the same order after a resume."""
 
 import time
 from pathlib import Path
@@ -37,8 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 
 def oracle(shards: TokenShards) -> list[tuple[int, int, int]]:
-    """For each stored token: its id, the next target in its document or IGNORE, its place in the
-    document.
+    """For each stored token: its id, the next target in its document or IGNORE, and its position in
+    the document.
     """
     table = []
     for start, stop in zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True):
@@ -101,7 +99,7 @@ def test_resuming_anywhere_equals_not_stopping(
     whole = RowLoader(shards, rows, 16, seed)
     for _ in range(steps):
         whole.next()
-    # As JSON would carry it.
+    # As it would come back from JSON.
     state = {name: int(str(value)) for name, value in whole.state().items()}
     resumed = RowLoader(TokenShards(shards.folder), rows, 16, seed)
     resumed.load(state)

@@ -1,6 +1,4 @@
-"""Texts of one length: long documents are cut, short ones joined, and too little text is said to be
-too little.
-"""
+"""Texts of one length: long documents are cut, short ones joined; too little text is an error."""
 
 import pytest
 from tiny_tokenizer import tiny_tokenizer

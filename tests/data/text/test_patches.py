@@ -1,4 +1,4 @@
-"""The parts of a commit's document: together they are its text, and each names its file."""
+"""The parts of a commit's document: together they give its text, and each names its file."""
 
 from hypothesis import given
 from hypothesis import strategies as st

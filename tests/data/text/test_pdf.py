@@ -1,4 +1,4 @@
-"""PDF files: their text comes back, and whatever a file holds, it is read or skipped for a reason."""
+"""PDF files: their text is extracted, and any file is read or skipped with a reason."""
 
 import random
 import subprocess

@@ -23,7 +23,7 @@ def test_seeds_and_epochs_give_unrelated_orders() -> None:
     orders = [permute(np.arange(1000), 1000, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for index, left in enumerate(orders):
         for right in orders[:index]:
-            assert (left == right).sum() < 10  # of random orders one place agrees on average
+            assert (left == right).sum() < 10  # random orders agree in one place on average
 
 
 def test_the_order_has_no_trend_and_no_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""Folders, JSONL, Parquet and HTML: what is read, and the sentence for each mistake."""
+"""Folders, JSONL, Parquet and HTML: what is read, and the message for each error."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_folders_that_are_not_entered_are_counted(
     is_file = Path.is_file
 
     def guarded_is_file(path: Path) -> bool:
-        if path.parent.name == "locked":  # its files cannot be asked for either
+        if path.parent.name == "locked":  # its files cannot be inspected either
             raise PermissionError(13, "Permission denied", str(path))
         return is_file(path)
 
@@ -266,7 +266,7 @@ def test_forms_and_heads_of_articles_are_text(page: str, lines: list[str]) -> No
     ],
 )
 def test_a_paragraph_in_an_item_or_a_cell_starts_no_line(page: str, text: str) -> None:
-    """So does Sphinx write its lists and tables."""
+    """Sphinx writes its lists and tables so."""
     assert html_to_text(page) == text
 
 
@@ -285,13 +285,13 @@ def test_lists_and_tables_in_furniture_leave_no_marks(tag: str) -> None:
 def test_what_the_library_writes_is_no_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run's held-out questions have their answers beside them."""
+    """For example, a run's held-out questions are stored with their answers."""
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     for name in ("home/models/own", "run/corpus", "start"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "questions.jsonl").write_text('{"set": "held out"}')
     (tmp_path / "run" / "start.json").write_text('{"inputs": {}, "request": {}}')
-    (tmp_path / "start" / "start.json").write_text('{"scripts": {}}')  # of somebody else
+    (tmp_path / "start" / "start.json").write_text('{"scripts": {}}')  # not ours
     skipped = Skipped()
     names = [document.name for document in read_folder(tmp_path, skipped)]
     assert names == [f"{tmp_path.name}/start/{file}" for file in ("questions.jsonl", "start.json")]
@@ -305,7 +305,7 @@ def test_dates_of_parquet_files_are_times(tmp_path: Path) -> None:
 
 
 def test_a_date_without_a_zone_is_of_utc_and_may_be_of_any_year(tmp_path: Path) -> None:
-    """Some programs write the first day of the first year for no date."""
+    """Some programs write the first day of year 1 instead of no date."""
     column = pa.array([datetime(2026, 11, 29), datetime(1, 1, 1)], pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["a", "b"], "time": column}), tmp_path / "t.parquet")
     times = [one.time for one in read_records(tmp_path / "t.parquet")]
@@ -313,7 +313,7 @@ def test_a_date_without_a_zone_is_of_utc_and_may_be_of_any_year(tmp_path: Path) 
 
 
 def test_a_long_book_is_read(tmp_path: Path) -> None:
-    """A source file of that size would be data."""
+    """A source file of that size would be treated as data and skipped."""
     text = "A line of a book.\n" * 100_000
     for name in ("book.txt", "table.py"):
         (tmp_path / name).write_text(text)

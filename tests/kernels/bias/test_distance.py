@@ -1,4 +1,4 @@
-"""Distance buckets are exact near by, monotone, and cut by half octaves beyond."""
+"""Distance buckets are exact nearby, monotone, and half an octave wide beyond."""
 
 from itertools import pairwise
 

@@ -1,5 +1,5 @@
-"""Attention with a bias of scores: tiles and chunks agree with the formula, and memory grows with
-the length only.
+"""Attention with a score bias: tiles and chunks agree with the formula, and memory grows linearly
+with length.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ def problem(
     width: int = 8,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Return query, key, value, table, key bias and scale, all of which want gradients."""
+    """Return query, key, value, table, key bias and scale, all of which require gradients."""
     generator = torch.Generator().manual_seed(seed)
     heads, total = groups * repeats, past + length
 
@@ -55,8 +55,8 @@ def from_start(batch: int, length: int, past: int = 0) -> Visible:
 
 
 def runs(seed: int, batch: int, length: int, past: int) -> Visible:
-    """Return first keys as packed documents, windows or padding make them: rising along a row,
-    never past it.
+    """Return first visible keys as with packed documents, windows or padding: nondecreasing along a
+    row, never after the query.
     """
     generator = torch.Generator().manual_seed(seed)
     slots = torch.arange(past, past + length).expand(batch, length)
@@ -65,7 +65,7 @@ def runs(seed: int, batch: int, length: int, past: int) -> Visible:
 
 
 def both(function: object, parts: list[Tensor], visible: Visible) -> list[Tensor]:
-    """Return the output and the gradients of a weighted sum of it."""
+    """Return the output, and the gradients of a weighted sum of it."""
     query, key, value, table, slope, scale = parts
     out = function(query, key, value, ScoreBias(table, slope, scale), visible)  # type: ignore[operator]
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)

@@ -1,6 +1,4 @@
-"""Every way of computing LSH attention agrees with the dense mask, and nothing depends on what
-comes later.
-"""
+"""Every implementation of LSH attention agrees with the dense mask and is causal."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,9 +39,7 @@ class Problem:
         return self.key_codes.shape[1] // self.key.shape[1]
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Queries, keys, values, and the table, terms (always fp64) and factors of the bias where
-        there is one.
-        """
+        """Queries, keys, values, and the table, terms (always fp64) and factors of any bias."""
         parts = (self.query, self.key, self.value, *self.bias)
         keeps = (part.dtype == torch.float64 for part in parts)
         return [
@@ -167,9 +163,7 @@ def outcome(way: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture(params=["strips", "tiles"])
 def way(request, monkeypatch):
-    """Run a test with the compiled kernels, and with torch's operators as on a machine without
-    numba.
-    """
+    """Run a test with the compiled kernels, and with torch's operators as without Numba."""
     if request.param == "tiles":
         monkeypatch.setattr("deepseek.kernels.numba.openmp.runtime", lambda: None)
         monkeypatch.setattr(tiles, "SPAN", 16)
@@ -427,7 +421,7 @@ def test_bfloat16_is_as_exact_as_bfloat16_can_be():
         kept = (part.dtype == torch.float64 for part in inputs)
         for one, keeps in zip(results[1:], kept, strict=True):
             assert one.dtype == (torch.float64 if keeps else torch.bfloat16)
-        # Half a unit of bf16's last place is 0.002; several roundings meet in a gradient.
+        # Half a unit of bf16's last place is 0.002; a gradient accumulates several roundings.
         assert max(relative_errors(results, outcome(case.slow, exact))) < 0.01
 
     check()

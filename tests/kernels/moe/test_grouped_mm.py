@@ -1,4 +1,4 @@
-"""Every way of computing the experts agrees with the loop over experts, forward and backward."""
+"""Every implementation of the experts agrees with a loop over experts, forward and backward."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 from deepseek.kernels.moe.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
 
 D, F = 24, 16
-# (tokens, experts, slots a token): none, one, fewer slots than experts, many tokens an expert, all
-# experts.
+# (tokens, experts, slots per token): no token, one token, few tokens per expert, many tokens per
+# expert, all experts at every token.
 SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
 
 
@@ -31,9 +31,7 @@ def problem(
     dtype: torch.dtype = torch.float32,
     widths: tuple[int, int] = (D, F),
 ) -> tuple[Tensor, ...]:
-    """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no
-    token.
-    """
+    """Return inputs of `mix_experts` with some unused slots and no token for the last expert."""
     D, F = widths
     torch.manual_seed(tokens + experts)
     x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
@@ -87,8 +85,8 @@ def test_bfloat16_gradients_are_those_of_the_reference(size):
     exact = outcome(mix_experts_reference, wide)
     rounded = outcome(mix_experts_reference, inputs)
     for fast, reference, slow in zip(outcome(mix_experts, inputs), rounded, exact, strict=True):
-        # How much a sum in bf16 is off depends on the processor; the fast way may not be off by
-        # more than torch's own.
+        # The error of a bf16 sum depends on the processor; the fast implementation's may not exceed
+        # that of torch's operators.
         error, allowed = (fast.double() - slow).abs(), (reference.double() - slow).abs()
         assert error.norm() <= 1.2 * allowed.norm() + 1e-3 * slow.norm()
         assert not error.numel() or error.max() <= 2 * allowed.max() + 1e-2 * slow.abs().max()

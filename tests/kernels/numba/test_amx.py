@@ -1,4 +1,4 @@
-"""Products of tiles equal those of NumPy, on each thread that has configured its tiles."""
+"""Products of AMX tiles equal NumPy's, on each thread that has configured its tiles."""
 
 import numpy as np
 import pytest

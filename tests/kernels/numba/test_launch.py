@@ -1,4 +1,4 @@
-"""Kernels in processes of their own: the one that compiles a kernel, and those that load it."""
+"""Kernels in several processes: the one that compiles a kernel, and those that load it."""
 
 import os
 import re
@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 
 def run(program: Path) -> str:
-    """What a program prints that keeps compiled code beside it."""
+    """Return the output of a program that caches compiled code beside it."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(program.parent / "cache")}
     command = [sys.executable, str(program)]
     return subprocess.run(
@@ -104,7 +104,7 @@ def test_functions_of_a_kernel_can_be_called_in_the_process_that_compiled_it(
 
 
 def test_a_change_in_any_kernel_file_compiles_kernels_anew(tmp_path: Path) -> None:
-    """Numba's own key has the file of a kernel alone, not those with the functions it calls."""
+    """Numba's own cache key covers only the kernel's file, not those of the functions it calls."""
 
     def kernel(data: Any) -> None:
         del data
@@ -134,9 +134,10 @@ def add_firsts(x: Any, out: Any) -> None:
 
 
 def test_counts_of_references_that_cancel_out_are_removed() -> None:
-    """Numba's optimiser knows the functions that count by their names, which a kernel must keep.
+    """Numba's optimiser recognises the reference-counting functions by name, so kernels must keep
+    these names.
 
-    Counts of an array that several threads slice cost the step a third of its speed.
+    Reference counts of an array that several threads slice cost the step a third of its speed.
     """
 
     def kernel(data: Any) -> None:
@@ -147,4 +148,4 @@ def test_counts_of_references_that_cancel_out_are_removed() -> None:
     function.compile()
     code = function._library.get_llvm_str()
     assert not re.search(r"NRT_\w+\.closed", code)
-    assert len(re.findall(r"call \w+ @NRT_incref", code)) <= 3  # 6 where none is removed
+    assert len(re.findall(r"call \w+ @NRT_incref", code)) <= 3  # 6 if none is removed

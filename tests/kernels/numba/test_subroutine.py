@@ -1,4 +1,4 @@
-"""A subroutine computes what a function compiled by `numba.njit` does, in kernels and from
+"""A subroutine computes the same as a function compiled by `numba.njit`, in kernels and from
 Python, for every type of its arguments.
 """
 

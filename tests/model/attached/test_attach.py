@@ -1,4 +1,4 @@
-"""Where experts attach, what is refused and why, and what loading a folder of any family gives."""
+"""Where experts attach, what is refused and why, and loading folders of any family."""
 
 import json
 from pathlib import Path
@@ -35,8 +35,8 @@ IDS = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(1))
 
 
 def renamed(name: str) -> PreTrainedModel:
-    """Return a Llama whose feed-forward modules have another name, as in some unknown family."""
-    torch.manual_seed(0)  # with other weights a gate of chance may fire nowhere
+    """Return a Llama whose feed-forward modules have another name, as in an unknown family."""
+    torch.manual_seed(0)  # with other weights a random gate may fire nowhere
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     for block in model.model.layers:
         setattr(block, name, block.mlp)
@@ -140,11 +140,11 @@ def test_activation_checkpointing_is_refused_while_experts_are_armed(reentrant: 
     plug_random(model)
     how = {"use_reentrant": reentrant}
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    embeds = model.get_input_embeddings()(IDS)  # reentrant checkpoints need an input that learns
+    embeds = model.get_input_embeddings()(IDS)  # reentrant checkpoints need an input with grad
     for run in (lambda: model(inputs_embeds=embeds), lambda: begin(model, IDS).finish()):
         with pytest.raises(ConfigError, match="activation_checkpointing_disable"):
             run()
-    assert not model.expert_hooks._current.passes  # the next pass begins anew
+    assert not model.expert_hooks._current.passes  # no state is left for the next pass
     with torch.no_grad():
         assert model(IDS).experts is not None
     model.eval()

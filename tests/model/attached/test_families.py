@@ -1,5 +1,5 @@
-"""Experts beside families that are not ours: the stock bits without them, and with them the same
-text with a cache, in beams, in padded batches and after a copy.
+"""Experts on stock models: bit-identical to stock without experts; with them, the same text with a
+cache, in beams, in padded batches and after a copy.
 """
 
 import copy
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from deepseek.model.attached.model import detach
 
 MIXED_LAYERS = {"nemotron_h": (1, 3)}
-"""Families in which not every layer has a feed-forward network."""
+"""Families in which not every layer has a feed-forward network -> layers that have one."""
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))

@@ -1,4 +1,4 @@
-"""A stock decoder that is stopped and resumed gives the uncut result, in every family."""
+"""A stock decoder that is stopped and resumed gives the uninterrupted result, in every family."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from deepseek.model.language_model import output_head
 from deepseek.model.passes import begin, resume
 
 CUTS = {"gemma4_text": {0}}
-"""Where a family can be cut whose upper layers need more of the lower ones than hidden states."""
+"""Layers at which families can be cut whose upper layers need more than the lower hidden states."""
 
 MIXES_DOCUMENTS = {
     "falcon_h1",
@@ -79,7 +79,7 @@ def test_a_pass_that_has_finished_stays_where_it_was(
 
 
 def test_gate_inputs_from_layer_to_layer(model: AttachedModel, ids: torch.Tensor) -> None:
-    """Read gate inputs on the way up as calibration does, and compare with hooks in one pass."""
+    """Read gate inputs layer by layer, as calibration does, and compare with hooks in one pass."""
     seen = {}
     handles = [
         model.get_submodule(site.path).register_forward_pre_hook(

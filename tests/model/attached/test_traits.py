@@ -1,4 +1,4 @@
-"""A text in chunks through the base alone, where the decoder has a cache to continue with."""
+"""Chunked passes of the base alone, for decoders with a cache that can be continued."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def stock(family: str) -> PreTrainedModel:
 
 
 def without_cache() -> PreTrainedModel:
-    """Return a model of a family whose decoder has no argument for a cache."""
+    """Return a model whose decoder has no cache argument."""
     config = OpenAIGPTConfig(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 def with_its_own_cache() -> PreTrainedModel:
-    """Return a model of a family whose decoder takes a cache of its own class only."""
+    """Return a model whose decoder takes only its own class of cache."""
     config = MiniMaxConfig(**SMALL, num_local_experts=2, block_size=8)
     return AutoModelForCausalLM.from_config(config).eval()
 

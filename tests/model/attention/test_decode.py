@@ -1,4 +1,4 @@
-"""Decoding with one kernel for many sequences is left to the reference where dtypes differ."""
+"""With mixed dtypes, decoding uses the reference instead of one kernel for many sequences."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def decoded(model: DeepSeekModel, prompt: bool, steps: bool) -> torch.Tensor:
 
     Args:
         model: the model.
-        prompt: whether prompts are read under autocast in bf16.
+        prompt: whether prompts are processed under autocast in bf16.
         steps: whether tokens are decoded under it.
     """
     runner = TorchRunner(model)

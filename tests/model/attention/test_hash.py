@@ -1,4 +1,4 @@
-"""A fitted hash: what codes depend on, its file, and its place in a model."""
+"""A fitted hash: what its codes depend on, its file, and its use in a model."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
     plugged = model.layers[1].attention.hash
     codes = plugged.key_codes
     plugged.key_codes = lambda key: (read.append(key), codes(key))[1]  # type: ignore[func-returns-value]
-    # The same token everywhere: only positions could tell the keys of layer 1 apart.
+    # The same token everywhere: the keys of layer 1 could differ only by position.
     ids = torch.full((1, 40), 5)
     model(ids)
     first, last = read[0][0, :, 0], read[0][0, :, -1]

@@ -51,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def small_model(kind: str, **changes: Any) -> DeepSeekModel:
-    """Return a model whose biases of scores, if it has any, are about a nat."""
+    """Return a model whose score biases, if it has any, are about one nat."""
     torch.manual_seed(0)
     model = DeepSeekModel(small_config(**KINDS[kind], **changes)).eval()
     for name, parameter in model.named_parameters():
@@ -127,7 +127,7 @@ def test_the_start_of_a_text_is_attended_exactly_whatever_follows() -> None:
     torch.testing.assert_close(out[:, :, :50], exact[:, :, :50], atol=1e-5, rtol=0)
     sparse = sparse_attention(query, key, value, exact_tokens=0, **options)
     torch.testing.assert_close(out[:, :, 50:], sparse[:, :, 50:], atol=1e-5, rtol=0)
-    # The same from the kernel, which torch's attention does not take over with masks or past keys.
+    # The same from the kernel, which is used instead of torch's with masks or past keys.
     documents = torch.zeros(2, 120, dtype=torch.long)
     packed = sparse_attention(query, key, value, exact_tokens=50, document_ids=documents, **options)
     torch.testing.assert_close(packed, out, atol=1e-5, rtol=0)
@@ -148,7 +148,7 @@ def test_without_causality_a_query_also_looks_ahead() -> None:
 
 def test_any_hash_may_name_the_buckets() -> None:
     class Parity:
-        """Two buckets, by position; a query looks into that of its own position."""
+        """Two buckets, by parity of the position; a query probes its own position's."""
 
         def key_codes(self, key_BGSK: Tensor) -> Tensor:
             return torch.arange(key_BGSK.shape[2]).remainder(2).expand(key_BGSK.shape[:3])
@@ -223,7 +223,7 @@ def test_cached_steps_equal_one_forward(
 @torch.no_grad()
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind != "rounds"]
-)  # blocks lie at fixed slots of a row
+)  # with several rounds, blocks start at fixed slots of a row
 def test_padding_and_packing_change_nothing(kind: str) -> None:
     model = small_model(kind)
     ids = torch.randint(0, 97, (1, 60))
@@ -353,12 +353,12 @@ def test_dynamic_positions_at_their_start_change_nothing(model: DeepSeekModel) -
     dynamic = DeepSeekModel(small_config(positional_encoding="dpe")).eval()
     dynamic.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(dynamic(ids).logits, model(ids).logits)
-    with torch.enable_grad():  # on the path that training takes
+    with torch.enable_grad():  # on the training path
         torch.testing.assert_close(dynamic(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_long_cache_is_decoded_under_autocast(model: DeepSeekModel) -> None:
-    """The scores are of the mixed precision's dtype, the query is not."""
+    """The scores have autocast's dtype, the query has not."""
     ids = torch.arange(1, 91)[None] % 97
     with torch.no_grad():
         cache = model(ids[:, :-1], use_cache=True).past_key_values

@@ -1,6 +1,4 @@
-"""A new kind of attention is one class and one row in a table, what it keeps of past tokens
-included.
-"""
+"""A new kind of attention, with its own cached state, takes one class and one row in a table."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +33,7 @@ BLOCK = 8
 
 @dataclass
 class LoudestKeys:
-    """The largest value of each place so far, one entry a token: `[B, G, S, K]`."""
+    """The running maximum of each key component, one entry per token: `[B, G, S, K]`."""
 
     loudest: Tensor | None = None
 
@@ -64,7 +62,7 @@ class LoudestKeys:
 
 
 class LoudAttention(FullAttention):
-    """Full attention, to which the loudest key so far is added."""
+    """Full attention plus the running maximum of the keys."""
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -105,7 +103,7 @@ def loud(monkeypatch: pytest.MonkeyPatch) -> Loaded:
 
 
 def whole(model: DeepSeekModel, prompt: tuple[int, ...], count: int) -> list[int]:
-    """Return the likeliest continuation, every token computed anew without a cache."""
+    """Return the greedy continuation, computed without a cache."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):
@@ -122,7 +120,7 @@ def test_the_engine_generates_and_finds_prefixes_again(loud: Loaded) -> None:
         again = engine.submit(request)
         assert [event.token_id for event in again] == first == whole(loud.model, PROMPT, 12)
         assert again.usage.cached_tokens == (len(PROMPT) - 1) // BLOCK * BLOCK
-        branch = engine.submit(other)  # begins with the same blocks and goes on otherwise
+        branch = engine.submit(other)  # starts with the same blocks and then differs
         assert [event.token_id for event in branch] == whole(loud.model, other.prompt_ids, 12)
         assert branch.usage.cached_tokens == 2 * BLOCK
 

@@ -1,4 +1,4 @@
-"""The tiny base and the packs beside it that these tests share with those of `packs`."""
+"""The tiny base and its packs, shared with the tests of `packs`."""
 
 from pack_fixtures import base, ids, make_module, make_pack, model, own_home
 

@@ -1,4 +1,6 @@
-"""LoRA adapters on a live model: PEFT's logits, bit-neutral where unarmed, several at once."""
+"""LoRA adapters on a live model: PEFT's logits, bit-identical to the base if unarmed, several at
+once.
+"""
 
 import copy
 import gc
@@ -71,7 +73,7 @@ def test_logits_are_those_of_peft(kind: str, llama: Path, tmp_path: Path) -> Non
 
 
 def plugged(llama: Path, folder: Path, *names: str, dtype: str = "float32") -> DeepSeekModel:
-    """Return the model with adapters of different values plugged, unarmed."""
+    """Return the model with different adapters plugged but not armed."""
     model = load(llama, dtype=dtype).model
     for seed, name in enumerate(names, 1):
         model.experts.plug(imported(llama, folder, name, seed=seed))
@@ -93,7 +95,7 @@ def test_several_adapters_add_up_in_any_plug_order(llama: Path, tmp_path: Path) 
 
 
 def test_weights_scale_what_an_adapter_adds(llama: Path, tmp_path: Path) -> None:
-    """PEFT with an alpha that is half as large is the adapter with weight 0.5."""
+    """PEFT with half the alpha equals the adapter with weight 0.5."""
     model = plugged(llama, tmp_path, "one")
     model.experts.arm("one")
     full = logits(model)
@@ -191,7 +193,7 @@ def test_an_adapter_that_comes_while_the_last_one_is_freed_has_its_hook() -> Non
     layer, table = nn.Linear(2, 2), HookTable()
     found: list[SiteHook] = []
 
-    def plug(_: object) -> None:  # as another thread does just before the finaliser runs
+    def plug(_: object) -> None:  # as another thread might, just before the finaliser runs
         found.append(table.hook("site", layer))
 
     old = table.hook("site", layer)

@@ -29,7 +29,7 @@ def logits_of(model, ids, **kwargs):
 
 
 def assert_only(model, ids, allowed):
-    """The logits are those of one of the whole states, however often they are asked for."""
+    """The logits are always those of one of the complete states, never of a mixture."""
     for _ in range(30):
         seen = logits_of(model, ids)
         assert any(torch.equal(seen, one) for one in allowed)
@@ -174,7 +174,7 @@ def test_a_sequence_in_flight_keeps_its_experts(model, make_pack, ids):
 
 
 def test_a_reset_cache_arms_anew(model, make_pack, ids):
-    """Its new sequence has the experts of its own start, and no gates' sums of the old one."""
+    """Its new sequence has the experts armed at its start, and no gate sums of the old one."""
     cache = KVCache()
     model.experts.plug(make_pack("a", bias=0.5))
     logits_of(model, ids[:, :20], cache=cache)
@@ -342,7 +342,7 @@ def test_arming_chooses_and_explains(model, make_pack, ids):
         "german": False,
     }
     assert model(ids).experts.names == ("python",)
-    # Whose gates are solved once.
+    # The gates of a set are computed once.
     assert model.experts.choose("python").roster is model.experts.armed().roster
     only_python = logits_of(model, ids)
     model.experts.plug(make_pack("later", seed=9, bias=0.5))
@@ -412,7 +412,7 @@ def test_forced_module_is_on_everywhere_and_learns(model, make_pack, ids):
     base = logits_of(model, ids)
     with model.experts.forced(module):
         output = model(ids, labels=ids)
-        assert torch.equal(output.logits, base)  # a new module adds zero
+        assert torch.equal(output.logits, base)  # a new module's output is zero
         assert output.experts.attribution().eq(1).all()
         output.loss.backward()
     for layer in (1, 3):
@@ -545,7 +545,7 @@ def test_pack_round_trip_keeps_module_and_gates(make_module, base):
 
 
 def measured(pack, after):
-    """Return the pack with a held-out loss of 2.0 before and `after` after it."""
+    """Return the pack with a held-out loss of 2.0 before training and `after` after it."""
     manifest = pack.manifest.model_copy(
         update={"metrics": {"held-out": Metric(before=2.0, after=after)}}
     )

@@ -1,4 +1,4 @@
-"""Scores, their running mean, and who speaks when several fire."""
+"""Gate scores, their running mean, and arbitration when several gates fire."""
 
 import math
 
@@ -23,7 +23,7 @@ seeds = st.integers(0, 10_000)
 
 
 def mean_by_hand(scores_TRM, decay_M, real_T, documents_T):
-    """Recursion over one row, in double precision."""
+    """Compute the running mean of one row recursively, in double precision."""
     total, count, means = 0.0, 0.0, []
     for t in range(len(scores_TRM)):
         if t and documents_T[t] != documents_T[t - 1]:
@@ -99,7 +99,7 @@ def test_arbitration_properties(seed, modules, most):
 
 
 def weights_by_hand(detect, contrast, most):
-    """The formula of `arbitrate` for one token, with plain numbers."""
+    """Compute the formula of `arbitrate` for one token, with plain numbers."""
     strength = {m: 1 / (1 + math.exp(-SHARPNESS * z)) for m, z in enumerate(detect) if z > 0}
     claims = {m: a * math.exp(contrast[m]) for m, a in strength.items()}
     kept = sorted(claims, key=lambda m: claims[m], reverse=True)[:most]
@@ -140,7 +140,7 @@ def test_contrast_decides_between_neighbours():
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, modules=st.integers(1, 6), width=st.sampled_from([5, 60]))
 def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width):
-    """For fewer factors than the model is wide, and for more."""
+    """With fewer factors than the model's width, and with more."""
     random = torch.Generator().manual_seed(seed)
     moments = torch.randn(modules, MOMENTS, width, generator=random)
     moments[:, 1] = moments[:, 1].abs()
@@ -149,7 +149,7 @@ def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width
     within += RIDGE * within.diagonal().mean() * torch.eye(width)
     x = torch.randn(width, generator=random).double()
     score = rows[:, :-1].double() @ x + rows[:, -1]
-    # log-density of each Gaussian, up to what is common to all
+    # log-density of each Gaussian, up to a term common to all
     density = torch.stack(
         [-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()]
     )
@@ -157,7 +157,7 @@ def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width
 
 
 def spoken(gates, words_BTM, admitted_BM=None):
-    """Weights at two tokens of unit score 1 for each module of a bank without contrasts."""
+    """Return the weights of the modules of a bank without contrasts at the last of three tokens."""
     bank = GateBank.stack(
         gates, [torch.zeros(MOMENTS, 4)] * len(gates), [16.0] * len(gates), 5, torch.device("cpu")
     )
@@ -209,7 +209,7 @@ def test_contrasts_follow_the_set_and_not_its_order():
     torch.testing.assert_close(
         contrasts(moments[order]), contrasts(moments)[order], atol=1e-4, rtol=1e-4
     )
-    assert contrasts(moments[:1]).abs().max() == 0  # nobody to be told from
+    assert contrasts(moments[:1]).abs().max() == 0  # there is no other module
     for width in (7, 60):
         assert contrasts(torch.full((2, MOMENTS, width), 3e38)).isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Relevance: evidence adds up causally, in pieces as at once, and decides who may contribute."""
+"""Relevance: evidence accumulates causally, in chunks as in one pass, and decides admission."""
 
 import copy
 from dataclasses import replace
@@ -135,7 +135,7 @@ def test_tokens_beyond_a_table_are_no_evidence(
 
 
 def test_mixed_precision_changes_no_evidence() -> None:
-    """Trainings score whole models under autocast, with tables that come from packs in fp16."""
+    """Training scores whole models under autocast, with fp16 tables from packs."""
     modules = [module_with(50, 0, pairs=True), module_with(50, 1), ExpertModule("m2", [0], 8, 4)]
     for module in modules:
         found = module.relevance
@@ -173,7 +173,7 @@ def test_more_candidates_need_more_evidence() -> None:
 
 
 def test_pairs_have_a_veto_in_a_conversation() -> None:
-    """A long text of somebody else's, in the words of the domain."""
+    """For example against a long text by someone else in the words of the domain."""
     module = module_with(50)
     against_S = torch.full((PAIR_SLOTS,), -1.0)
     asked = torch.arange(PASSAGE)[None] % 50
@@ -182,7 +182,7 @@ def test_pairs_have_a_veto_in_a_conversation() -> None:
         bank = RelevanceBank.stack([module], torch.device("cpu"))
         assert bank is not None
         assert bool(bank.above_threshold(asked) > 0) == admits
-        assert bool(bank.above_threshold(asked[:, :10]) > 0)  # too short to tell
+        assert bool(bank.above_threshold(asked[:, :10]) > 0)  # too short for a veto
 
 
 def test_modules_without_a_table_are_always_admitted() -> None:

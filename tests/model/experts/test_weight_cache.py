@@ -1,4 +1,4 @@
-"""The budget of expert weights: what is reserved has its place, and nothing exceeds the budget."""
+"""The budget of expert weights: reserved weights always fit, and the budget is never exceeded."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The bias evens out the load, the temperature holds the mean number of experts, and neither counts
+"""The bias balances the load, the temperature holds the mean number of experts, and neither counts
 a token twice.
 """
 
@@ -35,7 +35,7 @@ def test_the_bias_moves_in_proportion_and_at_most_by_the_rate():
     router = TopKRouter(4, 2, top_k=1, balance_rate=0.5)
     router.balance.counts.copy_(torch.tensor([12, 2, 1, 1, 16]))
     router.balance.update()
-    # The first is three times too busy and moves as if by one.
+    # The first has three times the mean load; its step is limited to the rate.
     steps = torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5
     assert torch.allclose(router.balance.bias, steps - steps.mean())
 
@@ -47,7 +47,7 @@ def test_load_evens_out(make):
     torch.manual_seed(0)
     router = make()
     router.weight.data = torch.randn(16, 8) * 0.3
-    # A common direction in all tokens, which makes some experts everybody's favourites.
+    # A common direction in all tokens, so that all prefer the same experts.
     offset = torch.randn(8)
 
     def share():
@@ -122,7 +122,7 @@ def test_update_without_a_pass_changes_nothing():
 
 
 def used_router() -> DynamicRouter:
-    """Return a router whose steering state has more bits than bf16 holds."""
+    """Return a router whose balancing state needs more bits than bf16 has."""
     torch.manual_seed(0)
     router = DynamicRouter(8, 4, target_experts=2.0)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The layer as a whole: what it computes, counts, shares and compiles to."""
+"""The layer as a whole: output, statistics, sharing and compilation."""
 
 from dataclasses import dataclass, field
 
@@ -120,8 +120,8 @@ def test_inductor_agrees_forward_and_backward():
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_no_expert_is_dead_after_a_small_training(seed):
-    """300 steps on a task with 4 regimes, as the library trains and with few candidates, so that
-    balance acts.
+    """300 steps on a task with 4 regimes, trained as in the library, with few candidates so that
+    balancing matters.
     """
     torch.manual_seed(seed)
     layer = MoELayer(config(num_experts=16, target_experts=3.0, candidate_experts=5), 0)

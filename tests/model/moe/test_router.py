@@ -1,4 +1,4 @@
-"""Routing rules against oracles: ten lines of Python for the threshold rule, transformers' own
+"""Routing rules against references: ten lines of Python for the threshold rule, transformers'
 routers for top-k.
 """
 
@@ -27,7 +27,7 @@ LOGITS = st.lists(st.integers(-40, 40), min_size=4, max_size=12, unique=True).ma
 def oracle(
     z: list[float], b: list[float], threshold: float, low: int, high: int, temperature: float
 ) -> dict[int, float]:
-    """The design's rule, read out literally: weights of the experts kept for one token."""
+    """The rule written out literally: weights of the experts kept for one token."""
     chosen = sorted(range(len(z)), key=lambda i: -(1 / (1 + math.exp(-z[i])) + b[i]))[:8]
     chosen.sort(key=lambda i: -z[i])
     total = sum(math.exp(z[i] / temperature) for i in chosen)
@@ -50,7 +50,7 @@ def oracle(
     st.randoms(),
 )
 def test_dynamic_rule_matches_the_oracle(z, threshold, temperature, low, more, random):
-    # Off the round numbers at which fp32 and fp64 sums may fall on different sides.
+    # Avoid round numbers, at which fp32 and fp64 sums may fall on different sides.
     threshold += 1e-7 * math.pi
     high = min(low + more, len(z))
     router = DynamicRouter(

@@ -1,5 +1,5 @@
-"""An upcycled layer computes what its dense network did, and everything in it can learn from the
-first step on.
+"""An upcycled layer computes what its dense network did, and all its parameters have gradients from
+the first step on.
 """
 
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ CASES = {
 
 
 def upcycled(pool=None, **changes):
-    """An upcycled layer, and the dense network it came from."""
+    """Return an upcycled layer and the dense network that it came from."""
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=64, num_attention_heads=2, shared_expert_dim=192, **changes)
     layer = MoELayer(config, 0, pool)
@@ -62,7 +62,7 @@ def test_output_is_unchanged_and_the_router_gets_a_gradient(case):
     (y * torch.randn_like(y)).sum().backward()
     experts = layer.pool
     assert layer.router.weight.grad.any() and experts.gate_up_proj.grad.any()
-    # The experts' voice grows at full speed, which a router gradient of usual size follows at the
+    # The experts' output grows at full speed, so the router has a gradient of normal size at the
     # next step.
     assert experts.down_proj.grad.abs().max() > 1e-2 * dense(x).std()
 

@@ -39,7 +39,7 @@ def small_config(**changes: Any) -> ModelConfig:
 
 
 def small_model(kind: str, **changes: Any) -> DeepSeekModel:
-    """Return a model of one encoding, its dynamic parameters, if it has any, far from zero."""
+    """Return a model with one encoding; dynamic parameters, if any, are far from zero."""
     torch.manual_seed(0)
     model = DeepSeekModel(small_config(positional_encoding=kind, **changes)).eval()
     with torch.no_grad():
@@ -138,8 +138,8 @@ def test_a_cache_of_packed_documents_is_not_continued() -> None:
     refused(copy.deepcopy(packed), 25, position_ids=torch.arange(15, 20)[None])
     cache = KVCache()
     model(ids[:, :10], position_ids=place[:, :10], cache=cache)
-    refused(cache, 10, position_ids=torch.arange(20)[None])  # a document begins with the new tokens
-    refused(cache, 20, position_ids=(torch.arange(10, 20) % 15)[None])  # or among them
+    refused(cache, 10, position_ids=torch.arange(20)[None])  # a new document at the first new token
+    refused(cache, 20, position_ids=(torch.arange(10, 20) % 15)[None])  # or among the new tokens
     whole = model(ids).logits
     again = model(ids[:, 10:], position_ids=torch.arange(10, 30)[None], cache=cache).logits
     torch.testing.assert_close(again, whole[:, 10:], atol=1e-5, rtol=0)
@@ -153,7 +153,7 @@ def test_a_cache_of_packed_documents_is_not_continued() -> None:
 @pytest.mark.parametrize("filler", [0, 1])
 @torch.no_grad()
 def test_a_padded_row_is_read_in_pieces_with_positions(filler: int) -> None:
-    """As generation of `transformers` reads it, chunk by chunk."""
+    """Chunk by chunk, as generation in `transformers` does."""
     model, ids = small_model("rope"), ids_of(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :13] = 0
@@ -213,7 +213,7 @@ def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) ->
     model = DeepSeekModel.from_pretrained(tmp_path, config=choice, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, rope(ids).logits)
-    # The path of training.
+    # The training path.
     torch.testing.assert_close(model(ids).logits, rope(ids).logits, atol=1e-5, rtol=0)
     model(ids, labels=ids).loss.backward()
     for block in model.layers:
@@ -226,7 +226,7 @@ def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) ->
 
 @pytest.mark.parametrize("reserved", [False, True])
 def test_a_cache_without_gradients_is_continued_with_them(reserved: bool) -> None:
-    """A zero bias is not computed without gradients, and with them it is."""
+    """A zero bias is computed only if gradients are needed."""
     torch.manual_seed(0)
     model = DeepSeekModel(small_config(positional_encoding="dpe")).eval()
     ids, cache = ids_of(2, 20), KVCache()
@@ -353,7 +353,7 @@ def test_additive_form() -> None:
     x, pos_ids = torch.randn(2, 40, 16), torch.arange(40).expand(2, 40)
     out = dpe(x, pos_ids)
     assert out.shape == x.shape
-    # Sinusoids go on beyond max_len.
+    # Sinusoids continue beyond max_len.
     assert not torch.equal(out[:, 38] - x[:, 38], out[:, 39] - x[:, 39])
     out.square().sum().backward()
     assert all(parameter.grad.any() for parameter in dpe.parameters())

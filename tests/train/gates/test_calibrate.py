@@ -1,5 +1,5 @@
-"""Gates in closed form: the algebra, what the thresholds promise, and that no other module is
-looked at.
+"""Gates in closed form: the algebra, what the thresholds guarantee, and independence of other
+modules.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def moments_of(x_ND: Tensor) -> Moments:
 
 
 def rows(low: int, high: int, seed: int, count: int = 12, length: int = 64) -> Iterator[Batch]:
-    """Yield batches of two packed documents a row, of token ids in [low, high)."""
+    """Yield batches of rows with two packed documents each, with token ids in [low, high)."""
     generator = torch.Generator().manual_seed(seed)
     positions = torch.cat([torch.arange(length // 2)] * 2).expand(2, length)
     for index in range(count):
@@ -101,8 +101,8 @@ def test_factors_and_what_they_leave_make_up_the_covariance() -> None:
     found = left.diag() + torch.stack(factors).T @ torch.stack(factors)
     assert torch.allclose(mean, mixed.double().mean(0), atol=1e-5)
     assert torch.allclose(found.diagonal(), covariance.diagonal(), rtol=1e-4)
-    assert (found - covariance).norm() < 0.3 * covariance.norm()  # 8 of 16 directions, the largest
-    narrow = moments_of(cloud(0, 1.0, width=6))  # fewer directions than factors: all of it
+    assert (found - covariance).norm() < 0.3 * covariance.norm()  # the largest 8 of 16 directions
+    narrow = moments_of(cloud(0, 1.0, width=6))  # fewer directions than factors: exact
     rows = torch.stack(list(factored(narrow)[2:]))
     whole = narrow.mean_second[:-1, :-1] - torch.outer(narrow.mean[:-1], narrow.mean[:-1])
     assert torch.allclose(rows.T @ rows, whole, atol=1e-6)
@@ -125,7 +125,7 @@ def test_threshold_and_scale_are_what_they_say(alpha: float) -> None:
 def test_false_positives_are_measured_on_rows_that_set_no_threshold() -> None:
     scores_RS = torch.rand(10, 100, generator=torch.Generator().manual_seed(0))
     scores_RS[0::2] += (
-        5  # one half lies wholly above the other: no threshold of the low half holds for it
+        5  # one half lies entirely above the other, so thresholds of the low half fail on it
     )
     assert crossed(scores_RS, 0.01) == pytest.approx(0.5)
 
@@ -198,8 +198,8 @@ def test_calibration_does_not_see_other_modules(
 
 
 def speaks(model: DeepSeekModel, batches: Iterator[Batch]) -> float:
-    """Return the share of tokens, but the first of each document, at which the plugged module `own`
-    has a weight.
+    """Return the share of tokens, without the first of each document, at which the plugged module
+    `own` has a weight.
     """
     shares = []
     for batch in batches:
@@ -260,7 +260,7 @@ def test_the_model_writes_the_same_public_text_whatever_is_armed(
 def test_public_statistics_are_kept_and_mended(
     model: DeepSeekModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tests' own home is shared by those that run at the same time.
+    # The tests' home is shared by tests that run concurrently.
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
     tokenizer = load_tokenizer(tiny_base)
     rows = torch.randint(0, 300, (16, ROW_LENGTH), generator=torch.Generator().manual_seed(0))

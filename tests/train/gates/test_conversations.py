@@ -1,4 +1,4 @@
-"""Everyday conversations as background: every language counts, and each message is read alone."""
+"""Everyday conversations as public text: every language counts, and each message is read alone."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_context_no_longer_than_a_row_gives_no_rows() -> None:
 
 
 def test_a_kind_of_public_text_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian's own Python has no descriptions of packages."""
+    """For example, Debian's own Python has no package descriptions."""
     monkeypatch.setattr(background, "descriptions", lambda: iter(()))
     monkeypatch.setattr(background, "installed_packages", list)
     _, tokenizer = tiny_model()

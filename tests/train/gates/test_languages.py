@@ -1,4 +1,4 @@
-"""The commonest words of languages as token counts: within a text, in both cases, no digits."""
+"""The most common words of languages as token counts: inside a text, in both cases, no digits."""
 
 from collections import Counter
 

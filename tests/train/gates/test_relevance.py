@@ -1,6 +1,4 @@
-"""The table of words of a domain: it tells it from every kind of public text, and each kind
-counts.
-"""
+"""A domain's relevance table distinguishes it from public text, and each kind of that counts."""
 
 from dataclasses import replace
 
@@ -28,7 +26,7 @@ def words(low: int, high: int, count: int, seed: int) -> torch.Tensor:
 
 
 def phrases(low: int, high: int, count: int, seed: int, step: int = 1) -> torch.Tensor:
-    """Return words of which four at a time follow one another, `step` apart."""
+    """Return runs of four words whose ids are `step` apart."""
     starts = words(low, high - 3 * step, count // 4, seed)
     return (starts[:, None] + step * torch.arange(4)).flatten()
 
@@ -40,7 +38,7 @@ def counts(low: int, high: int, each: float) -> torch.Tensor:
 
 
 def public(chats: tuple[torch.Tensor, ...] = ()) -> Background:
-    """Two kinds of public text: words 0 to 99 and, far rarer, 100 to 199."""
+    """Return two kinds of public text: words 0 to 99 and, much rarer, 100 to 199."""
     kinds = torch.stack([counts(0, 100, 1000), counts(100, 200, 10)])
     texts = [phrases(0, 100, 50_000, 7, 2), phrases(100, 200, 50_000, 8, 2)]
     passages = [phrases(low, low + 100, 40 * PASSAGE, 9, 2) for low in (0, 100)]
@@ -53,7 +51,7 @@ def public(chats: tuple[torch.Tensor, ...] = ()) -> Background:
 
 
 def fitted(*further: torch.Tensor) -> RelevanceFit:
-    """A domain of words 100 to 299 beside the two kinds."""
+    """Fit a domain of words 100 to 299 against the two kinds."""
     chats = tuple(words(0, 100, 20, 900 + seed) for seed in range(50))
     background = public(chats)
     own, held_out = phrases(100, 300, 6000, 1), phrases(100, 300, 2000, 2)
@@ -87,7 +85,7 @@ def test_a_further_kind_of_own_text_only_adds_evidence() -> None:
 
 
 def test_pairs_tell_apart_texts_of_the_same_words() -> None:
-    """Two code bases may share every token of a language, and put them together differently."""
+    """Two code bases may share every token of a language and combine them differently."""
 
     def text(step: int, seed: int) -> torch.Tensor:
         starts = words(100, 200, 400, seed)
@@ -97,7 +95,7 @@ def test_pairs_tell_apart_texts_of_the_same_words() -> None:
     own, other = text(1, 3)[:PASSAGE], text(2, 3)[:PASSAGE]
     assert relevance.keeps(own)
     assert relevance.of_pairs(own) > 0 > relevance.of_pairs(other)
-    # Their tokens hardly differ.
+    # The evidence of single tokens is small.
     assert relevance.of_pairs(own) > 10 * abs(text_evidence(relevance, own))
 
 
@@ -105,7 +103,7 @@ def test_documents_of_public_text_are_ruled_out_and_own_ones_are_not() -> None:
     found = fitted().relevance
     for low, high in ((0, 100), (100, 200)):
         public_text = phrases(low, high, 40 * PASSAGE, 11, 2).view(40, PASSAGE)
-        # Beyond 1.5 standard deviations are 7 % of a normal distribution.
+        # 7 % of a normal distribution lie beyond 1.5 standard deviations.
         assert sum(found.keeps(ids_N) for ids_N in public_text) <= 6
         stricter = replace(found, offset=found.offset - price_of(8))
         assert sum(stricter.keeps(ids_N) for ids_N in public_text) == 0
@@ -118,7 +116,7 @@ def test_documents_of_public_text_are_ruled_out_and_own_ones_are_not() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60))
 def test_evidence_is_at_most_the_likelihood_ratio_against_each_kind(ids: list[int]) -> None:
-    """The bound that the table stands for, where nothing is cut off."""
+    """The bound that the table guarantees if nothing is clipped."""
     kinds = public().counts_GV
     own = words(100, 300, 6000, 1)
     relevance = fit_relevance([own], own, public()).relevance

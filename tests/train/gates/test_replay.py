@@ -1,4 +1,4 @@
-"""Public text beside an expert's own: which rows, when, and what it is there for."""
+"""Replay of public text while an expert is trained: which rows, when, and to what effect."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""Fitting a hash: it beats a random one where there is something to retrieve, resumes, and agrees
-with the kernel.
-"""
+"""Fitting a hash: it beats a random one on a retrieval task, resumes, and matches the kernel."""
 
 from pathlib import Path
 from typing import Any
@@ -34,9 +32,7 @@ SMALL = HashSettings(
 
 
 def retrieval(seed: int, length: int = 384, topics: int = 24) -> HeadInputs:
-    """Return heads whose queries look for the keys of one topic, in another direction than the keys
-    point.
-    """
+    """Return heads whose queries attend to the keys of one topic; all keys also share an offset."""
     fixed = torch.Generator().manual_seed(0)
     topic_CK = torch.nn.functional.normalize(torch.randn(topics, WIDTH, generator=fixed), dim=-1)
     wanted_HC = torch.stack([torch.randperm(topics, generator=fixed) for _ in range(HEADS)])
@@ -46,8 +42,8 @@ def retrieval(seed: int, length: int = 384, topics: int = 24) -> HeadInputs:
         8.0
         * topic_CK[wanted_HC.gather(1, torch.randint(topics, (HEADS, length), generator=generator))]
     )
-    # A direction that all keys share and queries do not look at, as real keys have; it misleads a
-    # random hash.
+    # A direction that all keys share and queries ignore, as in real models; it misleads a random
+    # hash.
     key = key + 6.0 * torch.randn(GROUPS, 1, WIDTH, generator=fixed)
     value = torch.randn(GROUPS, length, WIDTH, generator=generator)
     noise = [torch.randn(part.shape, generator=generator) * 0.3 for part in (query, key)]

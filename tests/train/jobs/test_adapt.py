@@ -1,5 +1,5 @@
-"""Adaptation: each mode lowers the held-out loss, trains what it says, and leaves a folder that
-others can read.
+"""Adaptation: each mode lowers the held-out loss, trains only its parameters, and writes a folder
+that other libraries can read.
 """
 
 import copy
@@ -29,7 +29,7 @@ from deepseek.train.jobs.plan import TrainingPlan
 
 @pytest.fixture(scope="session")
 def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base as another library wrote it: a Llama with the tiny tokenizer."""
+    """A base as written by another library: a Llama with the tiny tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -144,7 +144,7 @@ def test_last_n_leaves_everything_below_as_it_was(
 def test_last_n_computes_what_the_whole_model_does(
     llama: Path, text_folder: Path, tmp_path: Path
 ) -> None:
-    """Before the first step, the loss on cached streams is that of the base."""
+    """Before the first step, the loss on cached hidden states is that of the base."""
     losses = [
         adapted(llama, text_folder, tmp_path / mode, mode=mode, epochs=1)[1]["figures"][
             "held_out_loss_before"
@@ -156,7 +156,7 @@ def test_last_n_computes_what_the_whole_model_does(
 
 @pytest.fixture(scope="session")
 def mixture(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of four layers, of which two each share their experts."""
+    """A mixture of four layers, in which pairs of layers share experts."""
     folder = tmp_path_factory.mktemp("mixture")
     dense, tokenizer = deepseek.load(tiny_base, dtype="float32")
     config = copy.deepcopy(dense.config)
@@ -176,7 +176,7 @@ def test_a_mixture_is_adapted_with_its_pools_and_its_balance(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     pools = {name for name in before if name.startswith("expert_pools.")}
     if mode == "last-n":
-        # Those that the layers below share stay as they are.
+        # Pools shared by layers below do not change.
         own = "expert_pools.1." if last == 2 else "none"
         assert changed & pools == {name for name in pools if name.startswith(own)}
         assert not any(name.startswith(("layers.0.", "layers.1.")) for name in changed)
@@ -263,7 +263,7 @@ def test_experts_beside_an_adapted_model_also_replay_what_it_was_adapted_to(
     ] == [0, 80, 160]
     assert "alpha" in tokenizer.decode(own[0])
     assert torch.equal(public_text.training_rows(model, tokenizer)[2:], torch.stack(own[80:]))
-    # What the first one was adapted to.
+    # The rows of the first adaptation.
     assert torch.equal(torch.stack(own[80:160]), torch.stack(own[:80]))
 
 
@@ -297,7 +297,7 @@ def test_by_default_rows_are_no_longer_than_the_context(
 
 
 def test_the_default_of_a_begun_run_stays(llama: Path, tmp_path: Path) -> None:
-    """Earlier versions took 512 tokens whatever the context."""
+    """Earlier versions used 512 tokens for every context."""
     places = {"from_folder": tmp_path, "run_folder": tmp_path}
     asked = AdaptArguments(base=str(llama), name="x", **places)
     lengths = []

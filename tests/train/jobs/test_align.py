@@ -84,7 +84,7 @@ def test_a_separable_preference_is_learnt_and_stated_with_the_right_certainty() 
 
 
 def test_the_penalty_is_chosen_on_prompts_that_were_not_fitted_to() -> None:
-    """Few noisy pairs of many features: the smallest penalty would learn them by heart."""
+    """With few noisy pairs of many features, the smallest penalty would overfit."""
     draw = torch.Generator().manual_seed(0)
     direction = torch.randn(64, generator=draw)
     chosen, rejected = torch.randn(2, 1100, 64, generator=draw)

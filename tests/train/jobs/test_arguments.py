@@ -1,5 +1,5 @@
-"""Every argument of every job reaches it from Python, command line and recipe; the cases are the
-declarations' own.
+"""Every argument of every job reaches it from Python, command line and recipe; the cases come from
+the declarations.
 """
 
 import inspect
@@ -44,7 +44,7 @@ MODEL_BY_POSITION = {"adapt", "align"}
 """Commands whose model has no option name."""
 
 CALLED = [job for job in JOBS if job.function]
-"""Jobs that are functions and commands, not stages of a recipe alone."""
+"""Jobs that are functions and commands, not only stages of a recipe."""
 
 TO_BEGIN: dict[str | None, dict[str, Any]] = {
     None: {"run_folder": "/x", "functions": "/code"},
@@ -59,10 +59,10 @@ TO_BEGIN: dict[str | None, dict[str, Any]] = {
     },
     "distill_hash": {},
 }
-"""What each job is given beside the argument in question."""
+"""Other arguments that each job gets besides the tested one."""
 
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {("adapt", "rank"): {"mode": "lora"}}
-"""What some arguments go with, by job and argument."""
+"""Arguments that a tested argument requires, by job and argument."""
 
 Record = list[str]
 
@@ -73,7 +73,7 @@ def the_job(function: str) -> PublicJob:
 
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
-    """Receives what jobs are about to do, instead of their doing it."""
+    """Record what jobs would do, instead of doing it."""
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
     seen: Record = []
 
@@ -190,8 +190,8 @@ def another_value(argument: Argument) -> Any:
 
 
 def cases() -> list[Any]:
-    """Return a job and one of its arguments each, but for `config`, which is not an argument but a
-    place of others, and `update`, which goes without most others (see `test_update.py`).
+    """Return pairs of a job and one of its arguments, except `config`, which only holds others, and
+    `update`, which excludes most others (see `test_update.py`).
     """
     pairs = [(job, argument) for job in JOBS for argument in arguments_of(job.arguments).values()]
     return [
@@ -234,7 +234,7 @@ def test_an_argument_of_adapt_reaches_the_expert_of_mode_expert(name: str, recor
 
 
 def test_mode_expert_keeps_learning_rate_and_batch_rows(record: Record) -> None:
-    """Both were dropped in silence once."""
+    """Regression: both were silently dropped."""
     options = (
         "--mode",
         "expert",
@@ -412,7 +412,7 @@ TEXT_KEYS = "base source tokens epochs row_length batch_rows learning_rate held_
 def test_the_stored_request_has_the_keys_that_runs_were_started_with(
     function: str, module: ModuleType, keys: str, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that an older version started goes on only if its `request.json` says the same."""
+    """A run started by an older version resumes only if its `request.json` is the same."""
     stored: dict[str, Any] = {}
     monkeypatch.setattr(module, "run_once", lambda _, request, run: stored.update(run.stored))
     by_python(the_job(function), TO_BEGIN[function])

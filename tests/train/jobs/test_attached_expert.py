@@ -1,4 +1,4 @@
-"""Experts beside stock models: trained, cached, packed and plugged through the same jobs."""
+"""Experts on stock models: trained, cached, packed and plugged by the same jobs."""
 
 from pathlib import Path
 

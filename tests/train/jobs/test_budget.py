@@ -1,4 +1,4 @@
-"""Plans use the time that the text is worth and no more."""
+"""Training plans use as much time as the text is worth, and no more."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from deepseek.train.jobs.plan import (
 )
 from deepseek.train.jobs.text_run import evaluation_interval
 
-# Seconds a row of 512 tokens: from a fast card to a busy laptop.
+# Seconds per row of 512 tokens: from a fast GPU to a busy laptop.
 SPEEDS = st.builds(
     lambda trunk, step, evaluate: Speed(trunk, step, evaluate * step),
     trunk=st.floats(0, 2),

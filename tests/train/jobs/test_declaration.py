@@ -1,4 +1,4 @@
-"""Arguments: whatever is given, it is taken or refused in one sentence that names the argument."""
+"""Any value of an argument is accepted, or refused in one sentence that names the argument."""
 
 import math
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_messages_name_the_meaning(
 
 
 def test_declared_widths_are_those_of_packs() -> None:
-    """What a declaration takes, a manifest takes as well."""
+    """Widths that the declaration accepts are valid in a manifest too."""
     from deepseek.train.jobs.limits import MAX_WIDTH
 
     (limit,) = [

@@ -1,5 +1,5 @@
-"""One call from text to pack: learns, keeps the base, resumes to the same bytes, says what is
-wrong.
+"""One call from text to pack: it learns, does not change the base, resumes to the same bytes, and
+reports errors.
 """
 
 import os
@@ -191,7 +191,7 @@ def test_a_finished_run_is_not_done_again(
 
 @pytest.fixture
 def no_public_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a new base it takes long to make."""
+    """It takes long to create for a new base."""
     monkeypatch.setattr(Replay, "beside", lambda *_: pytest.fail("public text was asked for"))
 
 
@@ -300,8 +300,8 @@ def test_another_setting_in_the_same_run_folder_is_refused(
 
 
 def start(base: Path, text: Path, home: Path) -> subprocess.Popen[str]:
-    """Begin `deepseek expert train --name words` in a process with this home, long enough for
-    another process to come.
+    """Start `deepseek expert train --name words` in a process with this home, long enough for
+    another process to compete.
     """
     longer = {**DIALS, "epochs": 40, "learning_rate": 1e-3}
     dials = {name: value for name, value in longer.items() if name != "quiet"}

@@ -1,4 +1,4 @@
-"""What retrieval cites after an update: the files that the source holds, under their names."""
+"""After an update, retrieval cites the files that the source has now, under their current names."""
 
 import random
 from collections.abc import Iterable
@@ -103,5 +103,5 @@ def test_files_that_are_gone_are_not_cited_and_renamed_ones_have_their_new_names
     assert documents[f"source/{changed}"] == text_of("changed").strip()
     texts = {*documents.values()}
     assert text_of(renamed_prose).strip() in texts
-    # Records and prose are stored without names, so that both stay where there are records.
+    # Records and prose are stored without names, so with records in the source, both stay.
     assert (text_of(deleted_prose).strip() in texts) == (learnt.source.jsonl is not None)

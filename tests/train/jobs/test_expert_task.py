@@ -43,7 +43,7 @@ def test_the_pace_of_a_layer_is_in_proportion_to_what_its_network_adds() -> None
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_has_paces_and_its_parameters_take_them(family: str) -> None:
-    """Dense networks and mixtures, whatever their module returns."""
+    """For dense networks and mixtures, whatever their modules return."""
     model = attached(tiny_family(family)).requires_grad_(False)
     layers = expert_layers(model)[-2:]
     found = paces(model, layers)

@@ -1,6 +1,4 @@
-"""Experts trained side by side are those that are trained alone, and one that fails stops no
-other.
-"""
+"""Experts trained in parallel equal those trained alone, and a failure does not stop the others."""
 
 import json
 import sys
@@ -29,25 +27,25 @@ DIALS: dict[str, Any] = {
 
 
 class RayError(Exception):
-    """Base of what Ray raises."""
+    """Base class of Ray's errors."""
 
 
 class RayTaskError(RayError):
-    """What Ray raises when the function of a task has raised `cause`."""
+    """Ray's error when the function of a task has raised `cause`."""
 
     def __init__(self, cause: Exception) -> None:
         self.cause = cause
 
 
 class WorkerCrashedError(RayError):
-    """What Ray raises when the process of a task was killed."""
+    """Ray's error when the process of a task was killed."""
 
 
 class FakeRay:
     """Ray as far as `train_all` needs it; a task runs when its result is asked for.
 
     Attributes:
-        exceptions: what `get` raises.
+        exceptions: Ray's exception classes.
         is_open: whether there is a session.
         cancelled: names of the cancelled tasks.
     """
@@ -90,7 +88,7 @@ class FakeRay:
 
 
 def train_or_die(base: str, name: str, arguments: dict[str, Any]) -> str:
-    """Stand in for the training of one expert."""
+    """Replace the training of one expert."""
     if name == "hollow":
         raise DataError("no text")
     if name == "killed":
@@ -100,7 +98,7 @@ def train_or_die(base: str, name: str, arguments: dict[str, Any]) -> str:
 
 @pytest.fixture
 def experts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Four experts of which the first two fail, each in its own way."""
+    """Four experts; the first two fail in different ways."""
     monkeypatch.setattr(many, "_train", train_or_die)
     return {"experts": {name: {} for name in ("hollow", "killed", "one", "two")}}
 

@@ -1,5 +1,5 @@
-"""One expert out of two: the fit is exact where it can be, both texts keep their gain, and what
-cannot be merged is refused in words.
+"""Merging two experts: the fit is exact where possible, the gain on both texts is kept, and what
+cannot be merged is refused with a reason.
 """
 
 import random
@@ -67,7 +67,7 @@ def test_the_fit_is_exact_for_one_and_better_the_wider_for_two(seed: int) -> Non
     errors = [error(both.fit(width).requires_grad_(False), texts) for width in (2, 6, 12, 20)]
     assert errors[0] >= errors[2] and errors[1] >= errors[2]
     assert errors[3] == pytest.approx(errors[2], rel=1e-3)
-    # Least squares over both: neither expert, nor their sum, is nearer.
+    # In least squares over both texts, neither expert nor their sum is better.
     rivals = [first, second, lambda x_ND: first(x_ND) + second(x_ND)]
     assert all(errors[2] <= error(rival, texts) * 1.01 for rival in rivals)
 
@@ -114,7 +114,7 @@ def test_it_can_be_as_narrow_as_one(trained: Path) -> None:
 
 
 def test_what_the_other_expert_has_learnt_is_said(trained: Path) -> None:
-    """The same texts, divided otherwise: each has learnt what the other has held out."""
+    """Same texts, other split: each was trained on what the other held out."""
     texts = TrainedExpert.find("greek").request.from_folder
     train_expert(str(trained), name="again", from_folder=texts, seed=1, **DIALS)
     merged = merge_experts("greek", "again", "twice")
@@ -145,7 +145,7 @@ def test_an_expert_that_takes_the_name_meanwhile_stays(
 def test_what_an_expert_left_is_not_taken_for_that_of_the_merged(
     rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its run, resumed, would replace the merged pack, and has another held-out text."""
+    """If its run were resumed, it would replace the merged pack; its held-out text differs."""
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
     (tmp_path / rest).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"{rest} exists already .* choose another name"):

@@ -1,4 +1,4 @@
-"""What a run says about itself."""
+"""The summary of a training run."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -166,7 +166,7 @@ def test_a_full_disk_stops_with_a_sentence_and_costs_nothing(
 
 
 def backend_of(world: int) -> Backend:
-    """Return the backend of one of so many processes; it only knows their number."""
+    """Return a backend that only knows the number of processes."""
     backend = Backend()
     backend.world = world
     return backend

@@ -1,5 +1,5 @@
-"""Recipes: stages in order, each finished once, a card and a page at the end; runs can be looked
-at.
+"""Recipes: stages run in order, each once, with a card and a page at the end; runs can be
+inspected.
 """
 
 import json
@@ -18,7 +18,7 @@ from deepseek.train.loop.past_runs import find_run, summary
 
 
 def recipe(domains: Path, folder: Path) -> dict[str, Any]:
-    """From scratch, then adapted to the words."""
+    """Return a recipe: pretraining from scratch, then adaptation to the words."""
     given = settings(domains, folder, steps=3)
     for key in ("name", "out", "run_folder"):
         del given[key]

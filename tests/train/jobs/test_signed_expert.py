@@ -1,4 +1,4 @@
-"""A signed pack stays signed when its expert is updated; the training is a stand-in."""
+"""A signed pack stays signed when its expert is updated; the training is faked."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""An expert goes on with what is new in its source, and a watcher plugs every new state."""
+"""An expert is updated with what is new in its source, and a watcher plugs every new state."""
 
 import json
 import random
@@ -51,7 +51,7 @@ WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 
 
 def sentence(seed: int) -> str:
-    """Return ninety words of which each has three possible followers."""
+    """Return ninety words, each with three possible followers."""
     draw = random.Random(seed)
     place = seed
     words = []
@@ -92,7 +92,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture
 def words(trained: Home, tmp_path: Path) -> Iterator[Home]:
-    """The trained expert; it is as it was after the test."""
+    """The trained expert; it is restored after the test."""
     expert = trained.pack.read_bytes()
     folders = {trained.run: tmp_path / "run", trained.source: tmp_path / "texts"}
     for folder, saved in folders.items():
@@ -140,7 +140,7 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
     assert "nothing is new in the source of words" in capsys.readouterr().err
     assert read_pack(words.pack).manifest.digest == after.digest and words.updates() == [folder]
     words.write(44, 45, 46, 47, 48, 49)
-    monkeypatch.setattr(watch, "train_signed", lambda **_: update())  # not by the clock
+    monkeypatch.setattr(watch, "train_signed", lambda **_: update())  # no time budget
     watch.watch_expert("words", every=0, rounds=2)
     assert read_pack(words.pack).manifest.digest != after.digest
     assert len(words.updates()) == 2
@@ -207,7 +207,7 @@ def test_an_interrupted_update_ends_with_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             update(learning_rate=1e-5)
         with pytest.raises(KeyboardInterrupt):
-            update()  # with other arguments it begins again
+            update()  # with other arguments it starts again
     assert words.pack.read_bytes() == expert
     update()
     assert words.pack.read_bytes() == whole
@@ -246,7 +246,7 @@ def test_what_cannot_be_updated_is_one_sentence(words: Home) -> None:
 
 
 def threaded(call: Any) -> None:
-    """Call in another thread and raise here what it raised."""
+    """Call in another thread and re-raise its exception here."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -282,7 +282,7 @@ def test_mistakes_on_the_command_line_exit_with_2(
 
 
 class Asked(BaseHTTPRequestHandler):
-    """Notes the requests; refuses those without the key."""
+    """Records the requests; refuses those without the key."""
 
     seen: list[tuple[str, str, str]]
     plugged: list[dict[str, str]]
@@ -306,7 +306,7 @@ class Asked(BaseHTTPRequestHandler):
 
 @dataclass
 class Served:
-    """A server that notes what it is asked."""
+    """A server that records its requests."""
 
     url: str
     seen: list[tuple[str, str, str]]
@@ -328,7 +328,7 @@ def server() -> Iterator[Served]:
 
 
 def test_an_index_lies_beside_a_pack_that_lies_elsewhere(words: Home, tmp_path: Path) -> None:
-    """Where a server with that folder looks for it."""
+    """A server with that folder looks for it there."""
     pack = tmp_path / words.pack.name
     pack.write_bytes(words.pack.read_bytes())
     result = words.run / "result.json"
@@ -340,7 +340,7 @@ def test_an_index_lies_beside_a_pack_that_lies_elsewhere(words: Home, tmp_path: 
 def test_a_copied_home_updates_its_own_pack(
     words: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run has noted where its pack was at the training."""
+    """The run has recorded the path of its pack at training time."""
     copied = tmp_path / "copied"
     shutil.copytree(words.run, copied / "runs" / "words")
     (copied / "experts").mkdir()
@@ -354,7 +354,7 @@ def test_a_copied_home_updates_its_own_pack(
 
 
 def test_a_pack_that_lies_elsewhere_is_updated_there(words: Home, tmp_path: Path) -> None:
-    """A folder `experts` that is no home's was asked for."""
+    """The requested folder is named `experts` but is not in a home."""
     elsewhere = tmp_path / "experts" / PACK
     elsewhere.parent.mkdir()
     elsewhere.write_bytes(words.pack.read_bytes())
@@ -371,7 +371,7 @@ def test_what_a_pack_that_was_trained_anew_lacks_is_learnt_again(words: Home) ->
     update()
     updated = documents(latest_run(words.run))
     assert len(words.updates()) == 2
-    words.pack.write_bytes(first)  # as the same command writes it after `expert rm`
+    words.pack.write_bytes(first)  # as the same command would after `expert rm`
     update()
     (folder,) = words.updates()
     assert read_json(folder / "result.json")["update"] == 1
@@ -396,7 +396,7 @@ def test_a_pack_of_another_training_is_not_updated(words: Home) -> None:
 def test_a_finished_run_keeps_the_place_of_its_pack(
     words: Home, tiny_base: Path, tmp_path: Path
 ) -> None:
-    """The run would write the pack of its training, without the updates."""
+    """The run would write the pack of its original training, without the updates."""
     asked = tmp_path / "elsewhere.safetensors"
     again = partial(train_expert, str(tiny_base), from_folder=words.source, **DIALS)
     with pytest.raises(ConfigError, match=r"words\.safetensors; copy that file to .*elsewhere"):
@@ -422,7 +422,7 @@ def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
 def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
     words: Home, monkeypatch: pytest.MonkeyPatch, server: Served
 ) -> None:
-    """The states of the source at each look are those of a list; the update is a stand-in."""
+    """The source's state at each check comes from a list; the update is faked."""
     states = iter(["old", "old", "a", "b", "b", "b", "c", "c", "c", "old", "old"])
     learnt = {"old"}
     updated: list[str] = []
@@ -463,7 +463,7 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
 def test_a_watcher_plugs_what_was_updated_while_it_was_off(
     words: Home, monkeypatch: pytest.MonkeyPatch, server: Served, digest: str | None, asked: object
 ) -> None:
-    """The server has another pack, that of the run, or none."""
+    """The server has another pack, the run's pack, or none."""
     own = read_manifest(words.pack).digest
     if digest != "":
         server.plugged.append({"name": "words", "digest": digest or own})

@@ -1,4 +1,4 @@
-"""YAML whose tags lie about their values, or whose aliases stand for too many."""
+"""YAML with false tags, or with aliases that expand to too many values."""
 
 import time
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_a_tag_that_does_not_fit_its_value_is_one_sentence(text: str, tmp_path: 
 
 
 def bomb(levels: int, width: int, mapping: bool) -> str:
-    """Return YAML whose last field stands for `width ** levels` values."""
+    """Return YAML whose last field expands to `width ** levels` values."""
     lines = ["v0: &v0 x"]
     for level in range(1, levels + 1):
         named = [f"*v{level - 1}"] * width

@@ -9,7 +9,7 @@ from deepseek.train.loop.runs import Run
 
 
 class KilledError(Exception):
-    """Stands for the end of the process."""
+    """Simulates the death of the process."""
 
 
 class FakeRequest(dict[str, Any]):
@@ -19,7 +19,7 @@ class FakeRequest(dict[str, Any]):
 
 
 class FakeJob:
-    """Stores its text in an early and a late stage, and is killed before a stage."""
+    """Stores its text in an early and a late stage, and may be killed before a stage."""
 
     def __init__(self, request: dict[str, Any], folder: Path, out: Path, progress: object) -> None:
         self.request = request
@@ -27,7 +27,7 @@ class FakeJob:
         self.out = out
 
     def stage(self, name: str) -> str:
-        """Return the text of a stage, from an earlier call if there was one."""
+        """Return the text of a stage, stored by an earlier call if there was one."""
         if self.request["killed"] == name:
             raise KilledError
         path = self.folder / name / "text.json"
@@ -36,7 +36,7 @@ class FakeJob:
         return str(read_json(path))
 
     def run(self) -> dict[str, Any]:
-        """Run both stages and write what they hold."""
+        """Run both stages and write their texts."""
         texts = [self.stage("corpus")]
         if self.request["killed"] == "request":
             raise KilledError
@@ -53,7 +53,7 @@ class FakeJob:
 
 
 class PoorJob(FakeJob):
-    """Refuses a short text before it has begun."""
+    """Refuses a short text before it starts."""
 
     def run(self) -> dict[str, Any]:
         if self.stage("corpus") == "short":
@@ -64,7 +64,7 @@ class PoorJob(FakeJob):
 def guarded(
     folder: Path, made: Path, command: str = "", text: str = "one", dry_run: bool = False
 ) -> Run:
-    """Return a run whose folder and result must be new or its own, as those of a user's command."""
+    """Return a run whose folder and result must be new or its own, as with a user's command."""
     inputs = {"text": text}
     return Run(
         {"seed": 0}, made, folder, True, dry_run, lambda: inputs, True, command, guarded=True

@@ -1,5 +1,5 @@
-"""A checkpoint restores the same bits whichever backend wrote it, and whatever it lacks that need
-not be there.
+"""A checkpoint restores the same bits whichever backend wrote it, even if optional parts are
+missing.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ META = {"position": {"step": 3}}
 
 
 def training_state(backend: Backend, seed: int, steps: int) -> TrainingState:
-    """Return the state of a tiny sharded model after so many optimizer steps."""
+    """Return the state of a tiny sharded model after `steps` optimizer steps."""
     torch.manual_seed(seed)
-    # 5 rows do not divide by 2 processes, and of 1 row one process holds nothing.
+    # 5 rows are not divisible by 2 processes, and of 1 row one process holds nothing.
     module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1))
     backend.shard(module, [], torch.float32)
     parameters = dict(module.named_parameters())
@@ -55,7 +55,7 @@ def assert_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
 
 @contextmanager
 def joined(rank: int, world: int, store_file: Path) -> Iterator[FSDP2]:
-    """Yield the backend of one of several processes without torchrun."""
+    """Yield the backend of one of several processes, without torchrun."""
     dist.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=world)
     try:
         yield FSDP2(init_device_mesh("cpu", (world,)))
@@ -91,7 +91,7 @@ def test_a_plain_process_restores_a_sharded_checkpoint(
 def test_moments_and_random_states_that_a_checkpoint_lacks_are_not_asked_for(
     sharding: FSDP2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
-    """All steps so far were skipped, and the run goes on with one GPU more."""
+    """For example, all steps so far were skipped, and the run resumes with one more GPU."""
     folder = tmp_path / "step-00000003"
     backend = SINGLE if writer == "plain" else sharding
     saved = training_state(backend, 1, steps=0)
@@ -132,7 +132,7 @@ def save_by_two(rank: int, folder: Path) -> None:
 
 
 def load_by_two(rank: int, folder: Path) -> None:
-    """Restore what the plain process has written, and compare it with what was saved first."""
+    """Restore the plain checkpoint, and compare it with what was saved first."""
     with joined(rank, 2, folder / "store-2") as backend:
         state = training_state(backend, 3, steps=1)
         assert backend.load(folder / "step-00000002", state) == META

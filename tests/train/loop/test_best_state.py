@@ -1,5 +1,5 @@
-"""The best state of a run: found, kept, given back with the same bits after any end, and never
-worse than the start.
+"""The best state of a run: found, stored, restored with the same bits after any interruption, and
+never worse than the start.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_it_goes_back_once_cools_down_and_stops(tmp_path: Path) -> None:
 
 
 class Hopeless(Regression):
-    """Every step makes it worse."""
+    """A task in which every step makes the loss worse."""
 
     def evaluate(self) -> dict[str, float]:
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_without_any_gain_the_start_is_given_back_and_time_is_not_wasted(tmp_pat
 
 
 class BetterLater(Hopeless):
-    """Worse than its start until a step."""
+    """A task that is worse than its start until step `better`."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_first_steps_that_harm_do_not_end_a_run(tmp_path: Path, step: int) -> No
 
 
 class KilledError(Exception):
-    """Stands for SIGKILL: nothing more is written after it."""
+    """Simulates SIGKILL: nothing is written after it."""
 
 
 @pytest.mark.parametrize("kill", [1, 7, 13, 15])
@@ -131,14 +131,14 @@ def test_killed_and_started_again_gives_the_same_best_bits(
 
 
 class BestAt(Regression):
-    """Regression whose held-out loss is lowest after so many batches, two a step."""
+    """Regression whose held-out loss is lowest after `best` batches, two per step."""
 
     def __init__(self, best: int) -> None:
         super().__init__()
         self.best, self.made = best, 0
 
     def loss(self, batch: torch.Tensor, step: int) -> LossOutput:
-        self.made = step + 1  # also of a run that goes on
+        self.made = step + 1  # also in a resumed run
         return super().loss(batch, step)
 
     def evaluate(self) -> dict[str, float]:
@@ -146,7 +146,7 @@ class BestAt(Regression):
 
 
 def test_steps_that_are_made_again_may_have_another_best_state(tmp_path: Path) -> None:
-    """As on another device: a best state from after the last checkpoint is then of no run."""
+    """As on another device: a best state from after the last checkpoint is then invalid."""
 
     def killed(_: float) -> dict[str, float]:
         nonlocal steps
@@ -172,7 +172,7 @@ def test_a_finished_run_gives_its_best_state_again(tmp_path: Path) -> None:
 
 
 def test_best_states_of_a_run_without_a_checkpoint_are_those_of_no_run(tmp_path: Path) -> None:
-    """Killed before its first checkpoint, it starts anew, and may have its best state elsewhere."""
+    """Killed before its first checkpoint, a run starts again and may have another best state."""
     for leftover in ("step-00000039", ".step-00000038.tmp"):
         (tmp_path / "best" / leftover).mkdir(parents=True)
     task = Overfitting()

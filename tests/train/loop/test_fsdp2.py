@@ -1,5 +1,5 @@
-"""Several processes equal one, survive the death of one, and pass checkpoints on to another number
-of processes.
+"""Several processes give the result of one, survive the death of one, and resume with another
+number of processes.
 """
 
 import os
@@ -25,7 +25,7 @@ from deepseek.train.loop.metrics import read_metrics
 SCRIPT = str(Path(__file__).with_name("tiny_pretrain.py"))
 STEPS = 50
 LEARNING_RATE = 3e-3
-"""That of `tiny_pretrain.py`."""
+"""Learning rate of `tiny_pretrain.py`."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.2"]
 
 
@@ -38,7 +38,7 @@ def launch(
     restarts: int = 0,
     steps: int = STEPS,
 ) -> None:
-    """Run the script in so many processes, by torchrun unless it is 0."""
+    """Run the script in several processes by torchrun; 0: in one process without it."""
     start = [
         *TORCHRUN,
         "--standalone",
@@ -64,8 +64,8 @@ def launch(
 def assert_same_result(folder: Path, other: Path) -> None:
     """Losses agree to a few units in the last place, weights to a thousandth of one step.
 
-    Sums over two processes round otherwise than one; AdamW scales tiny gradients up, and their
-    rounding with them.
+    Sums over two processes round differently from sums over one; AdamW scales up tiny gradients
+    with their rounding errors.
     """
     weights, others = (load_file(f / "model" / "model.safetensors") for f in (folder, other))
     assert weights.keys() == others.keys()
@@ -123,7 +123,7 @@ def test_a_domain_with_fewer_held_out_rows_than_processes_is_scored(
 ) -> None:
     shutil.copytree(domains / "words", tmp_path / "words")
     (tmp_path / "code").mkdir()
-    for number in range(6):  # the lots of their names hold out 5.py alone
+    for number in range(6):  # by the hashes of the names, only 5.py is held out
         (tmp_path / "code" / f"{number}.py").write_text(f"v{number} = {number}\n")
     figures = []
     for processes in (0, 2):

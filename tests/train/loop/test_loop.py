@@ -1,4 +1,4 @@
-"""The loop: exact resume after any end, skipped steps, honest errors."""
+"""The training loop: exact resumption after any interruption, skipped steps, clear errors."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def wait_for_checkpoint(folder: Path, process: "subprocess.Popen[str]", limit: f
 
 
 def assert_same_end(folder: Path, other: Path) -> None:
-    """The last states are equal bit for bit: weights, moments, random state, place in the data."""
+    """The last states are bit for bit equal: weights, moments, random state, data position."""
     (tensors, meta), (other_tensors, other_meta) = (
         store.load_state(f / "checkpoints" / f"step-{STEPS:08d}") for f in (folder, other)
     )
@@ -128,11 +128,11 @@ def test_training_reduces_the_loss_and_leaves_a_readable_folder(tmp_path: Path) 
 
 
 class Parts(Regression):
-    """Two rows in two parts of very different size: what is learnt must not depend on the cut."""
+    """Rows in two parts of very different size: the result must not depend on the split."""
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__()
-        self.net.eval()  # without dropout, whose mask has the shape of a part
+        self.net.eval()  # no dropout, whose mask would depend on the parts' shapes
         rows = Numbers().next()
         self.parts = rows.split(sizes)
 

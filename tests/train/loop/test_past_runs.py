@@ -1,4 +1,4 @@
-"""What is said of past runs."""
+"""Summaries of past runs."""
 
 from pathlib import Path
 

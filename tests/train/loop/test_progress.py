@@ -11,7 +11,7 @@ from deepseek.train.loop.progress import ProgressBar
 
 
 class Clock:
-    """A clock that moves a second at every look."""
+    """A clock that advances by one second at every call."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -51,7 +51,7 @@ def test_a_resumed_log_tells_no_step_twice(tmp_path: Path) -> None:
         log.write(step, loss=float(step))
     log.close()
     with log.path.open("a") as file:
-        file.write('{"step": 6, "lo')  # what a crash leaves
+        file.write('{"step": 6, "lo')  # as after a crash
     again = MetricsLog(tmp_path, 4)
     again.write(4, loss=40.0)
     again.close()

@@ -1,4 +1,4 @@
-"""A run writes and deletes only what is its own, whatever its folder and its result are called."""
+"""A run writes and deletes only its own files, whatever its folder and its result are called."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +14,7 @@ from deepseek.train.loop.runs import Run, run_once
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
-    """Return the content of all files but those of locks."""
+    """Return the content of all files except locks."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files if path.suffix != ".lock"}
 
@@ -22,7 +22,7 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("own", ["corpus/a.txt", "start.json", "notes.txt"])
 def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path, own: str, dry_run: bool) -> None:
-    """The corpus of a project was deleted, as that of a run which had too little text."""
+    """Regression: a project's `corpus` was deleted as that of a run with too little text."""
     (tmp_path / own).parent.mkdir(exist_ok=True)
     (tmp_path / own).write_text("{}")
     before = files_in(tmp_path)
@@ -43,7 +43,7 @@ def test_a_refused_run_leaves_an_empty_folder_that_was_there_before(tmp_path: Pa
 
 
 def test_early_stages_from_before_a_run_are_not_deleted(tmp_path: Path) -> None:
-    """`equal_time` copies the corpus of an expert's run into the folder that it begins in."""
+    """`equal_time` copies the corpus of an expert's run into the folder before its run starts."""
     run = Run({"seed": 0}, tmp_path / "out.json", tmp_path / "run", True, False, makes_file=True)
     write_json(run.folder / "corpus" / "text.json", "short")
     for inputs in ({"text": "short"}, {"text": "other"}):
@@ -81,7 +81,7 @@ def test_what_an_earlier_call_has_stored_outlives_a_refusal(tmp_path: Path) -> N
 
 
 class FolderJob(FakeJob):
-    """Writes a folder, as jobs that make a model do, and may be killed before its record."""
+    """Writes a folder, as jobs that create a model do, and may be killed before the record."""
 
     def run(self) -> dict[str, Any]:
         write_json(self.folder / "request.json", {"seed": 0})
@@ -95,7 +95,7 @@ class FolderJob(FakeJob):
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_result_that_another_made_is_never_replaced(tmp_path: Path, dry_run: bool) -> None:
-    """Any folder with a `config.json` was: a web application's, or the base itself."""
+    """Regression: any folder with a `config.json` was, such as a web application's or the base."""
     made = tmp_path / "webapp"
     write_json(made / "config.json", {"by": "its author"})
     (made / "main.c").write_text("int main;")

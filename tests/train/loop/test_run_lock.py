@@ -1,4 +1,4 @@
-"""A run folder has one writer: others are told who it is, and a killed one leaves nothing behind."""
+"""A run folder has one writer: others learn who it is, and a killed one leaves no lock behind."""
 
 import os
 import signal

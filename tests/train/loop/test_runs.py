@@ -1,4 +1,4 @@
-"""A run folder is resumed by the same request on the same inputs, and by nothing else."""
+"""A run folder is resumed only by the same request on the same inputs."""
 
 import json
 import os
@@ -93,14 +93,14 @@ def test_an_expert_whose_text_has_changed_is_to_be_updated(tmp_path: Path) -> No
             run_once(FakeJob, asked(), guarded(folder, tmp_path / "x", "expert train", "two"))
     elsewhere = guarded(tmp_path / "run", tmp_path / "y", "expert train")
     run_once(FakeJob, asked(), elsewhere)
-    with pytest.raises(TrainError, match="restore it to resume"):  # it has no name to update
+    with pytest.raises(TrainError, match="restore it to resume"):  # no name, so no update
         run_once(FakeJob, asked(), replace(elsewhere, inputs=lambda: {"text": "two"}))
 
 
 def test_a_base_means_the_same_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Earlier versions stored a relative path as it was given."""
+    """Earlier versions stored relative paths unchanged."""
     (tmp_path / "m").mkdir()
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "request.json"

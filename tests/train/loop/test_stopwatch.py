@@ -1,4 +1,4 @@
-"""The time of a run is that of all processes that worked on it."""
+"""The time of a run is the total of all processes that worked on it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_seconds_of_earlier_processes_count(
     first = Stopwatch(tmp_path)
     now += 7
     first.keep()
-    now += 2  # lost, as the process is killed
+    now += 2  # lost, since the process is killed
     now += 1000
     second = Stopwatch(tmp_path)
     now += 5

@@ -1,4 +1,4 @@
-"""A pre-training of seconds, also as a script that tests can kill or start under torchrun."""
+"""A pretraining of a few seconds, also as a script that tests can kill or start under torchrun."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def settings(
 def main(
     texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = None, how: str = "stop"
 ) -> None:
-    """Train; before step `end_at` stop, or in one process and the first time only, be killed."""
+    """Train; before step `end_at`, stop, or kill the process of rank 1, the first time only."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import deepseek
@@ -77,14 +77,14 @@ def main(
         settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10),
         quiet=True,
         device="cpu",
-        # In bf16 the order of rows in a batch rounds differently; two processes equal one only in
+        # In bf16 rounding depends on the order of rows in a batch; two processes equal one only in
         # fp32.
         dtype="float32",
     )
 
 
 def note_held(optimizer: Any, folder: Path) -> None:
-    """Write which share of all parameters, gradients and moments this process holds."""
+    """Write the share of all parameters, gradients and moments that this process holds."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = [
         optimizer.state[parameter][name]

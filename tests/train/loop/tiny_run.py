@@ -1,4 +1,4 @@
-"""A training run of a second, as a script that tests can kill:
+"""A training run that takes a second, as a script that tests can kill:
 `python tiny_run.py FOLDER STEPS [PAUSE]`.
 """
 
@@ -16,7 +16,7 @@ from deepseek.train.loop.progress import ProgressBar
 
 
 class Numbers:
-    """Batches drawn from their place alone."""
+    """Batches that depend only on their position."""
 
     def __init__(self) -> None:
         self.place = 0
@@ -61,7 +61,7 @@ class Regression:
 
 
 class Overfitting(Regression):
-    """The same, scored by a sum that is learnt on the way to the one that is trained on."""
+    """The same task; its held-out loss is lowest at a point on the way to the optimum."""
 
     def evaluate(self) -> dict[str, float]:
         with torch.no_grad():

@@ -75,7 +75,7 @@ def test_the_divergence_from_the_reference_is_never_negative(seed: int) -> None:
 
 
 def test_the_estimate_of_the_divergence_has_the_right_mean() -> None:
-    """Over all tokens, weighted by the policy, the k3 estimate is the KL itself."""
+    """Over all tokens, weighted by the policy, the mean of the k3 estimate is the KL divergence."""
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 9, generator=generator).log_softmax(-1)
     terms = torch.stack(

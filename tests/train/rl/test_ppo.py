@@ -24,7 +24,7 @@ from deepseek.train.rl.ppo import (
 def oracle_advantages(
     rewards: list[float], values: list[float], gamma: float, lam: float
 ) -> list[float]:
-    """The sum of arXiv:1506.02438, eq. 11 and 16, term by term."""
+    """Compute the sum of arXiv:1506.02438, eq. 11 and 16, term by term."""
     after = [*values[1:], 0.0][: len(values)]
     deltas = [r + gamma * n - v for r, v, n in zip(rewards, values, after, strict=True)]
     return [

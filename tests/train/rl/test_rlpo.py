@@ -1,5 +1,5 @@
-"""RLPO learns small tasks from scratch; replayed routing makes the first update start at a ratio of
-exactly 1.
+"""RLPO learns small tasks from scratch; with routing replay the first update has a ratio of exactly
+1.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}
     ids=["ppo", "grpo", "gspo"],
 )
 def test_a_bandit_is_solved(kind: dict[str, Any]) -> None:
-    """One token, one answer that pays: it ends up nearly certain."""
+    """One token, one rewarded answer: it becomes nearly certain."""
     config = RLPOConfig(
         new_tokens=1,
         minibatch=32,
@@ -197,8 +197,8 @@ def test_the_first_update_starts_at_a_ratio_of_exactly_one(
 
 
 def drifted_ratio(replay: bool) -> float:
-    """Return how far ratios are from 1 before any update if the routers' biases move after the
-    rollout.
+    """Return the deviation of ratios from 1 before any update, if the routers' biases change after
+    the rollout.
     """
     trained = learner(tiny(**MOE), replay_routing=replay)
     rollout, _ = trained.collect(prompts(), torch.Generator().manual_seed(1), learn=True)
@@ -214,8 +214,8 @@ def test_without_replay_a_change_of_routing_moves_the_ratio() -> None:
 
 
 class ByWords:
-    """An armed expert that speaks where token 7 was just read, and everywhere where it is not given
-    the words.
+    """An armed expert that fires where token 7 was just read, and everywhere if it does not get the
+    token ids.
     """
 
     adapts = False
@@ -249,7 +249,7 @@ def test_experts_are_judged_by_the_words_as_in_the_rollout(
 
 
 def test_the_recorded_experts_are_those_of_a_whole_pass() -> None:
-    """What was written down token by token is what the router chooses over the whole sequence."""
+    """The experts recorded token by token are those the router chooses over the whole sequence."""
     model = tiny(**MOE).float()
     responses = generate(model, [[2, 3, 4], [5]], 6, (), torch.Generator().manual_seed(0))
     real = responses.real_BS[:, :-1]
@@ -358,7 +358,7 @@ def test_a_minibatch_that_shows_too_large_a_step_does_not_train_the_policy() -> 
 
 
 def test_poor_values_hardly_shorten_the_step_of_the_policy() -> None:
-    """The norm of all gradients is limited together."""
+    """All gradients are clipped by their joint norm."""
     norms = {}
     for weight in (0.0, RLPOConfig().value_weight):
         trained = learner(tiny(), value_weight=weight)

@@ -1,5 +1,5 @@
-"""What a run learns from a repository knows nothing that came later, if it is split by time, and
-nothing of held-out files otherwise.
+"""Training text from a repository holds nothing that came later, if it is split by time, and
+otherwise nothing of held-out files.
 """
 
 import json
@@ -99,7 +99,7 @@ def test_a_commit_during_the_reading_is_neither_read_nor_noted(
 
 @pytest.fixture
 def history(tmp_path: Path) -> History:
-    """Twelve files that are added one by one, then changed in pairs; five are renamed."""
+    """Twelve files, added one by one, then changed in pairs; five are renamed."""
     history = History(tmp_path / "checkout")
     files: Files = {}
     for number in range(12):
@@ -119,7 +119,7 @@ def sides_of(corpus: Corpus) -> list[list[Document]]:
 
 
 def lines_of(*sides: list[Document]) -> set[str]:
-    """Return the lines of files in documents, also as commits show them."""
+    """Return the lines of files in documents, including those shown in commits."""
     return {line for side in sides for d in side for line in re.findall(r"line_\d+", d.text)}
 
 
@@ -310,7 +310,7 @@ def test_documents_stay_on_their_side_under_other_names_with_other_text(
         assert not lines_of(sides.held_out) & lines_of(first.train)
     gone = [next(d for d in side if d.kind == "code") for side in (sides.train, sides.held_out)]
     files = {d.name.removeprefix("engine/"): d.text for d in read_git(history.path, commits=False)}
-    for document in gone:  # changed, then deleted: the commits alone show it
+    for document in gone:  # changed, then deleted: only the commits show it
         path = document.name.removeprefix("engine/")
         history.commit(files | {path: document.text + history.new_lines(1)})
         del files[path]

@@ -1,4 +1,4 @@
-"""The text of an update: what is new, and as much of the past, to train on and to validate on."""
+"""The text of an update: what is new and as much old text, for training and for validation."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def test_new_training_text_stands_in_if_none_is_held_out() -> None:
 
 
 def test_what_was_held_out_is_new_to_train_on() -> None:
-    """By time, the held-out documents of one update are those to train on in the next."""
+    """Split by time, the held-out documents of one update are training text of the next."""
     train, _ = fresh(OLD_HELD_OUT[:1], OLD_HELD_OUT[1:], known=KNOWN, seed=0, name="words")
     assert train == OLD_HELD_OUT[:1]
 

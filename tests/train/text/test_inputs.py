@@ -1,4 +1,4 @@
-"""What a run reads decides whether its folder is resumed."""
+"""Whether a run folder is resumed depends on the inputs that the run reads."""
 
 from pathlib import Path
 

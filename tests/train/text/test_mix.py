@@ -1,6 +1,4 @@
-"""The mix: shares, easy rows first, every row once an epoch, resumed from its state; and what
-counts as easy.
-"""
+"""The mix: shares, easy rows first, every row once per epoch, resumption; which rows are easy."""
 
 from pathlib import Path
 
@@ -68,7 +66,7 @@ def test_the_stream_goes_on_where_its_state_was_taken(domains: list[Domain], eas
 
 
 def test_only_the_rows_of_a_restricted_loader_are_drawn(domains: list[Domain]) -> None:
-    """Rows without a target are left out so (`RowLoader.with_targets`)."""
+    """This is how rows without a target are left out (`RowLoader.with_targets`)."""
     ids = np.array([1, 4, 5, 9])
     whole = domains[0].train
     part = RowLoader(whole.shards, 4, LENGTH, chosen=ids)

@@ -1,5 +1,5 @@
-"""The trunk cache: same numbers as the whole model, filled across interruptions, refused when
-anything changed.
+"""The trunk cache: same values as the whole model, resumed after interruptions, refused after any
+change.
 """
 
 import errno
@@ -74,7 +74,7 @@ def test_what_is_read_is_what_was_computed(
 
 
 class Stopping:
-    """A trunk that gives out after some batches."""
+    """A trunk that fails after some batches."""
 
     def __init__(self, after: int) -> None:
         self.after, self.seen = after, list[int]()
