@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 import typer
 
 from deepseek.cli.expert_live import plug, unplug
-from deepseek.cli.expert_sets import diff, lock, merge
+from deepseek.cli.expert_sets import bundle, diff, install, lock, merge
 from deepseek.cli.job_command import job_command
-from deepseek.cli.options import DryRun, Json, Key, Yes, private_key
+from deepseek.cli.options import DryRun, Json, Key, Yes, private_key, usable_home
 from deepseek.cli.output import echo
 from deepseek.train.jobs.arguments import ExpertArguments
 
 app = typer.Typer(
-    add_completion=False, help="Train, import, list, rename, remove, check, sign and plug packs."
+    add_completion=False,
+    help="Train, import, list, rename, remove, check, sign, plug and bundle packs.",
 )
 
 Pack = Annotated[
@@ -26,7 +27,7 @@ train = job_command(
     ExpertArguments,
     "Train an expert on your text with the base frozen. "
     "If interrupted, the same command resumes it.",
-    others={"key": Key},
+    extra_options={"key": Key},
 )
 app.command("train")(train)
 
@@ -47,16 +48,16 @@ def train_all(
     if dry_run:
         estimate_all(experts)
         return
-    failed = []
+    failed_names = []
     for expert, result in run(experts):
         verdict = (
             "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
         )
         echo(f"{expert}: {result}{verdict}")
-        failed += [expert] if isinstance(result, Exception) else []
-    if failed:
+        failed_names += [expert] if isinstance(result, Exception) else []
+    if failed_names:
         raise TrainError(
-            f"Of the experts {', '.join(failed)} failed; fix them and run the same command."
+            f"Of the experts {', '.join(failed_names)} failed; fix them and run the same command."
         )
 
 
@@ -103,11 +104,11 @@ def import_folder(
     )
     manifest = read_pack(path).manifest
     assert isinstance(manifest, LoraManifest)
-    stated = other_base(manifest)
-    if stated is not None:
+    trained_base = other_base(manifest)
+    if trained_base is not None:
         echo(
-            f"note: the adapter was trained on {stated}; its layers fit {base}, for which it is "
-            "imported",
+            f"note: the adapter was trained on {trained_base}; its layers fit {base}, for which "
+            "it is imported",
             error=True,
         )
     echo(f"{path}: {len(manifest.sites)} linear layers, rank {manifest.rank}, {manifest.licence}")
@@ -120,6 +121,7 @@ def list_experts(as_json: Json = False) -> None:
     from deepseek.cli.shapes import ExpertList, print_json
     from deepseek.packs.library import experts_folder, installed
 
+    usable_home()
     rows = [expert_row(name, path) for name, path in installed().items()]
     if as_json:
         print_json(ExpertList(folder=str(experts_folder()), experts=rows))
@@ -172,7 +174,9 @@ def rename(
     echo(rename_expert(name, new_name, key))
 
 
+app.command()(bundle)
 app.command()(diff)
+app.command()(install)
 app.command()(lock)
 app.command()(merge)
 app.command()(plug)
@@ -187,8 +191,8 @@ def inspect(pack: Pack) -> None:
 
     manifest = read_pack(find_pack(pack)).manifest
     echo(manifest.model_dump_json(indent=2), lines=True)
-    armed = "" if manifest.helps else "; it is armed only if named"
-    echo(f"{manifest.name}: {manifest.verdict}{armed}", error=True)
+    arming_note = "" if manifest.helps else "; it is armed only if named"
+    echo(f"{manifest.name}: {manifest.verdict}{arming_note}", error=True)
 
 
 @app.command()
@@ -215,9 +219,9 @@ def verify(
     signer = (
         f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
     )
-    fits = f", fits {base}" if base else ""
+    base_note = f", fits {base}" if base else ""
     terms = f"{manifest.licence} (base: {manifest.base.licence or 'not stated'})"
-    echo(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{fits}")
+    echo(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{base_note}")
 
 
 @app.command()

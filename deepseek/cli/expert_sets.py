@@ -1,4 +1,4 @@
-"""`deepseek expert diff`, `deepseek expert lock` and `deepseek expert merge`."""
+"""`deepseek expert bundle`, `diff`, `install`, `lock` and `merge`: sets of experts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -37,51 +37,112 @@ def diff(first: Pack, second: Pack) -> None:
         raise typer.Exit(1)
 
 
+Experts = Annotated[
+    str, typer.Option(help="Experts of the set: names, comma-separated; 'all': every one.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Base model of the experts; default: that of the named ones, with 'all' {BASE}."
+    ),
+]
+ExpertsFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the packs; default: that of trained experts.")
+]
+
+
 def lock(
-    experts: Annotated[
-        str, typer.Option(help="Experts to lock: names, comma-separated; 'all': every one.")
-    ] = "all",
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Base model of the experts; default: that of the named ones, with 'all' {BASE}."
-        ),
-    ] = None,
-    experts_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the packs; default: that of trained experts.")
-    ] = None,
+    experts: Experts = "all",
+    base: Base = None,
+    experts_folder: ExpertsFolder = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("deepseek.lock"),
     key: Key = None,
 ) -> None:
     """Write the digests of a set of experts, for `deepseek serve --lock`."""
     from deepseek.checkpoint.files import writable_file
-    from deepseek.packs.library import experts_folder as usual_folder
-    from deepseek.packs.library import find_pack, packs_for
     from deepseek.packs.lock import lock_packs, write_lock
     from deepseek.packs.signature import load_key
 
-    existing_folder("--experts-folder", experts_folder)
     writable_file(out)
-    if experts.strip() == "all":
-        model = base or BASE
-        packs, problems = packs_for(model, experts_folder)
-        for problem in problems:
-            echo(f"warning: {problem}", error=True)
-        paths = [*packs.values()]
-        if not paths:
-            raise PackError(
-                f"There is no expert for the base {model} in {experts_folder or usual_folder()}; "
-                "give --base the base of the others, or train one."
-            )
-    else:
+    paths = _packs_of_set(experts, base, experts_folder)
+    content = write_lock(out, lock_packs(paths, base), load_key(key) if key else None)
+    echo(f"{out}: {', '.join(expert.name for expert in content.experts)}; {content.digest[:16]}")
+
+
+def bundle(
+    out: Annotated[Path, typer.Argument(help="File to write; it must not exist yet.")],
+    experts: Experts = "all",
+    base: Base = None,
+    experts_folder: ExpertsFolder = None,
+    key: Key = None,
+) -> None:
+    """Write a set of experts into one file, for `deepseek expert install` on another machine.
+
+    The file is a tar archive of the packs and of their lock, which --key signs.
+    """
+    from deepseek.checkpoint.files import new_path
+    from deepseek.packs.bundle import write_bundle
+    from deepseek.packs.lock import lock_packs
+    from deepseek.packs.signature import load_key
+
+    new_path(out)
+    signing_key = load_key(key) if key else None
+    paths = _packs_of_set(experts, base, experts_folder)
+    content = write_bundle(out, lock_packs(paths, base), paths, signing_key)
+    names_of_set = ", ".join(expert.name for expert in content.experts)
+    echo(f"{out}: {names_of_set}; {out.stat().st_size / 1e6:.1f} MB; {content.digest[:16]}")
+
+
+def install(
+    bundle: Annotated[Path, typer.Argument(help="A file of `deepseek expert bundle`.")],
+    experts_folder: ExpertsFolder = None,
+    trusted: Annotated[
+        bool, typer.Option("--trusted", help="The set must be signed by a key in the trust folder.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace other packs under the same names.")
+    ] = False,
+) -> None:
+    """Install the packs of a bundle, all or none, after checking them against its lock.
+
+    `deepseek serve --lock BUNDLE` then plugs exactly these packs.
+    """
+    from deepseek.packs.bundle import install_bundle
+
+    installation = install_bundle(bundle, experts_folder, trusted=trusted, replace=replace)
+    for expert in installation.lock.experts:
+        state = "installed" if expert.name in installation.written else "was there already"
+        echo(f"{expert.name} {state}; {expert.digest[:16]}")
+
+
+def _packs_of_set(experts: str, base: str | None, experts_folder: Path | None) -> list[Path]:
+    """Return the pack files that the options of `lock` and `bundle` name.
+
+    Raises:
+        ConfigError: the folder does not exist.
+        PackError: there are none.
+    """
+    from deepseek.packs.library import experts_folder as usual_folder
+    from deepseek.packs.library import find_pack, packs_for
+
+    existing_folder("--experts-folder", experts_folder)
+    if experts.strip() != "all":
         if not names(experts):
             raise PackError(f"--experts {experts!r} names no expert; give names, or all.")
-        folder = experts_folder
-        paths = [
-            find_pack(folder / f"{name}.safetensors" if folder else name) for name in names(experts)
+        return [
+            find_pack(experts_folder / f"{name}.safetensors" if experts_folder else name)
+            for name in names(experts)
         ]
-    locked = write_lock(out, lock_packs(paths, base), load_key(key) if key else None)
-    echo(f"{out}: {', '.join(expert.name for expert in locked.experts)}; {locked.digest[:16]}")
+    model = base or BASE
+    packs, problems = packs_for(model, experts_folder)
+    for problem in problems:
+        echo(f"warning: {problem}", error=True)
+    if not packs:
+        raise PackError(
+            f"There is no expert for the base {model} in {experts_folder or usual_folder()}; "
+            "give --base the base of the others, or train one."
+        )
+    return [*packs.values()]
 
 
 def merge(

@@ -72,7 +72,7 @@ def serve(
     lock: Annotated[
         Path | None,
         typer.Option(
-            help="Plug exactly the packs of a lock file of `deepseek expert lock`, in place of "
+            help="Plug exactly the packs of a lock file or bundle of `deepseek expert`, in place of "
             "--experts."
         ),
     ] = None,
@@ -154,16 +154,20 @@ def serve(
         origins=frozenset(checked_origin(origin) for origin in names(allow_origin)),
         aliases=frozenset(names(served_model_name)),
         api_keys=frozenset(user_keys),
-        key_experts={key: few for key, few in user_keys.items() if few is not None},
+        key_experts={
+            key: allowed_experts
+            for key, allowed_experts in user_keys.items()
+            if allowed_experts is not None
+        },
         admin_keys=read_admin_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,
         log_level=log_level,
         experts_folder=experts_folder or usual_folder(),
     )
-    waiting = Waiting()
+    progress = Waiting()
     run(
         model,
-        experts=() if lock else partial(expert_packs, experts, model, experts_folder, waiting),
+        experts=() if lock else partial(expert_packs, experts, model, experts_folder, progress),
         lock=lock,
         lock_trusted=lock_trusted,
         settings=settings,
@@ -177,7 +181,7 @@ def serve(
         replicas=(replicas or 2) if ray else None,
         cpus=cpus or 1.0,
         drain_seconds=drain_seconds,
-        progress=waiting,
+        progress=progress,
     )
 
 

@@ -15,12 +15,16 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, write_json
 from deepseek.errors import PackError
+from deepseek.packs.archive import is_archive, open_archive
 from deepseek.packs.library import SUFFIX, experts_folder, is_made_for
 from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, parse_json
 from deepseek.packs.pack import read_pack
 from deepseek.packs.signature import is_valid, sign, trusted_keys
 
-LARGEST = 1 << 20
+LOCK_FILE = "deepseek.lock"
+"""Usual name of a lock file, and its name in a bundle."""
+
+MAX_LOCK_BYTES = 1 << 20
 """Maximum bytes of a lock file; one of 1,024 experts takes 150 kB."""
 
 
@@ -78,7 +82,7 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
                 f"{path} holds an expert named {manifest.name}, which a server with the lock would "
                 f"look for in {manifest.name}{SUFFIX}; rename the file to that."
             )
-    manifests.sort(key=lambda each: each.name)
+    manifests.sort(key=lambda manifest: manifest.name)
     names = [manifest.name for manifest in manifests]
     bases = {manifest.base.weights for manifest in manifests}
     if len(set(names)) != len(names):
@@ -99,7 +103,7 @@ def lock_packs(paths: Sequence[Path], base: str | None = None) -> Lock:
                     f"({digests.weights[:16]}); give --base the model it was made for, or lock "
                     "other experts."
                 )
-    experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
+    experts = [LockedExpert(name=manifest.name, digest=manifest.digest) for manifest in manifests]
     return Lock(base=bases.pop(), experts=tuple(experts))
 
 
@@ -118,10 +122,10 @@ def write_lock(path: Path, lock: Lock, key: Ed25519PrivateKey | None = None) -> 
 
 
 def read_lock(path: Path, trusted: bool = False) -> Lock:
-    """Read and check a lock file.
+    """Read and check a lock.
 
     Args:
-        path: the file.
+        path: a lock file, or a bundle (see `bundle.py`), whose lock is read.
         trusted: whether it must be signed by a key in the trust folder.
 
     Raises:
@@ -129,12 +133,7 @@ def read_lock(path: Path, trusted: bool = False) -> Lock:
     """
     if is_special(path):
         raise PackError(f"{path} is a pipe or a device; give a file of `expert lock`.")
-    try:
-        if path.stat().st_size > LARGEST:
-            raise PackError(f"{path} is larger than any lock file; give one of `expert lock`.")
-        content = path.read_bytes()
-    except OSError as error:
-        raise PackError(f"The lock file {path} cannot be read ({error.strerror}).") from None
+    content = _content(path)
     lock = _parse(path, content)
     signature = lock.signature
     if signature is not None and not is_valid(signature, lock.digest):
@@ -144,6 +143,23 @@ def read_lock(path: Path, trusted: bool = False) -> Lock:
             f"{path} is not signed by a trusted key; put the signer's .pub into the trust folder."
         )
     return lock
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a lock file, or of the lock in a bundle."""
+    too_large = PackError(f"{path} is larger than any lock file; give one of `expert lock`.")
+    try:
+        if is_archive(path):
+            with open_archive(path) as archive:
+                lock_file, size = archive.next_file(LOCK_FILE)
+                if size > MAX_LOCK_BYTES:
+                    raise too_large
+                return lock_file.read()
+        if path.stat().st_size > MAX_LOCK_BYTES:
+            raise too_large
+        return path.read_bytes()
+    except OSError as error:
+        raise PackError(f"The lock file {path} cannot be read ({error.strerror}).") from None
 
 
 def _parse(path: Path, content: bytes) -> Lock:
@@ -172,7 +188,8 @@ def locked_packs(lock: Lock, folder: Path | None = None) -> list[Path]:
         path = folder / f"{expert.name}{SUFFIX}"
         if not path.is_file():
             raise PackError(
-                f"The lock names expert {expert.name}, and {path} is missing; restore it."
+                f"The lock names expert {expert.name}, and {path} is missing; restore it, or "
+                "install the bundle of the set."
             )
         _check_digest(expert, str(path), read_pack(path).manifest.digest)
         paths.append(path)
@@ -198,10 +215,10 @@ def check_digests(lock: Lock, digests: Mapping[str, str]) -> None:
         _check_digest(expert, f"Expert {expert.name}", digests[expert.name])
 
 
-def _check_digest(expert: LockedExpert, what: str, digest: str) -> None:
-    """Check the digest of a pack against its lock; `what` is its name in the message."""
+def _check_digest(expert: LockedExpert, description: str, digest: str) -> None:
+    """Check the digest of a pack against its lock; `description` is its name in the message."""
     if digest != expert.digest:
         raise PackError(
-            f"{what} has the digest {digest[:16]}, and the lock states {expert.digest[:16]}; "
-            "restore that pack, or lock the set again."
+            f"{description} has the digest {digest[:16]}, and the lock states "
+            f"{expert.digest[:16]}; restore that pack, or lock the set again."
         )

@@ -1,4 +1,4 @@
-"""What the pages tell to type for `deepseek` works, page by page, with tiny models and texts."""
+"""The `deepseek` commands on the pages work, page by page, with tiny models and texts."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tiny_adapter import save_adapter
 from deepseek.cli.main import main
 
 FILES, CHARACTERS = 12, 1500
-"""Of each folder of text, and of each file."""
+"""Files per folder of text, and characters per file."""
 
 LEFT_OUT = {
     "deepseek claims run": "takes hours, or minutes: tests/claims",
@@ -29,7 +29,7 @@ LEFT_OUT = {
     "cuda": "needs a GPU: tests/gpu",
     "rag,lora,full": "of a tiny model, 0.1 % are no rank: tests/evaluate/test_against.py",
 }
-"""Part of a line that is not typed, and why."""
+"""Part of a line that is not run -> the reason."""
 
 SHORTER = {
     "deepseek align": "--rollouts 1 --rollout-size 4 --new-tokens 8 --layers last:2",
@@ -39,9 +39,10 @@ SHORTER = {
     "--mode lora": "--rank 1",
     "deepseek serve": "--port 0",
 }
-"""Part of a line, and options that it gets behind its own."""
+"""Part of a line -> options that are appended to it."""
 
 BEFORE = {
+    "docs/how-to/serving.md": ["expert train --name shop --from-git ~/src/shop"],
     "docs/how-to/scripting.md": ["expert train --name repository --from-git ~/src/shop"],
     "docs/how-to/training.md": [
         "expert train --name shop --from-git ~/src/shop",
@@ -49,11 +50,11 @@ BEFORE = {
     ],
     "docs/tutorials/team.md": ["expert train --name shop --from-git ~/src/shop"],
 }
-"""What was typed on other pages."""
+"""Commands of other pages that a page depends on."""
 
 
 def typed(page: Path) -> list[str]:
-    """Return the lines of a page's blocks that call `deepseek`, without comments."""
+    """Return the lines of a page's code blocks that call `deepseek`, without comments."""
     lines = []
     for block in blocks(page, *SHELL):
         for line in re.sub(r"\\\n *", " ", block).splitlines():
@@ -68,9 +69,9 @@ PAGES = [page for page in CURRENT if typed(page)]
 
 @pytest.fixture(scope="module")
 def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library's home with tiny models under the names that pages use, and its texts beside it.
+    """A library home with tiny models under the names that pages use, and with texts beside it.
 
-    One expert has been trained there, so that what all trainings on a base compute once is kept.
+    One expert has been trained there, so that what trainings on a base compute once is stored.
     """
     folder = tmp_path_factory.mktemp("typed")
     run("benchmarks/quick_home.py", folder)
@@ -91,7 +92,7 @@ def run(*words: str | Path, home: Path | None = None) -> None:
 
 @pytest.fixture
 def desk(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A reader's folder, with what the pages take for granted."""
+    """A reader's working folder, with the files that the pages presuppose."""
     user, desk, home = (tmp_path / name for name in ("user", "desk", "home"))
     shutil.copytree(tiny_home / "home", home, copy_function=os.link)
     base = home / "models" / "smollm2-135m"
@@ -128,7 +129,7 @@ def desk(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setenv("HOME", str(user))
     monkeypatch.setenv("DEEPSEEK_HOME", str(home))
     monkeypatch.chdir(desk)
-    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # it would serve for ever
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)  # it would never return
     return desk
 
 
@@ -139,11 +140,11 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def call(line: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Type a line, which must end with 0."""
+    """Run a line, which must exit with code 0."""
     shorter = [more for part, more in SHORTER.items() if part in line]
     words = [os.path.expanduser(word) for word in shlex.split(" ".join([line, *shorter]))]
     if words[1:3] == ["expert", "rm"] or words[1:3] == ["models", "rm"]:
-        words.append("--yes")  # no terminal answers
+        words.append("--yes")  # there is no terminal to answer
     with pytest.raises(SystemExit) as stop:
         main(words[1:])
     assert stop.value.code in (0, None), f"{line}\n{capfd.readouterr().err[-3000:]}"

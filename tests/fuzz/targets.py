@@ -23,6 +23,8 @@ from deepseek.data.text.source import read_records
 from deepseek.engine.load import load
 from deepseek.errors import UserError
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.bundle import install_bundle, write_bundle
+from deepseek.packs.lock import lock_packs
 from deepseek.packs.pack import read_pack
 from deepseek.text.chat_template import encode_chat, encode_prompt
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
@@ -48,6 +50,23 @@ def pack(folder: Path, _: ExitStack) -> Fuzzer:
         st.just(join_safetensors({"__metadata__": {"deepseek.expert": deep("[", "]")}}, b"")),
     )
     return Fuzzer(cases, on_file(folder / "case.safetensors", read_pack))
+
+
+def bundle(folder: Path, _: ExitStack) -> Fuzzer:
+    """Sets of experts as one file: headers of the archive, the lock and the packs."""
+    base = save_base(folder / "base")
+    packs = [save_expert(load(base, dtype="float32"), "one", folder)]
+    write_bundle(folder / "seed.tar", lock_packs(packs), packs)
+    seed = (folder / "seed.tar").read_bytes()
+    cases = st.one_of(
+        mutated_bytes(seed),
+        mutated_bytes(seed[: 3 * 512], most=8).map(lambda start: start + seed[3 * 512 :]),
+    )
+    installed = folder / "installed"
+    return Fuzzer(
+        cases,
+        on_file(folder / "case.tar", lambda file: install_bundle(file, installed, replace=True)),
+    )
 
 
 def gguf(folder: Path, _: ExitStack) -> Fuzzer:
@@ -249,6 +268,7 @@ def templates(_: Path, __: ExitStack) -> Fuzzer:
 
 TARGETS: dict[str, Callable[[Path, ExitStack], Fuzzer]] = {
     "pack": pack,
+    "bundle": bundle,
     "gguf": gguf,
     "safetensors": safetensors,
     "jsonl": jsonl,
