@@ -10,6 +10,7 @@ import typer
 
 from deepseek.checkpoint.files import writable_file
 from deepseek.cli.output import echo
+from deepseek.errors import ConfigError
 
 app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
 
@@ -27,7 +28,7 @@ def code(
     from deepseek.data.builders.functions import documented_functions
     from deepseek.errors import DataError
 
-    writable_file(out)
+    _check_output(out)
     functions = documented_functions(clean(read_folder(folder))[0])
     if not functions:
         raise DataError(
@@ -60,11 +61,11 @@ def questions(
     from deepseek.data import clean
     from deepseek.data.builders.questions import all_questions
     from deepseek.data.text.filters import Skipped
-    from deepseek.errors import ConfigError, DataError
+    from deepseek.errors import DataError
     from deepseek.train.text.corpus import Source as TextSource
     from deepseek.train.text.corpus import read_source
 
-    writable_file(out)
+    _check_output(out)
     refuse_address(from_git)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     file = from_jsonl or from_parquet
@@ -90,8 +91,19 @@ def mathematics(
     """Write problems with worked answers, each checked by a second computation."""
     from deepseek.data.builders.mathematics import problems
 
-    writable_file(out)
+    _check_output(out)
     _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))
+
+
+def _check_output(out: Path) -> None:
+    """Refuse a path that cannot be written, or that may be a source file and no JSONL.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"{out} does not end with .jsonl; name a file that does.")
+    writable_file(out)
 
 
 def _write(out: Path, records: Iterable[object]) -> None:

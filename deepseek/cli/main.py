@@ -3,8 +3,9 @@
 `COMMANDS` names each command as `module:name` in this folder: a function, or a Typer application if
 it has subcommands.
 
-Exit codes: 0 success, 1 a bug in this package, 2 a user error (the message says what to do), 130
-interrupted, 141 nobody reads the output any more.
+Exit codes: 0 success; 1 a question answered with no, packs that differ (`expert diff`), or a bug in
+this package; 2 a user error (the message says what to do); 130 interrupted; 141 nobody reads the
+output any more.
 """
 
 import logging
@@ -65,7 +66,7 @@ TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train", "watch"})
 would only burn cores that other processes need. The decoder has many short regions, for which
 spinning (the default) is faster."""
 
-QUIET = {
+QUIET_VARIABLES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
@@ -74,7 +75,7 @@ QUIET = {
 }
 """Variables by which other libraries, and the processes that they start, say less."""
 
-TALKATIVE = "torch.onnx._internal.exporter._registration"
+NOISY_LOGGER = "torch.onnx._internal.exporter._registration"
 """Logger that warns of operators of torchvision, which no export has."""
 
 HELP = ("--help", "-h")
@@ -85,7 +86,7 @@ OPTIONS = (*HELP, "--version", "-V", "--debug")
 
 INTERRUPTED = 130
 
-NOBODY_READS = 141
+BROKEN_PIPE = 141
 """Status of a process that SIGPIPE would have ended, as shells report it."""
 
 
@@ -130,7 +131,7 @@ def _report(error: BaseException, arguments: list[str], debug: bool) -> int:
     if isinstance(error, BrokenPipeError):  # the reader of the output is gone, such as `head`
         discard(sys.stdout)
         discard(sys.stderr)
-        return NOBODY_READS
+        return BROKEN_PIPE
     if isinstance(error, OSError):
         discard(sys.stdout)  # what could not be written would fail again at the end
         return _say(f"error: {_os_cause(error)}", 2, debug)
@@ -143,8 +144,8 @@ def _report(error: BaseException, arguments: list[str], debug: bool) -> int:
 def _hide_foreign_warnings() -> None:
     """Keep notes of other libraries to their own users off the terminal; `--debug` shows them."""
     warnings.simplefilter("ignore")
-    logging.getLogger(TALKATIVE).setLevel(logging.ERROR)
-    for name, value in QUIET.items():
+    logging.getLogger(NOISY_LOGGER).setLevel(logging.ERROR)
+    for name, value in QUIET_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
@@ -184,12 +185,12 @@ def _call(place: str, program: str, arguments: list[str]) -> int:
         # Not `command.main`, which would swallow KeyboardInterrupt and its message.
         with command.make_context(program, arguments) as context:
             command.invoke(context)
-    except Exit as done:
-        return done.exit_code
+    except Exit as exit_request:
+        return exit_request.exit_code
     except TyperException as error:
-        failed = getattr(error, "ctx", None)
-        path = failed.command_path if failed else program
-        raise UserError(f"{_sentence(error.format_message())}; see `{path} --help`.") from error
+        from deepseek.cli.usage import usage_sentence
+
+        raise UserError(usage_sentence(error, program)) from error
     return 0
 
 
@@ -218,13 +219,6 @@ def _help() -> str:
     )
 
 
-def _sentence(message: str) -> str:
-    """Return Typer's message on one line, without its final punctuation and the name of an error's
-    class that Pydantic puts before it.
-    """
-    return " ".join(message.replace("Value error, ", "").split()).rstrip(".?")
-
-
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
     """Return whether `--debug` is given (before any `--`), and the arguments without it."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -237,7 +231,7 @@ def _os_cause(error: OSError) -> str:
     from deepseek.checkpoint.files import writable_folder
     from deepseek.checkpoint.store import home
 
-    where = f"{error.filename}: " if error.filename else ""
+    path_prefix = f"{error.filename}: " if error.filename else ""
     if isinstance(error.filename, str):
         place, root = (Path(path).absolute() for path in (error.filename, home()))
         if place.is_relative_to(root) or root.is_relative_to(place):
@@ -245,7 +239,7 @@ def _os_cause(error: OSError) -> str:
                 writable_folder(root / "models")
             except UserError as unusable:
                 return f"DEEPSEEK_HOME: {unusable}"
-    return f"{where}{error.strerror or error}."
+    return f"{path_prefix}{error.strerror or error}."
 
 
 def _say(message: str, status: int, debug: bool) -> int:

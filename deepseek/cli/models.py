@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.confirm import confirm
-from deepseek.cli.options import Json, Yes
+from deepseek.cli.options import Json, Yes, usable_home
 from deepseek.cli.output import echo
 from deepseek.cli.units import size
 
@@ -20,6 +20,7 @@ def list_models(as_json: Json = False) -> None:
     from deepseek.checkpoint.models import models_folder, stored_models
     from deepseek.cli.shapes import ModelList, ModelRow, print_json
 
+    usable_home()
     experts = _experts_by_base()
     rows = [
         ModelRow(
@@ -38,10 +39,10 @@ def list_models(as_json: Json = False) -> None:
     if not rows:
         echo(f"no models in {models_folder()}; fetch one with `deepseek pull`")
     for row in rows:
-        needed = f"  for {', '.join(row.experts)}" if row.experts else ""
+        expert_note = f"  for {', '.join(row.experts)}" if row.experts else ""
         echo(
             f"{row.name:32}  {size(row.bytes):>9}  {row.architecture:24}  "
-            f"{row.licence or 'licence not stated'}{needed}"
+            f"{row.licence or 'licence not stated'}{expert_note}"
         )
 
 
@@ -71,7 +72,7 @@ def _uses(name: str) -> list[str]:
 
     uses = [f"the expert {expert} needs it" for expert in _experts_by_base().get(name, [])]
     uses += [f"the run {run} is unfinished" for run in unfinished_on(name)]
-    uses += [f"process {use} has it open" for use in processes_at(models_folder() / name)]
+    uses += [f"process {process} has it open" for process in processes_at(models_folder() / name)]
     return uses
 
 

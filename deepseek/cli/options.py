@@ -1,5 +1,7 @@
 """Options shared by several commands."""
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,6 +116,19 @@ def existing_folder(option: str, folder: Path | None) -> None:
         raise ConfigError(f"{option} {folder} is not a folder; make it, or name one that exists.")
 
 
+def usable_home() -> None:
+    """Refuse a home that is, or is below, a file: a list of what it holds would be empty.
+
+    Raises:
+        NotADirectoryError: it is.
+    """
+    from deepseek.checkpoint.store import home
+
+    place = next(place for place in (home(), *home().absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(home()))
+
+
 def names(text: str) -> list[str]:
     """Return the parts of a comma-separated option."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -127,10 +142,10 @@ def arming(text: str) -> str | dict[str, float] | None:
     """
     if text.strip() in ("auto", "none"):
         return {"auto": "auto", "none": None}[text.strip()]
-    weighted = weights(text)
-    if not weighted:
+    weights_by_name = weights(text)
+    if not weights_by_name:
         raise ConfigError(f"{text!r} names no expert to arm; give names, auto or none.")
-    return {name: 1.0 if weight is None else weight for name, weight in weighted.items()}
+    return {name: 1.0 if weight is None else weight for name, weight in weights_by_name.items()}
 
 
 def weights(text: str) -> dict[str, float | None]:
@@ -139,16 +154,16 @@ def weights(text: str) -> dict[str, float | None]:
     Raises:
         ConfigError: a weight is not a number, or a name comes twice.
     """
-    weighted: dict[str, float | None] = {}
+    weights_by_name: dict[str, float | None] = {}
     for part in names(text):
-        name, weight = _weighted(part)
-        if name in weighted:
+        name, weight = _parse_weight(part)
+        if name in weights_by_name:
             raise ConfigError(f"The expert {name!r} is given twice in {text!r}; name it once.")
-        weighted[name] = weight
-    return weighted
+        weights_by_name[name] = weight
+    return weights_by_name
 
 
-def _weighted(part: str) -> tuple[str, float | None]:
+def _parse_weight(part: str) -> tuple[str, float | None]:
     """Return the name and the weight of NAME=WEIGHT; None: there is no weight."""
     name, equals, number = part.rpartition("=")
     if not equals:

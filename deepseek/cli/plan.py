@@ -11,7 +11,7 @@ from deepseek.cli.messages import about_options
 from deepseek.cli.options import Json, refuse_ignored
 from deepseek.errors import ConfigError
 
-OPTIONS = {"rows_per_gpu": "--batch", "preset": "PRESET"} | {
+OPTIONS = {"rows_per_gpu": "--batch", "model": "MODEL"} | {
     name: f"--{name}"
     for name in (
         "attention",
@@ -38,11 +38,15 @@ Hardware = "Hardware"
 
 
 def plan(
-    preset: Annotated[
-        str, typer.Argument(help="Preset of ModelConfig; default: deepseek-8b.")
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="deepseek-nano, deepseek-29m, deepseek-1b, deepseek-8b, deepseek-175b, or a model "
+            "on this machine: its name or folder; default: deepseek-8b."
+        ),
     ] = "",
     config: Annotated[
-        Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of a preset.")
+        Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of a model.")
     ] = None,
     profile: Annotated[
         str,
@@ -143,8 +147,8 @@ def plan(
         starting_options,
     )
 
-    if preset and config:
-        raise ConfigError(f"{preset} and --config both name the model; give one of them.")
+    if model and config:
+        raise ConfigError(f"{model} and --config both name the model; give one of them.")
     check_possible(memory=memory, teraflops=teraflops, bandwidth=bandwidth, tokens=tokens)
     is_inference = inference or bool(profile)
     if is_inference:
@@ -169,7 +173,7 @@ def plan(
         )
         writable_file(deepspeed)
     options = starting_options(profile, inference).overridden(
-        preset=preset,
+        model=model,
         device=device,
         gpus=gpus,
         batch=batch,
@@ -178,20 +182,20 @@ def plan(
         bits=bits,
     )
     with about_options(OPTIONS):
-        model = ModelChoice.of(options.preset, config, options.fields)
+        choice = ModelChoice.of(options.model, config, options.fields)
         hardware = options.hardware(memory, teraflops, bandwidth)
         if is_inference:
-            print_inference(model, options, hardware, dtype or "bfloat16", as_json)
+            print_inference(choice, options, hardware, dtype or "bfloat16", as_json)
             return
-        given = {
+        training_options = {
             "tokens": tokens,
             "recompute": recompute,
             "precision": precision,
             "zero": zero,
             "trained": trained,
         }
-        training = TrainingOptions(**{"tokens": model.tokens} | only_given(given))
-        print_training(model, options, hardware, training, deepspeed, as_json)
+        training = TrainingOptions(**{"tokens": choice.tokens} | only_given(training_options))
+        print_training(choice, options, hardware, training, deepspeed, as_json)
 
 
 def check_possible(**amounts: float | None) -> None:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from deepseek.checkpoint.store import read_object
 from deepseek.cli.output import echo, figures_table, print_table
 from deepseek.cli.shapes import InferenceEstimate, ScaleRow, TrainingEstimate, print_json
 from deepseek.cli.units import duration
+from deepseek.errors import ConfigError
 from deepseek.model.presets import PRESETS
 from deepseek.planning import DEVICES, Device, InferencePlan, Plan, deepspeed_config, plan_inference
 from deepseek.planning import plan as plan_training
@@ -35,7 +37,7 @@ class PlanOptions:
     """Options that plans of training and of inference share.
 
     Attributes:
-        preset: preset of `ModelConfig`.
+        model: a preset, or name or folder of a model on this machine.
         device: type of the devices, one of `DEVICES`.
         gpus: number of devices.
         batch: rows per device and step; in inference, sequences at a time.
@@ -45,7 +47,7 @@ class PlanOptions:
         fields: fields of `ModelConfig` in place of the model's own.
     """
 
-    preset: str = "deepseek-8b"
+    model: str = "deepseek-8b"
     device: str = "h100"
     gpus: int = 1
     batch: int = 1
@@ -54,9 +56,9 @@ class PlanOptions:
     bits: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
-    def overridden(self, **given: Any) -> "PlanOptions":
+    def overridden(self, **overrides: Any) -> "PlanOptions":
         """Return these options with those that the user gives (see `only_given`)."""
-        return replace(self, **only_given(given))
+        return replace(self, **only_given(overrides))
 
     def hardware(
         self, memory: float | None, teraflops: float | None, bandwidth: float | None
@@ -115,7 +117,7 @@ class ModelChoice:
     """The model of a plan.
 
     Attributes:
-        name: its preset, or the file of its configuration.
+        name: its preset, its name or folder, or the file of its configuration.
         config: its preset, fields or config.
         tokens: training tokens that its configuration states, else `TOKENS`.
     """
@@ -125,23 +127,64 @@ class ModelChoice:
     tokens: float
 
     @staticmethod
-    def of(preset: str, file: Path | None, fields: Mapping[str, Any]) -> "ModelChoice":
-        """Return the model of a preset or, if there is one, of a file for `deepseek pretrain`.
+    def of(model: str, file: Path | None, fields: Mapping[str, Any]) -> "ModelChoice":
+        """Return a preset, a model on this machine or, if there is one, that of a file for
+        `deepseek pretrain`.
 
         Args:
-            preset: name of the preset.
-            file: the file; None: the preset is meant.
+            model: name of a preset, or name or folder of a model.
+            file: the file; None: `model` is meant.
             fields: fields of `ModelConfig` in place of the model's own.
+
+        Raises:
+            ConfigError: `model` is neither, or the model is not of our own families.
         """
         if file is None:
-            config = pick(PRESETS, preset, "preset") | dict(fields)
-            return ModelChoice(preset, config if fields else preset, TOKENS)
+            if model in PRESETS:
+                config = PRESETS[model] | dict(fields)
+                return ModelChoice(model, config if fields else model, TOKENS)
+            return ModelChoice(model, _with_fields(_local_config(model), fields), TOKENS)
         from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
         settings = PretrainArguments.read(file)
-        read = settings.model_config_for(settings.vocab_size, 0)
-        changed = type(read)(**{**read.given, **fields}) if fields else read
-        return ModelChoice(str(file), changed, settings.tokens)
+        file_config = settings.model_config_for(settings.vocab_size, 0)
+        return ModelChoice(str(file), _with_fields(file_config, fields), settings.tokens)
+
+
+def _with_fields(config: "ModelConfig", fields: Mapping[str, Any]) -> "ModelConfig":
+    """Return a config with some fields in place of its own."""
+    return type(config)(**{**config.given, **fields}) if fields else config
+
+
+def _local_config(name: str) -> "ModelConfig":
+    """Return the config of a model on this machine; nothing is downloaded or converted.
+
+    Args:
+        name: name or folder of the model.
+
+    Raises:
+        ConfigError: there is none, or it is not of our own families.
+    """
+    from deepseek.checkpoint.hub import is_to_download, names_file, resolve
+    from deepseek.checkpoint.models import stored_models
+    from deepseek.model.config import ModelConfig
+    from deepseek.model.language_model import is_own
+    from deepseek.model.pretrained import read_config
+
+    if is_to_download(name) or names_file(name):
+        raise ConfigError(
+            f"{name} is not a model folder; fetch or convert it first with `deepseek pull {name}`."
+        )
+    if "/" not in name and not Path(name).is_dir():
+        stored_names = [model.name for model in stored_models()]
+        pick(dict.fromkeys([*PRESETS, *stored_names]), name, "model")
+    folder = resolve(name)
+    if not is_own(read_object(folder / "config.json")):
+        raise ConfigError(
+            f"{name} is a stock model of transformers, and plans are for our own families; give a "
+            "config of its shape with --config."
+        )
+    return ModelConfig(**read_config(folder))
 
 
 @dataclass(frozen=True)
@@ -186,12 +229,12 @@ def print_inference(
         f"{estimate.batch} x {estimate.length:,} tokens on {estimate.gpus} {options.device}"
     )
     if options.fields:
-        stated = ", ".join(f"{name}={value!r}" for name, value in options.fields.items())
-        echo(f"with {stated}")
+        field_values = ", ".join(f"{name}={value!r}" for name, value in options.fields.items())
+        echo(f"with {field_values}")
     _print_memory(asdict(estimate.memory), estimate.memory.total, hardware.memory)
     echo(
-        f"first token after {_short(estimate.prefill_seconds)}, then "
-        f"{_short(estimate.token_seconds)} per token: "
+        f"first token after {_format_duration(estimate.prefill_seconds)}, then "
+        f"{_format_duration(estimate.token_seconds)} per token: "
         f"{estimate.batch / estimate.token_seconds:,.0f} tokens/s"
     )
     echo(_assumptions(hardware, estimate))
@@ -250,6 +293,12 @@ def _print_training(model: str, device: str, estimate: Plan) -> None:
     )
     _print_memory(asdict(memory), memory.total, estimate.device.memory)
     print_table(_scaling_table(estimate))
+    rows = estimate.tokens_per_gpu // estimate.length
+    echo(
+        f"assumes {estimate.device.utilisation:.0%} of {estimate.device.flops / 1e12:,.0f} "
+        f"TFLOP/s, steps of {rows} x {estimate.length:,} tokens per device, ZeRO stage "
+        f"{estimate.zero}, {estimate.attention} attention"
+    )
 
 
 def _print_memory(parts: dict[str, float], total: float, limit: float) -> None:
@@ -271,7 +320,7 @@ def _scaling_table(estimate: Plan) -> Table:
     for scale in estimate.table():
         table.add_row(
             str(scale.gpus),
-            f"{scale.memory / 1e9:.1f}",
+            f"{scale.memory / 1e9:.1f}" + " (too much)" * (scale.memory > estimate.device.memory),
             f"{scale.gathered / 1e9:.2f}",
             f"{scale.reduced / 1e9:.2f}",
             f"{scale.seconds:.2f}",
@@ -291,6 +340,7 @@ def _inference_json(
         gpus=estimate.gpus,
         length=estimate.length,
         batch=estimate.batch,
+        weight_bits=estimate.bits or round(8 * estimate.compute_bytes),
         memory=asdict(estimate.memory),
         fits=estimate.fits,
         prefill_seconds=estimate.prefill_seconds,
@@ -309,7 +359,8 @@ def _training_json(model: str, estimate: Plan) -> TrainingEstimate:
         memory=asdict(estimate.memory(estimate.gpus)),
         fits=estimate.memory(estimate.gpus).total <= estimate.device.memory,
         scaling=[
-            ScaleRow.model_validate(scale, from_attributes=True) for scale in estimate.table()
+            ScaleRow(**asdict(scale), fits=scale.memory <= estimate.device.memory)
+            for scale in estimate.table()
         ],
     )
 
@@ -332,7 +383,8 @@ def _assumptions(device: Device, estimate: InferencePlan) -> str:
     hops = f", {1e6 * device.hop:.0f} microseconds a reduction" if estimate.gpus > 1 else ""
     return (
         f"assumes {device.utilisation:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in prefill, "
-        f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decoding, "
+        f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decoding, weights "
+        f"in {estimate.bits or 8 * estimate.compute_bytes:.0f} bits, "
         f"{estimate.attention} attention{hops}"
     )
 
@@ -341,5 +393,5 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.2f}"
 
 
-def _short(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else duration(seconds)

@@ -43,9 +43,11 @@ def import_file(
     from deepseek.data.preferences.files import read_preferences
     from deepseek.train.loop.progress import ProgressBar
 
-    with opened(database) as store, ProgressBar() as bar:
-        added = store.add_all(read_preferences(file, source), bar)
-    echo(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
+    with open_database(database) as store, ProgressBar() as bar:
+        counts = store.add_all(read_preferences(file, source), bar)
+    if not counts.new + counts.duplicates:
+        raise DataError(f"{file} holds no pairs; give a file with some.")
+    echo(f"{counts.new:,} pairs added, {counts.duplicates:,} already in the database")
 
 
 @app.command()
@@ -60,11 +62,14 @@ def add(
     """Add one pair."""
     from deepseek.data.preferences.files import preference
 
+    for option, text in {"prompt": prompt, "chosen": chosen, "rejected": rejected}.items():
+        if not text.strip():
+            raise ConfigError(f"--{option} is empty; give a text.")
     labels = label or []
-    if not all(one.strip() for one in labels):
+    if not all(text.strip() for text in labels):
         raise ConfigError("--label is empty; give a topic or flag, or leave it out.")
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": labels}
-    with opened(database) as store:
+    with open_database(database) as store:
         number = store.add(preference(record, "the pair", source))
     echo(f"preference {number}" if number else "this pair is already in the database")
 
@@ -109,17 +114,17 @@ def generate(
     from deepseek.train.loop.progress import ProgressBar
     from deepseek.train.rl.judge import JUDGES, generate_pairs, prompt_of
 
-    chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
-    if not chosen:
+    selected_judges = {name: pick(JUDGES, name, "judge") for name in names(judges)}
+    if not selected_judges:
         raise ConfigError(f"--judges {judges!r} names no judge; give {' or '.join(JUDGES)}.")
     prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]
     model, tokenizer = load(base, device=device, dtype=dtype)
-    with opened(database) as store, ProgressBar() as bar:
+    with open_database(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
             own_model(model, "Sampling of pairs"),
             tokenizer,
             prompts,
-            chosen,
+            selected_judges,
             answers=answers,
             new_tokens=max_tokens,
             temperature=temperature,
@@ -128,8 +133,8 @@ def generate(
             refusals=refusals,
             progress=bar,
         )
-        added = store.add_all(pairs, batch=1)
-    echo(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
+        counts = store.add_all(pairs, batch=1)
+    echo(f"{counts.new:,} pairs added, {counts.duplicates:,} already in the database")
 
 
 @app.command()
@@ -144,7 +149,7 @@ def search(
     """Show pairs, newest first."""
     from deepseek.cli.shapes import PreferenceList, PreferenceRow, print_json
 
-    with existing(database) as store:
+    with open_existing(database) as store:
         pairs = store.search(words, limit)
     if as_json:
         rows = [PreferenceRow.model_validate(pair, from_attributes=True) for pair in pairs]
@@ -164,7 +169,7 @@ def stats(database: Database = None, as_json: Json = False) -> None:
     """Count pairs by split, source and label, and how often each judge agrees."""
     from deepseek.cli.shapes import PreferenceCounts, print_json
 
-    with existing(database) as store:
+    with open_existing(database) as store:
         store.check()
         totals = store.statistics()
     if as_json:
@@ -197,7 +202,7 @@ def split(
     """
     if not 0 <= share < 1:  # NaN too
         raise ConfigError(f"SHARE {share:g} must be at least 0 and less than 1.")
-    with existing(database) as store:
+    with open_existing(database) as store:
         store.set_eval_share(share)
         splits = store.statistics().splits
     echo(f"train {splits['train']:,}, eval {splits['eval']:,}")
@@ -216,33 +221,35 @@ def export(
     if file.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"{file} ends neither with .jsonl nor with .parquet; name one that does.")
     writable_file(file)
-    with existing(database) as store:
+    with open_existing(database) as store:
         if next(store.pairs(split), None) is None:
-            which = f"pairs in the split {split}" if split else "pairs"
+            pair_kind = f"pairs in the split {split}" if split else "pairs"
             raise DataError(
-                f"{store.path} holds no {which}, so {file} is left as it is; give another "
+                f"{store.path} holds no {pair_kind}, so {file} is left as it is; give another "
                 "--database, or add pairs with `deepseek prefs import FILE`."
             )
         echo(f"{write_preferences(store, file, split):,} pairs in {file}")
 
 
-def existing(path: Path | None) -> "closing[PreferenceDatabase]":
-    """Return what `opened` does, for commands that a mistyped file must not make a database of.
+def open_existing(path: Path | None) -> "closing[PreferenceDatabase]":
+    """Return what `open_database` does, for commands that a mistyped file must not
+    make a database of.
 
     Args:
         path: database file; None: `preferences.db` in the library's home folder, made if need be.
 
     Raises:
-        DataError: the file does not exist.
+        DataError: the file does not exist, or is empty.
     """
-    if path is not None and not path.is_file():
+    if path is not None and not (path.is_file() and path.stat().st_size):
+        problem = "is empty" if path.is_file() else "is not a file"
         raise DataError(
-            f"{path} is no file; check --database, or make one with `deepseek prefs import FILE`."
+            f"{path} {problem}; check --database, or make one with `deepseek prefs import FILE`."
         )
-    return opened(path)
+    return open_database(path)
 
 
-def opened(path: Path | None) -> "closing[PreferenceDatabase]":
+def open_database(path: Path | None) -> "closing[PreferenceDatabase]":
     """Return a context manager that opens the database and closes it after the block.
 
     Args:

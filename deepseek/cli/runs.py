@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deepseek.cli.options import Json
+from deepseek.cli.options import Json, usable_home
 from deepseek.cli.output import echo, figures_table, plain, print_table
 from deepseek.cli.units import with_unit
 
@@ -25,12 +25,13 @@ def list_runs(as_json: Json = False) -> None:
     from deepseek.errors import UserError
     from deepseek.train.loop.past_runs import all_runs
 
+    usable_home()
     rows = []
     for name, folder in all_runs().items():
         try:
             rows.append(_row(name, folder))
         except (UserError, OSError) as error:
-            rows.append(_damaged(name, folder, error))
+            rows.append(_damaged_row(name, folder, error))
     if as_json:
         print_json(RunList(runs=rows))
         return
@@ -88,7 +89,7 @@ def _row(name: str, folder: Path) -> "RunRow":
     return RunRow(name=name, path=str(folder), state=state, figures=figures)
 
 
-def _damaged(name: str, folder: Path, error: Exception) -> "RunRow":
+def _damaged_row(name: str, folder: Path, error: Exception) -> "RunRow":
     """Return what a list says of a run whose files cannot be read."""
     from deepseek.cli.shapes import RunRow
 

@@ -267,6 +267,9 @@ class ScaleRow(JsonShape):
     memory: float
     """Bytes per device"""
 
+    fits: bool
+    """Whether they are at most the device's memory"""
+
     gathered: float
     """Bytes that each device receives for weights"""
 
@@ -284,7 +287,7 @@ class TrainingEstimate(JsonShape):
     """`deepseek plan --json`"""
 
     model: str
-    """Preset, or file of the configuration"""
+    """Preset, name or folder, or file of the configuration"""
 
     parameters: int
     """Total parameters"""
@@ -315,7 +318,7 @@ class InferenceEstimate(JsonShape):
     """`deepseek plan --inference --json`"""
 
     model: str
-    """Preset"""
+    """Preset, name or folder, or file of the configuration"""
 
     fields: dict[str, Any]
     """Fields of `ModelConfig` that the profile sets"""
@@ -334,6 +337,9 @@ class InferenceEstimate(JsonShape):
 
     batch: int
     """Sequences at a time"""
+
+    weight_bits: int
+    """Bits per weight of the layers"""
 
     memory: dict[str, float]
     """Bytes per device by part"""

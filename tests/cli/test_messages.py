@@ -1,4 +1,4 @@
-"""Messages name the cause in the words of the command line, and the mend, before anything is
+"""Error messages name the cause in terms of the command line, and the fix, before anything is
 loaded.
 """
 
@@ -21,7 +21,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: Capture, *words: str) -> str:
-    """Return what `deepseek WORDS` says when it refuses."""
+    """Return the message with which `deepseek WORDS` fails."""
     with pytest.raises(SystemExit) as stop:
         main(list(words))
     output = capsys.readouterr()
@@ -37,7 +37,16 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("inspect", "Missing command; see `deepseek inspect --help`."),
+        ("inspect", "Missing command; valid: attention; see `deepseek inspect --help`."),
+        ("models lst", "No such command 'lst'; perhaps 'list' is meant; see"),
+        ("serve --base x", "No such option: --base; the model is an argument, without an option;"),
+        ("chat x", "Got unexpected extra argument(s) (x); a model is named with --base; see"),
+        ("expert train --lr 1", "No such option: --lr; perhaps --learning-rate is meant; see"),
+        ("expert train x", "a folder of text is named with --from-folder; see"),
+        ("generate --model x", "No such option: --model; a model is named with --base; see"),
+        ("chat --temperatur 1", "(Possible options: --experts, --temperature); see"),
+        ("runs list --nope", "No such option: --nope; valid: --json; see"),
+        ("export M out", "Missing option '--to': onnx, openvino, tensorrt, hf (a folder for stock"),
         ("--nope", "unknown option '--nope'; valid: --debug, --help, --version"),
         ("pull smollm2-135m --dtype int3", "'int3' is not one of 'float32'"),
         ("pull smollm2-135m --dtype bfloat16", "--dtype goes with a GGUF file; leave it out."),
@@ -58,7 +67,7 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
             "clone it first with `git clone git@example.org:a/b`",
         ),
         (
-            "data questions --out x --from-git ssh://h/a",
+            "data questions --out x.jsonl --from-git ssh://h/a",
             "clone it first with `git clone ssh://h/a`",
         ),
         ("generate x --max-tokens 0", "Invalid value for '--max-tokens'"),
@@ -75,6 +84,13 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
         ("eval one --against ,", "--against ',' names no method; give rag or lora or full."),
         ("expert lock --experts ,", "--experts ',' names no expert; give names, or all."),
         ("expert lock --base tiny", "There is no expert for the base tiny in "),
+        ("data code . x.py", "x.py does not end with .jsonl; name a file that does."),
+        ("data mathematics x", "x does not end with .jsonl; name a file that does."),
+        ("data questions --out x.md --from-folder .", "x.md does not end with .jsonl"),
+        ("expert bundle .", "exists already"),
+        ("expert bundle x.tar", "There is no expert for the base smollm2-135m in "),
+        ("expert install nosuch.tar", "nosuch.tar cannot be read (No such file or directory)."),
+        ("expert install .", "cannot be read (Is a directory)."),
         ("plan --deepspeed .", "cannot be written, it is a folder; choose another path."),
         ("expert rename demo x!y", "'x!y' is no name; use at most 64 letters"),
         ("pull tiny-byte", "perhaps 'tiny-bytes' is meant"),
@@ -110,6 +126,35 @@ def test_a_home_that_cannot_be_used_is_named_by_its_variable(
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "file" / "home"))
     told = refused(capsys, *command.split())
     assert told.startswith("error: DEEPSEEK_HOME: ") and "lies below a file; choose" in told
+
+
+@pytest.mark.parametrize("command", ["expert list", "models list", "runs list --json"])
+@pytest.mark.parametrize("place", ["file", "file/home"])
+def test_a_list_of_a_home_that_is_no_folder_is_refused(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / place))
+    message = refused(capsys, *command.split())
+    assert message.startswith("error: DEEPSEEK_HOME: ") and "lies below a file; choose" in message
+
+
+def test_an_empty_file_does_not_become_a_database(tmp_path: Path, capsys: Capture) -> None:
+    database = tmp_path / "empty.db"
+    database.touch()
+    message = refused(capsys, "prefs", "search", "x", "--database", str(database))
+    assert "empty.db is empty; check --database" in message
+    assert database.read_bytes() == b""
+
+
+def test_no_pair_is_made_of_empty_texts(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    message = refused(capsys, "prefs", "import", str(tmp_path / "empty.jsonl"))
+    assert "empty.jsonl holds no pairs" in message
+    texts = {"--prompt": "p", "--chosen": "c", "--rejected": "r"}
+    for option in texts:
+        words = [word for pair in {**texts, option: " "}.items() for word in pair]
+        assert f"{option} is empty; give a text." in refused(capsys, "prefs", "add", *words)
 
 
 def test_judges_are_named_before_the_model_is_loaded(

@@ -1,4 +1,4 @@
-"""A result that cannot be written is refused before anything is read or computed."""
+"""An output path that cannot be written is refused before anything is read or computed."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -14,9 +14,9 @@ COMMANDS = (
     "export BASE OUT --to hf",
     "export BASE OUT --to onnx",
     "export BASE OUT.gguf --to gguf",
-    "data code TEXT OUT",
-    "data questions --out OUT --from-folder TEXT",
-    "data mathematics OUT --count 1000000000",
+    "data code TEXT OUT.jsonl",
+    "data questions --out OUT.jsonl --from-folder TEXT",
+    "data mathematics OUT.jsonl --count 1000000000",
     "inspect attention OUT.png --base BASE",
     "prefs export OUT.jsonl --database TEXT/prefs.db",
     "prefs export OUT.parquet --database TEXT/prefs.db",

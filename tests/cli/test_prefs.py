@@ -1,4 +1,4 @@
-"""What `deepseek prefs` prints, and what it refuses."""
+"""Output and error messages of `deepseek prefs`."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def call(*words: str) -> int:
 
 @pytest.fixture
 def database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A database of one pair, which is in the training split."""
+    """A database with one pair, in the training split."""
     path = tmp_path / "prefs.db"
     pair = ("--prompt", "Hi", "--chosen", "Hello.", "--rejected", "No.")
     assert call("add", *pair, "--database", str(path)) == 0
@@ -51,7 +51,7 @@ def test_a_mistyped_database_is_refused_and_not_created(
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text("mine\n")
     assert call(*command.split(), "--database", "folder/god.db") == 2
-    assert "folder/god.db is no file; check --database" in capsys.readouterr().err
+    assert "folder/god.db is not a file; check --database" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     assert Path("pairs.jsonl").read_text() == "mine\n"
 

@@ -1,13 +1,16 @@
-"""The commands of training: their mistakes are one sentence, their output is what they made."""
+"""Commands for data, plans and training: what they print and write, and one-sentence errors."""
 
 import json
 from pathlib import Path
 
 import pytest
+from tiny_expert import save_base
 
+import deepseek
 from deepseek.cli.main import main
 from deepseek.data import read_records
 from deepseek.model.config import ModelConfig
+from deepseek.model.presets import PRESETS
 
 
 def call(*arguments: str) -> int:
@@ -42,9 +45,39 @@ def test_a_plan_is_printed_and_written_for_deepspeed(
     path = tmp_path / "ds.json"
     assert call("plan", "deepseek-8b", "--gpus", "256", "--deepspeed", str(path)) == 0
     printed = capsys.readouterr().out
-    assert "on 256 h100: " in printed and "efficiency" in printed and printed.count("%") == 9
+    assert "on 256 h100: " in printed and "efficiency" in printed and printed.count("%") == 10
     config = json.loads(path.read_text())
     assert config["zero_optimization"]["stage"] == 3 and config["train_batch_size"] == 512
+
+
+def test_a_plan_of_a_model_folder_is_that_of_its_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(tmp_path / "base")
+    assert call("plan", str(base), "--inference", "--bits", "8", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    model = deepseek.load(base).model
+    # What the tied head shares with the embedding is one parameter.
+    assert planned["parameters"] == sum(part.numel() for part in model.parameters())
+    assert (planned["model"], planned["weight_bits"]) == (str(base), 8)
+    assert planned["length"] == model.config.max_position_embeddings
+
+
+def test_a_plan_names_the_numbers_of_devices_that_do_not_suffice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("plan", "deepseek-8b", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["scaling"]
+    assert [row["fits"] for row in rows] == [row["memory"] <= 80e9 for row in rows]
+    assert {row["fits"] for row in rows} == {True, False}
+    assert call("plan", "deepseek-8b") == 0
+    assert capsys.readouterr().out.count("too much") == sum(not row["fits"] for row in rows)
+
+
+def test_the_help_of_plan_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "--help") == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert [name for name in PRESETS if name not in words] == []
 
 
 @pytest.mark.parametrize(("profile", "fields"), [("code", 3), ("long", 3), ("small", 0)])
@@ -83,6 +116,8 @@ def test_a_plan_for_hardware_of_any_speed_is_printed(option: str) -> None:
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("adapt",), "no text to learn from"),
         (("plan", "deepseek-9b"), "perhaps 'deepseek-8b'"),
+        (("plan", "smollm2-135m"), "fetch or convert it first with `deepseek pull smollm2-135m`"),
+        (("plan", "x.gguf"), "fetch or convert it first with `deepseek pull x.gguf`"),
         (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
         (
             ("plan", "--bits", "4"),
