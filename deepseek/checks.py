@@ -43,12 +43,12 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     """Return a whole number from `least` to `most`; None: the limit of 64 bits on that side."""
     rule = _with_range("a whole number", least, most)
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _refused(name, value, rule)
-    plain = int(value)
+        raise _refusal(name, value, rule)
+    integer = int(value)
     low = -MAX_WHOLE - 1 if least is None else least
-    if not low <= plain <= (MAX_WHOLE if most is None else most):
-        raise _refused(name, value, rule)
-    return plain
+    if not low <= integer <= (MAX_WHOLE if most is None else most):
+        raise _refusal(name, value, rule)
+    return integer
 
 
 def positive(name: str, value: Any) -> int:
@@ -70,57 +70,57 @@ def number(
     words = [f"{phrase} {limit:g}" for limit, phrase in limits if limit is not None]
     rule = f"a finite number of {' and '.join(words)}" if words else "a finite number"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise _refused(name, value, rule)
+        raise _refusal(name, value, rule)
     try:
-        plain = float(value)
+        as_float = float(value)
     except OverflowError:
-        raise _refused(name, value, rule) from None
-    outside = (
-        not math.isfinite(plain)
-        or (least is not None and plain < least)
-        or (above is not None and plain <= above)
-        or (most is not None and plain > most)
-        or (below is not None and plain >= below)
+        raise _refusal(name, value, rule) from None
+    is_outside = (
+        not math.isfinite(as_float)
+        or (least is not None and as_float < least)
+        or (above is not None and as_float <= above)
+        or (most is not None and as_float > most)
+        or (below is not None and as_float >= below)
     )
-    if outside:
-        raise _refused(name, value, rule)
-    return plain
+    if is_outside:
+        raise _refusal(name, value, rule)
+    return as_float
 
 
 def flag(name: str, value: Any) -> bool:
     """Return a truth value; numbers and texts are none."""
     if not isinstance(value, bool):
-        raise _refused(name, value, "True or False")
+        raise _refusal(name, value, "True or False")
     return value
 
 
 def text(name: str, value: Any) -> str:
     """Return a text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise _refused(name, value, "a text")
+        raise _refusal(name, value, "a text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _refused(name, value, "a text without lone surrogates") from None
+        raise _refusal(name, value, "a text without lone surrogates") from None
     return value
 
 
 def choice(name: str, value: Any, valid: Iterable[str]) -> str:
     """Return one of the `valid` texts; the message suggests the nearest one."""
-    known = tuple(valid)
-    if not isinstance(value, str) or value not in known:
+    valid_values = tuple(valid)
+    if not isinstance(value, str) or value not in valid_values:
         word = value if isinstance(value, str) else shown(value)
-        raise ConfigError(f"{name}={shown(value)} is unknown; {nearest(word, known)}.")
+        raise ConfigError(f"{name}={shown(value)} is unknown; {nearest(word, valid_values)}.")
     return value
 
 
 def path(name: str, value: Any) -> Path:
     """Return a path that a file system can hold."""
     if not isinstance(value, str | Path):
-        raise _refused(name, value, "a path")
+        raise _refusal(name, value, "a path")
     raw = os.fsencode(value) if _encodes(str(value)) else b"\0"
     if not raw or b"\0" in raw or len(raw) >= MAX_PATH or max(map(len, raw.split(b"/"))) > MAX_NAME:
-        raise _refused(name, str(value), "a path that a file system can hold")
+        raise _refusal(name, str(value), "a path that a file system can hold")
     return Path(value)
 
 
@@ -144,17 +144,17 @@ def sequence(name: str, value: Any, check: Check, what: str = "values") -> list[
     if isinstance(value, tensors) and value.dim() == 1:
         value = value.tolist()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise _refused(name, value, f"a list of {what}")
+        raise _refusal(name, value, f"a list of {what}")
     try:
         return [check(f"{name}[{place}]", item) for place, item in enumerate(value)]
     except TypeError:  # a 0-dimensional array has an iterator that refuses
-        raise _refused(name, value, f"a list of {what}") from None
+        raise _refusal(name, value, f"a list of {what}") from None
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """Return a mapping with texts as keys, copied."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _refused(name, value, "a mapping of names to values")
+        raise _refusal(name, value, "a mapping of names to values")
     return dict(value)
 
 
@@ -165,8 +165,8 @@ def layers(name: str, value: Any, count: int) -> list[int]:
 
 def token_ids(name: str, value: Any, vocab_size: int = MAX_SIZE) -> list[int]:
     """Return the ids of tokens, each 0 to `vocab_size` - 1."""
-    plain = isinstance(value, list | tuple) and set(map(type, value)) == {int}
-    if plain and min(value) >= 0 and max(value) < vocab_size:  # fast: prompts are long
+    is_plain_list = isinstance(value, list | tuple) and set(map(type, value)) == {int}
+    if is_plain_list and min(value) >= 0 and max(value) < vocab_size:  # fast: prompts are long
         return list(value)
     return sequence(name, value, partial(whole, least=0, most=vocab_size - 1), "token ids")
 
@@ -187,14 +187,14 @@ def texts(name: str, value: Any) -> list[str]:
 def instance(name: str, value: Any, kind: type) -> Any:
     """Return an object of a class."""
     if not isinstance(value, kind):
-        raise _refused(name, value, f"of class {kind.__name__}")
+        raise _refusal(name, value, f"of class {kind.__name__}")
     return value
 
 
 def function(name: str, value: Any) -> Any:
     """Return something that can be called."""
     if not callable(value):
-        raise _refused(name, value, "a function")
+        raise _refusal(name, value, "a function")
     return value
 
 
@@ -239,13 +239,13 @@ def tensor(
     }
     kinds["mask"] = kinds["whole"] | {torch.bool}
     if not isinstance(value, torch.Tensor):
-        raise _refused(name, value, f"a tensor of {KINDS[kind]}")
+        raise _refusal(name, value, f"a tensor of {KINDS[kind]}")
     if value.dtype not in kinds[kind]:
         raise ConfigError(f"{name} is of dtype {value.dtype}; it must be of {KINDS[kind]}.")
     sizes = tuple(value.shape)
     if (dims and value.dim() not in dims) or value.dim() == 0:
-        many = " or ".join(map(str, dims)) or "at least 1"
-        raise ConfigError(f"{name} has shape {sizes}; it must have {many} dimensions.")
+        allowed_dims = " or ".join(map(str, dims)) or "at least 1"
+        raise ConfigError(f"{name} has shape {sizes}; it must have {allowed_dims} dimensions.")
     if width is not None and sizes[-1] != width:
         raise ConfigError(f"{name} has shape {sizes}; its last dimension must be {width}.")
     if not empty and 0 in sizes:
@@ -278,19 +278,21 @@ def shape(name: str, value: "Tensor", expected: Sequence[int], axes: str) -> Non
 
 def alike(**tensors: "Tensor | None") -> None:
     """Check that tensors have one dtype and are on one device; None is skipped."""
-    present = {name: value for name, value in tensors.items() if value is not None}
-    if len({value.dtype for value in present.values()}) > 1:
-        found = ", ".join(f"{name} is {value.dtype}" for name, value in present.items())
-        raise ConfigError(f"{found}; cast them to one dtype.")
-    same_device(**present)
+    present_tensors = {name: value for name, value in tensors.items() if value is not None}
+    if len({value.dtype for value in present_tensors.values()}) > 1:
+        dtypes = ", ".join(f"{name} is {value.dtype}" for name, value in present_tensors.items())
+        raise ConfigError(f"{dtypes}; cast them to one dtype.")
+    same_device(**present_tensors)
 
 
 def same_device(**tensors: "Tensor | None") -> None:
     """Check that tensors are on one device; None is skipped."""
-    present = {name: value for name, value in tensors.items() if value is not None}
-    if len({value.device for value in present.values()}) > 1:
-        found = ", ".join(f"{name} is on {value.device}" for name, value in present.items())
-        raise ConfigError(f"{found}; move them to one device.")
+    present_tensors = {name: value for name, value in tensors.items() if value is not None}
+    if len({value.device for value in present_tensors.values()}) > 1:
+        devices = ", ".join(
+            f"{name} is on {value.device}" for name, value in present_tensors.items()
+        )
+        raise ConfigError(f"{devices}; move them to one device.")
 
 
 def finite(name: str, value: "Tensor") -> None:
@@ -315,8 +317,8 @@ def within(name: str, value: "Tensor", least: int, most: int, what: str) -> None
         return
     low, high = (int(limit) for limit in value.aminmax())
     if low < least or high > most:
-        wrong = low if low < least else high
-        raise ConfigError(f"{name} holds {wrong}; {what} go from {least} to {most}.")
+        bad_value = low if low < least else high
+        raise ConfigError(f"{name} holds {bad_value}; {what} go from {least} to {most}.")
 
 
 def _abstract(value: "Tensor") -> bool:
@@ -326,13 +328,17 @@ def _abstract(value: "Tensor") -> bool:
     return value.is_meta or torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
-def _refused(name: str, value: object, rule: str) -> ConfigError:
+def _refusal(name: str, value: object, rule: str) -> ConfigError:
     return ConfigError(f"{name}={shown(value)} must be {rule}.")
 
 
-def _with_range(what: str, least: int | None, most: int | None) -> str:
+def _with_range(description: str, least: int | None, most: int | None) -> str:
     if least is None and most is None:
-        return what
+        return description
     if least is None:
-        return f"{what} of at most {most}"
-    return f"{what} of at least {least}" if most is None else f"{what} from {least} to {most}"
+        return f"{description} of at most {most}"
+    return (
+        f"{description} of at least {least}"
+        if most is None
+        else f"{description} from {least} to {most}"
+    )

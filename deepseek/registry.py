@@ -10,7 +10,7 @@ from deepseek.errors import ConfigError, shown
 T = TypeVar("T")
 
 
-LISTED = 12
+MAX_LISTED_NAMES = 12
 """Tables with more entries are listed in a message only if no entry is similar to the name."""
 
 
@@ -28,29 +28,41 @@ def nearest(name: str, names: Iterable[str]) -> str:
         name: the unknown name.
         names: the valid names.
     """
-    known = sorted(set(names))
-    close = _most_similar(name, known)
-    if close is None:
-        return f"valid: {', '.join(known)}"
-    listed = f" (valid: {', '.join(known)})" if len(known) <= LISTED else ""
-    return f"perhaps {close!r} is meant{listed}"
+    valid_names = sorted(set(names))
+    match = _most_similar(name, valid_names)
+    if match is None:
+        return f"valid: {', '.join(valid_names)}"
+    name_list = (
+        f" (valid: {', '.join(valid_names)})" if len(valid_names) <= MAX_LISTED_NAMES else ""
+    )
+    return f"perhaps {match!r} is meant{name_list}"
 
 
-def _most_similar(name: str, known: list[str]) -> str | None:
+def _most_similar(name: str, valid_names: list[str]) -> str | None:
     """Return the valid name that is most like `name`, None if none is.
 
     A name of which `name` is a part, as a whole or from the beginning, comes before one that is
     spelled alike.
     """
-    folded = name.casefold()
-    if folded in map(str.casefold, known):
-        return next(one for one in known if one.casefold() == folded)
-    if len(folded) >= FEWEST_LETTERS:
-        parts = [one for one in known if folded in one.casefold()]
+    folded_name = name.casefold()
+    if folded_name in map(str.casefold, valid_names):
+        return next(candidate for candidate in valid_names if candidate.casefold() == folded_name)
+    if len(folded_name) >= FEWEST_LETTERS:
+        parts = [candidate for candidate in valid_names if folded_name in candidate.casefold()]
         if parts:
-            return min(parts, key=lambda one: (not one.casefold().startswith(folded), len(one)))
-    close = get_close_matches(folded, [one.casefold() for one in known], n=1, cutoff=SIMILAR)
-    return next((one for one in known if close and one.casefold() == close[0]), None)
+            return min(
+                parts,
+                key=lambda candidate: (
+                    not candidate.casefold().startswith(folded_name),
+                    len(candidate),
+                ),
+            )
+    close = get_close_matches(
+        folded_name, [candidate.casefold() for candidate in valid_names], n=1, cutoff=SIMILAR
+    )
+    return next(
+        (candidate for candidate in valid_names if close and candidate.casefold() == close[0]), None
+    )
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:

@@ -92,10 +92,10 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
     types = values.get("layer_types")
     bias = bool(values.get("attention_bias"))
     # Not from `values`: some classes take a `head_dim` that they do not declare.
-    common = {name: getattr(hf_config, name, None) for name in _COMMON_FIELDS}
-    ours: dict[str, Any] = {
+    common_values = {name: getattr(hf_config, name, None) for name in _COMMON_FIELDS}
+    model_fields: dict[str, Any] = {
         name: value
-        for name, value in common.items()
+        for name, value in common_values.items()
         if value is not None and not _means_no_token(name, value, values["vocab_size"])
     } | {
         "attention_bias": bias,
@@ -103,23 +103,23 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
         "clip_qkv": values.get("clip_qkv"),
         "sliding_window": values.get("sliding_window"),
     }
-    if ours["sliding_window"] and types:
-        ours["full_attention_layers"] = [i for i in layers if types[i] == "full_attention"]
+    if model_fields["sliding_window"] and types:
+        model_fields["full_attention_layers"] = [i for i in layers if types[i] == "full_attention"]
     if count := values.get("num_experts") or values.get("num_local_experts"):
-        skipped = values.get("mlp_only_layers") or ()
+        dense_indices = values.get("mlp_only_layers") or ()
         step = values.get("decoder_sparse_step", 1)
-        ours |= {
+        model_fields |= {
             "num_experts": count,
             "expert_dim": values.get("moe_intermediate_size") or values["intermediate_size"],
             "max_experts": values["num_experts_per_tok"],
             "routing_strategy": "topk",
             "router_score": "softmax",
             "router_renormalize": bool(values.get("norm_topk_prob", True)),
-            "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
+            "dense_layers": [i for i in layers if i in dense_indices or (i + 1) % step],
         }
     if hf_config.model_type in GEMMA:
-        ours |= _gemma_fields(hf_config.model_type, values)
-    return ours
+        model_fields |= _gemma_fields(hf_config.model_type, values)
+    return model_fields
 
 
 def _gemma_fields(family: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _gemma_fields(family: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     if values.get("use_bidirectional_attention"):
         raise CheckpointError("Models with use_bidirectional_attention=true are not supported.")
-    ours = {
+    model_fields = {
         "hidden_act": values["hidden_activation"],
         "query_pre_attn_scalar": values["query_pre_attn_scalar"],
         # Gemma 3's attention ignores the field: its queries and keys are normed instead.
@@ -143,16 +143,16 @@ def _gemma_fields(family: str, values: dict[str, Any]) -> dict[str, Any]:
     }
     rotary = values["rope_parameters"]
     if "sliding_attention" not in rotary:
-        return ours
-    local = rotary["sliding_attention"]
-    if local.get("rope_type", "default") != "default":
+        return model_fields
+    local_rope = rotary["sliding_attention"]
+    if local_rope.get("rope_type", "default") != "default":
         raise CheckpointError(
-            f"rope_parameters of type {shown(local['rope_type'])} on sliding attention are not "
-            "supported; use a model whose windowed layers have unscaled angles."
+            f"rope_parameters of type {shown(local_rope['rope_type'])} on sliding attention are "
+            "not supported; use a model whose windowed layers have unscaled angles."
         )
-    return ours | {
+    return model_fields | {
         "rope_parameters": rotary["full_attention"],
-        "local_rope_theta": local["rope_theta"] if values["sliding_window"] else None,
+        "local_rope_theta": local_rope["rope_theta"] if values["sliding_window"] else None,
     }
 
 
@@ -202,7 +202,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         # Once more, as the rotary classes do: the first time is before the class knows
         # `original_max_position_embeddings` beside the rotary parameters.
         hf_config.standardize_rope_params()
-        translated = _translate_config(hf_config)
+        model_fields = _translate_config(hf_config)
     except CheckpointError:
         raise
     except Exception as error:  # the classes of transformers check their fields in many ways
@@ -211,7 +211,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             f"The config.json is no config of the family {family} ({cause:.300}); fetch the model "
             "again."
         ) from None
-    return translated | FAMILIES[family]
+    return model_fields | FAMILIES[family]
 
 
 def _means_no_token(name: str, value: Any, vocab_size: int) -> bool:
@@ -250,17 +250,19 @@ def convert_tensors(
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     four = bool(config.get("post_norms"))
-    renamed = {
+    renamed_tensors = {
         our_name(name, post_norms=four): tensor for name, tensor in tensors if not is_computed(name)
     }
-    stacked = _stack_experts(renamed)
-    if config.get("num_experts") and not any(map(is_routed, stacked)):
-        return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
-    return stacked
+    stacked_tensors = _stack_experts(renamed_tensors)
+    if config.get("num_experts") and not any(map(is_routed, stacked_tensors)):
+        return {_as_shared_expert(name, dense): tensor for name, tensor in stacked_tensors.items()}
+    return stacked_tensors
 
 
 def restore_names(
-    tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor], tied: Collection[str] = ()
+    tensors: Iterator[tuple[str, Tensor]],
+    changed_tensors: Mapping[str, Tensor],
+    tied_names: Collection[str] = (),
 ) -> dict[str, Tensor] | None:
     """Return a checkpoint with changed values, under its original names and in its dtypes.
 
@@ -269,26 +271,26 @@ def restore_names(
 
     Args:
         tensors: name and tensor of every weight of the checkpoint.
-        changed: changed tensors under our names.
-        tied: our names of tensors that are tied to others; the checkpoint's copies of them are left
-            out, as readers would load a stale copy as an independent tensor.
+        changed_tensors: changed tensors under our names.
+        tied_names: our names of tensors that are tied to others; the checkpoint's copies of them
+            are left out, as readers would load a stale copy as an independent tensor.
 
     Returns:
         The tensors, or None if a changed tensor corresponds to several in the checkpoint (stacked
         experts).
     """
     originals = {}
-    unmatched = set(changed)
-    four = any(".attention_post_norm." in name for name in changed)
+    unmatched_names = set(changed_tensors)
+    has_post_norms = any(".attention_post_norm." in name for name in changed_tensors)
     for name, tensor in tensors:
-        ours = our_name(name, post_norms=four)
-        if ours in tied:
+        parameter = our_name(name, post_norms=has_post_norms)
+        if parameter in tied_names:
             continue
-        unmatched.discard(ours)
-        value = changed.get(ours, tensor).detach().cpu()
-        same = torch.equal(tensor.to(value.dtype), value)
-        originals[name] = (tensor if same else value.to(tensor.dtype)).contiguous()
-    return None if unmatched else originals
+        unmatched_names.discard(parameter)
+        value = changed_tensors.get(parameter, tensor).detach().cpu()
+        is_unchanged = torch.equal(tensor.to(value.dtype), value)
+        originals[name] = (tensor if is_unchanged else value.to(tensor.dtype)).contiguous()
+    return None if unmatched_names else originals
 
 
 def is_routed(name: str) -> bool:

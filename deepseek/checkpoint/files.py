@@ -56,13 +56,16 @@ def stored_model_name(name: str) -> str:
 
 
 def readable_file(
-    path: str | Path, wanted: str, error: type[UserError] = DataError, most_bytes: int | None = None
+    path: str | Path,
+    replacement: str,
+    error: type[UserError] = DataError,
+    most_bytes: int | None = None,
 ) -> Path:
     """Return a path that is a readable regular file.
 
     Args:
         path: path of the file; links are followed.
-        wanted: what to give instead, for the error message, such as "one JSONL file".
+        replacement: what to give instead, for the error message, such as "one JSONL file".
         error: class of the error to raise.
         most_bytes: size of the largest file to accept; None: any.
 
@@ -73,7 +76,7 @@ def readable_file(
     file = Path(path)
     cause = _unreadable(file, most_bytes)
     if cause:
-        raise error(f"{file} {cause}; give {wanted}.")
+        raise error(f"{file} {cause}; give {replacement}.")
     return file
 
 

@@ -81,8 +81,8 @@ def _other_shards(files: Iterable[Path]) -> Iterator[Path]:
         if match := SHARD.fullmatch(file.name):
             begin, number, count, end = match.groups()
             if number == "00001":
-                for other in range(2, int(count) + 1):
-                    yield file.with_name(f"{begin}{other:05}-of-{count}{end}")
+                for other_number in range(2, int(count) + 1):
+                    yield file.with_name(f"{begin}{other_number:05}-of-{count}{end}")
             else:
                 yield file.with_name(f"{begin}00001-of-{count}{end}")
 
@@ -100,7 +100,7 @@ def fingerprint(folder: str | Path) -> Fingerprint:
     files = weight_files(folder)
     tokenizer = folder / "tokenizer.json"
     sources = [*files, tokenizer] if tokenizer.is_file() else files
-    digests = _cached(
+    digests = _cached_digests(
         sources,
         ("weights", "tokenizer"),
         lambda: {
@@ -113,10 +113,10 @@ def fingerprint(folder: str | Path) -> Fingerprint:
 
 def cached_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal, cached as a fingerprint is."""
-    return _cached([path], ("sha256",), lambda: {"sha256": file_digest(path)})["sha256"]
+    return _cached_digests([path], ("sha256",), lambda: {"sha256": file_digest(path)})["sha256"]
 
 
-def _cached(
+def _cached_digests(
     sources: list[Path], names: tuple[str, ...], compute: Callable[[], dict[str, str]]
 ) -> dict[str, str]:
     """Return digests of files by name, computed again only if the state of one has changed."""
@@ -124,9 +124,11 @@ def _cached(
     cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
     with suppress(CheckpointError):  # a damaged cache is rewritten
-        cached = read_object(cache_file)
-        if cached.keys() == {*names} and all(isinstance(each, str) for each in cached.values()):
-            return cached
+        entries = read_object(cache_file)
+        if entries.keys() == {*names} and all(
+            isinstance(digest, str) for digest in entries.values()
+        ):
+            return entries
     digests = compute()
     with suppress(OSError):  # a home that is full or read-only
         write_json(cache_file, digests)
@@ -160,9 +162,9 @@ def each_tensor(files: list[Path]) -> Iterator[tuple[str, str, Any]]:
     """
     for path in files:
         try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    yield name, opened.get_slice(name).get_dtype(), opened.get_tensor(name)
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    yield name, weights.get_slice(name).get_dtype(), weights.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); download the model again."
@@ -180,10 +182,10 @@ def tokenizer_digest(path: Path) -> str:
         model = content["model"]
         # Older files write a merge as "a b", newer ones as ["a", "b"].
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
-        added = sorted(
+        added_tokens = sorted(
             (t["id"], t["content"], bool(t["special"])) for t in content.get("added_tokens") or ()
         )
-        return hashlib.sha256(canonical_json([model["vocab"], merges, added])).hexdigest()
+        return hashlib.sha256(canonical_json([model["vocab"], merges, added_tokens])).hexdigest()
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a tokenizer file; download the model again."

@@ -69,7 +69,7 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         folder = Path(name_or_path).expanduser()
         for candidate in (folder, home() / "models" / folder):
             if candidate.is_dir() and str(name_or_path) not in KNOWN:
-                return _checked(candidate)
+                return _check_folder(candidate)
     return pull(str(name_or_path), progress)
 
 
@@ -107,8 +107,8 @@ def is_to_download(name: str) -> bool:
         return not (home() / "models" / name).is_dir()
     if not HUB_ID.fullmatch(name):
         return False
-    here = any(folder.is_dir() for folder in (Path(name), home() / "models" / name))
-    return not here and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    is_local = any(folder.is_dir() for folder in (Path(name), home() / "models" / name))
+    return not is_local and not isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def pull(name: str, progress: Progress | None = None, dtype: str | None = None) -> Path:
@@ -143,14 +143,14 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)
-    known = sorted({*KNOWN, *(model.name for model in stored_models())})
+    known_names = sorted({*KNOWN, *(model.name for model in stored_models())})
     raise HubError(
         f"{name!r} is neither a folder nor a GGUF file nor a model name nor a hub id (owner/name); "
-        f"{nearest(name, known)}."
+        f"{nearest(name, known_names)}."
     )
 
 
-def _checked(folder: Path) -> Path:
+def _check_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds no config.json; give a folder that save_pretrained wrote."
@@ -204,7 +204,7 @@ def _pull_hub(name: str, report: Progress) -> Path:
     report(0, 0, "asking the hub")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return _checked(
+        return _check_folder(
             Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
         )
     except GatedRepoError:
@@ -219,18 +219,18 @@ def _pull_hub(name: str, report: Progress) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # the hub client raises the errors of whichever HTTP library it uses
-        unreachable = error
+        hub_error = error
     try:
-        return _checked(
+        return _check_folder(
             Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
         )
     except LocalEntryNotFoundError:
         raise HubError(
-            f"the hub cannot be reached for {name!r} ({unreachable}); check the network, or give a "
+            f"the hub cannot be reached for {name!r} ({hub_error}); check the network, or give a "
             "local model folder."
-        ) from unreachable
+        ) from hub_error
     except CheckpointError:
         raise HubError(
-            f"the download of {name!r} broke off ({unreachable}); run the same command again, and "
+            f"the download of {name!r} broke off ({hub_error}); run the same command again, and "
             "what has arrived is kept."
-        ) from unreachable
+        ) from hub_error

@@ -48,7 +48,7 @@ MALFORMED = (
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 """The fields at the start of a card, between two lines of dashes."""
 
-RESTRICTED = re.compile(
+RESTRICTED_NAMES = re.compile(
     r"^(LicenseRef-)?(gemma|llama|deepseek|cc-by-nc)|openrail|-rail-", re.IGNORECASE
 )
 """Parts of Hugging Face licence ids, and of their SPDX forms, whose terms restrict the use of
@@ -97,17 +97,17 @@ def copy_terms(source: Path, target: Path) -> None:
             not followed.
     """
     # The hub's cache keeps files as links to its blobs.
-    inside = source.resolve()
-    inside = inside.parents[1] if inside.parent.name == "snapshots" else inside
+    model_root = source.resolve()
+    model_root = model_root.parents[1] if model_root.parent.name == "snapshots" else model_root
     for path in source.iterdir():
-        copied = target / path.name
+        copied_file = target / path.name
         if (
             TERMS.fullmatch(path.name)
             and path.is_file()
-            and path.resolve().is_relative_to(inside)
-            and not copied.exists()
+            and path.resolve().is_relative_to(model_root)
+            and not copied_file.exists()
         ):
-            shutil.copyfile(path, copied)
+            shutil.copyfile(path, copied_file)
 
 
 def licence_of(name: str, link: str = "") -> Licence:
@@ -117,12 +117,12 @@ def licence_of(name: str, link: str = "") -> Licence:
         name: the id.
         link: where its terms are; default: not known.
     """
-    restricted = RESTRICTED.search(name) is not None
+    is_restricted = RESTRICTED_NAMES.search(name) is not None
     try:
-        return Licence(canonicalize_license_expression(name), link, restricted)
+        return Licence(canonicalize_license_expression(name), link, is_restricted)
     except InvalidLicenseExpression:
         word = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
-        return Licence(f"LicenseRef-{word[:1].upper()}{word[1:]}", link, restricted)
+        return Licence(f"LicenseRef-{word[:1].upper()}{word[1:]}", link, is_restricted)
 
 
 def write_card(folder: Path, name: str, link: str, text: str) -> None:

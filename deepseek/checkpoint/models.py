@@ -50,8 +50,8 @@ def model_name(path: str | Path) -> str:
         path: folder of the model, or its id on the hub.
     """
     path = Path(path)
-    cached = re.search(r"(?:^|/)models--(?:.+--)?([^/]+)/snapshots/[^/]+$", path.as_posix())
-    return cached[1] if cached else path.name
+    snapshot_match = re.search(r"(?:^|/)models--(?:.+--)?([^/]+)/snapshots/[^/]+$", path.as_posix())
+    return snapshot_match[1] if snapshot_match else path.name
 
 
 def stored_models() -> list[StoredModel]:

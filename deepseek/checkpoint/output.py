@@ -45,7 +45,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         TrainError: the disk is full.
     """
     with (
-        _reserved(out),
+        _reserve(out),
         disk_full_explained(no_room(out)),
         atomic_folder(out, new=True) as temporary,
     ):
@@ -64,11 +64,7 @@ def new_file(out: str | Path) -> Iterator[Path]:
             it, or nothing can be written there.
         TrainError: the disk is full.
     """
-    with (
-        _reserved(out),
-        disk_full_explained(no_room(out)),
-        atomic_write(out, new=True) as temporary,
-    ):
+    with _reserve(out), disk_full_explained(no_room(out)), atomic_write(out, new=True) as temporary:
         yield temporary
 
 
@@ -89,7 +85,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _reserved(out: str | Path) -> Iterator[None]:
+def _reserve(out: str | Path) -> Iterator[None]:
     """Keep other processes from writing `out` during the block, and delete what killed ones left.
 
     The lock file is deleted with the block, as it would puzzle users among their own files.

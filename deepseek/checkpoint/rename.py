@@ -9,20 +9,20 @@ import os
 import sys
 from pathlib import Path
 
-_HERE = -100
+_CURRENT_FOLDER = -100
 """Linux's `AT_FDCWD`: relative paths start in the working folder."""
 
 _NO_REPLACE, _EXCHANGE = 1, 2
 """Linux's `RENAME_NOREPLACE` and `RENAME_EXCHANGE`."""
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Exchange two folders so that none is missing at any moment, even after a kill.
 
     Returns:
-        False if `other` does not exist or the system cannot exchange; nothing has changed then.
+        False if `second` does not exist or the system cannot exchange; nothing has changed then.
     """
-    return _renameat2(one, other, _EXCHANGE) == 0
+    return _renameat2(first, second, _EXCHANGE) == 0
 
 
 def rename_to_new(source: Path, target: Path) -> None:
@@ -53,5 +53,7 @@ def _renameat2(source: Path, target: Path, flag: int) -> int:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:  # a C library from before 2018
         return errno.ENOSYS
-    done = rename(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flag)
-    return 0 if done == 0 else ctypes.get_errno()
+    status = rename(
+        _CURRENT_FOLDER, os.fsencode(source), _CURRENT_FOLDER, os.fsencode(target), flag
+    )
+    return 0 if status == 0 else ctypes.get_errno()

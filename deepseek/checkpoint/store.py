@@ -43,10 +43,10 @@ def is_ours(folder: Path) -> bool:
     """Return whether a folder is the library's home or a run folder, whose metrics and held-out
     questions with answers must not be trained on.
     """
-    started = folder / RUN_STARTED
+    start_file = folder / RUN_STARTED
     try:
-        if started.is_file():
-            return read_object(started).keys() >= {"inputs", "request"}
+        if start_file.is_file():
+            return read_object(start_file).keys() >= {"inputs", "request"}
     except (CheckpointError, PermissionError):  # the latter: the folder may not be entered
         return False
     return folder.resolve() == home().resolve()
@@ -107,10 +107,12 @@ def remove_leftovers(path: Path) -> None:
     Args:
         path: the file or folder. No other process may be writing it: the caller holds its lock.
     """
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")  # see temporary_path
+    leftover_name = re.compile(
+        rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp"
+    )  # see temporary_path
     siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
     for sibling in siblings:
-        if not leftover.fullmatch(sibling.name):
+        if not leftover_name.fullmatch(sibling.name):
             continue
         if sibling.is_dir():
             shutil.rmtree(sibling, ignore_errors=True)
@@ -139,18 +141,18 @@ def install(temporary: Path, path: Path, *, new: bool = False) -> None:
 def _replace_folder(temporary: Path, path: Path) -> None:
     """Rename a folder to `path`, moving away what is there first."""
     while temporary.exists():
-        replaced = temporary_path(path)
+        old_folder = temporary_path(path)
         with suppress(FileNotFoundError):
-            path.replace(replaced)
+            path.replace(old_folder)
         try:
             temporary.replace(path)
         except OSError as error:
             # Another process may have put its folder there meanwhile.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 with suppress(OSError):
-                    replaced.replace(path)
+                    old_folder.replace(path)
                 raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(old_folder, ignore_errors=True)
 
 
 def _install_new(temporary: Path, path: Path) -> None:
@@ -311,8 +313,8 @@ def prune_before(root: str | Path, step: int) -> None:
     """Delete the state folders under `root` that are older than the newest one before `step`, and
     unfinished writes.
     """
-    before = [folder for folder in _states(Path(root)) if _step(folder) < step]
-    for folder in before[1:]:
+    older_folders = [folder for folder in _states(Path(root)) if _step(folder) < step]
+    for folder in older_folders[1:]:
         shutil.rmtree(folder)
     _remove_unfinished(root)
 
@@ -371,12 +373,12 @@ def _open_to_readers(file: Path) -> None:
     mode = stat.S_IMODE(file.stat().st_mode)
     if file.is_symlink() or mode & 0o077:  # what `open` makes has them already
         return
-    new = temporary_path(file.with_name("new"))
-    new.touch()
-    usual = new.stat().st_mode & 0o666
-    new.unlink()
-    if mode | usual != mode:
-        file.chmod(mode | usual)
+    probe = temporary_path(file.with_name("new"))
+    probe.touch()
+    default_mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    if mode | default_mode != mode:
+        file.chmod(mode | default_mode)
 
 
 def _sync(path: Path) -> None:

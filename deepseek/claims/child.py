@@ -1,4 +1,6 @@
-"""Benchmarks as processes of their own that stop at a safe point when this one is told to stop."""
+"""Run benchmarks in child processes, which stop at a safe point when this process is
+interrupted.
+"""
 
 import os
 import signal
@@ -13,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOPPING_SECONDS = 60.0
-"""Longest time that an interrupted benchmark gets to stop at a safe point."""
+"""Seconds that an interrupted benchmark has to stop at a safe point."""
 
 POLL_SECONDS = 0.05
 
@@ -22,7 +24,7 @@ STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_python(words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
-    """Run Python and return its exit code; an interrupt is passed on once, and waited for.
+    """Run Python and return its exit code; an interrupt is passed on once, then awaited.
 
     SIGTERM and SIGHUP interrupt it as well, and then end this process by `SystemExit`.
 
@@ -32,7 +34,7 @@ def run_python(words: Sequence[str], folder: Path, environment: Mapping[str, str
         environment: its environment variables.
     """
     statuses: list[int] = []
-    run_pythons({"": words}, folder, environment, ended=lambda _, status: statuses.append(status))
+    run_pythons({"": words}, folder, environment, on_end=lambda _, status: statuses.append(status))
     return statuses[0]
 
 
@@ -40,38 +42,38 @@ def run_pythons(
     programs: Mapping[str, Sequence[str]],
     folder: Path,
     environment: Mapping[str, str],
-    ended: Callable[[str, int], None],
-    started: Callable[[str], None] | None = None,
+    on_end: Callable[[str, int], None],
+    on_start: Callable[[str], None] | None = None,
     at_once: int = 1,
     output: Mapping[str, Path] | None = None,
 ) -> None:
-    """Run Python several times, in order, and stop those that run as `run_python` does.
+    """Run several Python programs in order; an interrupt stops the running ones as in `run_python`.
 
     Args:
         programs: arguments of Python by name.
         folder: folder to run them in.
         environment: their environment variables.
-        ended: called with the name and the exit code of each that has ended.
-        started: called with the name of each before it starts; None: nothing is.
+        on_end: called with the name and the exit code of each that has ended.
+        on_start: called with the name of each before it starts; default: none.
         at_once: number that run side by side (default: 1).
         output: file for what each prints; None: where this process prints.
     """
-    waiting = list(programs)[::-1]
+    pending_names = list(programs)[::-1]
     running: dict[str, subprocess.Popen[bytes]] = {}
     with _stops_raised():
         try:
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    name = waiting.pop()
-                    if started:
-                        started(name)
+            while pending_names or running:
+                while pending_names and len(running) < at_once:
+                    name = pending_names.pop()
+                    if on_start:
+                        on_start(name)
                     file = output[name] if output else None
                     running[name] = _start(programs[name], folder, environment, file)
                 for name, process in list(running.items()):
                     status = process.poll()
                     if status is not None:
                         del running[name]
-                        ended(name, status)
+                        on_end(name, status)
                 time.sleep(POLL_SECONDS)
         except BaseException:
             _stop_all(list(running.values()))
@@ -83,7 +85,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     """Start Python in a process group of its own.
 
-    Else a terminal would interrupt it as well, and it would be interrupted twice.
+    Otherwise the terminal would interrupt it too, and it would get the interrupt twice.
     """
     with output.open("wb") if output else nullcontext() as file:
         return subprocess.Popen(
@@ -112,7 +114,7 @@ def _stop_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    """Send a signal to what is left of a process group."""
+    """Send a signal to the processes of a group that still run."""
     with suppress(ProcessLookupError):
         os.killpg(group, number)
 
@@ -121,27 +123,27 @@ def _signal(group: int, number: signal.Signals) -> None:
 def _stops_raised() -> Iterator[None]:
     """Let signals that end the process raise `SystemExit` within the block.
 
-    A signal that is ignored stays so, as `nohup` wants it, and so does one with another handler.
-    Only a Ctrl-C that is ignored, as in a shell's background, is handled by doing nothing: programs
-    inherit what is ignored, and could not be interrupted.
+    An ignored signal stays ignored, as `nohup` requires, and a signal with another handler keeps
+    it. Only an ignored Ctrl-C, as in a shell's background job, gets a handler that does nothing:
+    child processes inherit ignored signals, and could not be interrupted.
     """
-    before: dict[signal.Signals, signal.Handlers] = {}
+    old_handlers: dict[signal.Signals, signal.Handlers] = {}
     if threading.current_thread() is threading.main_thread():  # only it can handle signals
         for number in STOPS:
             if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.SIG_DFL
+                old_handlers[number] = signal.SIG_DFL
                 signal.signal(number, _stop)
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            before[signal.SIGINT] = signal.SIG_IGN
-            signal.signal(signal.SIGINT, _nothing)
+            old_handlers[signal.SIGINT] = signal.SIG_IGN
+            signal.signal(signal.SIGINT, _ignore_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
-def _nothing(_number: int, _frame: FrameType | None) -> None:
+def _ignore_signal(_number: int, _frame: FrameType | None) -> None:
     """Handle a signal by doing nothing."""
 
 

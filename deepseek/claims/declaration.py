@@ -17,13 +17,13 @@ YES_OR_NO = "yes or no"
 Goal = Literal[">=", "<=", ">", "<", "="]
 
 Side = str | tuple[str, Literal["minus", "over", "or"], str]
-"""Path of a figure in a result file: keys joined by "/"; "*" stands for every key or number of a
-list. Or two paths with what to do: subtract, divide, or take the second if the first is not there.
+"""Path of a figure in a result file: keys joined by "/"; "*" matches every key or list index. Or
+two paths and an operation: subtract, divide, or use the second if the first is missing.
 """
 
 
 class Declared(BaseModel):
-    """A part of the file: a misspelt key is refused."""
+    """Base of the parts of the file; a misspelt key is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

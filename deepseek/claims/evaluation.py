@@ -24,7 +24,7 @@ from deepseek.errors import ConfigError, shown
 
 State = Literal["reached", "partly", "missed", "not run"]
 
-MEETS: dict[str, Callable[[float, float], bool]] = {
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
@@ -32,7 +32,7 @@ MEETS: dict[str, Callable[[float, float], bool]] = {
     "=": operator.eq,
 }
 
-SHOWN: dict[str, Callable[[float, float], float]] = {
+TWO_SIDED_VALUES: dict[str, Callable[[float, float], float]] = {
     "ratio": operator.truediv,
     "speedup": lambda ours, theirs: theirs / ours,
     "change": lambda ours, theirs: ours / theirs - 1,
@@ -166,15 +166,15 @@ class Evaluator:
     """Computes the figures of claims from the results of a checkout."""
 
     def __init__(self, checkout: Path, declaration: DeclaredClaims) -> None:
-        """Read results below `checkout` at need, each once."""
+        """Read results below `checkout` on demand, each once."""
         self.checkout = checkout
-        self.declared = declaration
+        self.declaration = declaration
         self.history = History(checkout)
         self._records: dict[str, Mapping[str, Json] | None] = {}
 
     def table(self) -> ClaimTable:
         """Return all claims."""
-        rows = [self.row(name, claim) for name, claim in self.declared.claims.items()]
+        rows = [self.row(name, claim) for name, claim in self.declaration.claims.items()]
         return ClaimTable(commit=self.history.head(), claims=rows)
 
     def row(self, name: str, claim: Claim) -> ClaimRow:
@@ -198,7 +198,7 @@ class Evaluator:
         )
 
     def measured(self, figure: Figure, result: str) -> MeasuredFigure:
-        """Return a figure as a result has it, or why there is none."""
+        """Return a figure from a result, or the reason why there is none."""
         goal = goal_text(figure)
         if figure.test:
             return MeasuredFigure(
@@ -206,16 +206,16 @@ class Evaluator:
             )
         record = self.record(result) if result and not figure.unmeasured else None
         if record is None:
-            why = figure.unmeasured or "no result yet"
-            return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
+            reason = figure.unmeasured or "no result yet"
+            return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=reason)
         source = self.source(result, record)
         try:
             return compute(figure, record, source)
         except KeyError as missing:
             # Measured without one of the rivals, such as on a machine that lacks it.
-            why = f"results/{result}.json has no {shown(str(missing))}; measure it again"
+            reason = f"results/{result}.json has no {shown(str(missing))}; measure it again"
             return MeasuredFigure(
-                what=figure.what, text="", goal=goal, unmeasured=why, source=source
+                what=figure.what, text="", goal=goal, unmeasured=reason, source=source
             )
         except (ValueError, ZeroDivisionError) as error:
             raise ConfigError(
@@ -236,7 +236,7 @@ class Evaluator:
 
     def source(self, result: str, record: Mapping[str, Json]) -> Provenance:
         """Return where a result comes from, and what has changed since."""
-        measurement: Measurement = self.declared.results[result]
+        measurement: Measurement = self.declaration.results[result]
         commit = str(record.get("commit", "unknown"))
         return Provenance(
             result=result,
@@ -269,13 +269,13 @@ def compute(figure: Figure, record: Mapping[str, Json], source: Provenance) -> M
     Raises:
         KeyError: the result does not hold it.
     """
-    whole = dict(record)
-    ours = numbers(whole, figure.ours)
-    theirs = numbers(whole, figure.theirs) if figure.theirs else []
-    values = ours if figure.show == "value" else paired(SHOWN[figure.show], ours, theirs)
-    scaled = [figure.scale * value for value in values]
-    value = median(scaled)
-    bounds, spread = _bounds(figure, whole, scaled)
+    record_values = dict(record)
+    ours = numbers(record_values, figure.ours)
+    theirs = numbers(record_values, figure.theirs) if figure.theirs else []
+    values = ours if figure.show == "value" else paired(TWO_SIDED_VALUES[figure.show], ours, theirs)
+    scaled_values = [figure.scale * value for value in values]
+    value = median(scaled_values)
+    bounds, spread = _bounds(figure, record_values, scaled_values)
     unit = figure.form.rpartition("}")[2]
     texts = [_text(figure, bound) for bound in bounds]
     interval = f" ({texts[0].removesuffix(unit)} to {texts[1]})" if texts else ""
@@ -298,23 +298,23 @@ def compute(figure: Figure, record: Mapping[str, Json], source: Provenance) -> M
 def meets(figure: Figure, value: float, bounds: list[float]) -> bool | None:
     """Return whether a figure meets its goal, None: it has none.
 
-    A strict goal (`>`, `<`) says that one side is better, which an interval that reaches the bound
-    does not show: with an interval, all of it must lie beyond the bound.
+    A strict goal (`>`, `<`) claims that one side is better. An interval that includes the bound
+    does not show that, so the whole interval must be beyond the bound.
     """
     if figure.goal is None:
         return None
     sign, bound = figure.goal
-    judged = [value, *bounds] if sign in (">", "<") else [value]
-    return all(MEETS[sign](one, bound) for one in judged)
+    tested_values = [value, *bounds] if sign in (">", "<") else [value]
+    return all(COMPARISONS[sign](tested_value, bound) for tested_value in tested_values)
 
 
-def _bounds(figure: Figure, record: Json, scaled: list[float]) -> tuple[list[float], str]:
-    """Return lower and upper bound of a figure, empty if there are none, and what they are over."""
+def _bounds(figure: Figure, record: Json, scaled_values: list[float]) -> tuple[list[float], str]:
+    """Return the bounds of a figure's interval (empty: none), and what the interval is over."""
     if figure.interval:
         bounds = [figure.scale * numbers(record, path)[0] for path in figure.interval]
         return bounds, figure.spread
-    if len(scaled) > 1:
-        return [min(scaled), max(scaled)], f"{len(scaled)} {figure.spread}"
+    if len(scaled_values) > 1:
+        return [min(scaled_values), max(scaled_values)], f"{len(scaled_values)} {figure.spread}"
     return [], ""
 
 
@@ -338,12 +338,12 @@ def goal_text(figure: Figure) -> str:
 
 def state_of(figures: list[MeasuredFigure]) -> State:
     """Return the state of a claim with these figures."""
-    wanted = [figure.met for figure in figures if figure.goal]
+    met_goals = [figure.met for figure in figures if figure.goal]
     if not any(figure.text for figure in figures):
         return "not run"
-    if wanted and all(wanted):
+    if met_goals and all(met_goals):
         return "reached"
-    return "partly" if any(wanted) else "missed"
+    return "partly" if any(met_goals) else "missed"
 
 
 def any_stale(figures: list[MeasuredFigure]) -> bool | None:

@@ -1,4 +1,4 @@
-"""Whether code has changed since a result was measured, by git."""
+"""Ask git whether code has changed since a result was measured."""
 
 import ast
 import hashlib
@@ -9,32 +9,32 @@ from itertools import chain
 from pathlib import Path
 
 DIRTY = "-dirty"
-"""Mark behind a commit: measured with uncommitted changes."""
+"""Suffix of a commit that was measured with uncommitted changes."""
 
 UNDECODABLE = "surrogateescape"
-"""Error handler of the codec: bytes that are no UTF-8, as in a file in Latin-1, stay distinct."""
+"""Codec error handler that keeps bytes that are not UTF-8 (as in a Latin-1 file) distinct."""
 
 NAME = re.compile(r"\w[\w.-]*")
 """A commit as `git describe` names it; others could be several lines or an option."""
 
 
 class History:
-    """What git knows of a checkout: the content of its files at some commits, compared by digest.
+    """Contents of a checkout's files at different commits, compared by git's digests.
 
-    Uncommitted changes do not count: a result is compared with the commit that is checked out. Nor
-    do comments, docstrings and layout of Python files, which no measurement depends on.
+    A result is compared with the commit that is checked out; uncommitted changes do not count. Nor
+    do comments, docstrings and layout of Python files, as no measurement depends on them.
     """
 
     def __init__(self, checkout: Path) -> None:
-        """Compare within `checkout`, which may be no git repository: then nothing is known."""
+        """Compare within `checkout`. If it is not a git repository, nothing is known."""
         self.checkout = checkout
         self._digests: dict[str, str | None] = {}
         self._codes: dict[str, str] = {}
 
     def head(self) -> str | None:
         """Return the commit that is checked out, abbreviated; None: unknown."""
-        found = self._git("rev-parse", "--short", "HEAD")
-        return found.strip() if found else None
+        digest = self._git("rev-parse", "--short", "HEAD")
+        return digest.strip() if digest else None
 
     def changed(self, commit: str, paths: Iterable[str]) -> list[str] | None:
         """Return the paths whose code differs between a commit and the one checked out.
@@ -48,21 +48,24 @@ class History:
             but the commit was measured with uncommitted changes, which nobody knows.
         """
         paths = list(paths)
-        then = commit.removesuffix(DIRTY)
-        if not NAME.fullmatch(then):
+        clean_commit = commit.removesuffix(DIRTY)
+        if not NAME.fullmatch(clean_commit):
             return None
-        pairs = {path: (f"{then}:{path}", f"HEAD:{path}") for path in paths}
-        commits = (f"{then}^{{commit}}", "HEAD^{commit}")
+        pairs = {path: (f"{clean_commit}:{path}", f"HEAD:{path}") for path in paths}
+        commits = (f"{clean_commit}^{{commit}}", "HEAD^{commit}")
         self._ask(*commits, *chain.from_iterable(pairs.values()))
         if any(self._digests[name] is None for name in commits):
             return None
-        changed = [
+        changed_paths = [
             path
             for path, (before, now) in pairs.items()
             if self._digests[before] is None
-            or (self._digests[before] != self._digests[now] and self._code_changed(then, path))
+            or (
+                self._digests[before] != self._digests[now]
+                and self._code_changed(clean_commit, path)
+            )
         ]
-        return None if commit.endswith(DIRTY) and not changed else changed
+        return None if commit.endswith(DIRTY) and not changed_paths else changed_paths
 
     def version(self, paths: Iterable[str], command: str) -> str:
         """Return a digest of a command and of the content of paths at the commit that is checked
@@ -77,12 +80,14 @@ class History:
         content = "\n".join([command, *(str(self._digests[name]) for name in names)])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-    def _code_changed(self, then: str, path: str) -> bool:
-        """Return whether a file, or one of a folder, has other code than at the commit `then`."""
-        found = self._git("diff", "--raw", "--no-renames", "--no-abbrev", then, "HEAD", "--", path)
-        if found is None:
+    def _code_changed(self, commit: str, path: str) -> bool:
+        """Return whether the code of a file, or of a file in a folder, differs from that at the
+        commit `commit`.
+        """
+        diff = self._git("diff", "--raw", "--no-renames", "--no-abbrev", commit, "HEAD", "--", path)
+        if diff is None:
             return True
-        for line in found.splitlines():
+        for line in diff.splitlines():
             change, _, name = line.partition("\t")
             _, _, before, now, status = change.split()
             if status != "M" or not name.endswith(".py") or self._code(before) != self._code(now):
@@ -98,18 +103,20 @@ class History:
         return self._codes[blob]
 
     def _ask(self, *names: str) -> None:
-        """Learn the digests of git objects; None: there is no such object."""
-        wanted = [name for name in dict.fromkeys(names) if name not in self._digests]
-        if not wanted:
+        """Ask git for the digests of objects; None: there is no such object."""
+        unknown_names = [name for name in dict.fromkeys(names) if name not in self._digests]
+        if not unknown_names:
             return
-        found = self._git("cat-file", "--batch-check=%(objectname)", text="\n".join(wanted) + "\n")
-        lines = found.splitlines() if found else [""] * len(wanted)
-        for name, line in zip(wanted, lines, strict=True):
+        answer = self._git(
+            "cat-file", "--batch-check=%(objectname)", text="\n".join(unknown_names) + "\n"
+        )
+        lines = answer.splitlines() if answer else [""] * len(unknown_names)
+        for name, line in zip(unknown_names, lines, strict=True):
             self._digests[name] = line if line and " " not in line else None
 
     def _git(self, *words: str, text: str = "") -> str | None:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 ["git", *words],  # noqa: S607 - whichever git the user has
                 cwd=self.checkout,
                 input=text,
@@ -120,11 +127,11 @@ class History:
             )
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout
+        return process.stdout
 
 
 def python_code(source: str) -> str:
-    """Return what Python runs of a file: its syntax tree without docstrings, comments and layout.
+    """Return the code of a Python file: its syntax tree without docstrings, comments and layout.
 
     Args:
         source: text of the file. If it is not valid Python, it is returned as it is.
@@ -137,12 +144,16 @@ def python_code(source: str) -> str:
         for block in ("body", "orelse", "finalbody"):
             statements = getattr(node, block, None)
             if isinstance(statements, list):
-                setattr(node, block, [each for each in statements if not _is_comment(each)])
+                setattr(
+                    node,
+                    block,
+                    [statement for statement in statements if not _is_comment(statement)],
+                )
     return ast.dump(tree)
 
 
 def _is_comment(statement: ast.AST) -> bool:
-    """Return whether a statement is a text that stands alone, such as a docstring."""
+    """Return whether a statement is only a string, such as a docstring."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

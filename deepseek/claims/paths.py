@@ -1,4 +1,4 @@
-"""Figures in a result file, by their path."""
+"""Look up figures in a result file by path."""
 
 from collections.abc import Callable, Iterator
 from operator import sub, truediv
@@ -12,10 +12,10 @@ OPERATIONS: dict[str, Callable[[float, float], float]] = {"minus": sub, "over": 
 
 
 def lookup(record: Json, path: str) -> Json:
-    """Return what stands at `path`, keys joined by "/".
+    """Return the value at `path`, keys joined by "/".
 
     Raises:
-        KeyError: there is nothing.
+        KeyError: there is no value.
     """
     for key in path.split("/"):
         if isinstance(record, dict):
@@ -47,7 +47,9 @@ def numbers(record: Json, side: Side) -> list[float]:
 def paired(
     operation: Callable[[float, float], float], left: list[float], right: list[float]
 ) -> list[float]:
-    """Apply an operation to numbers in pairs; a single right one goes with each of the left."""
+    """Apply an operation to pairs of numbers; a single right number is paired with every left
+    one.
+    """
     rights = right * len(left) if len(right) == 1 else right
     return [operation(*pair) for pair in zip(left, rights, strict=True)]
 

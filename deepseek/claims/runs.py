@@ -1,4 +1,4 @@
-"""Make results anew by the commands that `benchmarks/claims.yaml` declares."""
+"""Measure results again with the commands declared in `benchmarks/claims.yaml`."""
 
 import os
 import shlex
@@ -14,10 +14,10 @@ from deepseek.claims.evaluation import ClaimRow, results_folder
 from deepseek.errors import ConfigError
 
 LAST_LINES = 20
-"""Of what a failed command printed, said again."""
+"""Number of last lines of a failed command's output to show."""
 
-MANY = "many"
-"""Corpora that `benchmarks/corpora.py` puts into a folder of their own."""
+SEVERAL_CORPORA = "many"
+"""Corpora that `benchmarks/corpora.py` writes into separate folders."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Places:
     Attributes:
         results: where result files are written.
         corpora: text that `benchmarks/corpora.py` fetches.
-        work: what an interrupted run keeps; a folder for each result and version of the code that
-            it measures, so that nothing measured before a change passes for measured after it.
+        work: partial results of interrupted runs, in a folder for each result and version of the
+            measured code, so that nothing measured before a change is used after it.
     """
 
     results: Path
@@ -42,11 +42,11 @@ class Places:
 
     @classmethod
     def below(cls, folder: Path) -> "Places":
-        """Return places that end with a temporary folder, which is the library's home as well."""
+        """Return places in a temporary folder, which is the library's home too."""
         return cls(folder / "results", folder / "corpora", folder / "bench")
 
     def filled_in(self, command: str, result: str, version: str = "") -> list[str]:
-        """Return the words of a command for one result, without the interpreter.
+        """Return the arguments of one result's command, without the interpreter.
 
         Args:
             command: the command as it is declared.
@@ -67,81 +67,91 @@ class Places:
 
 
 def due_results(
-    declared: DeclaredClaims, rows: Iterable[ClaimRow], quick: bool, only_stale: bool
+    declaration: DeclaredClaims, rows: Iterable[ClaimRow], quick: bool, only_stale: bool
 ) -> list[str]:
     """Return the results of claims that have a command, each once.
 
     Args:
-        declared: the claims.
+        declaration: the claims.
         rows: the claims to run, with their figures.
-        quick: those with a quick command instead.
+        quick: return those with a quick command instead.
         only_stale: leave out those that are there, whole and not stale.
     """
-    wanted = chain.from_iterable(_wanted(declared, row, only_stale) for row in rows)
-    return [result for result in dict.fromkeys(wanted) if _command(declared, result, quick)]
+    selected_results = chain.from_iterable(
+        _select_results(declaration, row, only_stale) for row in rows
+    )
+    return [
+        result for result in dict.fromkeys(selected_results) if _command(declaration, result, quick)
+    ]
 
 
 def left_out(
-    declared: DeclaredClaims, rows: Iterable[ClaimRow], only_stale: bool
+    declaration: DeclaredClaims, rows: Iterable[ClaimRow], only_stale: bool
 ) -> dict[str, str]:
     """Return the results of claims that have no command of their own, with the one that made each.
 
-    Such a result needs text or models that nothing here fetches, or another machine.
+    Such a result needs text or models that this module cannot fetch, or another machine.
 
     Args:
-        declared: the claims.
+        declaration: the claims.
         rows: the claims, with their figures.
         only_stale: leave out those that are there, whole and not stale.
     """
-    found = {}
+    commands = {}
     for row in rows:
-        made = {
+        commands_by_result = {
             figure.source.result: figure.source.command for figure in row.figures if figure.source
         }
-        for result in _wanted(declared, row, only_stale):
-            if not _command(declared, result, quick=False):
-                found[result] = made.get(result, "")
-    return found
+        for result in _select_results(declaration, row, only_stale):
+            if not _command(declaration, result, quick=False):
+                commands[result] = commands_by_result.get(result, "")
+    return commands
 
 
-def _command(declared: DeclaredClaims, result: str, quick: bool) -> str:
-    measurement = declared.results[result]
+def _command(declaration: DeclaredClaims, result: str, quick: bool) -> str:
+    measurement = declaration.results[result]
     return measurement.quick if quick else measurement.command
 
 
-def _wanted(declared: DeclaredClaims, row: ClaimRow, only_stale: bool) -> list[str]:
+def _select_results(declaration: DeclaredClaims, row: ClaimRow, only_stale: bool) -> list[str]:
     """Return the results of a claim; with `only_stale` those that are stale, or lack figures."""
-    used = used_results(declared, row.name)
+    results = used_results(declaration, row.name)
     if not only_stale:
-        return used
+        return results
     sources = [(figure.source, bool(figure.text)) for figure in row.figures if figure.source]
-    lacking = {source.result for source, is_measured in sources if not is_measured}
-    fresh = {source.result for source, _ in sources if source.changed == []} - lacking
-    return [result for result in used if result not in fresh]
+    incomplete = {source.result for source, is_measured in sources if not is_measured}
+    current = {source.result for source, _ in sources if source.changed == []} - incomplete
+    return [result for result in results if result not in current]
 
 
-def used_results(declared: DeclaredClaims, claim: str) -> list[str]:
+def used_results(declaration: DeclaredClaims, claim: str) -> list[str]:
     """Return the results that the figures of a claim come from, each once."""
-    figures = declared.claims[claim].figures
+    figures = declaration.claims[claim].figures
     return list(dict.fromkeys(chain.from_iterable(figure.results for figure in figures)))
 
 
 def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
-    """Refuse to start while text is missing that a command needs.
+    """Check that the text that the commands need is there.
 
     Raises:
         ConfigError: a folder below `corpora` that a command names is not there.
     """
     words = {word for word in chain.from_iterable(commands) if word.startswith(str(corpora))}
-    missing = {Path(word).name for word in words if not Path(word).exists()}
-    if missing:
-        few = sorted(missing - {MANY})
-        wanted = [" ".join(few) if corpora.name not in few else "all"] if few else []
-        if MANY in missing:
-            wanted.append(f"{MANY} --megabytes 1")
-        fetching = " and ".join(f"`python benchmarks/corpora.py {names}`" for names in wanted)
+    missing_names = {Path(word).name for word in words if not Path(word).exists()}
+    if missing_names:
+        single_names = sorted(missing_names - {SEVERAL_CORPORA})
+        selections = (
+            [" ".join(single_names) if corpora.name not in single_names else "all"]
+            if single_names
+            else []
+        )
+        if SEVERAL_CORPORA in missing_names:
+            selections.append(f"{SEVERAL_CORPORA} --megabytes 1")
+        fetch_commands = " and ".join(
+            f"`python benchmarks/corpora.py {names}`" for names in selections
+        )
         raise ConfigError(
-            f"text of the benchmarks is missing in {corpora}; fetch it with {fetching}."
+            f"text of the benchmarks is missing in {corpora}; fetch it with {fetch_commands}."
         )
 
 
@@ -160,29 +170,29 @@ def run_commands(
         checkout: folder to run them in.
         say: called with a line before each command, and after one that failed.
         at_once: number that run side by side (default: 1).
-        logs: folder for what each prints, of which the end is said if it fails; default: all is
-            printed as it comes.
-        variables: environment variables beside those of this process; default: none.
+        logs: folder for the commands' output; the end of a failed command's output is shown.
+            Default: output is printed directly.
+        variables: environment variables to add to those of this process; default: none.
 
     Raises:
-        KeyboardInterrupt: interrupted; says which are finished.
+        KeyboardInterrupt: interrupted; the message names the finished results.
     """
-    failed: list[str] = []
-    finished: list[str] = []
-    running: list[str] = []
+    failed_names: list[str] = []
+    finished_names: list[str] = []
+    running_names: list[str] = []
     output = {name: logs / f"{name}.log" for name in commands} if logs else None
 
-    def started(name: str) -> None:
-        running.append(name)
-        number = len(running) + len(finished) + len(failed)
+    def on_start(name: str) -> None:
+        running_names.append(name)
+        number = len(running_names) + len(finished_names) + len(failed_names)
         say(f"[{number}/{len(commands)}] {name}: python {shlex.join(commands[name])}")
 
-    def ended(name: str, status: int) -> None:
-        running.remove(name)
+    def on_end(name: str, status: int) -> None:
+        running_names.remove(name)
         if not status:
-            finished.append(name)
+            finished_names.append(name)
             return
-        failed.append(name)
+        failed_names.append(name)
         if output:
             for line in output[name].read_text(errors="replace").splitlines()[-LAST_LINES:]:
                 say(line)
@@ -190,18 +200,22 @@ def run_commands(
 
     environment = os.environ | (variables or {})
     try:
-        run_pythons(commands, checkout, environment, ended, started, at_once, output)
+        run_pythons(commands, checkout, environment, on_end, on_start, at_once, output)
     except KeyboardInterrupt:
-        done = f"finished: {', '.join(finished)}" if finished else "nothing is finished"
-        during = ", ".join(running)
-        raise KeyboardInterrupt(f"interrupted during {during}, {done}; run it again") from None
-    return failed
+        progress_note = (
+            f"finished: {', '.join(finished_names)}" if finished_names else "nothing is finished"
+        )
+        during = ", ".join(running_names)
+        raise KeyboardInterrupt(
+            f"interrupted during {during}, {progress_note}; run it again"
+        ) from None
+    return failed_names
 
 
 def run_quick_commands(
     commands: Mapping[str, Sequence[str]], checkout: Path, folder: Path, say: Callable[[str], None]
 ) -> list[str]:
-    """Run quick commands, two side by side where there are two cores, as no figure is kept.
+    """Run quick commands, two side by side if there are two cores; no figure is kept.
 
     Args:
         commands: arguments of Python by the name of the result; the first prepares `folder` for the
@@ -216,15 +230,17 @@ def run_quick_commands(
     cores = os.cpu_count() or 1
     at_once = min(2, cores)
     environment = {"DEEPSEEK_HOME": str(folder), "OMP_NUM_THREADS": str(cores // at_once)}
-    (first, words), *others = commands.items()
-    failed = run_commands({first: words}, checkout, say, variables=environment)
-    return failed or run_commands(dict(others), checkout, say, at_once, folder, environment)
+    (first_name, words), *other_commands = commands.items()
+    failed_names = run_commands({first_name: words}, checkout, say, variables=environment)
+    return failed_names or run_commands(
+        dict(other_commands), checkout, say, at_once, folder, environment
+    )
 
 
 def quick_commands(
-    declared: DeclaredClaims, results: Iterable[str], places: Places
+    declaration: DeclaredClaims, results: Iterable[str], places: Places
 ) -> Iterator[tuple[str, list[str]]]:
-    """Give the preparation of a quick run, and its commands."""
+    """Yield the preparation of a quick run, and its commands."""
     yield "preparation", ["benchmarks/quick_home.py", str(places.corpora.parent)]
     for result in results:
-        yield result, places.filled_in(declared.results[result].quick, result)
+        yield result, places.filled_in(declaration.results[result].quick, result)

@@ -29,8 +29,8 @@ def print_against(
     Raises:
         ConfigError: `experts` is not the name of one expert, or `rivals` names no method.
     """
-    chosen = names(experts)
-    if len(chosen) != 1 or chosen == ["all"]:
+    expert_names = names(experts)
+    if len(expert_names) != 1 or expert_names == ["all"]:
         raise ConfigError(
             "--against compares one expert at a time; name it, as in "
             "`deepseek eval NAME --against rag`."
@@ -38,7 +38,7 @@ def print_against(
     methods = names(rivals)
     if not methods:
         raise ConfigError(f"--against {rivals!r} names no method; give {' or '.join(RIVALS)}.")
-    against = Against(chosen[0], cases, device=device, dtype=dtype)
+    against = Against(expert_names[0], cases, device=device, dtype=dtype)
     result = against.compare(methods)
     picture = against.folder / "against.png"
     draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)
@@ -87,14 +87,14 @@ def _quality(name: str, row: Compared, scores: CompletionScores) -> dict[str, st
 
 def _cost(name: str, row: Compared, result: Result) -> dict[str, str]:
     scores = result.scores[name]
-    trained = result.training_seconds.get(name.removesuffix(f" + {RETRIEVAL.name}"))
+    training_seconds = result.training_seconds.get(name.removesuffix(f" + {RETRIEVAL.name}"))
     return {
         "row": name,
         "over base": _difference(row.over_base),
         "over retrieval": _difference(row.over_retrieval),
         "tokens": f"{scores.prompt_tokens:.0f} + {scores.reply_tokens:.0f}",
         "seconds": f"{scores.seconds:.2f}",
-        "trained": "-" if trained is None else f"{trained:.0f} s",
+        "trained": "-" if training_seconds is None else f"{training_seconds:.0f} s",
     }
 
 

@@ -51,8 +51,8 @@ def bench(
     """Run a benchmark; everything after its name is passed on to it:
     `deepseek bench attention --help`.
     """
-    known = measurements()
-    if not known:
+    descriptions = measurements()
+    if not descriptions:
         raise UserError(
             "the benchmarks are not part of the installed package; "
             "run this in a clone of the repository."
@@ -60,16 +60,16 @@ def bench(
     if name == "--json":
         from deepseek.cli.shapes import BenchmarkList, BenchmarkRow, print_json
 
-        rows = [BenchmarkRow(name=name, about=line) for name, line in sorted(known.items())]
+        rows = [BenchmarkRow(name=name, about=line) for name, line in sorted(descriptions.items())]
         print_json(BenchmarkList(benchmarks=rows))
         return
     if name in ("", "--help", "-h"):
         typer.echo(
             "usage: deepseek bench NAME [OPTIONS]\n       deepseek bench --json\n\nmeasurements:"
         )
-        for measurement, line in sorted(known.items()):
+        for measurement, line in sorted(descriptions.items()):
             typer.echo(f"  {measurement:20}{line}")
         return
-    pick(known, name, "measurement")
+    pick(descriptions, name, "measurement")
     script = FOLDER / f"{ALIASES.get(name, name)}.py"
     raise typer.Exit(run_python([str(script), *context.args], Path.cwd(), os.environ))

@@ -32,9 +32,9 @@ def chat(
     from rich.console import Console
 
     from deepseek.cli.session import ChatSession
-    from deepseek.cli.speak import opened
+    from deepseek.cli.speak import open_engine
     from deepseek.engine.sampler import Sampling
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with opened(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
+    with open_engine(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
         ChatSession(engine, sampling, Console()).run()

@@ -36,20 +36,20 @@ def table(context: typer.Context, as_json: Json = False) -> None:
                 "--json belongs behind show; write `deepseek claims show NAME --json`."
             )
         return
-    found = claim_table(CHECKOUT)
+    overview = claim_table(CHECKOUT)
     if as_json:
         from deepseek.cli.shapes import print_json
 
-        print_json(found)
+        print_json(overview)
         return
-    _print_table(found)
+    _print_table(overview)
 
 
 @app.command()
 def show(name: Name, as_json: Json = False) -> None:
     """Print a claim with its protocol, both sides, machines, commits and commands."""
-    found = claim_table(CHECKOUT)
-    row = pick({row.name: row for row in found.claims}, name, "claim")
+    overview = claim_table(CHECKOUT)
+    row = pick({row.name: row for row in overview.claims}, name, "claim")
     if as_json:
         from deepseek.cli.shapes import print_json
 
@@ -93,13 +93,13 @@ def run(
         used_results,
     )
 
-    declared = read_declaration(CHECKOUT)
-    found = {row.name: row for row in claim_table(CHECKOUT).claims}
+    declaration = read_declaration(CHECKOUT)
+    rows_by_name = {row.name: row for row in claim_table(CHECKOUT).claims}
     is_all = name == "all"
-    rows = list(found.values()) if is_all else [pick(found, name, "claim")]
+    rows = list(rows_by_name.values()) if is_all else [pick(rows_by_name, name, "claim")]
     only_stale = is_all and not quick
-    results = due_results(declared, rows, quick, only_stale)
-    by_hand = {} if quick else left_out(declared, rows, only_stale)
+    results = due_results(declaration, rows, quick, only_stale)
+    by_hand = {} if quick else left_out(declaration, rows, only_stale)
     if not results and not (is_all or quick):
         raise UserError(_by_hand(by_hand))
     if by_hand:
@@ -111,22 +111,26 @@ def run(
         places = Places.of_user(CHECKOUT)
         history = History(CHECKOUT)
         commands = {}
-        for one in results:
-            command = declared.results[one].command
-            version = history.version(declared.results[one].measures, command)
-            commands[one] = places.filled_in(command, one, version)
+        for result in results:
+            command = declaration.results[result].command
+            version = history.version(declaration.results[result].measures, command)
+            commands[result] = places.filled_in(command, result, version)
         check_corpora(commands.values(), places.corpora)
         _report(run_commands(commands, CHECKOUT, _say))
         return
     with TemporaryDirectory(prefix="deepseek-quick-") as folder:
         _say(QUICK_NOTE)
-        named = set(chain.from_iterable(used_results(declared, row.name) for row in rows))
-        without = sorted(one for one in named if not declared.results[one].quick)
-        if without:
-            _say(f"without a quick command: {', '.join(without)}")
+        claim_results = set(
+            chain.from_iterable(used_results(declaration, row.name) for row in rows)
+        )
+        without_quick = sorted(
+            result for result in claim_results if not declaration.results[result].quick
+        )
+        if without_quick:
+            _say(f"without a quick command: {', '.join(without_quick)}")
         places = Places.below(Path(folder))
-        quick_ones = dict(quick_commands(declared, results, places))
-        _report(run_quick_commands(quick_ones, CHECKOUT, Path(folder), _say))
+        tiny_commands = dict(quick_commands(declaration, results, places))
+        _report(run_quick_commands(tiny_commands, CHECKOUT, Path(folder), _say))
 
 
 def _say(line: str) -> None:
@@ -142,15 +146,17 @@ def _by_hand(results: dict[str, str]) -> str:
     )
 
 
-def _report(failed: list[str]) -> None:
-    if failed:
-        raise UserError(f"{', '.join(failed)} failed; see the messages above, then run it again.")
+def _report(failed_names: list[str]) -> None:
+    if failed_names:
+        raise UserError(
+            f"{', '.join(failed_names)} failed; see the messages above, then run it again."
+        )
 
 
 def state(row: ClaimRow) -> str:
     """Return the state of a claim in words."""
-    mark = {True: ", stale", False: "", None: ", staleness unknown"}[row.stale]
-    return f"{row.state}{mark}"
+    staleness = {True: ", stale", False: "", None: ", staleness unknown"}[row.stale]
+    return f"{row.state}{staleness}"
 
 
 def figure_lines(figure: MeasuredFigure) -> list[str]:
@@ -175,34 +181,34 @@ def figure_lines(figure: MeasuredFigure) -> list[str]:
     return lines
 
 
-def _print_table(found: ClaimTable) -> None:
+def _print_table(overview: ClaimTable) -> None:
     from rich.table import Table
 
-    shown = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for width in (26, 14, None):
-        shown.add_column(width=width, overflow="fold")
-    for row in found.claims:
-        shown.add_row(
+        grid.add_column(width=width, overflow="fold")
+    for row in overview.claims:
+        grid.add_row(
             plain(row.name, "bold"), plain(state(row), COLOURS[row.state]), plain(row.says)
         )
         for figure in row.figures:
             if figure.goal:
-                _add_figure(shown, figure)
-    print_table(shown)
+                _add_figure(grid, figure)
+    print_table(grid)
     echo()
-    counts = Counter[str](row.state for row in found.claims)
-    echo(f"{len(found.claims)} claims:", ", ".join(f"{counts[name]} {name}" for name in COLOURS))
-    if found.commit is None:
+    counts = Counter[str](row.state for row in overview.claims)
+    echo(f"{len(overview.claims)} claims:", ", ".join(f"{counts[name]} {name}" for name in COLOURS))
+    if overview.commit is None:
         echo("Unknown which results are older than the code: this is no git repository.")
     else:
-        stale = sum(row.stale is True for row in found.claims)
-        echo(f"{stale} stale: code that they measure differs at {found.commit}.")
+        stale = sum(row.stale is True for row in overview.claims)
+        echo(f"{stale} stale: code that they measure differs at {overview.commit}.")
     echo("`deepseek claims show NAME`: protocol, machine, commit, command, and why.")
 
 
-def _add_figure(shown: "Table", figure: MeasuredFigure) -> None:
+def _add_figure(grid: "Table", figure: MeasuredFigure) -> None:
     """Add a figure below its claim: the figure, what is wanted, and what it is of which sides."""
     sides = f": {figure.ours}; {figure.rival} {figure.theirs}" if figure.theirs else ""
     style = {True: "", False: "red", None: "dim"}[figure.met]
     cells = (f"  {figure.text or 'not run'}", figure.goal, f"{figure.what}{sides}")
-    shown.add_row(*(plain(cell, style) for cell in cells))
+    grid.add_row(*(plain(cell, style) for cell in cells))

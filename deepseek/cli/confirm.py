@@ -25,10 +25,10 @@ def confirm(question: str, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise ConfigError(f"{question} Nobody is here to confirm it; add --yes.")
     try:
-        agreed = typer.confirm(question, err=True)
+        is_confirmed = typer.confirm(question, err=True)
     except typer.Abort:
         typer.echo(err=True)  # ends the line of the question
         raise KeyboardInterrupt from None
-    if not agreed:
+    if not is_confirmed:
         typer.echo("nothing is changed", err=True)
         raise typer.Exit(1)

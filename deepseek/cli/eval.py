@@ -100,17 +100,19 @@ def evaluate(
     base = base or base_of(experts) or BASE
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)
-    plugged = [info.name for info in model.experts.list()]
-    namesakes = [name for name in plugged if not trained_here(model.experts.manifest(name))]
+    plugged_names = [info.name for info in model.experts.list()]
+    namesakes = [name for name in plugged_names if not trained_here(model.experts.manifest(name))]
     for name in namesakes:
         echo(
             f"warning: the run {name} of this home trained another pack of that name; its "
             "held-out text is left out.",
             error=True,
         )
-    trained = dict.fromkeys((*plugged, *packs_for(base)[0]))
-    known = expert_texts([name for name in trained if name not in namesakes], plugged)
-    with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
+    expert_names = dict.fromkeys((*plugged_names, *packs_for(base)[0]))
+    texts_of_experts = expert_texts(
+        [name for name in expert_names if name not in namesakes], plugged_names
+    )
+    with collected(tokenizer, data or [], texts_of_experts) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens or TOKENS, progress, as_reported=not tokens))
         choices = (ExpertChoice(()), ExpertChoice()) if problems else ()
         pass_rates = [
@@ -118,7 +120,7 @@ def evaluate(
             for choice in choices
         ]
     if as_json:
-        print_json(evaluation(base, plugged, rows, pass_rates, len(problems)))
+        print_json(evaluation(base, plugged_names, rows, pass_rates, len(problems)))
         return
     print_table(comparison_table(rows))
     if problems:

@@ -28,8 +28,8 @@ def base_of(experts: str) -> str | None:
     from deepseek.packs.library import find_pack
     from deepseek.packs.listing import read_manifest
 
-    named = [] if experts.strip() in ("all", "none") else weights(experts)
-    manifests = [read_manifest(find_pack(name)) for name in named]
+    expert_names = [] if experts.strip() in ("all", "none") else weights(experts)
+    manifests = [read_manifest(find_pack(name)) for name in expert_names]
     if not manifests:
         return None
     first = manifests[0]

@@ -40,7 +40,7 @@ def generate(
     """
     from rich.console import Console
 
-    from deepseek.cli.speak import Palette, legend, opened, speak
+    from deepseek.cli.speak import Palette, legend, open_engine, speak
     from deepseek.engine.request import Request
     from deepseek.engine.sampler import Sampling
     from deepseek.errors import ConfigError
@@ -49,7 +49,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = read_prompt() if prompt == "-" else prompt
-    with opened(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
+    with open_engine(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
         messages = [{"role": "user", "content": text}]
         ids = (
             encode_prompt(engine.tokenizer, messages)

@@ -58,22 +58,22 @@ def attention(
     writable_file(out)
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
-    loaded, tokenizer = load(base, device=device, dtype="float32")
-    model = own_model(loaded, "Inspection of the attention")
-    first = next(iter(hashes.values()))
-    windows = Windows(local=128, sinks=4, bucket=window, num_buckets=first.num_buckets)
-    ways = {
+    loaded_model, tokenizer = load(base, device=device, dtype="float32")
+    model = own_model(loaded_model, "Inspection of the attention")
+    first_hash = next(iter(hashes.values()))
+    windows = Windows(local=128, sinks=4, bucket=window, num_buckets=first_hash.num_buckets)
+    key_choices = {
         "local": local_keys(windows),
-        "hash": hashed_keys(windows, min(probes, first.num_buckets), hashes),
+        "hash": hashed_keys(windows, min(probes, first_hash.num_buckets), hashes),
         f"best {length // 8}": best_keys(windows, length // 8),
     }
     results = {}
     with ProgressBar() as progress:
         ids_RT = long_texts(documents_at(data or []), tokenizer, 1, length)
-        for layer, recalls in attention_kept(model, ids_RT, ways, first_layer=min(hashes)):
+        for layer, recalls in attention_kept(model, ids_RT, key_choices, first_layer=min(hashes)):
             results[layer] = recalls
             progress(layer + 1, len(model.layers), "inspect")
-    for name in ways:
+    for name in key_choices:
         recall, error, keys = (
             torch.stack([getattr(recalls[name], field) for recalls in results.values()]).mean()
             for field in ("recall", "error", "keys")

@@ -31,7 +31,7 @@ def job_command(
     declaration: type[Declaration],
     summary: str,
     positional: str | None = None,
-    others: Mapping[str, Any] | None = None,
+    extra_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
     """Return the command of a job, with one option per argument; it prints the path of the result.
 
@@ -43,39 +43,43 @@ def job_command(
         declaration: the job's arguments.
         summary: description of the command in `--help`.
         positional: name of the argument that is given by position or by its option; default: none.
-        others: options that are no arguments of the job, such as what is done with its result, by
-            the name that the function has for them, with Typer's annotations; default: none.
+        extra_options: options that are no arguments of the job, such as what is done with its
+            result, by the name that the function has for them, with Typer's annotations; default:
+            none.
     """
     arguments = arguments_of(declaration)
-    named = {name: option_name(name) for name in arguments}
+    option_names = {name: option_name(name) for name in arguments}
 
     def command(**options: Any) -> None:
         from deepseek.device.choose import choose_device, choose_dtype
 
         values = {name: value for name, value in options.items() if value not in (None, [])}
-        kept = {name: values.pop(name) for name in others or {} if name in values}
+        extra_values = {name: values.pop(name) for name in extra_options or {} if name in values}
         if BY_OPTION in values:
             if positional in values:
                 raise ConfigError(
-                    f"{METAVAR} and {named[str(positional)]} are the same argument; give one."
+                    f"{METAVAR} and {option_names[str(positional)]} are the same argument; give "
+                    "one."
                 )
             values[str(positional)] = values.pop(BY_OPTION)
         refuse_address(values.get("from_git"))
-        with about_options(named):
-            checked = declaration.read(**values)
+        with about_options(option_names):
+            job_arguments = declaration.read(**values)
         if "device" in arguments:
             # Before a base is fetched, which can take minutes.
-            device = choose_device(checked.device)  # type: ignore[attr-defined]
-            choose_dtype(getattr(checked, "dtype", "auto"), device)
-        if "base" in arguments and not getattr(checked, "update", ""):
-            base: str = checked.base  # type: ignore[attr-defined]
+            device = choose_device(job_arguments.device)  # type: ignore[attr-defined]
+            choose_dtype(getattr(job_arguments, "dtype", "auto"), device)
+        if "base" in arguments and not getattr(job_arguments, "update", ""):
+            base: str = job_arguments.base  # type: ignore[attr-defined]
             if is_to_download(base):
-                checked.check_paths()
+                job_arguments.check_paths()
             # Fetched here for the progress bar; the job would download without one.
             fetch(base)
         module, _, function = place.partition(":")
-        result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values, **kept)
-        if not getattr(checked, "dry_run", False):
+        result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(
+            **values, **extra_values
+        )
+        if not getattr(job_arguments, "dry_run", False):
             echo(result)
 
     kind = Parameter.KEYWORD_ONLY
@@ -84,9 +88,9 @@ def job_command(
         annotations[name] = annotation(argument, declaration, name == positional)
     if positional:
         annotations[BY_OPTION] = Annotated[
-            str | None, typer.Option(named[positional], help=f"The same as {METAVAR}.")
+            str | None, typer.Option(option_names[positional], help=f"The same as {METAVAR}.")
         ]
-    annotations |= others or {}
+    annotations |= extra_options or {}
     parameters = [
         Parameter(name, kind, default=None, annotation=parameter_annotation)
         for name, parameter_annotation in annotations.items()
@@ -117,11 +121,11 @@ def annotation(argument: Argument, declaration: type[Declaration], positional: b
     about: dict[str, Any] = {"help": argument.about, "rich_help_panel": panel}
     if get_origin(argument.kind) is dict:
         return Annotated[Any, typer.Option(option, parser=read_mapping, metavar="YAML", **about)]
-    return Annotated[_plain(argument.kind) | None, typer.Option(option, **about)]
+    return Annotated[_option_type(argument.kind) | None, typer.Option(option, **about)]
 
 
-def _plain(kind: Any) -> Any:
+def _option_type(kind: Any) -> Any:
     """Return the type of an option: a list for several values, `Path` for what can be a file."""
     if get_origin(kind) is tuple:
-        return list[_plain(get_args(kind)[0])]  # type: ignore[misc]
+        return list[_option_type(get_args(kind)[0])]  # type: ignore[misc]
     return kind if kind in (int, float, bool, str) or get_origin(kind) is Literal else Path

@@ -42,7 +42,7 @@ JOBS = (
     PublicJob(EvaluationArguments, "eval"),
 )
 
-TOP = """# Arguments of the training jobs
+PAGE_HEADER = """# Arguments of the training jobs
 
 An argument has one name everywhere: `learning_rate` in Python and in recipes is `--learning-rate` on the command line.
 In Python `base` (of `pretrain`: `config`) may be given by position. A wrong value or a misspelt name stops the job
@@ -54,7 +54,7 @@ This page is written by `python -m deepseek.cli.job_reference docs/reference/arg
 
 def page() -> str:
     """Return the page: one section per job, one table per group of arguments."""
-    return "\n".join([TOP, *(section(job) for job in JOBS)])
+    return "\n".join([PAGE_HEADER, *(section(job) for job in JOBS)])
 
 
 def section(job: PublicJob) -> str:

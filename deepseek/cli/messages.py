@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from deepseek.errors import ConfigError
 
-BEFORE = r"(?<![\w./\\'\"-])"
-AFTER = r"(?![\w/\\'\"-]|\.\w)"
+WORD_START = r"(?<![\w./\\'\"-])"
+WORD_END = r"(?![\w/\\'\"-]|\.\w)"
 """Where a word stands alone: as a part of a path or of a quoted value it is the user's own."""
 
 
@@ -24,7 +24,7 @@ def with_options(message: str, options: Mapping[str, str]) -> str:
     for name, option in options.items():
         message = re.sub(rf"^{name}(?=[ :=])", option, message)
         if "_" in name:
-            message = re.sub(rf"{BEFORE}{name}{AFTER}", option, message)
+            message = re.sub(rf"{WORD_START}{name}{WORD_END}", option, message)
     return message
 
 

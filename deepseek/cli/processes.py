@@ -21,12 +21,12 @@ def processes_at(path: Path) -> list[str]:
         if process.pid == os.getpid():
             continue
         with suppress(psutil.Error, AttributeError, OSError):
-            opened = [file.path for file in process.open_files()]
-            mapped = [region.path for region in process.memory_maps()]
-            if any(_below(file, prefix) for file in (*opened, *mapped)):
+            open_paths = [file.path for file in process.open_files()]
+            mapped_paths = [region.path for region in process.memory_maps()]
+            if any(_is_below(file, prefix) for file in (*open_paths, *mapped_paths)):
                 users.append(f"{process.pid} ({process.info['name']})")
     return users
 
 
-def _below(file: str, prefix: str) -> bool:
+def _is_below(file: str, prefix: str) -> bool:
     return file == prefix or file.startswith(f"{prefix}{os.sep}")

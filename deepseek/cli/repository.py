@@ -18,11 +18,11 @@ def refuse_address(path: Path | str | None) -> None:
     Raises:
         ConfigError: it is such an address.
     """
-    begin = ADDRESS.match(str(path or ""))
-    if begin is None or Path(str(path)).exists():
+    scheme = ADDRESS.match(str(path or ""))
+    if scheme is None or Path(str(path)).exists():
         return
-    rest = str(path)[begin.end() :]
-    address = f"{begin[1]}://{rest}" if begin[1] else str(path)
+    rest = str(path)[scheme.end() :]
+    address = f"{scheme[1]}://{rest}" if scheme[1] else str(path)
     raise ConfigError(
         f"--from-git takes a clone on this machine; clone it first with "
         f"`git clone {address}`, and give its folder."

@@ -49,20 +49,20 @@ def run(
     from deepseek.cli.pull import fetch
     from deepseek.device.choose import choose_device, choose_dtype
 
-    repository = _repository(from_git, needed=not serve)
+    repository = _repository(from_git, is_required=not serve)
     choose_dtype(dtype, choose_device(device))
     console = Console()
-    where: Where = {"device": device, "dtype": dtype}
+    placement: Placement = {"device": device, "dtype": dtype}
     folder = fetch(base)
     if repository is None:
-        _serve(base, None, console, where)
+        _serve(base, None, console, placement)
         return
-    name, fresh = expert_for(repository, base, folder)
-    lesson = RepositoryExpert(name, repository, minutes if fresh else None)
+    name, is_new = expert_for(repository, base, folder)
+    lesson = RepositoryExpert(name, repository, minutes if is_new else None)
     if serve:
-        _serve(base, lesson, console, where)
+        _serve(base, lesson, console, placement)
     else:
-        _demonstrate(base, lesson, console, where)
+        _demonstrate(base, lesson, console, placement)
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,23 @@ class RepositoryExpert:
     minutes: float | None
 
 
-def _repository(given: Path | None, needed: bool) -> Path | None:
+def _repository(path: Path | None, is_required: bool) -> Path | None:
     """Return the repository to train on; None without one, which standard error says.
 
     Args:
-        given: value of `--from-git`.
-        needed: whether there has to be one.
+        path: value of `--from-git`.
+        is_required: whether there has to be one.
 
     Raises:
         ConfigError, DataError: the one given or needed cannot be trained on.
     """
     from deepseek.cli.repository import check_repository
 
-    repository = given or Path()
+    repository = path or Path()
     try:
         check_repository(repository)
     except DataError:
-        if given or needed:
+        if path or is_required:
             raise
         echo(
             f"note: {repository.resolve()} has no git history to train an expert on; --from-git "
@@ -127,19 +127,19 @@ def expert_for(repository: Path, base: str, folder: Path) -> tuple[str, bool]:
     from deepseek.packs.listing import read_manifest
     from deepseek.train.jobs.arguments import source_name
 
-    short = source_name(repository)
+    short_name = source_name(repository)
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", f"-{Path(base).name}")
-    full = f"{short[: max(1, LONGEST_NAME - len(suffix))]}{suffix}"[:LONGEST_NAME]
+    full_name = f"{short_name[: max(1, LONGEST_NAME - len(suffix))]}{suffix}"[:LONGEST_NAME]
     packs = installed()
-    for name in (short, full):
+    for name in (short_name, full_name):
         if name not in packs:
             return name, True
         is_of_base = is_made_for(read_manifest(packs[name]), fingerprint(folder))
         if is_of_base and _may_be_of(repository, name):
             return name, False
     raise ConfigError(
-        f"The experts {short} and {full} were made for other bases than {base}, or of other "
-        "repositories; rename one with `deepseek expert rename`."
+        f"The experts {short_name} and {full_name} were made for other bases than {base}, or "
+        "of other repositories; rename one with `deepseek expert rename`."
     )
 
 
@@ -156,14 +156,16 @@ def _may_be_of(repository: Path, name: str) -> bool:
     return bool(source) and Path(source).resolve() == repository.resolve()
 
 
-class Where(TypedDict):
+class Placement(TypedDict):
     """The options `--device` and `--dtype`."""
 
     device: str
     dtype: Dtype
 
 
-def _serve(base: str, lesson: RepositoryExpert | None, console: "Console", where: Where) -> None:
+def _serve(
+    base: str, lesson: RepositoryExpert | None, console: "Console", placement: Placement
+) -> None:
     """Serve with the expert, or train it while serving; take a free port if the default one is in
     use.
     """
@@ -181,7 +183,7 @@ def _serve(base: str, lesson: RepositoryExpert | None, console: "Console", where
     request = None
     if lesson and lesson.minutes is not None:
         fields = {"name": lesson.name, "kind": "git", "minutes": lesson.minutes}
-        request = TeachRequest.model_validate(fields | {"dtype": where["dtype"]})
+        request = TeachRequest.model_validate(fields | {"dtype": placement["dtype"]})
 
     def announce(address: str) -> None:
         console.print(
@@ -204,11 +206,13 @@ def _serve(base: str, lesson: RepositoryExpert | None, console: "Console", where
         lesson=request,
         announce=announce,
         progress=Waiting(),
-        **where,
+        **placement,
     )
 
 
-def _demonstrate(base: str, lesson: RepositoryExpert, console: "Console", where: Where) -> None:
+def _demonstrate(
+    base: str, lesson: RepositoryExpert, console: "Console", placement: Placement
+) -> None:
     from deepseek.engine.start import start_engine
     from deepseek.train.jobs.expert import train_expert
 
@@ -218,8 +222,8 @@ def _demonstrate(base: str, lesson: RepositoryExpert, console: "Console", where:
             plain(f"Training the expert {name} from the git history of {repository.resolve()}"),
             soft_wrap=True,
         )
-        train_expert(base, name=name, from_git=repository, minutes=minutes, **where)
-    with start_engine(base, experts=[name], **where) as engine:
+        train_expert(base, name=name, from_git=repository, minutes=minutes, **placement)
+    with start_engine(base, experts=[name], **placement) as engine:
         if minutes is not None:
             _show_gain(engine, name)
         _answer(engine, name, console)
@@ -258,8 +262,8 @@ def _answer(engine: "Engine", name: str, console: "Console") -> None:
     for title, line in rows:
         console.print(plain(f"{title:>16}  {line.strip()}"), soft_wrap=True)
     gain = example.before.nats - example.after.nats
-    chosen = (
+    selection_note = (
         f"Chosen by rule: the line with the largest gain ({gain:.1f} nats) of {example.compared} "
         f"held-out lines. `deepseek eval {name} --against rag` measures the average gain."
     )
-    console.print(plain(chosen, "dim"), soft_wrap=True)
+    console.print(plain(selection_note, "dim"), soft_wrap=True)

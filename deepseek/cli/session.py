@@ -97,7 +97,7 @@ class ChatSession:
 
     def _raw(self, text: str) -> None:
         """Complete the text after the command instead of answering it."""
-        text = _required(text, "/raw", "the text to complete")
+        text = _require(text, "/raw", "the text to complete")
         self._speak(encode_document(self.engine.tokenizer, text))
 
     def _speak(self, ids: list[int], user_ids: tuple[int, ...] | None = None) -> str:
@@ -119,20 +119,20 @@ class ChatSession:
 
     def _plug(self, argument: str) -> None:
         """Plug an expert: a pack file or the name of a trained one."""
-        info = self.engine.plug(_required(argument, "/plug", "a pack file or an expert"))
-        armed = "" if info.armed else "; not armed, `/arm` it by name to use it"
+        info = self.engine.plug(_require(argument, "/plug", "a pack file or an expert"))
+        arming_note = "" if info.armed else "; not armed, `/arm` it by name to use it"
         name = plain(info.name, self.palette.style(info.name))
-        self.console.print(plain("plugged ") + name + plain(f", {info.verdict}{armed}"))
+        self.console.print(plain("plugged ") + name + plain(f", {info.verdict}{arming_note}"))
 
     def _unplug(self, argument: str) -> None:
         """Unplug an expert by name; the model is then bit-identical to before."""
-        self.engine.unplug(_required(argument, "/unplug", "a plugged expert"))
+        self.engine.unplug(_require(argument, "/unplug", "a plugged expert"))
         self.console.print(plain(f"unplugged {argument}"))
 
     def _arm(self, argument: str) -> None:
         """Arm only these experts: comma-separated names, 'auto' or 'none'."""
-        armed = self.engine.arm(arming(argument or "auto"))
-        self.console.print(plain(f"armed: {', '.join(armed) or 'none'}"))
+        armed_names = self.engine.arm(arming(argument or "auto"))
+        self.console.print(plain(f"armed: {', '.join(armed_names) or 'none'}"))
 
     def _reset(self, _: str) -> None:
         """Start a new conversation."""
@@ -149,17 +149,17 @@ class ChatSession:
             self.console.print(plain(f"{name:10}{command.__doc__}"))
 
 
-def _required(argument: str, command: str, what: str) -> str:
+def _require(argument: str, command: str, description: str) -> str:
     """Return the argument of a command.
 
     Args:
         argument: what follows the command on its line.
         command: the command, such as `/plug`.
-        what: what belongs there, for the message.
+        description: what belongs there, for the message.
 
     Raises:
         UserError: nothing follows.
     """
     if not argument:
-        raise UserError(f"{command} needs {what}; write it after the command.")
+        raise UserError(f"{command} needs {description}; write it after the command.")
     return argument

@@ -44,7 +44,7 @@ class Palette:
 
 
 @contextmanager
-def opened(
+def open_engine(
     base: str, experts: str, arm: str, *, int8: bool, device: str, dtype: Dtype
 ) -> Iterator[Engine]:
     """Start the engine for the options of `chat` and `generate`; close it after the block.
@@ -58,7 +58,7 @@ def opened(
         dtype: option `--dtype`.
     """
     choose_dtype(dtype, choose_device(device))  # before a base is fetched
-    armed = arming(arm or "auto")
+    arm_argument = arming(arm or "auto")
     fetch(base)
     packs = expert_packs(experts, base)
     with ProgressBar(quiet=not sys.stderr.isatty()) as progress:
@@ -67,7 +67,7 @@ def opened(
         )
     with engine:
         if arm:
-            engine.arm(armed)
+            engine.arm(arm_argument)
         yield engine
 
 
@@ -113,12 +113,12 @@ def emit(console: Console, text: str, style: str) -> None:
         text: text, whose control characters are written out; line breaks and tabs stay.
         style: Rich style; empty: none.
     """
-    shown = visible(text, lines=True)
+    visible_text = visible(text, lines=True)
     if not console.is_terminal:
-        console.file.write(shown)
+        console.file.write(visible_text)
         console.file.flush()
         return
-    segment = Segment(shown, console.get_style(style) if style else None)
+    segment = Segment(visible_text, console.get_style(style) if style else None)
     console.print(Segments([segment]), end="", soft_wrap=True)
 
 

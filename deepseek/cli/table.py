@@ -34,7 +34,7 @@ def comparison_table(rows: Iterable[Comparison]) -> Table:
 
 def evaluation(
     base: str,
-    plugged: list[str],
+    plugged_names: list[str],
     rows: Iterable[Comparison],
     pass_rates: Sequence[float],
     problems: int,
@@ -43,7 +43,7 @@ def evaluation(
 
     Args:
         base: name of the base.
-        plugged: names of the plugged experts.
+        plugged_names: names of the plugged experts.
         rows: the losses.
         pass_rates: HumanEval of the base, and with the experts; empty: not measured.
         problems: number of HumanEval problems.
@@ -57,4 +57,4 @@ def evaluation(
     rates = None
     if pass_rates:
         rates = PassRates(problems=problems, base=pass_rates[0], plugged=pass_rates[1])
-    return Evaluation(base=base, experts=plugged, texts=texts, human_eval=rates)
+    return Evaluation(base=base, experts=plugged_names, texts=texts, human_eval=rates)

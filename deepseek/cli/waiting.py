@@ -13,13 +13,13 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._what = ""
-        self._started = time.monotonic()
+        self._activity = ""
+        self._start_time = time.monotonic()
 
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if what == self._what:
+    def __call__(self, done: int, total: int, activity: str) -> None:
+        if activity == self._activity:
             return
-        self._what = what
+        self._activity = activity
         is_last = 0 < total <= done
-        passed = duration(time.monotonic() - self._started)
-        echo(f"{what} after {passed}" if is_last else f"{what} ...", error=True)
+        elapsed = duration(time.monotonic() - self._start_time)
+        echo(f"{activity} after {elapsed}" if is_last else f"{activity} ...", error=True)

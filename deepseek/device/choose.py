@@ -1,4 +1,4 @@
-"""Resolve the names of devices and dtypes; every call that computes goes through here."""
+"""Resolve names of devices and dtypes, for every call that runs a model."""
 
 import re
 
@@ -83,29 +83,29 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """
     device = torch.device(device)
     if device.type == "cpu":
-        fast = has_fast_bfloat16()
+        is_fast = has_fast_bfloat16()
     elif device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
-        fast = torch.backends.mps.is_macos_or_newer(14, 0)
+        is_fast = torch.backends.mps.is_macos_or_newer(14, 0)
     else:
-        fast = True
-    return torch.bfloat16 if fast else torch.float32
+        is_fast = True
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def _accelerator() -> torch.device:
     """Return the accelerator that PyTorch finds, else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or found.type == "mps":
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
         return CPU
-    return torch.device(found.type, torch.accelerator.current_device_index())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _cuda(index: int | None) -> torch.device:
     """Return a CUDA device; None: the current one."""
     if not torch.cuda.is_available():
-        built = torch.version.cuda or getattr(torch.version, "hip", None)
-        cause = "none is found" if built else "this build of PyTorch has no CUDA support"
+        cuda_version = torch.version.cuda or getattr(torch.version, "hip", None)
+        cause = "none is found" if cuda_version else "this build of PyTorch has no CUDA support"
         raise DeviceError(f"Device cuda needs a GPU, and {cause}; take cpu, or auto.")
     count = torch.cuda.device_count()
     if index is not None and index >= count:

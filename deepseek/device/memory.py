@@ -1,7 +1,7 @@
-"""Memory of a device: free, peak, and what to do when it is used up.
+"""Memory of a device: free, peak, and out-of-memory errors.
 
-The CPU stands for this process and the machine's memory. Other devices answer through the module
-that PyTorch has for them (`torch.cuda`, `torch.mps`).
+For the CPU, the figures are those of this process and of the machine. Other devices are asked
+through PyTorch's module for them (`torch.cuda`, `torch.mps`).
 """
 
 import gc
@@ -19,14 +19,14 @@ import torch
 from deepseek.errors import DeviceError
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says how much memory the container of this process may use."""
+"""Files in which Linux states how much memory this process's container may use."""
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """Parts of the messages of PyTorch's allocators; only CUDA's error has a class of its own."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work, so that a clock can be read."""
+    """Wait until the device has finished its work, so that times can be measured."""
     if device.type != "cpu":
         _module(device).synchronize()
 
@@ -74,12 +74,12 @@ def _container_limit() -> int:
 def _container_memory() -> int:
     """Return how many of these bytes are free or hold files that can be read again."""
     try:
-        used = int((CONTROL_GROUP / "memory.current").read_text())
+        used_bytes = int((CONTROL_GROUP / "memory.current").read_text())
         stat = (CONTROL_GROUP / "memory.stat").read_text()
     except (OSError, ValueError):
         return sys.maxsize
     files = re.search(r"^inactive_file (\d+)", stat, re.M)
-    return _container_limit() - used + (int(files[1]) if files else 0)
+    return _container_limit() - used_bytes + (int(files[1]) if files else 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -122,8 +122,8 @@ def release(device: torch.device) -> None:
 def _size(error: BaseException) -> str:
     """Return the part of PyTorch's message that names the sizes, without its advice."""
     sentences = " ".join(str(error).split()).split(". ")
-    sized = [sentence for sentence in sentences if "ried to allocate" in sentence]
-    return (sized or sentences)[0].rstrip(".")
+    sentences_with_size = [sentence for sentence in sentences if "ried to allocate" in sentence]
+    return (sentences_with_size or sentences)[0].rstrip(".")
 
 
 def _module(device: torch.device) -> Any:

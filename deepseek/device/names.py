@@ -1,4 +1,4 @@
-"""What may be written for a device and a dtype. Imports nothing heavy, so that `--help` is fast."""
+"""Valid names of devices and dtypes. Imports nothing heavy, so that `--help` is fast."""
 
 from typing import Literal
 

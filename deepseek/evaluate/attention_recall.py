@@ -100,7 +100,7 @@ def hashed_keys(
 def attention_kept(
     model: DeepSeekModel,
     ids_RT: Tensor,
-    ways: Mapping[str, Choose],
+    key_choices: Mapping[str, Choose],
     queries: int = 64,
     first_layer: int = 0,
 ) -> Iterator[tuple[int, dict[str, Kept]]]:
@@ -109,7 +109,7 @@ def attention_kept(
     Args:
         model: model with full attention.
         ids_RT: R texts of T tokens.
-        ways: functions that choose keys, by name.
+        key_choices: functions that choose keys, by name.
         queries: positions per text, evenly spaced in its second half.
         first_layer: first layer to measure.
     """
@@ -117,19 +117,19 @@ def attention_kept(
     at_N = torch.linspace(length // 2, length - 1, queries, device=model.device).long()
     for layer, texts in stream_layers(model, ids_RT):
         if layer >= first_layer:
-            parts = [_kept(layer, inputs, at_N, ways) for inputs in texts]
-            yield layer, {name: _mean([part[name] for part in parts]) for name in ways}
+            parts = [_measure_kept(layer, inputs, at_N, key_choices) for inputs in texts]
+            yield layer, {name: _mean([part[name] for part in parts]) for name in key_choices}
 
 
-def _kept(
-    layer: int, inputs: HeadInputs, at_N: Tensor, ways: Mapping[str, Choose]
+def _measure_kept(
+    layer: int, inputs: HeadInputs, at_N: Tensor, key_choices: Mapping[str, Choose]
 ) -> dict[str, Kept]:
     scores_HNS = attention_scores(inputs, at_N)
     weights_HNS = scores_HNS.softmax(-1)
     value_HSK = inputs.value_GTK.repeat_interleave(len(scores_HNS) // len(inputs.value_GTK), 0)
     exact_HNK = weights_HNS @ value_HSK
     results = {}
-    for name, choose in ways.items():
+    for name, choose in key_choices.items():
         chosen_HNS = choose(layer, inputs, at_N, scores_HNS)
         sparse_HNK = scores_HNS.masked_fill(~chosen_HNS, -torch.inf).softmax(-1) @ value_HSK
         error_HN = (sparse_HNK - exact_HNK).norm(dim=-1) / exact_HNK.norm(dim=-1)

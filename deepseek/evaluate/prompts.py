@@ -86,36 +86,45 @@ def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[W
         ConfigError: the engine fails to answer.
     """
     shards = TokenShards(held_out_folder(expert))
-    tried = [one for one in candidates(shards, engine.tokenizer) if _fits(engine, one.prompt)]
-    ours = _answers(engine, tried, ExpertChoice((expert,)))
-    base = _answers(engine, tried, ExpertChoice(()))
-    return best(tried, ours, base, count)
+    fitting_candidates = [
+        candidate
+        for candidate in candidates(shards, engine.tokenizer)
+        if _fits(engine, candidate.prompt)
+    ]
+    expert_answers = _answers(engine, fitting_candidates, ExpertChoice((expert,)))
+    base_answers = _answers(engine, fitting_candidates, ExpertChoice(()))
+    return best(fitting_candidates, expert_answers, base_answers, count)
 
 
 def best(
-    tried: Sequence[Candidate], ours: Sequence[str], base: Sequence[str], count: int
+    prompt_candidates: Sequence[Candidate],
+    expert_answers: Sequence[str],
+    base_answers: Sequence[str],
+    count: int,
 ) -> list[WorkingPrompt]:
     """Return the prompts with the largest gain in similarity, among those answered right.
 
     Args:
-        tried: prompts with the true answers.
-        ours: answers of the expert.
-        base: answers of the base.
+        prompt_candidates: prompts with the true answers.
+        expert_answers: answers of the expert.
+        base_answers: answers of the base.
         count: maximum number of prompts.
     """
     gains: dict[WorkingPrompt, float] = {}
-    for candidate, with_expert, without in zip(tried, ours, base, strict=True):
-        similarity = _similarity(with_expert, candidate.answer)
-        gain = similarity - _similarity(without, candidate.answer)
+    for candidate, expert_answer, base_answer in zip(
+        prompt_candidates, expert_answers, base_answers, strict=True
+    ):
+        similarity = _similarity(expert_answer, candidate.answer)
+        gain = similarity - _similarity(base_answer, candidate.answer)
         if similarity >= LEAST_SIMILARITY and gain >= LEAST_GAIN:
             gains[candidate.prompt] = gain
     return sorted(gains, key=lambda prompt: -gains[prompt])[:count]
 
 
-def _similarity(written: str, answer: str) -> float:
+def _similarity(reply: str, answer: str) -> float:
     """Return the similarity of an answer, possibly cut short, to as much of the true one."""
-    written = written.strip()
-    return edit_similarity(written, answer.strip()[: max(len(written), LEAST_COMPARED)])
+    reply = reply.strip()
+    return edit_similarity(reply, answer.strip()[: max(len(reply), LEAST_COMPARED)])
 
 
 def candidates(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> list[Candidate]:
@@ -129,7 +138,7 @@ def candidates(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> list[
     ]
     documents = decode_documents(shards, tokenizer)
     lines = next_line_cases(documents, CANDIDATES - min(len(questions), CANDIDATES))
-    return [*questions[:CANDIDATES], *(_beginning(case) for case in lines)]
+    return [*questions[:CANDIDATES], *(_line_candidate(case) for case in lines)]
 
 
 def conversations(
@@ -143,43 +152,45 @@ def conversations(
     for first, stop in pairwise(shards.offsets.tolist()):
         ids = (shards.ids_N[first:stop] & ~CONTEXT_BIT).tolist()
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        found = form.search(text)
-        if found and not any(token in "".join(found.groups()) for token in control):
-            yield found[1], found[2]
+        match = form.search(text)
+        if match and not any(token in "".join(match.groups()) for token in control):
+            yield match[1], match[2]
 
 
 def _one_turn(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """Return the form of a rendered conversation with a question and an answer as its groups."""
     marks = ("first-mark", "second-mark")
-    rendered = render(
+    conversation_text = render(
         tokenizer,
         [{"role": "user", "content": marks[0]}, {"role": "assistant", "content": marks[1]}],
     )
-    form = re.escape(rendered.strip())
+    form = re.escape(conversation_text.strip())
     for mark in marks:
         form = form.replace(re.escape(mark), "(.+?)")
     return re.compile(form, re.DOTALL)
 
 
-def _beginning(case: Case) -> Candidate:
+def _line_candidate(case: Case) -> Candidate:
     """Return the lines before a line as a prompt, with the line as the answer.
 
     The prompt ends with a whole line, since tokens such as a run of spaces precede no word in the
     text that the model has learnt from.
     """
-    whole, _, opening = case.before.rpartition("\n")
-    lines = "\n".join(whole.split("\n")[-TEXT_LINES:])[-TEXT_CHARACTERS:]
+    whole_lines, _, line_start = case.before.rpartition("\n")
+    lines = "\n".join(whole_lines.split("\n")[-TEXT_LINES:])[-TEXT_CHARACTERS:]
     head = header(Document("", case.name, case.kind)) if case.kind != "text" else ""
-    return Candidate(WorkingPrompt("text", f"{head}{lines}\n"), opening + case.target)
+    return Candidate(WorkingPrompt("text", f"{head}{lines}\n"), line_start + case.target)
 
 
-def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) -> list[str]:
+def _answers(
+    engine: Engine, prompt_candidates: Sequence[Candidate], experts: ExpertChoice
+) -> list[str]:
     """Return the greedy answers of the model with some experts."""
     answers: list[str] = []
-    for start in range(0, len(tried), BATCH):
+    for start in range(0, len(prompt_candidates), BATCH):
         requests = [
             _request(engine, candidate.prompt, experts)
-            for candidate in tried[start : start + BATCH]
+            for candidate in prompt_candidates[start : start + BATCH]
         ]
         running = [engine.submit(request) for request in requests]
         answers += [answer_text(generation) for generation in running]
@@ -189,23 +200,23 @@ def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) 
 def _fits(engine: Engine, prompt: WorkingPrompt) -> bool:
     """Return whether a prompt and its answer fit into the context."""
     request = _request(engine, prompt, ExpertChoice(()))
-    needed = len(request.prompt_ids) + request.sampling.max_new_tokens
-    return needed <= context_length(engine.model)
+    num_tokens = len(request.prompt_ids) + request.sampling.max_new_tokens
+    return num_tokens <= context_length(engine.model)
 
 
 def _request(engine: Engine, prompt: WorkingPrompt, experts: ExpertChoice) -> Request:
     """Return the request for an answer; a text too long for the context loses its beginning."""
     tokenizer, context = engine.tokenizer, context_length(engine.model)
-    greedy = Sampling(min(REPLY_TOKENS, context // 2), temperature=0.0)
+    sampling = Sampling(min(REPLY_TOKENS, context // 2), temperature=0.0)
     start = document_start_ids(tokenizer)
-    room = context - greedy.max_new_tokens - len(start)
+    max_prompt_tokens = context - sampling.max_new_tokens - len(start)
     if prompt.kind == "text":
         (ids,) = encode_plain(tokenizer, [prompt.text])
-        return Request((*start, *ids[-room:]), greedy, experts, stop=("\n",))
+        return Request((*start, *ids[-max_prompt_tokens:]), sampling, experts, stop=("\n",))
     messages = [{"role": "user", "content": prompt.text}]
     return Request(
         tuple(encode_prompt(tokenizer, messages)),
-        greedy,
+        sampling,
         experts,
         user_ids=user_ids(tokenizer, messages),
     )

@@ -113,11 +113,9 @@ class HeldOutText:
             as_reported: take exactly the rows that the training reported on, where they are known.
         """
         if as_reported and self.reported is not None:
-            reported = self.reported
-            loader = RowLoader(
-                self.shards, reported.batch_rows, reported.row_length, seed=reported.seed
-            )
-            return loader.with_targets().first(reported.rows).batches()
+            rows = self.reported
+            loader = RowLoader(self.shards, rows.batch_rows, rows.row_length, seed=rows.seed)
+            return loader.with_targets().first(rows.rows).batches()
         loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0).with_targets()
         return loader.first(max(1, max_tokens // ROW_LENGTH)).batches()
 
@@ -139,17 +137,17 @@ def compare(
         as_reported: measure an expert's text on exactly the rows that its training reported on, so
             that both name the same loss of the base.
     """
-    for done, text in enumerate(texts):
-        progress(done, len(texts), "evaluating")
+    for num_done, text in enumerate(texts):
+        progress(num_done, len(texts), "evaluating")
         batches = text.batches(max_tokens, as_reported)
         with model.experts.arming(None):
             before = held_out_loss(model, batches)
         after = held_out_loss(model, batches)
-        alone = None
+        alone_loss = None
         if text.expert is not None:
             with model.experts.forced(text.expert):
-                alone = held_out_loss(model, batches).loss
-        yield Comparison(text.name, before.tokens, before.loss, after.loss, alone)
+                alone_loss = held_out_loss(model, batches).loss
+        yield Comparison(text.name, before.tokens, before.loss, after.loss, alone_loss)
     progress(len(texts), len(texts), "evaluating")
 
 
@@ -173,13 +171,13 @@ def trained_here(manifest: PackManifest) -> bool:
     return not digests or not digests.isdisjoint(manifest.data)
 
 
-def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutText]:
+def expert_texts(names: Sequence[str], plugged_names: Sequence[str]) -> list[HeldOutText]:
     """Return the held-out texts of trained experts, for those that still have a run folder."""
     return [
         HeldOutText(
             name,
             TokenShards(held_out_folder(name)),
-            name if name in plugged else None,
+            name if name in plugged_names else None,
             ReportedRows.of(latest_run(home() / "runs" / name)),
         )
         for name in names
@@ -198,12 +196,12 @@ def kept_documents(path: Path, keep: Callable[[Document], bool]) -> list[Documen
         DataError: none is kept.
     """
     documents = list(read_documents(located(path)))
-    kept = [document for document in documents if keep(document)]
-    if documents and not kept:
+    selection = [document for document in documents if keep(document)]
+    if documents and not selection:
         raise DataError(
             f"Every document of {path} was trained on; give text that no training has seen."
         )
-    return kept
+    return selection
 
 
 @contextmanager
@@ -228,8 +226,8 @@ def collected(
     """
     sources = {str(path): kept_documents(path, keep) for path in paths} | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:
-        built = [
+        built_texts = [
             HeldOutText(name, TokenShards.build(documents, tokenizer, Path(folder) / str(number)))
             for number, (name, documents) in enumerate(sources.items())
         ]
-        yield experts + built
+        yield experts + built_texts

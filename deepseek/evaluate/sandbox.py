@@ -43,7 +43,7 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
         memory: limit of the address space in bytes.
     """
     # Output goes to a file, whose size is limited; through a pipe, it could fill our memory.
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as printed:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output_file:
         path = Path(folder) / "program.py"
         path.write_text(source, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
@@ -51,7 +51,7 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
             cwd=folder,
             env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder},
             stdin=subprocess.DEVNULL,
-            stdout=printed,
+            stdout=output_file,
             stderr=subprocess.STDOUT,
             preexec_fn=functools.partial(_limit, seconds, memory),  # noqa: PLW1509 - no thread holds a lock we need
             start_new_session=True,
@@ -64,22 +64,22 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
         finally:
             _kill_group(process)
         process.wait()
-        printed.seek(max(0, printed.seek(0, os.SEEK_END) - OUTPUT))
-        output = printed.read().decode(errors="replace")
+        output_file.seek(max(0, output_file.seek(0, os.SEEK_END) - OUTPUT))
+        output = output_file.read().decode(errors="replace")
     return ProgramResult(process.returncode == 0 and not timed_out, timed_out, output)
 
 
 def _limit(seconds: float, memory: int) -> None:
     """Set the limits, in the new process before it executes the program."""
-    whole = max(1, int(seconds + 0.999))
-    for kind, most in (
-        (resource.RLIMIT_CPU, whole),
+    whole_seconds = max(1, int(seconds + 0.999))
+    for kind, limit in (
+        (resource.RLIMIT_CPU, whole_seconds),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, LARGEST_FILE),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 64),
     ):
-        resource.setrlimit(kind, (most, most))
+        resource.setrlimit(kind, (limit, limit))
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:

@@ -89,26 +89,31 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
         DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
     """
     folder = writable_folder(located(arguments.run_folder or home() / "runs" / "evaluation"))
-    result = folder / "result.json"
+    result_file = folder / "result.json"
     with run_lock(folder):
         try:
             inputs = _inputs(arguments)
         except DataError:
             # The texts of finished figures may have been deleted since.
-            if result.is_file() and read_object(result).get("arguments") == _asked(arguments):
+            if result_file.is_file() and read_object(result_file).get(
+                "arguments"
+            ) == _arguments_as_json(arguments):
                 return
             raise
-        if not result.is_file():
+        if not result_file.is_file():
             record = _evaluate(arguments)
-            write_json(result, {**record, "arguments": _asked(arguments), "inputs": inputs})
-        elif read_object(result).get("inputs", inputs) != inputs:
+            write_json(
+                result_file,
+                {**record, "arguments": _arguments_as_json(arguments), "inputs": inputs},
+            )
+        elif read_object(result_file).get("inputs", inputs) != inputs:
             raise TrainError(
                 f"{folder} holds the figures of another model, of other texts or other arguments; "
                 "give another run_folder, or delete this one."
             )
 
 
-def _asked(arguments: EvaluationArguments) -> dict[str, Any]:
+def _arguments_as_json(arguments: EvaluationArguments) -> dict[str, Any]:
     """Return the arguments as JSON values."""
     return dict(json.loads(canonical_json(arguments.as_json())))
 
@@ -129,21 +134,21 @@ def _inputs(arguments: EvaluationArguments) -> str:
     return sha256(canonical_json(decisive)).hexdigest()
 
 
-def _unlearnt(runs: Iterable[Path]) -> Callable[[Document], bool]:
+def _unlearnt_filter(runs: Iterable[Path]) -> Callable[[Document], bool]:
     """Return a function that tells whether no training has learnt a document.
 
     Args:
         runs: run folders of the trainings; those without a corpus have learnt no documents.
     """
     notes = chain.from_iterable(run.rglob("corpus.json") for run in runs)
-    known = [known_documents(file.parent) for file in notes]
-    names = frozenset[str]().union(*(each.train_names for each in known))
-    texts = frozenset[str]().union(*(each.learnt for each in known))
+    corpora = [known_documents(file.parent) for file in notes]
+    names = frozenset[str]().union(*(corpus.train_names for corpus in corpora))
+    texts = frozenset[str]().union(*(corpus.learnt for corpus in corpora))
 
-    def unlearnt(document: Document) -> bool:
+    def is_unlearnt(document: Document) -> bool:
         return document.name not in names and document.text_digest not in texts
 
-    return unlearnt
+    return is_unlearnt
 
 
 def _source(place: Path) -> Source:
@@ -152,7 +157,7 @@ def _source(place: Path) -> Source:
 
 def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Return the record of an evaluation."""
-    started = time.monotonic()
+    start_time = time.monotonic()
     # Report a missing package before loading a model and scoring texts.
     if arguments.functions:
         bleu_package()
@@ -162,22 +167,22 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         arguments.base, experts=arguments.experts, device=arguments.device, dtype=arguments.dtype
     )
     with ProgressBar(quiet=arguments.quiet) as progress:
-        keep = _unlearnt([existing_path(located(run)) for run in arguments.without])
+        keep = _unlearnt_filter([existing_path(located(run)) for run in arguments.without])
         with collected(tokenizer, [Path(path) for path in arguments.data], [], keep) as texts:
             for row in compare(model, texts, arguments.tokens, progress):
                 figures |= {f"loss.{row.text}": row.before}
                 figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
         if arguments.functions:
             code = kept_documents(Path(arguments.functions), keep)
-            chosen = drawn_functions(documented_functions(code))
-            chosen = chosen[: arguments.most_functions]
-            scores = score_bodies(model, tokenizer, chosen, progress=progress)
+            functions = drawn_functions(documented_functions(code))
+            functions = functions[: arguments.most_functions]
+            scores = score_bodies(model, tokenizer, functions, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
         if problems:
             figures["human_eval.pass_at_1"] = pass_at_1(
                 model, tokenizer, problems, progress=progress
             )
-    figures["seconds"] = time.monotonic() - started
+    figures["seconds"] = time.monotonic() - start_time
     return {"stage": "eval", "model": arguments.base, "figures": figures, "data": {}}
 
 

@@ -43,8 +43,8 @@ def compared(rows: Mapping[str, CompletionScores], documents: Sequence[str]) -> 
     return {
         name: Compared(
             exact=_share(scores.exact),
-            over_base=_over(rows, name, "base", documents),
-            over_retrieval=_over(rows, name, "retrieval", documents),
+            over_base=_difference_to(rows, name, "base", documents),
+            over_retrieval=_difference_to(rows, name, "retrieval", documents),
             similarity=sum(scores.similarity) / len(scores.similarity),
             infilled=None if scores.infilled is None else _share(scores.infilled),
         )
@@ -92,30 +92,32 @@ def draw(rows: Mapping[str, CompletionScores], title: str, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _share(exact: list[float]) -> Interval:
-    return wilson(round(sum(exact)), len(exact))
+def _share(exact_shares: list[float]) -> Interval:
+    return wilson(round(sum(exact_shares)), len(exact_shares))
 
 
-def _over(
-    rows: Mapping[str, CompletionScores], name: str, other: str, documents: Sequence[str]
+def _difference_to(
+    rows: Mapping[str, CompletionScores], name: str, other_name: str, documents: Sequence[str]
 ) -> Interval | None:
-    if name == other or other not in rows:
+    if name == other_name or other_name not in rows:
         return None
-    return paired_difference(rows[name].exact, rows[other].exact, documents=documents)
+    return paired_difference(rows[name].exact, rows[other_name].exact, documents=documents)
 
 
-def _description(mine: Sequence[float], other: Sequence[float], documents: Sequence[str]) -> str:
+def _description(
+    row_scores: Sequence[float], other_scores: Sequence[float], documents: Sequence[str]
+) -> str:
     """Describe a difference of exact lines: better, worse, or not significant.
 
     Better and worse need both the interval, which is too narrow with few documents, and the
     p-value, which is not.
     """
-    if list(mine) == list(other):
+    if list(row_scores) == list(other_scores):
         return "no line differs"
-    difference = paired_difference(mine, other, documents=documents)
-    p = sign_flip_p(mine, other, documents)
+    difference = paired_difference(row_scores, other_scores, documents=documents)
+    p = sign_flip_p(row_scores, other_scores, documents)
     bounds = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    points = f"{100 * difference.mean:+.1f} points ({bounds}; p = {p:.2g})"
+    gain_text = f"{100 * difference.mean:+.1f} points ({bounds}; p = {p:.2g})"
     if not difference.excludes_zero or p >= LEVEL:
-        return f"not told apart, {points}"
-    return f"{'better' if difference.mean > 0 else 'worse'}, {points}"
+        return f"not told apart, {gain_text}"
+    return f"{'better' if difference.mean > 0 else 'worse'}, {gain_text}"

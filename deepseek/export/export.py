@@ -28,7 +28,7 @@ from deepseek.model.language_model import own_model
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import nearest, package, pick
 
-EXTRA = "'deepseek-dmoe[export]'"
+EXPORT_EXTRA = "'deepseek-dmoe[export]'"
 GPU = "cuda"
 SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
 """Minimum, usual and maximum (batch, new tokens, past length) of a TensorRT engine."""
@@ -78,8 +78,8 @@ def export_model(
     # The exported graph is checked on the CPU, whose float16 is slow but exact enough for that.
     progress(0, 0, f"loading {base}")
     weights = DTYPES["float32" if to == "openvino" else dtype]
-    loaded, tokenizer = load(base, experts=experts, device="cpu", dtype=weights)
-    model = own_model(loaded, "Export")
+    loaded_model, tokenizer = load(base, experts=experts, device="cpu", dtype=weights)
+    model = own_model(loaded_model, "Export")
     for info in model.experts.list():
         if info.kind == "lora":
             raise ConfigError(
@@ -128,8 +128,10 @@ def difference(model: DeepSeekModel, step: Step) -> float:
         mask[0, :padding] = 0
         # Embeddings rather than ids: without ids, the model does not choose experts by the prompt.
         # An exported graph does not either; it has the experts armed at export, and their gates.
-        embedded = model.embed_tokens(ids)
-        expected = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
+        embeddings = model.embed_tokens(ids)
+        expected_logits = model(
+            inputs_embeds=embeddings, attention_mask=mask, use_cache=False
+        ).logits
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         past = None
         chunks = []
@@ -139,14 +141,15 @@ def difference(model: DeepSeekModel, step: Step) -> float:
             )
             chunks.append(logits.float().cpu())
         errors.append(
-            (torch.cat(chunks, dim=1) - expected)[mask.bool()].abs().max() / expected.abs().max()
+            (torch.cat(chunks, dim=1) - expected_logits)[mask.bool()].abs().max()
+            / expected_logits.abs().max()
         )
     return float(torch.stack(errors).max())
 
 
 def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
     """Write `model.onnx` and its weights, `model.onnx.data`; return how to run them."""
-    runtime = package("onnxruntime", EXTRA)
+    runtime = package("onnxruntime", EXPORT_EXTRA)
     graph = Graph(model)
     graph.write(folder / "model.onnx")
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -155,21 +158,21 @@ def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
 
 def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
     """Write `openvino_model.xml` and `.bin` with weights in `dtype`; return how to run them."""
-    openvino = package("openvino", EXTRA)
+    openvino = package("openvino", EXPORT_EXTRA)
     graph = Graph(model)
     graph.write(folder / "model.onnx")
-    converted = openvino.convert_model(folder / "model.onnx")
+    openvino_model = openvino.convert_model(folder / "model.onnx")
     if dtype == "int8":
-        nncf = package("nncf", EXTRA)
+        nncf = package("nncf", EXPORT_EXTRA)
         nncf.set_log_level(logging.ERROR)
-        converted = nncf.compress_weights(converted)
+        openvino_model = nncf.compress_weights(openvino_model)
     path = folder / "openvino_model.xml"
-    openvino.save_model(converted, path, compress_to_fp16=dtype == "float16")
+    openvino.save_model(openvino_model, path, compress_to_fp16=dtype == "float16")
     for source in folder.glob("model.onnx*"):
         source.unlink()
     # The comparison is of the written weights, so the CPU plugin's own quantisation is turned off.
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    compiled = openvino.Core().compile_model(path, "CPU", exact)
+    exact_options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = openvino.Core().compile_model(path, "CPU", exact_options)
     return _stateless(graph, lambda feeds: list(compiled(feeds).values()))
 
 
@@ -215,8 +218,8 @@ def _stateless(graph: Graph, run: Callable[[dict[str, Any]], list[Any]]) -> Step
 
     def step(new: tuple[Tensor, ...], past: Any) -> tuple[Tensor, Any]:
         feeds = dict(zip(graph.inputs, (*new, *(past or graph.past(len(new[0])))), strict=True))
-        logits, *present = run({name: tensor.numpy() for name, tensor in feeds.items()})
-        return torch.from_numpy(logits), [torch.from_numpy(part) for part in present]
+        logits, *present_states = run({name: tensor.numpy() for name, tensor in feeds.items()})
+        return torch.from_numpy(logits), [torch.from_numpy(part) for part in present_states]
 
     return step
 
@@ -245,7 +248,7 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
 def check_packages(*names: str) -> None:
     """Raise `ConfigError` unless packages of the extra `export` are installed."""
     for name in names:
-        package(name, EXTRA)
+        package(name, EXPORT_EXTRA)
 
 
 def check_tensorrt() -> None:

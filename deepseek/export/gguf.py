@@ -197,8 +197,8 @@ def _write(
         byte_shape = (*shape[:-1], row_bytes)
         num_bytes = int(np.prod(byte_shape))
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), num_bytes, kind)
-    extra = _frequency_factors(config)
-    for name, values in extra.items():
+    factor_tensors = _frequency_factors(config)
+    for name, values in factor_tensors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -208,7 +208,7 @@ def _write(
         values = values if len(parts) > 1 else values[0]
         kind = _encoding(name, values.shape, encoding)
         writer.write_tensor_data(gguf.quants.quantize(values, kind).view(np.uint8))
-    for values in extra.values():
+    for values in factor_tensors.values():
         writer.write_tensor_data(values)
     writer.close()
 
@@ -268,8 +268,8 @@ def _in_their_order(name: str, tensor: Tensor, config: PretrainedConfig) -> Floa
     module = name.split(".")[-2]
     if architecture == "llama" and module in heads:
         # RoPE in llama.cpp rotates pairs of adjacent rows of a head; here it pairs the two halves.
-        paired = values.reshape(heads[module], 2, -1, *values.shape[1:]).swapaxes(1, 2)
-        return paired.reshape(values.shape)
+        value_pairs = values.reshape(heads[module], 2, -1, *values.shape[1:]).swapaxes(1, 2)
+        return value_pairs.reshape(values.shape)
     if architecture.startswith("gemma") and module.endswith("norm"):
         return values + 1
     return values
@@ -351,34 +351,34 @@ def _check_config(config: PretrainedConfig, path: Path) -> None:
     """Raise `ConfigError` unless the config in a GGUF file is the model's in all fields that a
     forward pass reads, so that nothing is left out in silence.
     """
-    wanted = config.to_dict()
-    written = model_config(read_gguf(path)).to_dict()
+    model_fields = config.to_dict()
+    file_fields = model_config(read_gguf(path)).to_dict()
     head_dim = config.hidden_size // config.num_attention_heads
-    wanted["head_dim"] = wanted.get("head_dim") or head_dim
-    written["head_dim"] = written.get("head_dim") or head_dim
-    if not wanted.get("use_sliding_window", True):
-        wanted["sliding_window"] = None
+    model_fields["head_dim"] = model_fields.get("head_dim") or head_dim
+    file_fields["head_dim"] = file_fields.get("head_dim") or head_dim
+    if not model_fields.get("use_sliding_window", True):
+        model_fields["sliding_window"] = None
     differences = sorted(
         name
-        for name in (wanted.keys() | written.keys()) - UNREAD
-        if not _same(wanted.get(name), written.get(name))
+        for name in (model_fields.keys() | file_fields.keys()) - UNREAD
+        if not _match(model_fields.get(name), file_fields.get(name))
     )
     if differences:
-        reason = ", ".join(f"{name}={wanted.get(name)!r}" for name in differences)
+        reason = ", ".join(f"{name}={model_fields.get(name)!r}" for name in differences)
         raise ConfigError(
             f"A GGUF file cannot say {reason}; llama.cpp would compute another model."
         )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _match(first: Any, second: Any) -> bool:
     """Return whether two config values are equal: floats to the precision of fp32; absent and false
     values count as equal.
     """
-    if isinstance(one, dict) and isinstance(other, dict):
-        return all(_same(one.get(key), other.get(key)) for key in one.keys() | other.keys())
-    if isinstance(one, float) or isinstance(other, float):
-        return bool(np.isclose(one or 0.0, other or 0.0, rtol=1e-5, atol=0))
-    return (one or None) == (other or None)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return all(_match(first.get(key), second.get(key)) for key in first.keys() | second.keys())
+    if isinstance(first, float) or isinstance(second, float):
+        return bool(np.isclose(first or 0.0, second or 0.0, rtol=1e-5, atol=0))
+    return (first or None) == (second or None)
 
 
 @torch.inference_mode()

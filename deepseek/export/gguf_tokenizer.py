@@ -20,7 +20,7 @@ END_ROLES = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
 before a tool's answer.
 """
 
-PREPENDING = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+SPACE_PREFIXES = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
 """Parts of a tokenizer's JSON by which it puts a space before a text."""
 
 
@@ -64,21 +64,23 @@ def tokenizer_facts(
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             facts[f"tokenizer.ggml.{key}_token_id"] = index
-    others = [index for index in stops if index is not None and 0 <= index < vocab_size]
-    for role, index in _ends(tokenizer, others).items():
+    stop_ids = [index for index in stops if index is not None and 0 <= index < vocab_size]
+    for role, index in _end_tokens(tokenizer, stop_ids).items():
         facts[f"tokenizer.ggml.{role}_token_id"] = index
     if isinstance(tokenizer.chat_template, str):
         facts["tokenizer.chat_template"] = tokenizer.chat_template
     return facts
 
 
-def _ends(tokenizer: PreTrainedTokenizerFast, stops: Iterable[int]) -> dict[str, int]:
+def _end_tokens(tokenizer: PreTrainedTokenizerFast, stops: Iterable[int]) -> dict[str, int]:
     """Return the tokens of `END_ROLES`: those with Llama 3's texts, and then the first others."""
-    left = [index for index in dict.fromkeys(stops) if index != tokenizer.eos_token_id]
-    known = {tokenizer.convert_ids_to_tokens(index): index for index in left}
-    ends = {role: known[text] for role, text in END_ROLES.items() if text in known}
-    left = [index for index in left if index not in ends.values()]
-    return ends | dict(zip((role for role in END_ROLES if role not in ends), left, strict=False))
+    remaining_ids = [index for index in dict.fromkeys(stops) if index != tokenizer.eos_token_id]
+    ids_by_text = {tokenizer.convert_ids_to_tokens(index): index for index in remaining_ids}
+    ends = {role: ids_by_text[text] for role, text in END_ROLES.items() if text in ids_by_text}
+    remaining_ids = [index for index in remaining_ids if index not in ends.values()]
+    return ends | dict(
+        zip((role for role in END_ROLES if role not in ends), remaining_ids, strict=False)
+    )
 
 
 def _vocabulary(
@@ -88,10 +90,10 @@ def _vocabulary(
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     special = {token["id"]: token["special"] for token in content["added_tokens"]}
     # Added tokens without a row are ignored: they are placeholders, such as for an image.
-    largest = max(texts.keys() - special.keys(), default=0)
-    if largest >= vocab_size:
+    largest_id = max(texts.keys() - special.keys(), default=0)
+    if largest_id >= vocab_size:
         raise ConfigError(
-            f"The tokenizer has {largest + 1} tokens, more than the model's {vocab_size}; "
+            f"The tokenizer has {largest_id + 1} tokens, more than the model's {vocab_size}; "
             "llama.cpp cannot use it."
         )
     tokens = []
@@ -134,7 +136,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 def _adds_space(content: dict[str, Any]) -> bool:
     """Return whether a space is put before each text."""
     steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    return any(step in steps for step in PREPENDING)
+    return any(step in steps for step in SPACE_PREFIXES)
 
 
 def _split_rule(content: dict[str, Any]) -> str:

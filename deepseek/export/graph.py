@@ -29,7 +29,7 @@ Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
 logits and the new past.
 """
 
-NEW = ("input_ids", "attention_mask", "position_ids")
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 # A graph is traced from the model's own blocks, which honour all fields. Three things cannot be
 # traced for any length: LSH attention, whose reads depend on values in the prompt; position
@@ -119,7 +119,7 @@ class Graph(nn.Module):
         roster = self.armed.roster if self.armed else None
         # Registered as submodules, so that the experts' weights become weights of the graph.
         self.modules_armed = nn.ModuleList(roster.modules if roster else ())
-        self.gated = (
+        self.gated_layers = (
             {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
         )
         parts = [
@@ -128,14 +128,14 @@ class Graph(nn.Module):
             for part in ("key", "value")
         ]
         self.inputs = [
-            *NEW,
+            *TOKEN_INPUTS,
             *(f"past_key_values.{part}" for part in parts),
-            *(f"past_gates.{at}" for at in self.gated),
+            *(f"past_gates.{layer_index}" for layer_index in self.gated_layers),
         ]
         self.outputs = [
             "logits",
             *(f"present.{part}" for part in parts),
-            *(f"present_gates.{at}" for at in self.gated),
+            *(f"present_gates.{layer_index}" for layer_index in self.gated_layers),
         ]
 
     def forward(
@@ -150,7 +150,7 @@ class Graph(nn.Module):
         values = past[1 : 2 * layers : 2]
         gates = past[2 * layers :]
         cache = KVCache(zip(keys, values, strict=True))
-        cache.gate_state = dict(zip(self.gated, gates, strict=True))
+        cache.gate_state = dict(zip(self.gated_layers, gates, strict=True))
         hidden_BTD = model.embed_tokens(input_ids)
         ctx = ForwardContext(
             positions=model.positions.prepare(position_ids, hidden_BTD.dtype),
@@ -162,15 +162,19 @@ class Graph(nn.Module):
             armed=self.armed,
         )
         logits_BTV = ForwardPass(model, hidden_BTD, ctx).logits()
-        present = [part for states in cache for part in states[:2]]
-        return [logits_BTV, *present, *(cache.gate_state[layer] for layer in self.gated)]
+        present_states = [part for states in cache for part in states[:2]]
+        return [
+            logits_BTV,
+            *present_states,
+            *(cache.gate_state[layer] for layer in self.gated_layers),
+        ]
 
     def past(self, batch: int, length: int = 0) -> list[Tensor]:
         """Return a past of `length` tokens, all zeros."""
         config = self.model.config
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
         states = [torch.zeros(shape, dtype=self.dtype) for _ in range(2 * config.num_hidden_layers)]
-        return [*states, *(torch.zeros(batch, 3, count) for count in self.gated.values())]
+        return [*states, *(torch.zeros(batch, 3, count) for count in self.gated_layers.values())]
 
     def example(self, batch: int, length: int, past: int) -> list[Tensor]:
         """Return example inputs of the given sizes, all distinct tensors: the tracer would merge
@@ -185,8 +189,8 @@ class Graph(nn.Module):
         """Write the graph as ONNX, free in batch, length and past; its weights beside it in
         `<path>.data`.
         """
-        new = {0: "batch", 1: "length"}
-        whole = {0: "batch", 1: "total"}
+        new_axes = {0: "batch", 1: "length"}
+        total_axes = {0: "batch", 1: "total"}
         ids, mask, positions, *past = self.example(2, 3, 5)
         states = [{0: "batch", 2: "past"} if state.dim() == 4 else {0: "batch"} for state in past]
         with torch.no_grad(), warnings.catch_warnings():
@@ -201,7 +205,7 @@ class Graph(nn.Module):
                 verbose=False,
                 input_names=self.inputs,
                 output_names=self.outputs,
-                dynamic_shapes=(new, whole, new, states),
+                dynamic_shapes=(new_axes, total_axes, new_axes, states),
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             )
 

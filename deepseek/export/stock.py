@@ -20,10 +20,10 @@ from deepseek.model.support import (
 )
 from deepseek.model.transformer import DeepSeekModel
 
-SAVED = {"architectures", "dtype", "transformers_version"}
+SAVED_KEYS = {"architectures", "dtype", "transformers_version"}
 """Keys that `save_pretrained` adds to a config."""
 
-UNREAD = {"balance_rate", "target_experts", "use_cache"}
+UNREAD_FIELDS = {"balance_rate", "target_experts", "use_cache"}
 """Fields that no forward pass reads, so that an architecture need not have them."""
 
 RULES = any_of(
@@ -99,13 +99,13 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
     stock.generation_config = model.generation_config
     stock.save_pretrained(folder)
-    reloaded = AutoModelForCausalLM.from_pretrained(
+    reloaded_model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
     )
 
     def step(new: tuple[Tensor, ...], past: Any) -> tuple[Tensor, Any]:
         ids, mask, positions = new
-        output = reloaded(
+        output = reloaded_model(
             ids, attention_mask=mask, position_ids=positions, cache=past, use_cache=True
         )
         return output.logits, output.cache
@@ -126,30 +126,34 @@ def stock_config(config: ModelConfig) -> Any:
     reason = unsupported(config, RULES)
     if reason is not None:
         raise ConfigError(f"No stock architecture has {reason}; keep the model's own folder.")
-    compared = ModelConfig.__annotations__.keys() - UNREAD
+    compared_names = ModelConfig.__annotations__.keys() - UNREAD_FIELDS
     if all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
-        compared -= {"intermediate_size"}
+        compared_names -= {"intermediate_size"}
     differences = {}
     for family in FAMILIES:
         family_fields = CONFIG_MAPPING[family]().to_dict().keys() | {"head_dim"}
         raw = {
             key: value
             for key, value in _in_their_names(config, family).items()
-            if key in family_fields - SAVED
+            if key in family_fields - SAVED_KEYS
         }
         try:
-            converted = ModelConfig(**convert_config(raw))
+            converted_config = ModelConfig(**convert_config(raw))
         except CheckpointError:  # the family cannot have such a field, such as another activation
             continue
         differences[family] = [
-            name for name in compared if _value(converted, name) != _value(config, name)
+            name
+            for name in compared_names
+            if _value(converted_config, name) != _value(config, name)
         ]
         if not differences[family]:
             return CONFIG_MAPPING[family](**raw)
-    nearest = min(differences, key=lambda family: len(differences[family]))
-    reason = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(differences[nearest]))
+    nearest_family = min(differences, key=lambda family: len(differences[family]))
+    reason = ", ".join(
+        f"{name}={getattr(config, name)!r}" for name in sorted(differences[nearest_family])
+    )
     raise ConfigError(
-        f"No stock architecture has {reason} (the nearest is {nearest}); "
+        f"No stock architecture has {reason} (the nearest is {nearest_family}); "
         "keep the model's own folder."
     )
 
@@ -167,12 +171,12 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
     """
     layers = range(config.num_hidden_layers)
     window = config.sliding_window
-    full = layers if window is None else config.full_attention_layers or ()
+    full_layers = layers if window is None else config.full_attention_layers or ()
     values = config.to_dict() | {
         "model_type": family,
         "use_sliding_window": window is not None,
         "layer_types": [
-            "full_attention" if layer in full else "sliding_attention" for layer in layers
+            "full_attention" if layer in full_layers else "sliding_attention" for layer in layers
         ],
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.max_experts,
@@ -187,10 +191,10 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
         }
     if family == "gemma3_text":
         rotary = config.rope_parameters or {}
-        local = config.local_rope_theta or rotary.get("rope_theta", 1e4)
+        local_theta = config.local_rope_theta or rotary.get("rope_theta", 1e4)
         values["rope_parameters"] = {
             "full_attention": rotary,
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
         }
     if family in ("mixtral", "olmoe"):
         values["intermediate_size"] = config.expert_dim or config.intermediate_size

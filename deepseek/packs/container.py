@@ -106,29 +106,29 @@ def check_table(header: Header, specs: dict[str, TensorSpec]) -> dict[str, int]:
             file holds more or fewer bytes.
     """
     check_names(header.entries.keys(), specs.keys())
-    starts = {}
+    offsets = {}
     end = 0
     for name, entry in header.entries.items():
         dtype, shape = specs[name]
-        starts[name] = end
+        offsets[name] = end
         end = end + math.prod(shape) * ITEM_BYTES[dtype]
-        expected = {
+        expected_entry = {
             "dtype": CODES[dtype],
             "shape": list(shape),
-            "data_offsets": [starts[name], end],
+            "data_offsets": [offsets[name], end],
         }
         # Compare as JSON text, in which True and 1 or 1.0 and 1 differ.
         if (
-            json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True)
-            or starts[name] % ITEM_BYTES[dtype]
+            json.dumps(entry, sort_keys=True) != json.dumps(expected_entry, sort_keys=True)
+            or offsets[name] % ITEM_BYTES[dtype]
         ):
             raise PackError(
                 f"its tensor {name} is ({printable(entry)}) and by its manifest should be "
-                f"{expected}"
+                f"{expected_entry}"
             )
     if end != header.data_size:
         raise PackError(f"its tensors need {end} bytes and it holds {header.data_size}; {DAMAGED}")
-    return starts
+    return offsets
 
 
 def check_names(names: Collection[str], expected: Collection[str]) -> None:

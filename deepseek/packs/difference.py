@@ -53,19 +53,19 @@ def difference(first: ExpertPack, second: ExpertPack) -> PackDifference:
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     }
-    changed: list[TensorDifference] = []
+    changes: list[TensorDifference] = []
     names = sorted({*first.tensors, *second.tensors})
     for name in names:
         a = first.tensors.get(name)
         b = second.tensors.get(name)
         if a is None or b is None or a.shape != b.shape:
-            changed.append(TensorDifference(name, None, None))
+            changes.append(TensorDifference(name, None, None))
         elif a.dtype != b.dtype or not torch.equal(a, b):
-            changed.append(compared(name, a, b))
-    return PackDifference(fields, changed, len(names) - len(changed))
+            changes.append(compare_tensors(name, a, b))
+    return PackDifference(fields, changes, len(names) - len(changes))
 
 
-def compared(name: str, first: Tensor, second: Tensor) -> TensorDifference:
+def compare_tensors(name: str, first: Tensor, second: Tensor) -> TensorDifference:
     """Return how far two tensors of one shape are apart."""
     a = first.double().flatten()
     b = second.double().flatten()
@@ -80,7 +80,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return the values in nested JSON objects by their paths, such as `base.name`."""
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, part in value.items():
-        found |= leaves(part, f"{prefix}.{name}" if prefix else name)
-    return found
+        values |= leaves(part, f"{prefix}.{name}" if prefix else name)
+    return values

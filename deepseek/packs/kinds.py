@@ -43,9 +43,9 @@ def parse_manifest(text: str) -> AnyManifest:
         manifest = kind.model_validate_json(text)
     except ValidationError as error:
         raise PackError(f"its manifest is invalid, {explain(error)}") from None
-    last = max(manifest.layers, default=0)
-    if last >= manifest.base.num_layers:
+    last_layer = max(manifest.layers, default=0)
+    if last_layer >= manifest.base.num_layers:
         raise PackError(
-            f"layer {last} does not exist in a base of {manifest.base.num_layers} layers"
+            f"layer {last_layer} does not exist in a base of {manifest.base.num_layers} layers"
         )
     return manifest

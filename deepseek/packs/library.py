@@ -66,10 +66,10 @@ def check_free(name: str) -> None:
     pack = installed().get(name)
     if pack is not None:
         raise ConfigError(f"{pack} exists already; choose another name.")
-    for rest in (home() / "runs" / name, index_folder(name), prompts_file(name)):
-        if rest.exists():
+    for path in (home() / "runs" / name, index_folder(name), prompts_file(name)):
+        if path.exists():
             raise ConfigError(
-                f"{rest} exists already and would be taken for that of the new expert {name}; "
+                f"{path} exists already and would be taken for that of the new expert {name}; "
                 "choose another name, or delete it."
             )
 
@@ -106,18 +106,18 @@ def packs_for(
             manifests[file] = read_pack(path).manifest
         except (PackError, OSError) as error:
             problems.append(f"{path.name} is left out: {error}")
-    experts, others = _of_base(manifests, base, progress)
-    problems += others
-    chosen: dict[str, str] = {}  # name -> file
+    experts, base_problems = _of_base(manifests, base, progress)
+    problems += base_problems
+    files_by_name: dict[str, str] = {}  # name -> file
     for file in sorted(experts, key=lambda file: file != experts[file]):
-        chosen.setdefault(experts[file], file)
+        files_by_name.setdefault(experts[file], file)
     for file, name in experts.items():
-        if chosen[name] != file:
+        if files_by_name[name] != file:
             problems.append(
-                f"{file}{SUFFIX} is left out: {chosen[name]}{SUFFIX} holds an expert named {name} "
-                "too; move one of them elsewhere."
+                f"{file}{SUFFIX} is left out: {files_by_name[name]}{SUFFIX} holds an expert named "
+                f"{name} too; move one of them elsewhere."
             )
-    return {file: packs[file] for file in experts if chosen[experts[file]] == file}, problems
+    return {file: packs[file] for file in experts if files_by_name[experts[file]] == file}, problems
 
 
 def _of_base(
@@ -161,7 +161,9 @@ def _has_shape_of_one(folder: Path, manifests: "Iterable[PackManifest]") -> bool
         shape = shape_of(folder)
     except CheckpointError:
         return True
-    return any(shape == (each.base.hidden_size, each.base.num_layers) for each in manifests)
+    return any(
+        shape == (manifest.base.hidden_size, manifest.base.num_layers) for manifest in manifests
+    )
 
 
 def is_made_for(manifest: "PackManifest", digests: "Fingerprint") -> bool:
@@ -192,11 +194,11 @@ def find_pack(name_or_path: str | Path, folder: Path | None = None) -> Path:
     packs = installed(folder)
     if str(name_or_path) in packs:
         return packs[str(name_or_path)]
-    where = f" in {folder}" if folder else ""
+    folder_note = f" in {folder}" if folder else ""
     if packs:
         hint = nearest(str(name_or_path), packs)
     elif folder:
         hint = "there is none at all"
     else:
         hint = "none is trained yet, see `deepseek expert train --help`"
-    raise PackError(f"There is no expert named {str(name_or_path)!r}{where}; {hint}.")
+    raise PackError(f"There is no expert named {str(name_or_path)!r}{folder_note}; {hint}.")

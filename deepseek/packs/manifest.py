@@ -132,9 +132,11 @@ def shape_of(folder: Path) -> tuple[int, int]:
 
     try:
         # Some families have other names for them, or nest the language model's config.
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        parsed = parsed.get_text_config(decoder=True)
-        return parsed.hidden_size, parsed.num_hidden_layers
+        model_config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        model_config = model_config.get_text_config(decoder=True)
+        return model_config.hidden_size, model_config.num_hidden_layers
     except Exception:  # each family's config has errors of its own, such as of division
         raise _no_shape(folder) from None
 
@@ -314,9 +316,9 @@ class Manifest(PackManifest):
 
 def explain(error: ValidationError) -> str:
     """Return the first mistake in a pydantic error as one printable line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "manifest"
-    return printable(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+    first_error = error.errors(include_url=False, include_input=False)[0]
+    location = ".".join(str(part) for part in first_error["loc"]) or "manifest"
+    return printable(f"{location}: {first_error['msg'].removeprefix('Value error, ')}")
 
 
 def printable(text: object, limit: int = 160) -> str:
@@ -327,8 +329,8 @@ def printable(text: object, limit: int = 160) -> str:
         limit: maximum length in characters.
     """
     beginning = str(text)[: limit + 1]  # no character becomes shorter
-    plain = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], beginning)
-    return plain if len(plain) <= limit else f"{plain[:limit]}..."
+    ascii_text = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], beginning)
+    return ascii_text if len(ascii_text) <= limit else f"{ascii_text[:limit]}..."
 
 
 def parse_json(text: str | bytes) -> Any:

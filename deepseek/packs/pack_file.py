@@ -77,8 +77,8 @@ class PackFile:
                     raise PackError("its content is that of another pack")
                 self._digest = pack.manifest.digest
         except PackError as error:
-            changed = f"its file was changed after it was plugged ({error})"
-            reason = f"{changed}, so unplug it and plug it again" if self._digest else error
+            change_note = f"its file was changed after it was plugged ({error})"
+            reason = f"{change_note}, so unplug it and plug it again" if self._digest else error
             raise PackError(f"expert pack {self._label} is refused: {reason}.") from None
         return pack
 

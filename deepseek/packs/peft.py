@@ -188,11 +188,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if path.stat().st_size > MAX_WEIGHTS:
         raise PackError(f"its {WEIGHTS} has more than {MAX_WEIGHTS} bytes")
     try:
-        with safe_open(path, framework="pt") as opened:
-            names = list(opened.keys())
+        with safe_open(path, framework="pt") as weights:
+            names = list(weights.keys())
             if len(names) > 2 * MAX_SITES:
                 raise PackError(f"it holds {len(names)} tensors and {2 * MAX_SITES} are allowed")
-            tensors = {name: opened.get_tensor(name) for name in names}
+            tensors = {name: weights.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise PackError(f"its {WEIGHTS} is damaged ({printable(error)}); fetch it again") from None
     for name, tensor in tensors.items():
@@ -211,17 +211,17 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        layer, half = _parsed(name)
+        layer, half = _parse_name(name)
         halves.setdefault(layer, {})[half] = tensor
     if not halves:
         raise PackError(f"its {WEIGHTS} holds no tensors; fetch it again")
     pairs = {}
-    for layer, found in halves.items():
-        if found.keys() != {"lora_A", "lora_B"}:
-            missing = ({"lora_A", "lora_B"} - found.keys()).pop()
-            raise PackError(f"its tensor {printable(layer)}.{missing}.weight is missing")
-        down = found["lora_A"]
-        up = found["lora_B"]
+    for layer, matrices_by_half in halves.items():
+        if matrices_by_half.keys() != {"lora_A", "lora_B"}:
+            missing_half = ({"lora_A", "lora_B"} - matrices_by_half.keys()).pop()
+            raise PackError(f"its tensor {printable(layer)}.{missing_half}.weight is missing")
+        down = matrices_by_half["lora_A"]
+        up = matrices_by_half["lora_B"]
         matrices = down.dim() == up.dim() == 2 and down.shape[0] == up.shape[1]
         if not (matrices and down.numel() and up.numel()):
             raise PackError(
@@ -236,7 +236,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _parsed(name: str) -> tuple[str, str]:
+def _parse_name(name: str) -> tuple[str, str]:
     """Return the layer and the half, "lora_A" or "lora_B", that a tensor belongs to."""
     match = regex.fullmatch(r"((?:[A-Za-z0-9_]+\.)*[A-Za-z0-9_]+)\.(lora_[AB])\.weight", name)
     if match is None or len(name) > 250:

@@ -47,15 +47,15 @@ def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     """
     words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
     # SPDX identifiers are case-insensitive, and the base's is spelled as on its model card.
-    denied = {name.lower() for name in policy.deny}
-    allowed = None if policy.allow is None else {name.lower() for name in policy.allow}
+    denied_names = {name.lower() for name in policy.deny}
+    allowed_names = None if policy.allow is None else {name.lower() for name in policy.allow}
     for licence in words:
         name = licence.lower()
         if name in ("", "and", "or", "with"):
             continue
         # "+" offers the version or a later one, and is judged as the version.
         names = {name, name.removesuffix("+")}
-        if names & denied or (allowed is not None and not names & allowed):
+        if names & denied_names or (allowed_names is not None and not names & allowed_names):
             raise PackError(
                 f"its licence {licence} is not accepted here; change the licence policy to use it"
             )
@@ -70,12 +70,12 @@ def check_signature(manifest: PackManifest, policy: PackPolicy) -> None:
         return
     if not is_valid(signature, manifest.digest):
         raise PackError("its signature does not match its content; it was changed after signing")
-    trusted = (
+    trusted_signers = (
         trusted_keys()
         if policy.signature == "trusted" and policy.trusted is None
         else policy.trusted
     )
-    if policy.signature == "trusted" and signature.public_key not in (trusted or ()):
+    if policy.signature == "trusted" and signature.public_key not in (trusted_signers or ()):
         raise PackError(
             f"its signer {signature.public_key[:16]} is not trusted; put their .pub into the trust "
             "folder"
@@ -88,11 +88,12 @@ def check_base(manifest: PackManifest, base: BaseDescription) -> None:
     if manifest.base.attached and base.attached:
         fields.append("attached")
     for field in fields:
-        required, actual = (
+        expected_value, actual_value = (
             str(getattr(description, field))[:12] or "none" for description in (manifest.base, base)
         )
         if getattr(manifest.base, field) != getattr(base, field):
             raise PackError(
                 f"it was made for another base ({manifest.base.name or 'unnamed'}): its {field} "
-                f"{required}, this model's {actual}; load that base or train the expert on this one"
+                f"{expected_value}, this model's {actual_value}; load that base or train the "
+                "expert on this one"
             )

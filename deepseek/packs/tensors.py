@@ -29,13 +29,13 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
         PackError: the header does not fit `specs` (see `check_table`), or the file changes while it
             is read.
     """
-    starts = check_table(header, specs)
+    offsets = check_table(header, specs)
     data = bytearray(header.data_size)
     if file.readinto(data) != header.data_size:  # type: ignore[attr-defined]
         raise PackError(f"it changed while it was read; {DAMAGED}")
     return {
         name: torch.frombuffer(
-            data, dtype=DTYPES[dtype], offset=starts[name], count=math.prod(shape)
+            data, dtype=DTYPES[dtype], offset=offsets[name], count=math.prod(shape)
         ).view(shape)
         for name, (dtype, shape) in specs.items()
     }

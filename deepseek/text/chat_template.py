@@ -25,7 +25,7 @@ LAST_STAND_IN = 0x10FFFD
 the next token has the one before it, and so on. Texts hardly ever use them.
 """
 
-RESERVED = {
+RESERVED_VARIABLES = {
     *signature(PreTrainedTokenizerFast.apply_chat_template).parameters,
     "messages",
     "raise_exception",
@@ -35,7 +35,7 @@ RESERVED = {
 
 STAND_INS = re.compile(f"[{chr(0x100000)}-{chr(LAST_STAND_IN)}]")
 
-NOTHING = "(?!)"
+MATCHES_NOTHING = "(?!)"
 """A regular expression that never matches."""
 
 
@@ -79,9 +79,11 @@ def render(
         UserError: raised by the caller's trace function, and passed on.
     """
     check_messages(messages)
-    taken = sorted(RESERVED & (variables or {}).keys())
-    if taken:
-        raise DataError(f"Chat templates have no variable {shown(taken[0])}; leave it out.")
+    reserved_names = sorted(RESERVED_VARIABLES & (variables or {}).keys())
+    if reserved_names:
+        raise DataError(
+            f"Chat templates have no variable {shown(reserved_names[0])}; leave it out."
+        )
     if tokenizer.chat_template is None:
         raise DataError(
             "The model has no chat template; use an instruct model or give plain text instead of "
@@ -133,7 +135,7 @@ class ControlTokens:
             value: text, or nested mappings and lists with texts.
         """
         if isinstance(value, str):
-            return self.pattern.sub(lambda found: self.stand_ins[found[0]], value)
+            return self.pattern.sub(lambda match: self.stand_ins[match[0]], value)
         if isinstance(value, Mapping):
             return {self.guard(name): self.guard(part) for name, part in value.items()}
         return [self.guard(part) for part in value] if isinstance(value, list | tuple) else value
@@ -147,7 +149,7 @@ def _stood_in_for(texts: tuple[str, ...]) -> ControlTokens:
         texts: their texts, longest first.
     """
     stand_ins = {text: chr(LAST_STAND_IN - index) for index, text in enumerate(texts)}
-    pattern = re.compile(_any_of(texts) if texts else NOTHING)
+    pattern = re.compile(_any_of(texts) if texts else MATCHES_NOTHING)
     return ControlTokens(texts, pattern, stand_ins)
 
 
@@ -188,11 +190,11 @@ def encode_rendered(
         previous: the token before the part; None: it is the beginning.
     """
     control = ControlTokens.of(tokenizer)
-    before = "" if previous is None else str(tokenizer.convert_ids_to_tokens(previous))
-    is_continued = previous is not None and before not in control.stand_ins
+    previous_token = "" if previous is None else str(tokenizer.convert_ids_to_tokens(previous))
+    is_continued = previous is not None and previous_token not in control.stand_ins
     # The tokenizer itself decides whether a space belongs after a control token, so it gets the
     # token, too.
-    parts = _split_rendered(control, text if is_continued else before + text, is_continued)
+    parts = _split_rendered(control, text if is_continued else previous_token + text, is_continued)
     # Each text is encoded once, and all of a kind in one call: a message can hold any number of
     # stand-ins.
     texts = list(dict.fromkeys(part.text for part in parts if not part.is_plain))
@@ -205,7 +207,7 @@ def encode_rendered(
     ids: list[int] = []
     for part in parts:
         ids += ids_of[part.is_plain][part.text]
-    return ids[1:] if before and not is_continued else ids
+    return ids[1:] if previous_token and not is_continued else ids
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,8 @@ def _split_piece(control: ControlTokens, piece: str, follows_text: bool) -> list
     """
     if not follows_text:
         return [_RenderedPart(piece, False)]
-    found = control.pattern.search(piece)
-    split = found.start() if found else len(piece)
+    match = control.pattern.search(piece)
+    split = match.start() if match else len(piece)
     return [_RenderedPart(piece[:split], True), _RenderedPart(piece[split:], False)]
 
 
@@ -284,10 +286,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message])
     token. Some templates rewrite earlier turns (those of reasoning models drop old thoughts), so
     that their boundaries cannot be found. Such turns are context only.
     """
-    whole = render(tokenizer, messages)
+    rendered_text = render(tokenizer, messages)
     ids: list[int] = []
     is_target: list[bool] = []
-    for text, target in turns(tokenizer, messages, whole):
+    for text, target in turns(tokenizer, messages, rendered_text):
         part = encode_rendered(tokenizer, text, ids[-1] if ids else None)
         ids += part
         is_target += [target] * len(part)
@@ -295,14 +297,14 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message])
 
 
 def turns(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], whole: str
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], rendered_text: str
 ) -> list[tuple[str, bool]]:
     """Split a rendered conversation into parts (text, whether the assistant wrote it).
 
     Args:
         tokenizer: tokenizer with a chat template.
         messages: the conversation.
-        whole: the rendered conversation; the parts concatenate to it.
+        rendered_text: the rendered conversation; the parts concatenate to it.
     """
     parts: list[tuple[str, bool]] = []
     position = 0
@@ -317,10 +319,10 @@ def turns(
             start = len(commonprefix([before, after]))  # noqa: RUF071 - of characters, too
             if start <= len(render(tokenizer, messages[:index])):
                 continue
-        if not whole.startswith(after) or start < position:
+        if not rendered_text.startswith(after) or start < position:
             continue
         # The line break that the template writes after a turn is not part of the answer.
         end = start + len(after[start:].rstrip("\n"))
-        parts += [(whole[position:start], False), (whole[start:end], True)]
+        parts += [(rendered_text[position:start], False), (rendered_text[start:end], True)]
         position = end
-    return [part for part in [*parts, (whole[position:], False)] if part[0]]
+    return [part for part in [*parts, (rendered_text[position:], False)] if part[0]]

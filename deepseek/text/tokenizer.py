@@ -81,7 +81,7 @@ def encode_continued(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     Raises:
         DataError: a text holds a lone surrogate, half of a character.
     """
-    return _encode(_plain_encoders(tokenizer, control_tokens(tokenizer)).continued, texts)
+    return _encode(_plain_encoders(tokenizer, control_tokens(tokenizer)).continuation, texts)
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class _PlainEncoders:
 
     Attributes:
         first: encodes texts as the tokenizer does.
-        continued: puts no space before a text; the same one if the tokenizer puts none.
+        continuation: puts no space before a text; the same one if the tokenizer puts none.
     """
 
     first: Tokenizer
-    continued: Tokenizer
+    continuation: Tokenizer
 
 
 @lru_cache(maxsize=4)
@@ -148,28 +148,28 @@ def _without_space(step: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if step is None or step["type"] == "Prepend":
         return None
-    changed = dict(step)
+    new_step = dict(step)
     for name in ("normalizers", "pretokenizers"):
         if name in step:
-            inner = [_without_space(each) for each in step[name]]
-            changed[name] = [each for each in inner if each is not None]
+            inner_steps = [_without_space(inner_step) for inner_step in step[name]]
+            new_step[name] = [inner_step for inner_step in inner_steps if inner_step is not None]
     if "prepend_scheme" in step:
-        changed["prepend_scheme"] = "never"
+        new_step["prepend_scheme"] = "never"
     if "add_prefix_space" in step:
-        changed["add_prefix_space"] = False
-    return changed
+        new_step["add_prefix_space"] = False
+    return new_step
 
 
 def _encode(encoder: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     try:
         encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
     except TypeError:
-        broken = next((text for text in texts if not is_unicode(text)), None)
-        if broken is None:
+        broken_text = next((text for text in texts if not is_unicode(text)), None)
+        if broken_text is None:
             raise
         raise DataError(
-            f"{shown(broken)} is no Unicode text (it holds half of a surrogate pair); write it "
-            "as UTF-8."
+            f"{shown(broken_text)} is no Unicode text (it holds half of a surrogate pair); write "
+            "it as UTF-8."
         ) from None
     return [encoding.ids for encoding in encodings]
 
@@ -215,9 +215,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     ]
     # Only if our ids differ from the tokenizer's own: other tokenizers keep their digests, so that
     # stored data stays valid.
-    unflagged = unflagged_control_tokens(tokenizer)
-    if unflagged:
-        parts.append({"control": unflagged})
+    unflagged_tokens = unflagged_control_tokens(tokenizer)
+    if unflagged_tokens:
+        parts.append({"control": unflagged_tokens})
     if puts_space_before(tokenizer):
         parts.append({"continued": "no space"})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

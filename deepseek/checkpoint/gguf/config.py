@@ -82,14 +82,14 @@ def model_config(file: GgufFile) -> PretrainedConfig:
     """
     family = FAMILIES[file.architecture]
     config_class = CONFIG_MAPPING[MODEL_TYPES.get(family, family)]
-    known = {field.name for field in fields(config_class)}
+    field_names = {field.name for field in fields(config_class)}
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(family) or {})
     table: dict[str, str | None] = GGUF_CONFIG_MAPPING[family]  # type: ignore[assignment]
     for key, field in table.items():
         if field is not None and f"{file.architecture}.{key}" in file.facts:
             values[field] = _shortest(file.facts[f"{file.architecture}.{key}"])
     for key, field in MORE_FIELDS.items():
-        if field in known and f"{file.architecture}.{key}" in file.facts:
+        if field in field_names and f"{file.architecture}.{key}" in file.facts:
             values[field] = file.facts[f"{file.architecture}.{key}"]
     for name, key in TOKEN_IDS.items():
         values[f"{name}_token_id"] = file.token_id(key)
@@ -155,15 +155,15 @@ def _check_rotation(file: GgufFile, width: int) -> None:
     state, because the folder would hold another model.
     """
     width = file.facts.get(f"{file.architecture}.attention.key_length", width)
-    usual = {"rope.dimension_count": width} | {
+    supported_values = {"rope.dimension_count": width} | {
         f"rope.scaling.{key}": value for key, value in SCALING.items()
     }
-    for key, value in usual.items():
-        found = file.facts.get(f"{file.architecture}.{key}", value)
-        if found != value:
+    for key, value in supported_values.items():
+        stated_value = file.facts.get(f"{file.architecture}.{key}", value)
+        if stated_value != value:
             raise CheckpointError(
-                f"{file.path} states {key} = {shown(found)}, and only {value} is read from GGUF; "
-                "use the original model's folder or hub id."
+                f"{file.path} states {key} = {shown(stated_value)}, and only {value} is read from "
+                "GGUF; use the original model's folder or hub id."
             )
 
 
@@ -193,13 +193,13 @@ def _shortest(value: Any) -> Any:
 def _rope(file: GgufFile) -> dict[str, Any]:
     """Return the config fields of scaled rotary positions, {} without scaling."""
     prefix = f"{file.architecture}.rope"
-    local = file.facts.get(f"{prefix}.freq_base_swa")
-    fields_ = {} if local is None else {"rope_local_base_freq": _shortest(local)}
+    local_base = file.facts.get(f"{prefix}.freq_base_swa")
+    fields_ = {} if local_base is None else {"rope_local_base_freq": _shortest(local_base)}
     if f"{prefix}.freq_base" in file.facts:  # the table of StarCoder2 lacks it
         fields_["rope_theta"] = _shortest(file.facts[f"{prefix}.freq_base"])
     # llama.cpp scales linearly by a factor without a type, whose older name is "scale_linear".
-    linear = file.facts.get(f"{prefix}.scale_linear")
-    factor = file.facts.get(f"{prefix}.scaling.factor", linear)
+    linear_factor = file.facts.get(f"{prefix}.scale_linear")
+    factor = file.facts.get(f"{prefix}.scaling.factor", linear_factor)
     kind = file.facts.get(f"{prefix}.scaling.type", "linear" if factor else "none")
     if "rope_freqs.weight" in file.tensors:
         return fields_ | {"rope_scaling": _llama3_scaling(file)}
@@ -241,5 +241,5 @@ def llama3_factors(scaling: dict[str, Any], base: float, count: int) -> "np.ndar
     frequencies = 1 / base ** (torch.arange(count, dtype=torch.float64) / count)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).numpy()
+    smoothing = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smoothing) / scaling["factor"] + smoothing)).numpy()

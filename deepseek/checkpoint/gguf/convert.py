@@ -45,7 +45,7 @@ WITHOUT_PARAMETER = {"rope_freqs.weight"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-PLAIN = {
+UNQUANTISED_DTYPES = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
     GGMLQuantizationType.F32: torch.float32,
@@ -94,7 +94,11 @@ def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> 
 def exact_dtype(file: GgufFile) -> torch.dtype:
     """Return the narrowest dtype that represents every weight matrix of the file exactly."""
     kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
-    return PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= PLAIN.keys() else torch.float32
+    return (
+        UNQUANTISED_DTYPES[kinds.pop()]
+        if len(kinds) == 1 and kinds <= UNQUANTISED_DTYPES.keys()
+        else torch.float32
+    )
 
 
 def _read_by_transformers() -> set[str]:
@@ -128,42 +132,48 @@ def _parameters(
     Raises:
         CheckpointError: the tensors of the file are not those of the model.
     """
-    expected = model.state_dict()
+    model_state = model.state_dict()
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
+        model_state.pop("lm_head.weight", None)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
         config=model.config.to_dict()
     )
-    names = parameter_names(file.architecture, expected, model.config, processor)
+    names = parameter_names(file.architecture, model_state, model.config, processor)
     # The stacked matrices of a mixture's experts are parameters without the suffix ".weight".
     stems = {name: name if name in names else name.removesuffix(".weight") for name in file.tensors}
-    unknown = sorted(
+    unknown_names = sorted(
         name
         for name, stem in stems.items()
         if not {stem, name} & (names.keys() | WITHOUT_PARAMETER)
     )
-    missing = sorted(names.keys() - set(stems.values()))
-    if unknown or missing:
-        what = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor {missing[0]!r}"
-        raise _does_not_fit(file, what, len(missing), len(unknown))
+    missing_names = sorted(names.keys() - set(stems.values()))
+    if unknown_names or missing_names:
+        problem = (
+            f"an unknown tensor {unknown_names[0]!r}"
+            if unknown_names
+            else f"no tensor {missing_names[0]!r}"
+        )
+        raise _misfit_error(file, problem, len(missing_names), len(unknown_names))
     sources: dict[str, list[str]] = {}
     for gguf_name, stem in stems.items():
         if stem in names:
             sources.setdefault(names[stem], []).append(gguf_name)
     for name, gguf_names in sources.items():
         value = _value(file, gguf_names, name, names, processor)
-        if value.shape != expected[name].shape:
+        if value.shape != model_state[name].shape:
             raise CheckpointError(
                 f"{file.path} holds {gguf_names[0]!r} as {list(value.shape)}, where its metadata "
-                f"asks for {list(expected[name].shape)}; convert the original model again."
+                f"asks for {list(model_state[name].shape)}; convert the original model again."
             )
         yield from revert_weight_conversion(model, {name: value.to(dtype)}).items()
 
 
-def _does_not_fit(file: GgufFile, what: str, missing: int, unknown: int) -> CheckpointError:
+def _misfit_error(
+    file: GgufFile, problem: str, num_missing: int, num_unknown: int
+) -> CheckpointError:
     return CheckpointError(
-        f"{file.path} has {what}, so it does not fit its own metadata ({missing} missing, "
-        f"{unknown} unknown); convert the original model to GGUF again."
+        f"{file.path} has {problem}, so it does not fit its own metadata ({num_missing} missing, "
+        f"{num_unknown} unknown); convert the original model to GGUF again."
     )
 
 
@@ -209,12 +219,12 @@ def _value(
     processor: TensorProcessor,
 ) -> Tensor:
     """Return the parameter `name` in fp32, assembled from its tensors in the file."""
-    parsed: dict[str, Any] = {"tensors": {}}
+    parsed_parameters: dict[str, Any] = {"tensors": {}}
     for gguf_name in gguf_names:
         values = file.values(gguf_name)
         try:
             result = processor.process(
-                values, gguf_name, tensor_key_mapping=names, parsed_parameters=parsed
+                values, gguf_name, tensor_key_mapping=names, parsed_parameters=parsed_parameters
             )
         except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             # The processors reshape by the numbers of heads and experts, and check neither.
@@ -223,8 +233,8 @@ def _value(
                 f"not fit ({error}); convert the original model to GGUF again."
             ) from None
         if result.name is not None:
-            parsed["tensors"][name] = torch.from_numpy(result.weights)
-    return parsed["tensors"][name]
+            parsed_parameters["tensors"][name] = torch.from_numpy(result.weights)
+    return parsed_parameters["tensors"][name]
 
 
 def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
@@ -236,7 +246,7 @@ def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
     """
     try:
         with redirect_stderr(StringIO()):  # its progress bars
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_and_report: Any = AutoModelForCausalLM.from_pretrained(
                 file.path.parent,
                 gguf_file=file.path.name,
                 dtype=dtype,
@@ -251,9 +261,13 @@ def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
             f"transformers cannot read the {file.architecture} model in {file.path} ({reason}); "
             "use the original model's folder or hub id."
         ) from None
-    model, report = loaded
-    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unknown:
-        what = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor for {missing[0]!r}"
-        raise _does_not_fit(file, what, len(missing), len(unknown))
+    model, report = model_and_report
+    missing_names, unknown_names = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing_names or unknown_names:
+        problem = (
+            f"an unknown tensor {unknown_names[0]!r}"
+            if unknown_names
+            else f"no tensor for {missing_names[0]!r}"
+        )
+        raise _misfit_error(file, problem, len(missing_names), len(unknown_names))
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)

@@ -62,7 +62,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             f"{file.path} has a tokenizer of kind {shown(kind)}; "
             f"{nearest(shown(kind), GGUF_TOKENIZER_TYPES)}."
         )
-    begins = kind == "llama" or (
+    adds_bos = kind == "llama" or (
         kind == "gpt2" and file.facts.get("tokenizer.ggml.pre") in WHOLE_WORDS
     )
     template = file.facts.get("tokenizer.chat_template")
@@ -98,7 +98,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         chat_template=template,
         model_max_length=file.facts.get(f"{file.architecture}.context_length"),
-        add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", begins)),
+        add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", adds_bos)),
         add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),
         **special,
     )
@@ -140,7 +140,7 @@ def _set_split_rule(file: GgufFile, backend: Tokenizer) -> None:
             ]
         )
     elif rule not in GPT2_SPLITS and rule not in GGUF_PRE_TOKENIZER_SPLITS:
-        known = [*GPT2_SPLITS, *DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS]
+        known_rules = [*GPT2_SPLITS, *DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS]
         raise CheckpointError(
-            f"{file.path} splits text by the unknown rule {rule!r}; {nearest(rule, known)}."
+            f"{file.path} splits text by the unknown rule {rule!r}; {nearest(rule, known_rules)}."
         )

@@ -90,50 +90,62 @@ def is_static(node: FunctionNode) -> bool:
 def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
     """Yield the facts of one definition."""
     node = definition.node
-    what = f"`{definition.name}`"
+    subject = f"`{definition.name}`"
     docstring = ast.get_docstring(node) or ""
     paragraph = opening(docstring)
     if shortened(paragraph):
-        yield Fact("purpose", what, shortened(paragraph), (first_sentence(paragraph),), place)
+        yield Fact("purpose", subject, shortened(paragraph), (first_sentence(paragraph),), place)
     if "." not in definition.name:  # methods are in the same file as their class
-        yield location(what, place)
+        yield location(subject, place)
     if isinstance(node, ast.ClassDef):
-        yield from class_facts(node, what, place)
+        yield from class_facts(node, subject, place)
     else:
         yield from call_facts(node, definition, place)
     for argument, description in described_arguments(docstring, takes_fields(node)):
         if shortened(description):
             check = (first_sentence(description),)
-            yield Fact("argument", what, shortened(description), check, place, argument=argument)
+            yield Fact("argument", subject, shortened(description), check, place, argument=argument)
 
 
 def takes_fields(node: FunctionNode | ast.ClassDef) -> bool:
     """Return whether a call takes the fields of a class: it is a dataclass without `__init__`."""
     if not isinstance(node, ast.ClassDef):
         return False
-    decorators = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
-    is_dataclass = any(written(each).split(".")[-1] == "dataclass" for each in decorators)
+    decorators = [
+        decorator.func if isinstance(decorator, ast.Call) else decorator
+        for decorator in node.decorator_list
+    ]
+    is_dataclass = any(unparse(decorator).split(".")[-1] == "dataclass" for decorator in decorators)
     names = [inner.name for inner in node.body if isinstance(inner, FunctionNode)]
     return is_dataclass and "__init__" not in names
 
 
-def location(what: str, place: str) -> Fact:
+def location(subject: str, place: str) -> Fact:
     """Return the fact where a name is defined; an answer needs only the path's last two parts."""
     return Fact(
-        "location", what, f"{what} is defined in `{place}`.", ("/".join(place.split("/")[-2:]),)
+        "location",
+        subject,
+        f"{subject} is defined in `{place}`.",
+        ("/".join(place.split("/")[-2:]),),
     )
 
 
-def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
+def class_facts(node: ast.ClassDef, subject: str, place: str) -> Iterator[Fact]:
     """Yield bases, methods, defaults of fields, and the arguments of `__init__`."""
-    bases = [written(base) for base in node.bases]
+    bases = [unparse(base) for base in node.bases]
     if bases and all(bases):
-        yield Fact("bases", what, f"{what} inherits from {listed(bases)}.", tuple(bases), place)
+        yield Fact(
+            "bases", subject, f"{subject} inherits from {join_names(bases)}.", tuple(bases), place
+        )
     functions = [inner for inner in node.body if isinstance(inner, FunctionNode)]
     methods = list(dict.fromkeys(inner.name for inner in functions if is_public(inner.name)))
     if 0 < len(methods) <= MOST_NAMES:
         yield Fact(
-            "methods", what, f"{what} has the methods {listed(methods)}.", tuple(methods), place
+            "methods",
+            subject,
+            f"{subject} has the methods {join_names(methods)}.",
+            tuple(methods),
+            place,
         )
     for field in node.body:
         if (
@@ -141,53 +153,67 @@ def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
             and isinstance(field.target, ast.Name)
             and is_public(field.target.id)
         ):
-            yield from default_facts(what, place, field.target.id, field.value)
+            yield from default_facts(subject, place, field.target.id, field.value)
     for inner in functions:
         if inner.name == "__init__":
-            yield from argument_facts(inner, what, place, skipped=1)
+            yield from argument_facts(inner, subject, place, skipped=1)
 
 
 def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterator[Fact]:
     """Yield signature, arguments, defaults, return type and exceptions of a function."""
-    what = f"`{definition.name}`"
-    yield from argument_facts(node, what, place, skipped=int(definition.method))
-    call = f"{node.name}({written(node.args)})"
-    returned = written(node.returns) if node.returns else ""
+    subject = f"`{definition.name}`"
+    yield from argument_facts(node, subject, place, skipped=int(definition.method))
+    call = f"{node.name}({unparse(node.args)})"
+    return_type = unparse(node.returns) if node.returns else ""
     if (
         len(node.args.args + node.args.kwonlyargs) > definition.method
         and len(call) <= 4 * LONGEST_VALUE
     ):
         yield Fact(
-            "signature", what, f"`{call}{f' -> {returned}' if returned else ''}`", (call,), place
+            "signature",
+            subject,
+            f"`{call}{f' -> {return_type}' if return_type else ''}`",
+            (call,),
+            place,
         )
-    if returned and returned != "None" and len(returned) <= LONGEST_VALUE:
-        yield Fact("returns", what, f"{what} returns `{returned}`.", (returned,), place)
-    raised = list(dict.fromkeys(exceptions(node)))
-    if 0 < len(raised) <= MOST_NAMES:
-        yield Fact("raises", what, f"{what} raises {listed(raised)}.", tuple(raised), place)
+    if return_type and return_type != "None" and len(return_type) <= LONGEST_VALUE:
+        yield Fact("returns", subject, f"{subject} returns `{return_type}`.", (return_type,), place)
+    exception_names = list(dict.fromkeys(exceptions(node)))
+    if 0 < len(exception_names) <= MOST_NAMES:
+        yield Fact(
+            "raises",
+            subject,
+            f"{subject} raises {join_names(exception_names)}.",
+            tuple(exception_names),
+            place,
+        )
 
 
-def argument_facts(node: FunctionNode, what: str, place: str, skipped: int) -> Iterator[Fact]:
+def argument_facts(node: FunctionNode, subject: str, place: str, skipped: int) -> Iterator[Fact]:
     """Yield the names and defaults of arguments, without the first `skipped` ones (`self`)."""
     positional = [*node.args.posonlyargs, *node.args.args]
     names = [argument.arg for argument in [*positional[skipped:], *node.args.kwonlyargs]]
     if 0 < len(names) <= MOST_NAMES:
-        yield Fact("arguments", what, f"{what} takes {listed(names)}.", tuple(names), place)
+        yield Fact(
+            "arguments", subject, f"{subject} takes {join_names(names)}.", tuple(names), place
+        )
     defaults = node.args.defaults
     pairs = [
         *zip(positional[len(positional) - len(defaults) :], defaults, strict=True),
         *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
     ]
     for argument, value in pairs:
-        yield from default_facts(what, place, argument.arg, value)
+        yield from default_facts(subject, place, argument.arg, value)
 
 
-def default_facts(what: str, place: str, argument: str, value: ast.expr | None) -> Iterator[Fact]:
+def default_facts(
+    subject: str, place: str, argument: str, value: ast.expr | None
+) -> Iterator[Fact]:
     """Yield the default of one argument or field, except None, which is too easy to guess."""
     text = simple(value)
     if text and text != "None":
-        answer = f"The default of `{argument}` in {what} is `{text}`."
-        yield Fact("default", what, answer, (text,), place, argument=argument)
+        answer = f"The default of `{argument}` in {subject} is `{text}`."
+        yield Fact("default", subject, answer, (text,), place, argument=argument)
 
 
 def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
@@ -208,9 +234,9 @@ def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
             and targets[0].id.isupper()
             and text
         ):
-            what = f"`{targets[0].id}`"
-            yield Fact("constant", what, f"{what} is `{text}`.", (text,), place)
-            yield location(what, place)
+            subject = f"`{targets[0].id}`"
+            yield Fact("constant", subject, f"{subject} is `{text}`.", (text,), place)
+            yield location(subject, place)
 
 
 def exceptions(node: FunctionNode) -> Iterator[str]:
@@ -221,16 +247,16 @@ def exceptions(node: FunctionNode) -> Iterator[str]:
     """
     pending: list[ast.AST] = [*reversed(node.body)]
     while pending:
-        inner = pending.pop()
-        if isinstance(inner, FunctionNode | ast.Lambda | ast.ClassDef):
+        statement = pending.pop()
+        if isinstance(statement, FunctionNode | ast.Lambda | ast.ClassDef):
             continue
-        raised = inner.exc if isinstance(inner, ast.Raise) else None
-        name = raised.func if isinstance(raised, ast.Call) else raised
+        expression = statement.exc if isinstance(statement, ast.Raise) else None
+        name = expression.func if isinstance(expression, ast.Call) else expression
         if isinstance(name, ast.Name) and name.id[:1].isupper():
             yield name.id
-        parts = [*ast.iter_child_nodes(inner)]
-        if isinstance(inner, ast.Try | ast.TryStar) and inner.handlers:
-            parts = [*inner.handlers, *inner.orelse, *inner.finalbody]
+        parts = [*ast.iter_child_nodes(statement)]
+        if isinstance(statement, ast.Try | ast.TryStar) and statement.handlers:
+            parts = [*statement.handlers, *statement.orelse, *statement.finalbody]
         pending += reversed(parts)
 
 
@@ -242,11 +268,11 @@ def simple(value: ast.expr | None) -> str:
         isinstance(node, ast.Call | ast.Lambda | ast.JoinedStr) for node in ast.walk(value)
     ):
         return ""
-    text = written(value)
+    text = unparse(value)
     return text if len(text) <= LONGEST_VALUE and "\n" not in text and tokens_of(text) else ""
 
 
-def written(node: ast.AST) -> str:
+def unparse(node: ast.AST) -> str:
     """Return the source of a syntax tree, "" if it is too deeply nested."""
     try:
         return ast.unparse(node)
@@ -254,10 +280,14 @@ def written(node: ast.AST) -> str:
         return ""
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Return names as an English list: `a`, `b` and `c`."""
-    quoted = [f"`{name}`" for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+    quoted_names = [f"`{name}`" for name in names]
+    return (
+        quoted_names[0]
+        if len(quoted_names) == 1
+        else f"{', '.join(quoted_names[:-1])} and {quoted_names[-1]}"
+    )
 
 
 OPENING_END = re.compile(r"\n\s*\n|\n\s*(?:[A-Z][a-z]+:\s*(?:\n|$)|:\w+|>>>|[-*] )")
@@ -276,7 +306,7 @@ ARGUMENT = re.compile(r"^(\s*)\*{0,2}`?([A-Za-z_]\w*)`?(?:\s*\([^)]*\))?:\s+(\S.
 FIELD = re.compile(r"^\s*:(?:param|parameter|arg)\s([^:]*):\s+(\S.*)$")
 """An argument in Sphinx style: its type, if stated, and name; and its description."""
 
-DASHED = re.compile(r"^(\s*)[-*]\s+\*\*(\w+)\*\*(?:\s*\([^)]*\))?\s+--\s+(\S.*)$")
+DASHED_ARGUMENT = re.compile(r"^(\s*)[-*]\s+\*\*(\w+)\*\*(?:\s*\([^)]*\))?\s+--\s+(\S.*)$")
 
 
 def described_arguments(docstring: str, with_fields: bool) -> Iterator[tuple[str, str]]:
@@ -288,23 +318,23 @@ def described_arguments(docstring: str, with_fields: bool) -> Iterator[tuple[str
         with_fields: whether attributes in the docstring are arguments too (see `takes_fields`).
     """
     lines = docstring.split("\n")
-    inside = False
+    in_section = False
     for number, line in enumerate(lines):
         section = SECTION.match(line)
         if section:
-            inside = with_fields or section[1] not in FIELD_SECTIONS
+            in_section = with_fields or section[1] not in FIELD_SECTIONS
         else:
-            inside = inside and (not line or line[:1].isspace())
+            in_section = in_section and (not line or line[:1].isspace())
         field = FIELD.match(line)
-        entry = DASHED.match(line) or (ARGUMENT.match(line) if inside else None)
+        entry = DASHED_ARGUMENT.match(line) or (ARGUMENT.match(line) if in_section else None)
         name = field[1].rpartition(" ")[2] if field else ""
         if field and name.isidentifier():
-            yield name, " ".join([field[2], *continued(lines, number, 0)])
+            yield name, " ".join([field[2], *continuation_lines(lines, number, 0)])
         elif entry:
-            yield entry[2], " ".join([entry[3], *continued(lines, number, len(entry[1]))])
+            yield entry[2], " ".join([entry[3], *continuation_lines(lines, number, len(entry[1]))])
 
 
-def continued(lines: Sequence[str], number: int, indent: int) -> Iterator[str]:
+def continuation_lines(lines: Sequence[str], number: int, indent: int) -> Iterator[str]:
     """Yield the continuation lines of a description, which are indented deeper than it.
 
     Args:
@@ -315,13 +345,13 @@ def continued(lines: Sequence[str], number: int, indent: int) -> Iterator[str]:
     for index in range(number + 1, len(lines)):
         line = lines[index]
         if len(line) - len(line.lstrip()) <= indent or any(
-            pattern.match(line) for pattern in (ARGUMENT, DASHED, FIELD)
+            pattern.match(line) for pattern in (ARGUMENT, DASHED_ARGUMENT, FIELD)
         ):
             return
         yield line.strip()
 
 
-DEFINED = re.compile(
+DEFINITION = re.compile(
     r"^\s{0,4}(?:(?:export|default|pub(?:\(\w+\))?|public|static|async|abstract|final|inline|unsafe)\s+)*"
     r"(?:function|func|fn|def|class|struct|enum|trait|interface|module|type)\s+(?:\([^)]*\)\s*)?([A-Za-z_]\w+)"
 )
@@ -334,15 +364,15 @@ def comment_facts(text: str, place: str) -> Iterator[Fact]:
     """
     lines = text.split("\n")
     for number, line in enumerate(lines):
-        defined = DEFINED.match(line)
-        if not defined or not is_public(defined[1]):
+        definition = DEFINITION.match(line)
+        if not definition or not is_public(definition[1]):
             continue
-        what = f"`{defined[1]}`"
-        yield location(what, place)
+        subject = f"`{definition[1]}`"
+        yield location(subject, place)
         comment = " ".join(comment_before(lines, number))
         if shortened(comment) and len(tokens_of(comment)) > 2:
             check: Check = (first_sentence(comment),)
-            yield Fact("purpose", what, shortened(comment), check, place)
+            yield Fact("purpose", subject, shortened(comment), check, place)
 
 
 def comment_before(lines: Sequence[str], number: int) -> list[str]:

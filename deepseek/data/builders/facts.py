@@ -55,16 +55,16 @@ ABBREVIATION = re.compile(
 
 def sentences(text: str) -> list[str]:
     """Return the sentences of a paragraph, with white space collapsed."""
-    complete: list[str] = []
+    finished_sentences: list[str] = []
     parts: list[str] = []  # of the sentence that has not ended yet
     for part in SENTENCE_END.split(" ".join(text.split())):
         if part.strip():
             parts.append(part.strip())
         # Only the new part is searched: a text can be one long row of abbreviations.
         if parts and not ABBREVIATION.search(parts[-1]):
-            complete.append(" ".join(parts))
+            finished_sentences.append(" ".join(parts))
             parts = []
-    return [*complete, " ".join(parts)] if parts else complete
+    return [*finished_sentences, " ".join(parts)] if parts else finished_sentences
 
 
 def first_sentence(text: str) -> str:
@@ -78,10 +78,10 @@ def shortened(paragraph: str, most: int = LONGEST_ANSWER) -> str:
     """
     text = ""
     for sentence in sentences(paragraph):
-        longer = f"{text} {sentence}".strip()
-        if len(longer) > most:
+        extended_text = f"{text} {sentence}".strip()
+        if len(extended_text) > most:
             break
-        text = longer
+        text = extended_text
     return text
 
 

@@ -56,10 +56,10 @@ def documented_functions(
     for document, tree in trees:
         for node in _functions(tree):
             if node.name.startswith("test"):
-                for name in sorted(_called(node)):
+                for name in sorted(_called_names(node)):
                     if names[name] == 1:
                         tests[name].append(
-                            _lines(document.text, _first(node), node.end_lineno or 0)
+                            _lines(document.text, _first_line(node), node.end_lineno or 0)
                         )
     return [
         DocumentedFunction(
@@ -87,7 +87,7 @@ def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
                 yield inner
 
 
-def _called(node: ast.FunctionDef) -> set[str]:
+def _called_names(node: ast.FunctionDef) -> set[str]:
     calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
     return {
         f.id if isinstance(f, ast.Name) else f.attr
@@ -104,10 +104,10 @@ def _halves(text: str, node: ast.FunctionDef, shortest: int) -> tuple[str, str] 
     last = node.end_lineno or 0
     if last - end < shortest or node.body[1].lineno <= end:
         return None
-    return _lines(text, _first(node), end) + "\n", _lines(text, end + 1, last)
+    return _lines(text, _first_line(node), end) + "\n", _lines(text, end + 1, last)
 
 
-def _first(node: ast.FunctionDef) -> int:
+def _first_line(node: ast.FunctionDef) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 

@@ -50,31 +50,33 @@ def problems(count: int, seed: int = 0) -> Iterator[Document]:
         DataError: there are not so many problems.
     """
     draw = random.Random(seed)  # noqa: S311 - exercises, not secrets
-    seen: set[str] = set()
-    while len(seen) < count:
-        problem = _new_problem(KINDS[len(seen) % len(KINDS)], draw, seen)
+    questions: set[str] = set()
+    while len(questions) < count:
+        problem = _new_problem(KINDS[len(questions) % len(KINDS)], draw, questions)
         if not problem.checked:
             raise ArithmeticError(f"{problem.question} {problem.answer} fails its check")
-        seen.add(problem.question)
-        yield problem.document(f"mathematics:{seed}:{len(seen)}")
+        questions.add(problem.question)
+        yield problem.document(f"mathematics:{seed}:{len(questions)}")
 
 
-def _new_problem(kind: Kind, draw: random.Random, seen: AbstractSet[str]) -> Problem:
+def _new_problem(kind: Kind, draw: random.Random, questions: AbstractSet[str]) -> Problem:
     """Return a problem of a kind whose question was not asked before.
 
     Args:
         kind: draws a problem.
         draw: source of random numbers.
-        seen: questions asked before.
+        questions: questions asked before.
 
     Raises:
         DataError: almost all problems of the kind were asked before.
     """
     for _ in range(MOST_REPEATS):
         problem = kind(draw)
-        if problem.question not in seen:
+        if problem.question not in questions:
             return problem
-    raise DataError(f"There are no more than about {len(seen)} different problems; ask for fewer.")
+    raise DataError(
+        f"There are no more than about {len(questions)} different problems; ask for fewer."
+    )
 
 
 def linear_equation(draw: random.Random) -> Problem:
@@ -110,38 +112,41 @@ def fraction_sum(draw: random.Random) -> Problem:
     c = draw.randint(1, 40)
     b = draw.randint(2, 40)
     d = draw.randint(2, 40)
-    common = b * d // gcd(b, d)
-    top = a * (common // b) + c * (common // d)
-    shared = gcd(top, common)
+    lcm = b * d // gcd(b, d)
+    numerator = a * (lcm // b) + c * (lcm // d)
+    factor = gcd(numerator, lcm)
     total = Fraction(a, b) + Fraction(c, d)
     steps = (
-        f"The common denominator of {b} and {d} is {common}.",
-        f"{a}/{b} = {a * (common // b)}/{common} and {c}/{d} = {c * (common // d)}/{common}.",
-        f"Their sum is {top}/{common}; divided by {shared}, {top // shared}/{common // shared}.",
+        f"The common denominator of {b} and {d} is {lcm}.",
+        f"{a}/{b} = {a * (lcm // b)}/{lcm} and {c}/{d} = {c * (lcm // d)}/{lcm}.",
+        f"Their sum is {numerator}/{lcm}; divided by {factor}, "
+        f"{numerator // factor}/{lcm // factor}.",
     )
-    checked = (top // shared, common // shared) == (total.numerator, total.denominator)
-    return Problem(f"Add {a}/{b} and {c}/{d}, and reduce the result.", steps, str(total), checked)
+    is_correct = (numerator // factor, lcm // factor) == (total.numerator, total.denominator)
+    return Problem(
+        f"Add {a}/{b} and {c}/{d}, and reduce the result.", steps, str(total), is_correct
+    )
 
 
 def percentage(draw: random.Random) -> Problem:
     """A price after a discount."""
     price = draw.randint(1, 9_999) * 100
     percent = draw.randint(1, 95)
-    off = price * percent // 100
+    discount = price * percent // 100
     steps = (
-        f"{percent} % of {price} is {price} * {percent} / 100 = {off}.",
-        f"{price} - {off} = {price - off}.",
+        f"{percent} % of {price} is {price} * {percent} / 100 = {discount}.",
+        f"{price} - {discount} = {price - discount}.",
     )
-    checked = Fraction(price) * (1 - Fraction(percent, 100)) == price - off
+    is_correct = Fraction(price) * (1 - Fraction(percent, 100)) == price - discount
     question = f"A machine costs {price} euros. What does it cost after a discount of {percent} %?"
-    return Problem(question, steps, f"{price - off} euros", checked)
+    return Problem(question, steps, f"{price - discount} euros", is_correct)
 
 
 def greatest_divisor(draw: random.Random) -> Problem:
     """Euclid's algorithm."""
-    shared = draw.randint(2, 60)
-    a = shared * draw.randint(5, 150)
-    b = shared * draw.randint(2, 140)
+    factor = draw.randint(2, 60)
+    a = factor * draw.randint(5, 150)
+    b = factor * draw.randint(2, 140)
     question = f"What is the greatest common divisor of {a} and {b}?"
     steps = []
     x = a
@@ -181,12 +186,14 @@ def derivative(draw: random.Random) -> Problem:
         f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.",
     )
 
-    def f(at: int) -> int:
-        return a * at**3 + b * at**2 + c * at
+    def f(point: int) -> int:
+        return a * point**3 + b * point**2 + c * point
 
     # The central difference of a cubic with step 1 exceeds the derivative by its coefficient a.
-    checked = Fraction(f(x + 1) - f(x - 1), 2) - a == slope
-    return Problem(f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), checked)
+    is_correct = Fraction(f(x + 1) - f(x - 1), 2) - a == slope
+    return Problem(
+        f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), is_correct
+    )
 
 
 KINDS: tuple[Kind, ...] = (

@@ -12,9 +12,9 @@ RESERVED = 1
 that the model has not just memorised a wording.
 """
 
-Ways = tuple[str, ...]
+Wordings = tuple[str, ...]
 
-CODE: dict[str, Ways] = {
+CODE: dict[str, Wordings] = {
     "purpose": (
         "What does {what} do?",
         "What is {what} for?",
@@ -123,69 +123,69 @@ CODE: dict[str, Ways] = {
 """Wordings of questions about code, in English like its names."""
 
 
-def _ways(text: str) -> Ways:
+def _wordings(text: str) -> Wordings:
     """Return the lines of a text."""
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
-PROSE: dict[str, dict[str, Ways]] = {
+PROSE: dict[str, dict[str, Wordings]] = {
     "section": {
-        "": _ways("""
+        "": _wordings("""
             "{what}"?
             {what}?
             {what}:
             ... {what} ...?
         """),
-        "en": _ways("""
+        "en": _wordings("""
             What does the section "{what}" say?
             What do I need to know about "{what}"?
             Tell me about "{what}".
             What is written under "{what}"?
             Sum up "{what}" for me.
         """),
-        "de": _ways("""
+        "de": _wordings("""
             Was steht im Abschnitt „{what}“?
             Was muss ich über „{what}“ wissen?
             Erkläre „{what}“.
             Was heißt „{what}“?
             Fasse „{what}“ zusammen.
         """),
-        "fr": _ways("""
+        "fr": _wordings("""
             Que dit la section « {what} » ?
             Que faut-il savoir sur « {what} » ?
             Explique « {what} ».
             Qu'est-il écrit sous « {what} » ?
             Résume « {what} ».
         """),
-        "es": _ways("""
+        "es": _wordings("""
             ¿Qué dice la sección «{what}»?
             ¿Qué debo saber sobre «{what}»?
             Explica «{what}».
             ¿Qué se escribe en «{what}»?
             Resume «{what}».
         """),
-        "it": _ways("""
+        "it": _wordings("""
             Che cosa dice la sezione «{what}»?
             Che cosa devo sapere su «{what}»?
             Spiega «{what}».
             Che cosa c'è scritto in «{what}»?
             Riassumi «{what}».
         """),
-        "pt": _ways("""
+        "pt": _wordings("""
             O que diz a seção «{what}»?
             O que devo saber sobre «{what}»?
             Explique «{what}».
             O que está escrito em «{what}»?
             Resuma «{what}».
         """),
-        "zh": _ways("""
+        "zh": _wordings("""
             “{what}”一节说了什么？
             关于“{what}”我需要知道什么？
             请解释“{what}”。
             “{what}”下面写了什么？
             请概括“{what}”。
         """),
-        "ja": _ways("""
+        "ja": _wordings("""
             「{what}」には何が書かれていますか。
             「{what}」について教えてください。
             「{what}」を説明してください。
@@ -194,62 +194,62 @@ PROSE: dict[str, dict[str, Ways]] = {
         """),
     },
     "definition": {
-        "": _ways("""
+        "": _wordings("""
             {what}?
             "{what}"?
             {what} = ?
             {what}...
         """),
-        "en": _ways("""
+        "en": _wordings("""
             What is {what}?
             Define {what}.
             What is meant by {what}?
             Explain the term {what}.
             How would you describe {what}?
         """),
-        "de": _ways("""
+        "de": _wordings("""
             Was ist {what}?
             Was versteht man unter {what}?
             Definiere {what}.
             Was bedeutet {what}?
             Wie würdest du {what} beschreiben?
         """),
-        "fr": _ways("""
+        "fr": _wordings("""
             Qu'est-ce que {what} ?
             Que signifie {what} ?
             Définis {what}.
             Que veut dire {what} ?
             Comment décrirais-tu {what} ?
         """),
-        "es": _ways("""
+        "es": _wordings("""
             ¿Qué es {what}?
             ¿Qué significa {what}?
             Define {what}.
             ¿Qué se entiende por {what}?
             ¿Cómo describirías {what}?
         """),
-        "it": _ways("""
+        "it": _wordings("""
             Che cos'è {what}?
             Che cosa significa {what}?
             Definisci {what}.
             Che cosa si intende per {what}?
             Come descriveresti {what}?
         """),
-        "pt": _ways("""
+        "pt": _wordings("""
             O que é {what}?
             O que significa {what}?
             Defina {what}.
             O que se entende por {what}?
             Como você descreveria {what}?
         """),
-        "zh": _ways("""
+        "zh": _wordings("""
             什么是{what}？
             {what}是什么？
             请给{what}下定义。
             {what}是指什么？
             怎么描述{what}？
         """),
-        "ja": _ways("""
+        "ja": _wordings("""
             {what}とは何ですか。
             {what}の定義は何ですか。
             {what}とはどういう意味ですか。
@@ -258,62 +258,62 @@ PROSE: dict[str, dict[str, Ways]] = {
         """),
     },
     "items": {
-        "": _ways("""
+        "": _wordings("""
             {what}: ...?
             "{what}": ?
             {what} - ?
             {what} ...?
         """),
-        "en": _ways("""
+        "en": _wordings("""
             Which points does "{what}" list?
             List the points of "{what}".
             What belongs to "{what}"?
             What items are there under "{what}"?
             Enumerate "{what}".
         """),
-        "de": _ways("""
+        "de": _wordings("""
             Welche Punkte nennt „{what}“?
             Zähle die Punkte von „{what}“ auf.
             Was gehört zu „{what}“?
             Welche Einträge hat „{what}“?
             Nenne alles unter „{what}“.
         """),
-        "fr": _ways("""
+        "fr": _wordings("""
             Quels points « {what} » énumère-t-il ?
             Énumère les points de « {what} ».
             Que comprend « {what} » ?
             Quels éléments figurent sous « {what} » ?
             Donne la liste de « {what} ».
         """),
-        "es": _ways("""
+        "es": _wordings("""
             ¿Qué puntos enumera «{what}»?
             Enumera los puntos de «{what}».
             ¿Qué incluye «{what}»?
             ¿Qué elementos hay en «{what}»?
             Haz la lista de «{what}».
         """),
-        "it": _ways("""
+        "it": _wordings("""
             Quali punti elenca «{what}»?
             Elenca i punti di «{what}».
             Che cosa comprende «{what}»?
             Quali voci ci sono in «{what}»?
             Fai la lista di «{what}».
         """),
-        "pt": _ways("""
+        "pt": _wordings("""
             Que pontos «{what}» enumera?
             Liste os pontos de «{what}».
             O que inclui «{what}»?
             Que itens há em «{what}»?
             Faça a lista de «{what}».
         """),
-        "zh": _ways("""
+        "zh": _wordings("""
             “{what}”列出了哪些要点？
             请列出“{what}”的要点。
             “{what}”包括什么？
             “{what}”下有哪些项目？
             请逐一说出“{what}”。
         """),
-        "ja": _ways("""
+        "ja": _wordings("""
             「{what}」にはどんな項目がありますか。
             「{what}」の項目を挙げてください。
             「{what}」には何が含まれますか。
@@ -326,7 +326,7 @@ PROSE: dict[str, dict[str, Ways]] = {
 the subject.
 """
 
-COMMON = {
+COMMON_WORDS = {
     "en": words("the of and to is in that for with this are be on you it or not can as from by"),
     "de": words(
         "der die das und ist nicht ein eine zu den mit sich auf für von dem werden wird sie im oder auch"
@@ -341,7 +341,7 @@ COMMON = {
 """Common words by language; most sentences contain at least one."""
 
 WORD = re.compile(r"[^\W\d_]+")
-FEWEST = 3
+FEWEST_COMMON_WORDS = 3
 """Minimum common words in a text for its language to count as known."""
 
 
@@ -354,15 +354,15 @@ def language_of(text: str) -> str:
         return "zh"
     counts = Counter(
         {
-            language: sum(word in common for word in text_words)
-            for language, common in COMMON.items()
+            language: sum(word in common_words for word in text_words)
+            for language, common_words in COMMON_WORDS.items()
         }
     )
-    (best, most), (_, second) = counts.most_common(2)
-    return best if most >= FEWEST and most > second else ""
+    (best, most_hits), (_, second_hits) = counts.most_common(2)
+    return best if most_hits >= FEWEST_COMMON_WORDS and most_hits > second_hits else ""
 
 
-def ways(fact: Fact) -> Ways:
+def ways(fact: Fact) -> Wordings:
     """Return all wordings of the question for a fact."""
     if fact.kind in CODE:
         return CODE[fact.kind]
@@ -379,7 +379,7 @@ def ask(fact: Fact, reserved: bool = False, precise: bool = False) -> str:
     """
     choices = ways(fact)[-RESERVED:] if reserved else ways(fact)[:-RESERVED]
     key = f"{fact.kind}:{fact.place}:{fact.what}:{fact.argument}"
-    way = choices[int(uniform(f"way:{key}") * len(choices))]
+    wording = choices[int(uniform(f"way:{key}") * len(choices))]
     with_place = bool(fact.place) and (precise or uniform(f"place:{key}") < 0.5)
-    what = f"{fact.what} in `{fact.place}`" if with_place else fact.what
-    return way.replace("{argument}", fact.argument).replace("{what}", what)
+    subject = f"{fact.what} in `{fact.place}`" if with_place else fact.what
+    return wording.replace("{argument}", fact.argument).replace("{what}", subject)

@@ -101,10 +101,10 @@ def sections(text: str) -> Iterator[tuple[str, list[str]]]:
     heading = ""
     blocks: list[str] = []
     texts = [block.strip("\n") for block in re.split(r"\n[ \t]*\n", text)]
-    numbered = ["\n" not in one and bool(ITEM.match(one)) for one in texts]
+    is_numbered = ["\n" not in block_text and bool(ITEM.match(block_text)) for block_text in texts]
     for place, block in enumerate(texts):
-        neighbours = numbered[max(place - 1, 0) : place] + numbered[place + 1 : place + 2]
-        is_heading = numbered[place] and not any(neighbours)
+        neighbours = is_numbered[max(place - 1, 0) : place] + is_numbered[place + 1 : place + 2]
+        is_heading = is_numbered[place] and not any(neighbours)
         new_heading, rest = heading_of(NUMBER.sub("", block) if is_heading else block)
         if new_heading:
             if blocks:
@@ -122,26 +122,26 @@ def heading_of(block: str) -> tuple[str, str]:
     lines = block.split("\n")
     mark = HEADING_MARK.match(lines[0])
     # One pattern for mark, text and closing marks would backtrack at each space.
-    marked = lines[0][mark.end() :].rstrip("#=").rstrip() if mark else None
-    if marked is not None and len(marked) <= LONGEST_HEADING:
-        return plain(marked), "\n".join(lines[1:])
+    heading_text = lines[0][mark.end() :].rstrip("#=").rstrip() if mark else None
+    if heading_text is not None and len(heading_text) <= LONGEST_HEADING:
+        return strip_markup(heading_text), "\n".join(lines[1:])
     if (
         len(lines) > 1
         and UNDERLINE.match(lines[1])
         and 0 < len(lines[0].strip()) <= LONGEST_HEADING
     ):
-        return plain(lines[0]), "\n".join(lines[2:])
-    alone = len(lines) == 1 and not ITEM.match(block) and not CODE_LINE.match(block)
+        return strip_markup(lines[0]), "\n".join(lines[2:])
+    is_plain_line = len(lines) == 1 and not ITEM.match(block) and not CODE_LINE.match(block)
     if (
-        alone
+        is_plain_line
         and 2 < len(block.strip()) <= LONGEST_HEADING
         and block.strip()[-1] not in ".,;:!?。！？"
     ):
-        return plain(block), ""
+        return strip_markup(block), ""
     return "", block
 
 
-def plain(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Return a heading without its number, link targets and emphasis."""
     return (
         re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", NUMBER.sub("", text))
@@ -179,8 +179,8 @@ def first_items(blocks: Sequence[str]) -> list[str]:
     for block in blocks[:2]:
         items = [match[1].strip() for line in block.split("\n") if (match := ITEM.match(line))]
         if len(items) > 1:
-            short = all(len(item) <= LONGEST_ITEM and tokens_of(item) for item in items)
-            return items if short and len(items) == len(block.strip("\n").split("\n")) else []
+            are_short = all(len(item) <= LONGEST_ITEM and tokens_of(item) for item in items)
+            return items if are_short and len(items) == len(block.strip("\n").split("\n")) else []
     return []
 
 
@@ -190,7 +190,7 @@ MOST_FUNCTIONS = 6
 LONGEST_SUBJECT = 120
 """Maximum characters of a commit's subject line; a longer one does not fit into a question."""
 
-CHANGED = re.compile(
+CHANGED_DEFINITION = re.compile(
     r"^([+-])[ \t]*(?:async[ \t]+)?(?:def|function|func|fn)[ \t]+([A-Za-z_]\w*)", re.MULTILINE
 )
 """Sign and name of a function that a changed line defines."""
@@ -206,14 +206,14 @@ def commit_facts(document: Document) -> Iterator[Fact]:
     subject, _, body = message.partition("\n")
     if not subject.strip() or len(subject) > LONGEST_SUBJECT:
         return
-    what = f'"{subject.strip()}"'
+    subject_quote = f'"{subject.strip()}"'
     paragraph = body.strip().split("\n\n")[0]
     if is_statement(paragraph):
-        yield Fact("commit", what, shortened(paragraph), (first_sentence(paragraph),))
+        yield Fact("commit", subject_quote, shortened(paragraph), (first_sentence(paragraph),))
     functions = added_functions("".join(patch.text for patch in patches))
     if 0 < len(functions) <= MOST_FUNCTIONS:
         answer = "\n".join(f"- `{name}`" for name in functions)
-        yield Fact("commit functions", what, answer, tuple(functions))
+        yield Fact("commit functions", subject_quote, answer, tuple(functions))
 
 
 def added_functions(changes: str) -> list[str]:
@@ -221,7 +221,11 @@ def added_functions(changes: str) -> list[str]:
 
     A name that a removed line defines too is not new: the function was changed or moved.
     """
-    found = CHANGED.findall(changes)
-    removed = {name for sign, name in found if sign == "-"}
-    added = dict.fromkeys(name for sign, name in found if sign == "+")
-    return [name for name in added if name not in removed and not name.startswith(("_", "test"))]
+    definitions = CHANGED_DEFINITION.findall(changes)
+    removed_names = {name for sign, name in definitions if sign == "-"}
+    added_names = dict.fromkeys(name for sign, name in definitions if sign == "+")
+    return [
+        name
+        for name in added_names
+        if name not in removed_names and not name.startswith(("_", "test"))
+    ]

@@ -68,11 +68,11 @@ class Question:
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Question":
         """Return the question of a record written by `record`."""
-        asked, answered = record["messages"]
+        user_message, assistant_message = record["messages"]
         return cls(
-            question=asked["content"],
+            question=user_message["content"],
             paraphrase=record["paraphrase"],
-            answer=answered["content"],
+            answer=assistant_message["content"],
             kind=record["kind"],
             check=tuple(record["check"]),
             source=record["source"],
@@ -86,15 +86,17 @@ def facts_of(document: Document) -> list[Fact]:
     """
     readers = {"code": code_facts, "text": prose_facts, "commit": commit_facts}
     facts = list(readers[document.kind](document)) if document.kind in readers else []
-    about = Counter((fact.kind, fact.what, fact.argument) for fact in facts)
-    single = [
+    counts = Counter((fact.kind, fact.what, fact.argument) for fact in facts)
+    unique_facts = [
         fact
         for fact in facts
-        if about[fact.kind, fact.what, fact.argument] == 1 and is_sayable(fact)
+        if counts[fact.kind, fact.what, fact.argument] == 1 and is_sayable(fact)
     ]
-    chosen = sorted(single, key=lambda fact: _lot(document, fact))[:MOST_PER_DOCUMENT]
-    kept = set(map(id, chosen))
-    return [fact for fact in single if id(fact) in kept]
+    drawn_facts = sorted(unique_facts, key=lambda fact: _draw_lot(document, fact))[
+        :MOST_PER_DOCUMENT
+    ]
+    drawn_ids = set(map(id, drawn_facts))
+    return [fact for fact in unique_facts if id(fact) in drawn_ids]
 
 
 def is_sayable(fact: Fact) -> bool:
@@ -105,7 +107,7 @@ def is_sayable(fact: Fact) -> bool:
     return is_unicode(fact.what + fact.argument + fact.answer) and is_right(fact.answer, fact.check)
 
 
-def _lot(document: Document, fact: Fact) -> float:
+def _draw_lot(document: Document, fact: Fact) -> float:
     return uniform(f"question:{document.name}:{fact.kind}:{fact.what}:{fact.argument}")
 
 
@@ -116,16 +118,16 @@ def all_questions(documents: Iterable[Document]) -> list[Question]:
     For a name defined in several places, questions name the file, and its location is not asked.
     Questions that give their own answer away are dropped.
     """
-    stated = [(document.name, facts_of(document)) for document in documents]
+    facts_by_document = [(document.name, facts_of(document)) for document in documents]
     places: Counter[str] = Counter()
-    for _, facts in stated:
+    for _, facts in facts_by_document:
         places.update({fact.what for fact in facts})
     return list(
         chain.from_iterable(
             questions_about(
                 [fact for fact in facts if fact.place or places[fact.what] == 1], name, places
             )
-            for name, facts in stated
+            for name, facts in facts_by_document
         )
     )
 
@@ -142,11 +144,11 @@ def questions_about(
             with several name the file.
     """
     for fact in facts:
-        vague = places[fact.what] > 1
-        asked = ask(fact, precise=vague)
-        again = ask(fact, reserved=True, precise=vague)
-        if not is_right(asked, fact.check) and not is_right(again, fact.check):
-            yield Question(asked, again, fact.answer, fact.kind, fact.check, source)
+        is_ambiguous = places[fact.what] > 1
+        question = ask(fact, precise=is_ambiguous)
+        paraphrase = ask(fact, reserved=True, precise=is_ambiguous)
+        if not is_right(question, fact.check) and not is_right(paraphrase, fact.check):
+            yield Question(question, paraphrase, fact.answer, fact.kind, fact.check, source)
 
 
 def conversations(questions: Sequence[Question], turns: int = TURNS) -> Iterator[Document]:

@@ -58,7 +58,7 @@ def near_duplicates(documents: Sequence[Document], progress: Progress = silent) 
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
     sketches = np.empty((len(documents), PERMUTATIONS), dtype=np.uint32)
     sizes = np.empty(len(documents), dtype=np.int64)
-    retained: dict[int, NDArray[np.uint32]] = {}
+    retained_shingles: dict[int, NDArray[np.uint32]] = {}
     dropped: dict[int, int] = {}
     for number, document in enumerate(documents):
         shingles = document_shingles(document)
@@ -68,16 +68,16 @@ def near_duplicates(documents: Sequence[Document], progress: Progress = silent) 
         sizes[number] = len(shingles)
         candidates = np.array(index.query(sketch), dtype=np.int64)
         candidates = candidates[may_be_alike(sizes[number], sizes[candidates])]
-        near = [
-            other
-            for other in most_similar(sketches, number, candidates).tolist()
-            if jaccard(shingles, retained[other]) >= THRESHOLD
+        matches = [
+            candidate
+            for candidate in most_similar(sketches, number, candidates).tolist()
+            if jaccard(shingles, retained_shingles[candidate]) >= THRESHOLD
         ]
-        if near:
-            dropped[number] = min(near)
+        if matches:
+            dropped[number] = min(matches)
         else:
             index.insert(number, sketch)
-            retained[number] = shingles
+            retained_shingles[number] = shingles
         if number % 100 == 99:
             progress(number + 1, len(documents), "compare")
     return dropped
@@ -144,15 +144,15 @@ def jaccard(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:
     """Return the Jaccard similarity of two sets of hashes, each sorted and distinct."""
     smaller, larger = sorted((left, right), key=len)
     places = np.searchsorted(larger, smaller).clip(max=len(larger) - 1)
-    shared = int(np.count_nonzero(larger[places] == smaller))
-    return shared / (len(left) + len(right) - shared)
+    num_shared = int(np.count_nonzero(larger[places] == smaller))
+    return num_shared / (len(left) + len(right) - num_shared)
 
 
-def may_be_alike(size: np.int64, others: NDArray[np.int64]) -> NDArray[np.bool_]:
+def may_be_alike(size: np.int64, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for each other size whether sets of these sizes can be as similar as near duplicates
     are.
     """
-    return np.minimum(size, others) >= THRESHOLD * np.maximum(size, others)
+    return np.minimum(size, sizes) >= THRESHOLD * np.maximum(size, sizes)
 
 
 @dataclass
@@ -178,7 +178,7 @@ class CleanReport:
         """Return one line for a terminal."""
         parts = [f"{self.kept} documents ({self.characters / 1e6:.1f} MB) of {self.read} read"]
         return ", ".join(
-            [*parts, *(f"{count} {what}" for what, count in self.changes.most_common())]
+            [*parts, *(f"{count} {change}" for change, count in self.changes.most_common())]
         )
 
 
@@ -199,7 +199,7 @@ def clean(
     """
     report = CleanReport()
     skipped = skipped if skipped is not None else Counter()
-    seen: dict[int, int] = {}
+    first_indices: dict[int, int] = {}
     copies: dict[str, int] = {}
     distinct: list[Document] = []
     for original in documents:
@@ -212,24 +212,26 @@ def clean(
             skipped["empty"] += 1
             continue
         key = hash((document.text.strip(), document.kind == "messages"))
-        if key in seen:
+        if key in first_indices:
             report.changes["exact duplicates"] += 1
-            copies[document.name] = seen[key]
+            copies[document.name] = first_indices[key]
             continue
-        seen[key] = len(distinct)
+        first_indices[key] = len(distinct)
         distinct.append(document)
-    near = near_duplicates(distinct, progress)
-    result = [document for index, document in enumerate(distinct) if index not in near]
-    copies.update({distinct[index].name: index for index in near})
+    near_copies = near_duplicates(distinct, progress)
+    retained_documents = [
+        document for index, document in enumerate(distinct) if index not in near_copies
+    ]
+    copies.update({distinct[index].name: index for index in near_copies})
     report.duplicates = {
-        name: distinct[near.get(index, index)].name for name, index in copies.items()
+        name: distinct[near_copies.get(index, index)].name for name, index in copies.items()
     }
-    report.changes.update({"near duplicates": len(near)} if near else {})
+    report.changes.update({"near duplicates": len(near_copies)} if near_copies else {})
     report.changes.update({f"skipped as {reason}": count for reason, count in skipped.items()})
-    report.kept = len(result)
-    report.characters = characters(result)
-    if not result:
+    report.kept = len(retained_documents)
+    report.characters = characters(retained_documents)
+    if not retained_documents:
         raise DataError(
             f"Nothing is left of {report.read} documents after cleaning; check the source."
         )
-    return result, report
+    return retained_documents, report

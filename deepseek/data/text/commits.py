@@ -38,10 +38,14 @@ def renamed_files(
     """
     with damage_explained(repository.path):
         name = repository_name(repository)
-        for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
-            moves = moved_by_merge(each) if len(each.parents) > 1 else moved(diff_to_parent(each))
-            for former, later in moves:
-                yield file_name(name, former), file_name(name, later)
+        for ancestor in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
+            moves = (
+                moved_by_merge(ancestor)
+                if len(ancestor.parents) > 1
+                else moved(diff_to_parent(ancestor))
+            )
+            for former_path, later_path in moves:
+                yield file_name(name, former_path), file_name(name, later_path)
 
 
 def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
@@ -69,13 +73,13 @@ def moved_by_merge(merge: pygit2.Commit) -> Iterator[tuple[str, str]]:
     """
     flags = DiffOption.IGNORE_SUBMODULES
     diffs = [parent.tree.diff_to_tree(merge.tree, flags=flags) for parent in merge.parents]
-    new = set.intersection(*map(added_paths, diffs))
-    if not new:
+    new_paths = set.intersection(*map(added_paths, diffs))
+    if not new_paths:
         return
     for diff in diffs:
-        for former, later in moved(diff):
-            if later in new:
-                yield former, later
+        for former_path, later_path in moved(diff):
+            if later_path in new_paths:
+                yield former_path, later_path
 
 
 def added_paths(diff: pygit2.Diff) -> set[str]:
@@ -83,23 +87,23 @@ def added_paths(diff: pygit2.Diff) -> set[str]:
     return {delta.new_file.path for delta in diff.deltas if delta.status_char() == "A"}
 
 
-def with_later_names(known: KnownNames, renamed: Sequence[tuple[str, str]]) -> KnownNames:
+def with_later_names(known: KnownNames, renames: Sequence[tuple[str, str]]) -> KnownNames:
     """Return known names and those that the same files were given later.
 
     Args:
         known: names of files whose side is known. A later name that is known itself keeps its side.
-        renamed: former and later names of files, newest first (`renamed_files`).
+        renames: former and later names of files, newest first (`renamed_files`).
     """
-    learnt = set(known.learnt)
-    tested = set(known.tested)
-    for former, later in reversed(renamed):
-        if known.is_held_out(later) is not None:
+    train_names = set(known.learnt)
+    test_names = set(known.tested)
+    for former_name, later_name in reversed(renames):
+        if known.is_held_out(later_name) is not None:
             continue
-        if former in learnt:
-            learnt.add(later)
-        elif former in tested:
-            tested.add(later)
-    return KnownNames(frozenset(learnt), frozenset(tested))
+        if former_name in train_names:
+            train_names.add(later_name)
+        elif former_name in test_names:
+            test_names.add(later_name)
+    return KnownNames(frozenset(train_names), frozenset(test_names))
 
 
 class FileSides:
@@ -126,8 +130,8 @@ class FileSides:
         self._train = {document.name for document in train}
         self._held_out = {document.name for document in held_out}
         self._lots = lots
-        for name, same in chain(duplicates.items(), renamed):
-            side = self._held_out if self.is_held_out(same) else self._train
+        for name, known_name in chain(duplicates.items(), renamed):
+            side = self._held_out if self.is_held_out(known_name) else self._train
             side.add(name)
 
     def is_held_out(self, name: str) -> bool:
@@ -162,11 +166,15 @@ def follow_files(
             side.append(document)
             continue
         message, patches = message_and_patches(document.text)
-        learnt = [patch for patch in patches if not shows_held_out(patch, document, files)]
+        train_patches = [patch for patch in patches if not shows_held_out(patch, document, files)]
         if patches:
-            side = train if learnt else test
-        is_cut = 0 < len(learnt) < len(patches)
-        text = "".join([message, *(patch.text for patch in learnt)]) if is_cut else document.text
+            side = train if train_patches else test
+        is_cut = 0 < len(train_patches) < len(patches)
+        text = (
+            "".join([message, *(patch.text for patch in train_patches)])
+            if is_cut
+            else document.text
+        )
         side.append(replace(document, text=text))
     return train, test
 

@@ -26,11 +26,11 @@ def decode_documents(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) ->
     start = document_start_ids(tokenizer)
     bounds = shards.offsets.tolist()
     for place, (first, stop) in enumerate(pairwise(bounds)):
-        stored = shards.ids_N[first:stop]
-        ids = (stored & ~CONTEXT_BIT).tolist()
+        tokens = shards.ids_N[first:stop]
+        ids = (tokens & ~CONTEXT_BIT).tolist()
         ids = ids[len(start) :] if ids[: len(start)] == start else ids
         ids = ids[:-1] if ids and ids[-1] == document_end_id(tokenizer) else ids
-        yield _document(_text(tokenizer, ids), bool(stored[len(start)] & CONTEXT_BIT), place)
+        yield _document(_text(tokenizer, ids), bool(tokens[len(start)] & CONTEXT_BIT), place)
 
 
 def _document(text: str, has_context: bool, place: int) -> Document:

@@ -44,8 +44,8 @@ class Document:
 
     def messages(self) -> list[dict[str, str]]:
         """Return the conversation of a document of kind `messages`."""
-        loaded: list[dict[str, str]] = json.loads(self.text)
-        return loaded
+        messages: list[dict[str, str]] = json.loads(self.text)
+        return messages
 
     @property
     def digest(self) -> str:
@@ -60,8 +60,8 @@ class Document:
 
     def gap(self) -> tuple[str, str, str]:
         """Return prefix, suffix and middle of a document of kind `infill`."""
-        loaded: dict[str, str] = json.loads(self.text)
-        return loaded["prefix"], loaded["suffix"], loaded["middle"]
+        parts: dict[str, str] = json.loads(self.text)
+        return parts["prefix"], parts["suffix"], parts["middle"]
 
 
 def conversation(
@@ -154,8 +154,10 @@ def split(
     else:
         lots = draw_lots(documents, held_out, by, seed)
         is_held_out = [lots.is_held_out(document.name) for document in documents]
-    train = [document for document, held in zip(documents, is_held_out, strict=True) if not held]
-    test = [document for document, held in zip(documents, is_held_out, strict=True) if held]
+    train = [
+        document for document, is_test in zip(documents, is_held_out, strict=True) if not is_test
+    ]
+    test = [document for document, is_test in zip(documents, is_held_out, strict=True) if is_test]
     if not train or not test:
         if len(documents) < 2:
             raise DataError(
@@ -212,8 +214,8 @@ class Lots:
 
     def is_held_out(self, name: str) -> bool:
         """Return whether a document of this name is held out."""
-        known = self.known.is_held_out(name)
-        return self.draw(name) <= self.limit if known is None else known
+        known_side = self.known.is_held_out(name)
+        return self.draw(name) <= self.limit if known_side is None else known_side
 
 
 def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: int) -> Lots:
@@ -230,10 +232,10 @@ def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: in
     """
     lots = Lots(by, seed)
     files = [document for document in documents if document.kind != "commit"]
-    for counted in (files, documents):
-        cut = sorted({lots.draw(document.name) for document in counted})[:-1]
-        if cut:
-            return replace(lots, limit=min(max(held_out, cut[0]), cut[-1]))
+    for candidates in (files, documents):
+        limits = sorted({lots.draw(document.name) for document in candidates})[:-1]
+        if limits:
+            return replace(lots, limit=min(max(held_out, limits[0]), limits[-1]))
     return lots
 
 

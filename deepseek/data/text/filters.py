@@ -132,9 +132,9 @@ def kind_of(path: str) -> Kind:
 
 def decode(data: bytes) -> str | None:
     """Return the text of a file with `\\n` line ends, or None if it is not UTF-8 or UTF-16 text."""
-    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = data.decode("utf-16" if wide else "utf-8-sig")
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError:
         return None
     if "\0" in text:  # binary, or UTF-32, which begins as UTF-16 does

@@ -193,12 +193,12 @@ def read_git_by_time(
                 "split by file."
             )
         cut = find_cut(repository, commit, total - round(total * held_out))
-        before, added = walk_history(repository, cut)
-        paths = chain(added, (path for path, _ in tree_files(cut.tree)))
-        known = {commit_name(name, each) for each in before}
-        known.update(file_name(name, each) for each in paths)
+        past_commits, added_times = walk_history(repository, cut)
+        paths = chain(added_times, (path for path, _ in tree_files(cut.tree)))
+        past_names = {commit_name(name, past_commit) for past_commit in past_commits}
+        past_names.update(file_name(name, path_at_cut) for path_at_cut in paths)
     past = list(read_git(path, str(cut.id), skipped=skipped))
-    future = [document for document in read_git(path, revision) if document.name not in known]
+    future = [document for document in read_git(path, revision) if document.name not in past_names]
     return past, list(
         not_empty(
             future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share."
@@ -227,11 +227,11 @@ def find_cut(repository: pygit2.Repository, commit: pygit2.Commit, past: int) ->
         commit = commit.parents[0]
         line.append(commit)
 
-    def missing(cut: pygit2.Commit) -> int:
+    def num_missing(cut: pygit2.Commit) -> int:
         return past - count_commits(repository, cut)
 
-    place = bisect_left(line, 0, hi=len(line) - 1, key=missing)
-    return min(line[place], line[max(0, place - 1)], key=lambda cut: abs(missing(cut)))
+    place = bisect_left(line, 0, hi=len(line) - 1, key=num_missing)
+    return min(line[place], line[max(0, place - 1)], key=lambda cut: abs(num_missing(cut)))
 
 
 def explained(documents: Iterable[Document], path: str | Path) -> Iterator[Document]:
@@ -248,14 +248,14 @@ def walk_history(
     """
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
-    for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
-        commits.append(each)
-        if is_shallow_boundary(each):  # when its files were added is unknown
+    for ancestor in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
+        commits.append(ancestor)
+        if is_shallow_boundary(ancestor):  # when its files were added is unknown
             continue
-        for delta in diff_to_parent(each).deltas:
+        for delta in diff_to_parent(ancestor).deltas:
             if delta.status_char() == "A":
                 # Older commits come later in the walk and overwrite newer ones.
-                first_seen[delta.new_file.path] = each.commit_time
+                first_seen[delta.new_file.path] = ancestor.commit_time
     return commits, first_seen
 
 

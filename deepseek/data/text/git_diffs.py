@@ -122,15 +122,15 @@ def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
     """
     find_exact_renames(diff)
     parts: list[str] = []
-    left = MAX_COMMIT_CHARACTERS
+    remaining_characters = MAX_COMMIT_CHARACTERS
     for index, delta in enumerate(diff.deltas):
         if reason_in_git(delta.new_file.path) or is_left_out(repository, delta):
             continue
-        part = patch_text(diff[index], left)
+        part = patch_text(diff[index], remaining_characters)
         if part is None:
             return None
         parts.append(part)
-        left -= len(part)
+        remaining_characters -= len(part)
     return "".join(parts)
 
 
@@ -165,9 +165,9 @@ def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:
         return ""
     delta = patch.delta
     status = delta.status_char()
-    old = NOWHERE if status == "A" else document_name(delta.old_file.path)
-    new = NOWHERE if status == "D" else document_name(delta.new_file.path)
-    lines = [f"--- {old}\n+++ {new}\n"]
+    old_path = NOWHERE if status == "A" else document_name(delta.old_file.path)
+    new_path = NOWHERE if status == "D" else document_name(delta.new_file.path)
+    lines = [f"--- {old_path}\n+++ {new_path}\n"]
     for hunk in hunks:
         lines.append(f"@@ {hunk.header.split('@@', 2)[-1].strip()}".rstrip() + "\n")
         try:

@@ -67,8 +67,8 @@ def _stores(git_folder: Path) -> list[Path]:
     if pointer.is_file():
         target = os.fsdecode(pointer.read_bytes().rstrip())
         stores.append((git_folder / target).resolve())
-    own = [(store / "objects").resolve() for store in stores]
-    pending = list(own)
+    own_folders = [(store / "objects").resolve() for store in stores]
+    pending = list(own_folders)
     while pending:
         objects = pending.pop()
         if objects in stores:
@@ -78,7 +78,7 @@ def _stores(git_folder: Path) -> list[Path]:
                 f"{git_folder} has more than {MAX_STORES} object stores; repack it into one."
             )
         stores.append(objects)
-        pending += alternates(objects, first=objects in own)
+        pending += alternates(objects, first=objects in own_folders)
     return stores
 
 
@@ -120,14 +120,14 @@ def refuse_endless(git_folder: Path) -> None:
             _refuse_endless_below(store, stores)
 
 
-def _refuse_endless_below(top: Path, stores: list[Path]) -> None:
+def _refuse_endless_below(root: Path, stores: list[Path]) -> None:
     """Apply `refuse_endless` to the files below one folder.
 
     Args:
-        top: the folder.
+        root: the folder.
         stores: all stores of the repository; the loose objects lie below them.
     """
-    for folder, _, names in os.walk(top):
+    for folder, _, names in os.walk(root):
         for name in names:
             file = Path(folder, name)
             if is_special(file):
@@ -146,12 +146,12 @@ def _is_whole(file: Path) -> bool:
     """Return whether the compressed stream of a loose object reaches its end."""
     stream = zlib.decompressobj()
     try:
-        with open(file, "rb") as opened:
-            data = opened.read(CHUNK)
-            inflated = data
-            while (data or inflated) and not stream.eof:
-                inflated = stream.decompress(data, CHUNK)
-                data = stream.unconsumed_tail or opened.read(CHUNK)
+        with open(file, "rb") as source:
+            data = source.read(CHUNK)
+            content = data
+            while (data or content) and not stream.eof:
+                content = stream.decompress(data, CHUNK)
+                data = stream.unconsumed_tail or source.read(CHUNK)
     except (OSError, zlib.error):
         return False
     return stream.eof

@@ -52,18 +52,18 @@ def halve(
         return uniform(f"validation:{seed}:{name}"), name
 
     groups = [list(group) for _, group in groupby(sorted(documents, key=key), key)]
-    whole = between_groups(groups)
+    parts = between_groups(groups)
     if by != "time":
-        first, last = map(file_names, whole)
-        whole = (
-            [without_files(document, last) for document in whole[0]],
-            [without_files(document, first) for document in whole[1]],
+        first, last = map(file_names, parts)
+        parts = (
+            [without_files(document, last) for document in parts[0]],
+            [without_files(document, first) for document in parts[1]],
         )
-    if smaller_part(whole) >= SMALLEST_PART * characters(documents):
-        return whole
+    if smaller_part(parts) >= SMALLEST_PART * characters(documents):
+        return parts
     files = [document for document in documents if document.kind != "commit"]
-    cut = cut_each(documents if by == "time" or not files else files)
-    return max(cut, whole, key=smaller_part)
+    cut_parts = cut_each(documents if by == "time" or not files else files)
+    return max(cut_parts, parts, key=smaller_part)
 
 
 def changed_files(commit: Document) -> list[str]:
@@ -86,8 +86,10 @@ def without_files(document: Document, names: AbstractSet[str]) -> Document:
         return document
     repository = document.name.rsplit("@", 1)[0]
     message, patches = message_and_patches(document.text)
-    left = [patch.text for patch in patches if f"{repository}/{patch.path}" not in names]
-    return replace(document, text="".join([message, *left]))
+    remaining_patches = [
+        patch.text for patch in patches if f"{repository}/{patch.path}" not in names
+    ]
+    return replace(document, text="".join([message, *remaining_patches]))
 
 
 def between_groups(groups: Sequence[list[Document]]) -> tuple[list[Document], list[Document]]:
@@ -96,8 +98,10 @@ def between_groups(groups: Sequence[list[Document]]) -> tuple[list[Document], li
     """
     sizes = list(accumulate(map(characters, groups)))
     cuts = range(1, len(groups))
-    first = min(cuts, key=lambda cut: abs(2 * sizes[cut - 1] - sizes[-1]), default=0)
-    return list(chain.from_iterable(groups[:first])), list(chain.from_iterable(groups[first:]))
+    num_first = min(cuts, key=lambda cut: abs(2 * sizes[cut - 1] - sizes[-1]), default=0)
+    return list(chain.from_iterable(groups[:num_first])), list(
+        chain.from_iterable(groups[num_first:])
+    )
 
 
 def smaller_part(parts: tuple[list[Document], list[Document]]) -> int:
@@ -109,14 +113,14 @@ def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
     """Return the first and the second halves of all documents; a document that cannot be cut is a
     second half.
     """
-    firsts = []
-    seconds = []
+    first_parts = []
+    second_parts = []
     for document in documents:
         first, second = cut_text(document)
         if first:
-            firsts.append(replace(document, text=first))
-        seconds.append(replace(document, text=second))
-    return firsts, seconds
+            first_parts.append(replace(document, text=first))
+        second_parts.append(replace(document, text=second))
+    return first_parts, second_parts
 
 
 def cut_text(document: Document) -> tuple[str, str]:
@@ -124,18 +128,20 @@ def cut_text(document: Document) -> tuple[str, str]:
     text = document.text
     if document.kind == "messages":
         messages = json.loads(text)
-        cuts = [cut for cut in range(1, len(messages)) if _are_dialogues(messages, cut)]
-        if not cuts:
+        positions = [
+            position for position in range(1, len(messages)) if _are_dialogues(messages, position)
+        ]
+        if not positions:
             return "", text
-        cut = min(cuts, key=lambda cut: abs(2 * cut - len(messages)))
-        return json.dumps(messages[:cut]), json.dumps(messages[cut:])
+        position = min(positions, key=lambda position: abs(2 * position - len(messages)))
+        return json.dumps(messages[:position]), json.dumps(messages[position:])
     middle = len(text) // 2
     quarter = int(SMALLEST_PART * len(text))
     word = max(0, middle - LONGEST_WORD)
     for end, start in (("\n", quarter), (" ", quarter), ("\n", word), (" ", word)):
-        cut = text.rfind(end, start, middle) + 1
-        if cut:
-            return text[:cut], text[cut:]
+        position = text.rfind(end, start, middle) + 1
+        if position:
+            return text[:position], text[position:]
     return text[:middle], text[middle:]
 
 

@@ -40,14 +40,14 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> N
         seed: seed of all epochs.
         epoch: number of the epoch.
     """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [mix(mix(mix(seed & MASK_64) ^ epoch) + index) for index in range(ROUNDS)]
-    values = feistel(positions.astype(np.uint64), half, keys)
-    outside = values >= size
+    values = feistel(positions.astype(np.uint64), half_bits, keys)
+    is_outside = values >= size
     # Cycle walking takes a few turns: the network's domain is smaller than four times `size`.
-    while outside.any():
-        values[outside] = feistel(values[outside], half, keys)
-        outside = values >= size
+    while is_outside.any():
+        values[is_outside] = feistel(values[is_outside], half_bits, keys)
+        is_outside = values >= size
     return values.astype(np.int64)
 
 
@@ -55,17 +55,17 @@ def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
     """Return the items at positions [start, stop) of an endless sequence of epochs, each of which
     holds `size` items once.
     """
-    epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), size)
+    epochs, positions = np.divmod(np.arange(start, stop, dtype=np.int64), size)
     parts = [
-        permute(within[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)
+        permute(positions[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)
     ]
-    return np.concatenate([within[:0], *parts])
+    return np.concatenate([positions[:0], *parts])
 
 
-def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[np.uint64]:
+def feistel(values: NDArray[np.uint64], half_bits: int, keys: list[int]) -> NDArray[np.uint64]:
     """Apply a keyed bijection of [0, 4**half) to `values`, one round per key."""
-    shift = np.uint64(half)
-    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
     left = values >> shift
     right = values & mask
     for key in keys:
@@ -151,7 +151,7 @@ class RowLoader:
 
     def first(self, rows: int) -> "RowLoader":
         """Return a loader restricted to the first `rows` rows of the first epoch, at most all."""
-        return self._restricted(self.order(0, min(rows, len(self.row_ids))))
+        return self._restrict_to(self.order(0, min(rows, len(self.row_ids))))
 
     def with_targets(self) -> "RowLoader":
         """Return a loader restricted to the rows in which something is to be predicted.
@@ -172,9 +172,9 @@ class RowLoader:
                 f"The text in {self.shards.folder} has nothing to predict; give conversations with "
                 "answers of the assistant, or other text."
             )
-        return self if len(rows) == self.num_rows else self._restricted(rows)
+        return self if len(rows) == self.num_rows else self._restrict_to(rows)
 
-    def _restricted(self, row_ids: NDArray[np.int64]) -> "RowLoader":
+    def _restrict_to(self, row_ids: NDArray[np.int64]) -> "RowLoader":
         return RowLoader(self.shards, self.batch_rows, self.length, self.seed, row_ids)
 
     def next(self) -> Batch:
@@ -217,18 +217,18 @@ class RowLoader:
         """
         length = self.length
         first = index * self.length
-        stored = np.zeros(length + 1, dtype=np.uint32)
-        available = self.shards.ids_N[first : first + length + 1]
-        stored[: len(available)] = available
-        starts = self.starts(first, length)
+        tokens = np.zeros(length + 1, dtype=np.uint32)
+        available_tokens = self.shards.ids_N[first : first + length + 1]
+        tokens[: len(available_tokens)] = available_tokens
+        is_start = self.starts(first, length)
         places = np.arange(length)
-        positions = places - np.maximum.accumulate(np.where(starts[:length], places, 0))
-        targets = stored[1:]
+        positions = places - np.maximum.accumulate(np.where(is_start[:length], places, 0))
+        targets = tokens[1:]
         labels = np.where(
-            starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64)
+            is_start[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64)
         )
-        labels[max(0, len(available) - 1) :] = IGNORE
-        return (stored[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
+        labels[max(0, len(available_tokens) - 1) :] = IGNORE
+        return (tokens[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
 
     def starts(self, first: int, length: int) -> NDArray[np.bool_]:
         """Return `[length + 1]`: whether a document, or the padding after the last one, begins at
@@ -238,9 +238,9 @@ class RowLoader:
         # Bounds of another type would have NumPy convert all offsets, for each row.
         bounds = np.array([first, first + length + 1], dtype=offsets.dtype)
         low, high = np.searchsorted(offsets, bounds)
-        starts = np.zeros(length + 1, dtype=np.bool_)
-        starts[offsets[low:high].astype(np.int64) - first] = True
-        return starts
+        is_start = np.zeros(length + 1, dtype=np.bool_)
+        is_start[offsets[low:high].astype(np.int64) - first] = True
+        return is_start
 
     def state(self) -> dict[str, int]:
         """Return the state from which `load` resumes."""
@@ -259,12 +259,12 @@ class RowLoader:
         Raises:
             DataError: the state is of other tokens, other rows, another seed or row length.
         """
-        expected = self.state()
+        expected_state = self.state()
         for name in ("seed", "length", "shards", "chosen"):
-            if state.get(name) != expected.get(name):
-                what = {"shards": "tokens", "chosen": "rows"}.get(name, name)
+            if state.get(name) != expected_state.get(name):
+                part = {"shards": "tokens", "chosen": "rows"}.get(name, name)
                 raise DataError(
-                    f"The run was started with other {what}; "
+                    f"The run was started with other {part}; "
                     "restore them or start a new run folder."
                 )
         self.cursor = state["cursor"]

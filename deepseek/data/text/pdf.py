@@ -15,7 +15,7 @@ from deepseek.terminal import unicode_only
 WITHOUT_TEXT = "PDF without text"
 """Reason for skipping scans, whose pages are pictures."""
 
-REPEATED = 3
+LEAST_REPEATS = 3
 """Pages that must begin or end with the same line, digits ignored, for it to be a running head."""
 
 EDGES = 2
@@ -39,7 +39,7 @@ Lines with signs of formulas are not headings, nor are those that end with a num
 of contents.
 """
 
-SHORT = 0.85
+SHORT_LINE = 0.85
 """The last line of a paragraph is shorter than this share of the line before it."""
 
 
@@ -70,26 +70,26 @@ def page_lines(page: str) -> list[str]:
 
 
 def without_running_heads(pages: Sequence[list[str]]) -> list[list[str]]:
-    """Return the pages without first and last lines that, digits ignored, occur there on `REPEATED`
-    pages.
+    """Return the pages without first and last lines that, digits ignored, occur there on
+    `LEAST_REPEATS` pages.
     """
-    tops = Counter(_numbers_aside(page[0]) for page in pages if page)
-    bottoms = Counter(_numbers_aside(page[-1]) for page in pages if page)
-    remaining = []
+    tops = Counter(_without_numbers(page[0]) for page in pages if page)
+    bottoms = Counter(_without_numbers(page[-1]) for page in pages if page)
+    remaining_pages = []
     for page in pages:
         start = int(bool(page) and _is_running(page[0], tops))
         stop = len(page) - int(len(page) > start and _is_running(page[-1], bottoms))
-        remaining.append(page[start:stop])
-    return remaining
+        remaining_pages.append(page[start:stop])
+    return remaining_pages
 
 
 def _is_running(line: str, counts: Counter[str]) -> bool:
     # A bracket that ends many pages is code, not a running head.
     is_text = any(character.isalnum() for character in line)
-    return is_text and counts[_numbers_aside(line)] >= REPEATED
+    return is_text and counts[_without_numbers(line)] >= LEAST_REPEATS
 
 
-def _numbers_aside(line: str) -> str:
+def _without_numbers(line: str) -> str:
     return re.sub(r"\d+", "", line).strip()
 
 
@@ -100,14 +100,14 @@ def joined_words(text: str) -> str:
     """
     compounds = {compound.lower() for compound in COMPOUND.findall(text)}
 
-    def joined(broken: re.Match[str]) -> str:
-        first, second, rest = broken.groups()
+    def join(match: re.Match[str]) -> str:
+        first, second, rest = match.groups()
         if not second[0].islower():  # a compound of names
-            return broken[0]
+            return match[0]
         hyphen = "-" if f"{first}-{second}".lower() in compounds else ""
         return f"{first}{hyphen}{second}{rest}\n"
 
-    return BROKEN_WORD.sub(joined, text)
+    return BROKEN_WORD.sub(join, text)
 
 
 def with_paragraphs(lines: Iterable[str]) -> str:
@@ -116,14 +116,14 @@ def with_paragraphs(lines: Iterable[str]) -> str:
     PDF files hold lines, not paragraphs: one ends where a sentence ends in a short line.
     """
     parts: list[str] = []
-    before = ""
+    previous_line = ""
     for line in lines:
         is_heading = HEADING.match(line) is not None
         if is_heading and parts and parts[-1] != "":
             parts.append("")
         parts.append(line)
-        ends = line[-1:] in ".!?:" and len(line) < SHORT * len(before)
+        ends = line[-1:] in ".!?:" and len(line) < SHORT_LINE * len(previous_line)
         if is_heading or ends:
             parts.append("")
-        before = line
+        previous_line = line
     return "\n".join(parts).strip() + "\n"

@@ -43,7 +43,7 @@ TAIL = "[A-Za-z0-9_-]*"
 DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 
 
-def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
+def plugin_rules(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
     """Return the rules of a detect-secrets plugin.
 
     Services lengthen their tokens without notice, so a pattern without a group is extended to the
@@ -59,13 +59,13 @@ def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[R
     for pattern in DETECTORS[secret_type]().denylist:
         own_group = min(group, pattern.groups)
         # The look-ahead at the end of some patterns is false within a longer token.
-        longer = pattern.pattern.removesuffix(r"(?!\w)") + TAIL
-        whole = pattern if own_group else re.compile(longer, pattern.flags)
-        rules.append(Rule(kind, tuple(hints.split()), whole, own_group))
+        extended_pattern = pattern.pattern.removesuffix(r"(?!\w)") + TAIL
+        matcher = pattern if own_group else re.compile(extended_pattern, pattern.flags)
+        rules.append(Rule(kind, tuple(hints.split()), matcher, own_group))
     return rules
 
 
-def own(kind: str, hints: str, pattern: str, group: int = 0) -> Rule:
+def custom_rule(kind: str, hints: str, pattern: str, group: int = 0) -> Rule:
     """Return a rule of ours. It matches ASCII only, as text without spaces may adjoin a secret.
 
     Args:
@@ -185,38 +185,40 @@ def is_code(value: str) -> bool:
         return True
     if re.search(r"\w[!@$%^~]|(?:[!@#$%^&*~+].*){3}", value):
         return False
-    closed = all(value.count(left) == value.count(right) for left, right in ("()", "[]", "{}"))
+    is_balanced = all(value.count(left) == value.count(right) for left, right in ("()", "[]", "{}"))
     words = re.findall("[A-Za-z0-9]+", value)
-    return (closed or value[-1] in "([{,:=") and all(map(PLAIN_WORD.fullmatch, words))
+    return (is_balanced or value[-1] in "([{,:=") and all(map(PLAIN_WORD.fullmatch, words))
 
 
 RULES = (
     Rule("private-key", ("PRIVATE KEY",), PRIVATE_KEY),
-    own("aws-key", "AKIA ASIA A3T", BEGIN + r"(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{16}" + TAIL),
-    own("aws-key", "ABIA ACCA", AWS_RARE_ID + TAIL),
-    *(rule for rule in published("aws-key", "aws AWS Aws", "AWS Access Key", 1) if rule.group),
-    own("aws-key", "aws_secret AWS_SECRET", AWS_UNQUOTED, 1),
-    *published("azure-key", "AccountKey=", "Azure Storage Account access key"),
-    *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),
-    own("github-token", "github_pat_", r"github_pat_\w{22,}"),
-    *published("gitlab-token", GITLAB_PREFIXES, "GitLab Token"),
-    own("google-key", "AIza ya29.", BEGIN + r"(?:AIza[\w-]{35,}|ya29\.[\w-]{20,})"),
-    own("anthropic-key", "sk-ant-", BEGIN + r"sk-ant-[\w-]{20,}"),
-    own("openai-key", "sk-", BEGIN + r"sk-(?:proj|svcacct|admin)-[\w-]{20,}"),
-    own("openai-key", "T3BlbkFJ", OPENAI),
-    own("huggingface-token", "hf_", BEGIN + r"hf_[A-Za-z0-9]{34,}"),
-    *published("slack-token", "xox hooks.slack.com", "Slack Token"),
-    own("slack-token", "xapp-", BEGIN + r"xapp-\d-\w{5,40}-\d{5,20}-\w{20,}"),
-    *published("stripe-key", "_live_", "Stripe Access Key"),
-    *published("sendgrid-key", "SG.", "SendGrid API Key"),
-    *published("mailchimp-key", "-us", "Mailchimp Access Key"),
-    *published("square-token", "sq0csp-", "Square OAuth Secret"),
-    *published("pypi-token", "pypi-AgE", "PyPI Token"),
-    own("npm-token", "_authToken", NPM_SETTING, 1),
-    own("npm-token", "npm_", BEGIN + r"npm_[A-Za-z0-9]{36,}"),
-    *published("discord-token", ".", "Discord Bot Token"),
-    *published("telegram-token", ":", "Telegram Bot Token"),
-    own("jwt", "eyJ", JWT, 1),
+    custom_rule(
+        "aws-key", "AKIA ASIA A3T", BEGIN + r"(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{16}" + TAIL
+    ),
+    custom_rule("aws-key", "ABIA ACCA", AWS_RARE_ID + TAIL),
+    *(rule for rule in plugin_rules("aws-key", "aws AWS Aws", "AWS Access Key", 1) if rule.group),
+    custom_rule("aws-key", "aws_secret AWS_SECRET", AWS_UNQUOTED, 1),
+    *plugin_rules("azure-key", "AccountKey=", "Azure Storage Account access key"),
+    *plugin_rules("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),
+    custom_rule("github-token", "github_pat_", r"github_pat_\w{22,}"),
+    *plugin_rules("gitlab-token", GITLAB_PREFIXES, "GitLab Token"),
+    custom_rule("google-key", "AIza ya29.", BEGIN + r"(?:AIza[\w-]{35,}|ya29\.[\w-]{20,})"),
+    custom_rule("anthropic-key", "sk-ant-", BEGIN + r"sk-ant-[\w-]{20,}"),
+    custom_rule("openai-key", "sk-", BEGIN + r"sk-(?:proj|svcacct|admin)-[\w-]{20,}"),
+    custom_rule("openai-key", "T3BlbkFJ", OPENAI),
+    custom_rule("huggingface-token", "hf_", BEGIN + r"hf_[A-Za-z0-9]{34,}"),
+    *plugin_rules("slack-token", "xox hooks.slack.com", "Slack Token"),
+    custom_rule("slack-token", "xapp-", BEGIN + r"xapp-\d-\w{5,40}-\d{5,20}-\w{20,}"),
+    *plugin_rules("stripe-key", "_live_", "Stripe Access Key"),
+    *plugin_rules("sendgrid-key", "SG.", "SendGrid API Key"),
+    *plugin_rules("mailchimp-key", "-us", "Mailchimp Access Key"),
+    *plugin_rules("square-token", "sq0csp-", "Square OAuth Secret"),
+    *plugin_rules("pypi-token", "pypi-AgE", "PyPI Token"),
+    custom_rule("npm-token", "_authToken", NPM_SETTING, 1),
+    custom_rule("npm-token", "npm_", BEGIN + r"npm_[A-Za-z0-9]{36,}"),
+    *plugin_rules("discord-token", ".", "Discord Bot Token"),
+    *plugin_rules("telegram-token", ":", "Telegram Bot Token"),
+    custom_rule("jwt", "eyJ", JWT, 1),
     Rule("password", ("://",), ADDRESS, 1),
     Rule("password", ('"', "'", "`"), ASSIGNED, 1, is_code),
     Rule("password", ("pass", "PASS", "Pass"), PASSWORD, 1, is_code),

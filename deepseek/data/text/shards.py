@@ -103,9 +103,13 @@ class TokenShards:
                 "There are no documents to tokenise; check the source and what it skipped."
             )
         source = source_digest(documents, tokenizer, options)
-        existing = open_existing(Path(folder))
-        if existing is not None and existing.source == source and existing.is_intact():
-            return existing
+        existing_shards = open_existing(Path(folder))
+        if (
+            existing_shards is not None
+            and existing_shards.source == source
+            and existing_shards.is_intact()
+        ):
+            return existing_shards
         with atomic_folder(folder) as temporary:
             lengths = write_tokens(
                 documents, DocumentEncoder(tokenizer, options), temporary, progress
@@ -199,7 +203,7 @@ def map_file(
     """Return a read-only view of a file of `length` numbers; raise `DataError` if its size
     differs.
     """
-    expected = max(0, length) * np.dtype(dtype).itemsize
-    if not path.is_file() or path.stat().st_size != expected:
+    expected_bytes = max(0, length) * np.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size != expected_bytes:
         raise DataError(f"{path} is missing or cut short; delete {path.parent} to rebuild it.")
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(length,))

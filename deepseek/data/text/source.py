@@ -81,7 +81,7 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
     file outside `root`, or to one that would be skipped itself: a folder from somebody else could
     hold links to the user's private files.
     """
-    inside = root.resolve()
+    resolved_root = root.resolve()
 
     def count_unreadable(_error: OSError) -> None:
         skipped["unreadable"] += 1
@@ -94,7 +94,7 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
             file = Path(folder, name)
             reason = reason_by_path(name)
             if reason is None and file.is_symlink():
-                reason = _link_reason(file, inside)
+                reason = _link_reason(file, resolved_root)
             if reason:
                 skipped[reason] += 1
             else:
@@ -117,29 +117,29 @@ def _link_reason(link: Path, root: Path) -> str | None:
     return reason_by_path(target.relative_to(root).as_posix())
 
 
-def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Document | None:
+def read_file(file: Path, relative_path: str, folder: str, skipped: Skipped) -> Document | None:
     """Return the document of one file, or None after counting in `skipped` why it is skipped.
 
     Args:
         file: path on disk.
-        relative: its path below the folder, with slashes.
+        relative_path: its path below the folder, with slashes.
         folder: name of the folder.
         skipped: counter by reason.
     """
     try:
         status = file.stat()
-        if not file.is_file() or status.st_size > largest_size(relative):
+        if not file.is_file() or status.st_size > largest_size(relative_path):
             skipped["too large" if file.is_file() else "not a file"] += 1
             return None
         data = file.read_bytes()
     except OSError:
         skipped["unreadable"] += 1
         return None
-    name = document_name(f"{folder}/{relative}")
+    name = document_name(f"{folder}/{relative_path}")
     time = int(status.st_mtime)
     if file.suffix.lower() == PDF_SUFFIX:
         return pdf_document(data, name, time, skipped)
-    document = file_document(data, relative, name, time, skipped)
+    document = file_document(data, relative_path, name, time, skipped)
     if document and file.suffix.lower() in HTML_SUFFIXES:
         return replace(document, text=html_to_text(document.text))
     return document
@@ -215,8 +215,8 @@ def _lines(file: Path) -> Iterator[bytes]:
         DataError: it cannot be decompressed, or a line has `LONGEST_LINE` bytes or more, as one of
             a small compressed file can have.
     """
-    packed = file.suffix.lower() == ".gz"
-    with gzip.open(file) if packed else open(file, "rb") as stream:
+    is_compressed = file.suffix.lower() == ".gz"
+    with gzip.open(file) if is_compressed else open(file, "rb") as stream:
         for number in count(1):
             try:
                 line = stream.readline(LONGEST_LINE)
@@ -232,8 +232,8 @@ def _lines(file: Path) -> Iterator[bytes]:
             yield line
 
 
-def parse(line: str, where: str) -> Mapping[str, Any]:
-    """Return the object on one JSONL line; `where` names file and line in errors.
+def parse(line: str, location: str) -> Mapping[str, Any]:
+    """Return the object on one JSONL line; `location` names file and line in errors.
 
     Raises:
         DataError: the line is not a JSON object.
@@ -241,12 +241,14 @@ def parse(line: str, where: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
     except RecursionError:
-        raise DataError(f"{where} is nested too deeply; write one flat object per line.") from None
+        raise DataError(
+            f"{location} is nested too deeply; write one flat object per line."
+        ) from None
     except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); write one object per line.") from error
+        raise DataError(f"{location} is not JSON ({error}); write one object per line.") from error
     if not isinstance(record, dict):
         raise DataError(
-            f'{where} is a {type(record).__name__}, not an object; wrap it as {{"text": ...}}.'
+            f'{location} is a {type(record).__name__}, not an object; wrap it as {{"text": ...}}.'
         )
     return record
 
@@ -262,25 +264,25 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
         DataError: the record has none of the supported fields.
     """
     file, _, number = name.rpartition(":")
-    where = f"{file} line {number}"
-    time = record_time(record.get("time", 0), where)
+    location = f"{file} line {number}"
+    time = record_time(record.get("time", 0), location)
     if isinstance(record.get("text"), str):
         document = Document(record["text"], name, "text", time)
     elif isinstance(record.get("messages"), list):
-        document = conversation(record["messages"], where, name, time)
+        document = conversation(record["messages"], location, name, time)
     elif "prompt" in record and "chosen" in record:
-        messages = preferred(record["prompt"], record["chosen"], where)
-        document = conversation(messages, where, name, time)
+        messages = preferred(record["prompt"], record["chosen"], location)
+        document = conversation(messages, location, name, time)
     elif "text" in record:
-        raise DataError(f"{where}: `text` is {shown(record['text'])}, no text; correct it.")
+        raise DataError(f"{location}: `text` is {shown(record['text'])}, no text; correct it.")
     else:
         raise DataError(
-            f"{where} has no `text`, `messages` or `prompt` with `chosen` but "
+            f"{location} has no `text`, `messages` or `prompt` with `chosen` but "
             f"{field_names(record)}; rename its fields."
         )
     if not is_unicode(document.text):
         raise DataError(
-            f"{where} is no Unicode text (it holds half of a surrogate pair); write it as UTF-8."
+            f"{location} is no Unicode text (it holds half of a surrogate pair); write it as UTF-8."
         )
     return document
 
@@ -290,11 +292,11 @@ def field_names(record: Mapping[str, Any]) -> str:
     return visible(", ".join(sorted(record))[:200]) or "nothing"
 
 
-def record_time(value: object, where: str) -> int:
+def record_time(value: object, location: str) -> int:
     """Return a record's time in whole seconds since 1970; 0 if it is neither a number nor a date.
 
     Raises:
-        DataError: it is infinite, NaN or beyond `LATEST`; the message names `where`.
+        DataError: it is infinite, NaN or beyond `LATEST`; the message names `location`.
     """
     if isinstance(value, datetime):
         # UTC if it has no zone, so that it means the same on every machine.
@@ -304,19 +306,19 @@ def record_time(value: object, where: str) -> int:
         return 0
     if not -LATEST <= value <= LATEST or math.isnan(value):
         raise DataError(
-            f"{where}: `time` must be seconds since 1970, not {shown(value)}; correct it or "
+            f"{location}: `time` must be seconds since 1970, not {shown(value)}; correct it or "
             "leave it out."
         )
     return int(value)
 
 
-def preferred(prompt: object, chosen: object, where: str) -> list[Any]:
+def preferred(prompt: object, chosen: object, location: str) -> list[Any]:
     """Return the conversation with the chosen answer.
 
     Args:
         prompt: a text or a list of messages.
         chosen: a text or a list of messages, which may repeat the prompt.
-        where: file and line, named in errors.
+        location: file and line, named in errors.
 
     Raises:
         DataError: the messages are nested too deeply to be compared.
@@ -326,7 +328,7 @@ def preferred(prompt: object, chosen: object, where: str) -> list[Any]:
     try:
         return after if after[: len(before)] == before else [*before, *after]
     except RecursionError:
-        raise DataError(f"{where} is nested too deeply; write messages as texts.") from None
+        raise DataError(f"{location} is nested too deeply; write messages as texts.") from None
 
 
 def parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
