@@ -116,7 +116,7 @@ def test_a_plan_for_hardware_of_any_speed_is_printed(option: str) -> None:
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("adapt",), "no text to learn from"),
         (("plan", "deepseek-9b"), "perhaps 'deepseek-8b'"),
-        (("plan", "smollm2-135m"), "fetch or convert it first with `deepseek pull smollm2-135m`"),
+        (("plan", "owner/model"), "fetch or convert it first with `deepseek pull owner/model`"),
         (("plan", "x.gguf"), "fetch or convert it first with `deepseek pull x.gguf`"),
         (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
         (
