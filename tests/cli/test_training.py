@@ -7,6 +7,7 @@ import pytest
 from tiny_expert import save_base
 
 import deepseek
+from deepseek.checkpoint.hub import KNOWN
 from deepseek.cli.main import main
 from deepseek.data import read_records
 from deepseek.model.config import ModelConfig
@@ -78,6 +79,12 @@ def test_the_help_of_plan_names_every_preset(capsys: pytest.CaptureFixture[str])
     assert call("plan", "--help") == 0
     words = capsys.readouterr().out.replace(",", " ").split()
     assert [name for name in PRESETS if name not in words] == []
+
+
+def test_the_help_of_pull_names_every_known_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("pull", "--help") == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert [name for name in KNOWN if name not in words] == []
 
 
 @pytest.mark.parametrize(("profile", "fields"), [("code", 3), ("long", 3), ("small", 0)])
