@@ -11,7 +11,8 @@ from deepseek.cli.output import echo
 
 def pull(
     name: Annotated[
-        str, typer.Argument(help="smollm2-135m, gemma3-270m, a GGUF file, or a hub id (owner/name).")
+        str,
+        typer.Argument(help="smollm2-135m, gemma3-270m, a GGUF file, or a hub id (owner/name)."),
     ] = "smollm2-135m",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
