@@ -51,8 +51,6 @@ def job_command(
     option_names = {name: option_name(name) for name in arguments}
 
     def command(**options: Any) -> None:
-        from deepseek.device.choose import choose_device, choose_dtype
-
         values = {name: value for name, value in options.items() if value not in (None, [])}
         extra_values = {name: values.pop(name) for name in extra_options or {} if name in values}
         if BY_OPTION in values:
@@ -66,6 +64,8 @@ def job_command(
         with about_options(option_names):
             job_arguments = declaration.read(**values)
         if "device" in arguments:
+            from deepseek.device.choose import choose_device, choose_dtype
+
             # Before a base is fetched, which can take minutes.
             device = choose_device(job_arguments.device)  # type: ignore[attr-defined]
             choose_dtype(getattr(job_arguments, "dtype", "auto"), device)

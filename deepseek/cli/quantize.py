@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deepseek.checkpoint.files import new_path
 from deepseek.cli.options import Device
 from deepseek.cli.output import echo
 from deepseek.errors import ConfigError
@@ -30,12 +31,13 @@ def quantize(
     The model is read and written layer by layer, so that it need not fit into memory. If
     interrupted, the same command goes on after the last finished layer.
     """
+    if not 4 <= bits <= 8:  # NaN too
+        raise ConfigError(f"--bits {bits:g} must be from 4 to 8.")
+    new_path(out)
     from deepseek.device.choose import choose_device
     from deepseek.export.quantize import quantize_model
     from deepseek.train.loop.progress import ProgressBar
 
-    if not 4 <= bits <= 8:  # NaN too
-        raise ConfigError(f"--bits {bits:g} must be from 4 to 8.")
     choose_device(device)  # a wrong one is told before anything is loaded
     with ProgressBar() as progress:
         result = quantize_model(model, out, bits=bits, device=device, progress=progress)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deepseek.checkpoint.files import existing_path
 from deepseek.cli.options import DryRun
 from deepseek.cli.output import echo
 
@@ -16,6 +17,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Run the stages of a recipe in order. If interrupted, the same command resumes it."""
+    existing_path(recipe)
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe
 
