@@ -30,6 +30,9 @@ from rich.text import Text
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WIDTH = 100
+FONT_FACE = re.compile(r"\s*@font-face \{[^}]*\}")
+"""Rich's rules that load a font from another site; the reader's monospaced font does as well."""
+
 REPLACED = re.compile(r"(?:\r|\x1b\[\d*[AK])+")
 """Control sequences that a progress bar writes before it redraws itself."""
 
@@ -76,7 +79,8 @@ def main() -> None:
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(Text(f"$ {' '.join([*typed, *map(shown, options.arguments)])}", style="bold"))
     console.print(Text.from_ansi(text.strip()))
-    console.save_svg(str(HERE / f"{options.picture}.svg"), title="")
+    picture = FONT_FACE.sub("", console.export_svg(title=""))
+    (HERE / f"{options.picture}.svg").write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":
