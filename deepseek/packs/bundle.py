@@ -12,10 +12,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.output import new_file, no_room
 from deepseek.checkpoint.store import atomic_write, disk_full_explained, home
 from deepseek.errors import PackError
-from deepseek.packs.archive import BLOCK, open_archive, write_archive
+from deepseek.packs.archive import BLOCK, is_archive, open_archive, write_archive
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.lock import LOCK_FILE, Lock, LockedExpert, read_lock, write_lock
 from deepseek.packs.pack import read_pack
@@ -81,6 +82,7 @@ def install_bundle(
             has the name of one of the experts, or belongs to a training of this home.
         TrainError: the disk is full.
     """
+    _check_archive(path)
     lock = read_lock(path, trusted)
     target_folder = folder or experts_folder()
     missing = [
@@ -108,6 +110,20 @@ def install_bundle(
             _check_pack(expert, temporary, lock, f"get {path} again")
         archive.end()
     return Installation(lock, tuple(expert.name for expert in missing))
+
+
+def _check_archive(path: Path) -> None:
+    """Check that a file is a bundle, as `read_lock` accepts a lock file as well.
+
+    Raises:
+        PackError: it is not.
+    """
+    try:
+        is_bundle = not is_special(path) and is_archive(path)
+    except OSError as error:
+        raise PackError(f"The bundle {path} cannot be read ({error.strerror}).") from None
+    if not is_bundle:
+        raise PackError(f"{path} is not a bundle; give a file of `deepseek expert bundle`.")
 
 
 def _file_of(expert: LockedExpert) -> str:

@@ -89,7 +89,10 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
         ("data questions --out x.md --from-folder .", "x.md does not end with .jsonl"),
         ("expert bundle .", "exists already"),
         ("expert bundle x.tar", "There is no expert for the base smollm2-135m in "),
-        ("expert install nosuch.tar", "nosuch.tar cannot be read (No such file or directory)."),
+        (
+            "expert install nosuch.tar",
+            "The bundle nosuch.tar cannot be read (No such file or directory).",
+        ),
         ("expert install .", "cannot be read (Is a directory)."),
         ("plan --deepspeed .", "cannot be written, it is a folder; choose another path."),
         ("expert rename demo x!y", "'x!y' is no name; use at most 64 letters"),

@@ -1,6 +1,7 @@
 """Sets of experts as one file: complete or refused, whatever the file holds."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs import archive
 from deepseek.packs.bundle import install_bundle, write_bundle
-from deepseek.packs.lock import LOCK_FILE, lock_packs, locked_packs, read_lock
+from deepseek.packs.lock import LOCK_FILE, lock_packs, locked_packs, read_lock, write_lock
 from deepseek.packs.pack import write_pack
 from deepseek.packs.signature import keygen, load_key, trusted_keys
 
@@ -182,6 +183,17 @@ def test_a_changed_bundle_installs_nothing(bundle: Path, change: Change, tmp_pat
     with pytest.raises(PackError):
         install_bundle(bundle, tmp_path / "elsewhere")
     assert contents(tmp_path / "elsewhere") == {}
+
+
+def test_what_is_no_bundle_is_named(bundle: Path, packs: list[Path], tmp_path: Path) -> None:
+    lock_file = tmp_path / LOCK_FILE
+    write_lock(lock_file, lock_packs(packs))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (lock_file, packs[0], tmp_path / "pipe"):
+        with pytest.raises(PackError, match="is not a bundle; give a file of"):
+            install_bundle(path, tmp_path / "elsewhere")
+    with pytest.raises(PackError, match=r"bundle .*nosuch.tar cannot be read"):
+        install_bundle(tmp_path / "nosuch.tar", tmp_path / "elsewhere")
 
 
 def test_a_long_header_is_not_read(bundle: Path, tmp_path: Path) -> None:
