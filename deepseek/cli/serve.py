@@ -72,8 +72,8 @@ def serve(
     lock: Annotated[
         Path | None,
         typer.Option(
-            help="Plug exactly the packs of a lock file or bundle of `deepseek expert`, in place of "
-            "--experts."
+            help="Plug exactly the packs of a file of `deepseek expert lock` or `bundle`, in place "
+            "of --experts."
         ),
     ] = None,
     lock_trusted: Annotated[

@@ -37,7 +37,9 @@ def _sentence(message: str) -> str:
 def _hint(error: Any, context: Any) -> str:
     """Return what to add to the message, from a semicolon on; empty: nothing."""
     command = context.command
-    options = [name for parameter in command.params for name in parameter.opts if name[0] == "-"]
+    options: list[str] = []
+    for parameter in command.params:
+        options += filter(lambda name: name.startswith("-"), parameter.opts)
     message = error.format_message()
     if hasattr(error, "possibilities"):
         return _option_hint(error, [*command.params], options)

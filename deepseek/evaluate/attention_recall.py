@@ -118,7 +118,10 @@ def attention_kept(
     for layer, texts in stream_layers(model, ids_RT):
         if layer >= first_layer:
             parts = [_measure_kept(layer, inputs, at_N, key_choices) for inputs in texts]
-            yield layer, {name: _mean([part[name] for part in parts]) for name in key_choices}
+            means = {}
+            for name in key_choices:
+                means[name] = _mean([part[name] for part in parts])
+            yield layer, means
 
 
 def _measure_kept(

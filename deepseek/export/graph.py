@@ -162,7 +162,9 @@ class Graph(nn.Module):
             armed=self.armed,
         )
         logits_BTV = ForwardPass(model, hidden_BTD, ctx).logits()
-        present_states = [part for states in cache for part in states[:2]]
+        present_states: list[Tensor] = []
+        for states in cache:
+            present_states += states[:2]
         return [
             logits_BTV,
             *present_states,

@@ -55,7 +55,7 @@ class ArchiveReader:
         self._archive = archive
 
     def next_file(self, name: str) -> tuple[IO[bytes], int]:
-        """Return the next file and its size in bytes.
+        """Return the next file, opened for reading, and its size in bytes.
 
         Args:
             name: the name that it must have.

@@ -77,7 +77,8 @@ def install_bundle(
         replace: whether to replace other packs under the same names.
 
     Raises:
-        ConfigError: somebody else put a pack into the folder meanwhile.
+        ConfigError: somebody else put a pack into the folder while those of the bundle got their
+            names; the same call completes the set once that pack is gone.
         PackError: the bundle cannot be read, is damaged or not signed as required; or another pack
             has the name of one of the experts, or belongs to a training of this home.
         TrainError: the disk is full.

@@ -142,8 +142,8 @@ def check_names(names: Collection[str], expected: Collection[str]) -> None:
 
 
 def _bad_length(prefix: bytes, length: int) -> str:
-    # A valid length can start with the same two bytes as a pickle. The third byte tells them apart:
-    # every pickle opcode is "(" or above.
+    # A valid length can start with the same two bytes as such an archive. The third byte tells them
+    # apart: every opcode there is "(" or above.
     pickled = prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5" and prefix[2:3] >= b"("
     if pickled or prefix.startswith(b"PK"):
         return (

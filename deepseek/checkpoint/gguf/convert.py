@@ -148,12 +148,7 @@ def _parameters(
     )
     missing_names = sorted(names.keys() - set(stems.values()))
     if unknown_names or missing_names:
-        problem = (
-            f"an unknown tensor {unknown_names[0]!r}"
-            if unknown_names
-            else f"no tensor {missing_names[0]!r}"
-        )
-        raise _misfit_error(file, problem, len(missing_names), len(unknown_names))
+        raise _misfit_error(file, missing_names, unknown_names)
     sources: dict[str, list[str]] = {}
     for gguf_name, stem in stems.items():
         if stem in names:
@@ -168,12 +163,17 @@ def _parameters(
         yield from revert_weight_conversion(model, {name: value.to(dtype)}).items()
 
 
-def _misfit_error(
-    file: GgufFile, problem: str, num_missing: int, num_unknown: int
-) -> CheckpointError:
+def _misfit_error(file: GgufFile, missing: list[str], unknown: list[str]) -> CheckpointError:
+    """Return the error for a file without tensors that its metadata call for, or with others.
+
+    Args:
+        file: the file.
+        missing, unknown: names of these tensors, not both empty.
+    """
+    problem = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor for {missing[0]!r}"
     return CheckpointError(
-        f"{file.path} has {problem}, so it does not fit its own metadata ({num_missing} missing, "
-        f"{num_unknown} unknown); convert the original model to GGUF again."
+        f"{file.path} has {problem}, so it does not fit its own metadata ({len(missing)} missing, "
+        f"{len(unknown)} unknown); convert the original model to GGUF again."
     )
 
 
@@ -264,10 +264,5 @@ def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
     model, report = model_and_report
     missing_names, unknown_names = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing_names or unknown_names:
-        problem = (
-            f"an unknown tensor {unknown_names[0]!r}"
-            if unknown_names
-            else f"no tensor for {missing_names[0]!r}"
-        )
-        raise _misfit_error(file, problem, len(missing_names), len(unknown_names))
+        raise _misfit_error(file, missing_names, unknown_names)
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)

@@ -130,6 +130,21 @@ def location(subject: str, place: str) -> Fact:
     )
 
 
+def names_fact(kind: str, subject: str, verb: str, names: list[str], place: str) -> Iterator[Fact]:
+    """Yield the fact that a subject has some names, unless there are none or too many to list.
+
+    Args:
+        kind: kind of the fact.
+        subject: what has the names.
+        verb: words between the subject and the names.
+        names: the names.
+        place: where it is stated.
+    """
+    if 0 < len(names) <= MOST_NAMES:
+        sentence = f"{subject} {verb} {join_names(names)}."
+        yield Fact(kind, subject, sentence, tuple(names), place)
+
+
 def class_facts(node: ast.ClassDef, subject: str, place: str) -> Iterator[Fact]:
     """Yield bases, methods, defaults of fields, and the arguments of `__init__`."""
     bases = [unparse(base) for base in node.bases]
@@ -139,14 +154,7 @@ def class_facts(node: ast.ClassDef, subject: str, place: str) -> Iterator[Fact]:
         )
     functions = [inner for inner in node.body if isinstance(inner, FunctionNode)]
     methods = list(dict.fromkeys(inner.name for inner in functions if is_public(inner.name)))
-    if 0 < len(methods) <= MOST_NAMES:
-        yield Fact(
-            "methods",
-            subject,
-            f"{subject} has the methods {join_names(methods)}.",
-            tuple(methods),
-            place,
-        )
+    yield from names_fact("methods", subject, "has the methods", methods, place)
     for field in node.body:
         if (
             isinstance(field, ast.AnnAssign)
@@ -179,14 +187,7 @@ def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterat
     if return_type and return_type != "None" and len(return_type) <= LONGEST_VALUE:
         yield Fact("returns", subject, f"{subject} returns `{return_type}`.", (return_type,), place)
     exception_names = list(dict.fromkeys(exceptions(node)))
-    if 0 < len(exception_names) <= MOST_NAMES:
-        yield Fact(
-            "raises",
-            subject,
-            f"{subject} raises {join_names(exception_names)}.",
-            tuple(exception_names),
-            place,
-        )
+    yield from names_fact("raises", subject, "raises", exception_names, place)
 
 
 def argument_facts(node: FunctionNode, subject: str, place: str, skipped: int) -> Iterator[Fact]:

@@ -314,7 +314,7 @@ def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"written_as": "mambo"}, "architecture 'mambo'"),
         ({"split_rule": "smolm"}, "rule 'smolm'.*'smollm'"),
         ({"facts": {"split.count": 3}}, "one of 3 parts"),
-        ({"written_as": "qwen2"}, "no tensor 'blk.0.attn_k.bias'"),
+        ({"written_as": "qwen2"}, "no tensor for 'blk.0.attn_k.bias'"),
         ({"written_as": "gpt2"}, "transformers cannot read the gpt2 model"),
     ],
 )
