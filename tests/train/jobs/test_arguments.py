@@ -107,7 +107,7 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
         "collected": nullcontext("texts"),
         "compare": [],
         "existing_path": "/x",
-        "_unlearnt": None,
+        "_unlearnt_filter": None,
         "kept_documents": None,
         "documented_functions": None,
         "drawn_functions": range(100),
