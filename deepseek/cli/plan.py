@@ -77,7 +77,11 @@ def plan(
         typer.Option(help="exact holds all scores; default: flash, or lsh if the config says so."),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="8 or 4: quantised weights, in training the frozen ones.")
+        int | None,
+        typer.Option(
+            help="8 or 4: quantised weights, in training the frozen ones; default: as the model "
+            "has them."
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -138,14 +142,8 @@ def plan(
     """Print estimates of parameters, memory by part, and time of a training run with its scaling
     table, or of inference. Nothing is allocated.
     """
-    from deepseek.cli.plan_tables import (
-        ModelChoice,
-        TrainingOptions,
-        only_given,
-        print_inference,
-        print_training,
-        starting_options,
-    )
+    from deepseek.cli.plan_options import ModelChoice, TrainingOptions, only_given, starting_options
+    from deepseek.cli.plan_tables import print_inference, print_training
 
     if model and config:
         raise ConfigError(f"{model} and --config both name the model; give one of them.")
@@ -183,6 +181,8 @@ def plan(
     )
     with about_options(OPTIONS):
         choice = ModelChoice.of(options.model, config, options.fields)
+        has_frozen = is_inference or trained not in (None, 1)
+        options = options.overridden(bits=choice.bits_to_plan(bits, has_frozen))
         hardware = options.hardware(memory, teraflops, bandwidth)
         if is_inference:
             print_inference(choice, options, hardware, dtype or "bfloat16", as_json)

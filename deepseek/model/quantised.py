@@ -5,12 +5,17 @@ byte, `X.weight_int4`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from deepseek.checkpoint.fingerprint import weight_files
+from deepseek.checkpoint.stream import headers
 from deepseek.errors import CheckpointError
 from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, from_nibbles, quantize, to_nibbles
 from deepseek.kernels.int8_layout import GROUP
@@ -76,6 +81,23 @@ def stored_bits(tensors: Tensors, name: str) -> int | None:
         if name + suffix in tensors:
             return bits
     return None
+
+
+def bits_of_layers(folder: Path) -> int | None:
+    """Return the bits of most weights in the layers of a model folder; None: not quantised.
+
+    Routed experts, which have 8 bits in every quantised model, do not count.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    weights: Counter[int | None] = Counter()
+    for header in chain.from_iterable(map(headers, weight_files(folder))):
+        if "layers." not in header.name or len(header.shape) != 2:
+            continue
+        bits = next((bits for bits, end in SUFFIXES.items() if header.name.endswith(end)), None)
+        weights[bits] += header.elements * 8 // (bits or 8)
+    return weights.most_common(1)[0][0] if weights else None
 
 
 def stored_shape(tensors: Tensors, name: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import deepseek
 from deepseek.checkpoint.hub import KNOWN
 from deepseek.cli.main import main
 from deepseek.data import read_records
+from deepseek.export.quantize import quantize_model
 from deepseek.model.config import ModelConfig
 from deepseek.model.presets import PRESETS
 
@@ -62,6 +63,24 @@ def test_a_plan_of_a_model_folder_is_that_of_its_config(
     assert planned["parameters"] == sum(part.numel() for part in model.parameters())
     assert (planned["model"], planned["weight_bits"]) == (str(base), 8)
     assert planned["length"] == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_plan_of_a_quantised_model_has_its_bits(
+    bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"num_experts": 4, "expert_dim": 256, "hidden_size": 64, "intermediate_size": 128}
+    base = save_base(tmp_path / "base", **fields)
+    out = tmp_path / "quantised"
+    quantize_model(base, out, bits=bits)
+    assert call("plan", str(out), "--inference", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weight_bits"] == bits
+    assert call("plan", str(out), "--trained", "0.1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert call("plan", str(out)) == 2
+    assert f"{bits}-bit weights, which cannot be trained" in capsys.readouterr().err
+    assert call("plan", str(out), "--inference", "--bits", str(12 - bits)) == 2
+    assert f"has {bits}-bit weights; leave it out" in capsys.readouterr().err
 
 
 def test_a_plan_names_the_numbers_of_devices_that_do_not_suffice(
