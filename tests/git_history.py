@@ -6,6 +6,8 @@ from pathlib import Path
 import pygit2
 from pygit2.enums import FileMode
 
+from deepseek.data.text.git_diffs import Repository
+
 Files = dict[str, str]
 """Text of each path."""
 
@@ -19,7 +21,8 @@ class History:
     lines: int = 0
 
     def __post_init__(self) -> None:
-        self.repository = pygit2.init_repository(self.path, initial_head="main")
+        pygit2.init_repository(self.path, initial_head="main")
+        self.repository = Repository(str(self.path))
         self.repository.remotes.create("origin", "https://example.org/engine.git")
 
     def new_lines(self, count: int) -> str:

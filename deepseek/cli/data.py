@@ -42,7 +42,8 @@ def code(
 def questions(
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
     from_git: Annotated[
-        Path | None, typer.Option(help="Git repository to ask about.", rich_help_panel=PANEL)
+        Path | None,
+        typer.Option(help="Git repository, or folder of one, to ask about.", rich_help_panel=PANEL),
     ] = None,
     from_folder: Annotated[
         Path | None, typer.Option(help="Folder of text files to ask about.", rich_help_panel=PANEL)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, DataError
 
 ADDRESS = re.compile(r"(https?|ssh|git|ftps?):/+(?=.)|[\w.-]+@[\w.-]+:(?=.)")
 """Beginning of an address that `git clone` takes, as `Path` writes it: with one slash."""
@@ -27,6 +27,18 @@ def refuse_address(path: Path | str | None) -> None:
         f"--from-git takes a clone on this machine; clone it first with "
         f"`git clone {address}`, and give its folder."
     )
+
+
+def current_root() -> Path:
+    """Return the root of the repository that the current folder is in; the folder itself if it is
+    in none that can be read.
+    """
+    from deepseek.data.text.git import open_repository
+
+    try:
+        return Path(open_repository(Path()).workdir or "")
+    except DataError:
+        return Path()
 
 
 def check_repository(path: Path) -> None:

@@ -90,9 +90,9 @@ def _repository(path: Path | None, is_required: bool) -> Path | None:
     Raises:
         ConfigError, DataError: the one given or needed cannot be trained on.
     """
-    from deepseek.cli.repository import check_repository
+    from deepseek.cli.repository import check_repository, current_root
 
-    repository = path or Path()
+    repository = path or current_root()
     try:
         check_repository(repository)
     except DataError:

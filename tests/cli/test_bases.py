@@ -21,6 +21,7 @@ from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.packs.tensors import DTYPES
 from deepseek.server.schema import TeachRequest
+from deepseek.server.service import Settings
 from deepseek.train.jobs import adapt as adapt_job
 from deepseek.train.jobs.arguments import AdaptArguments
 
@@ -156,6 +157,19 @@ def test_run_serves_without_a_terminal(served: list[dict[str, object]], tmp_path
     assert isinstance(lesson, TeachRequest)
     assert (lesson.name, lesson.kind) == (tmp_path.name, "git")
     assert served[0]["experts"] == []
+
+
+def test_run_in_a_folder_of_a_repository_is_about_all_of_it(
+    served: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    History(tmp_path).commit({"part.py": "x = 1\n"})
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["run", "--base", "tiny"])
+    lesson, settings = served[0]["lesson"], served[0]["settings"]
+    assert isinstance(lesson, TeachRequest) and isinstance(settings, Settings)
+    assert (lesson.name, settings.teach_root) == (tmp_path.name, tmp_path)
 
 
 def test_run_serves_the_base_where_there_is_no_history(

@@ -12,20 +12,18 @@ from itertools import chain
 from types import MappingProxyType
 
 import pygit2
-from pygit2.enums import DiffFind, DiffOption, SortMode
+from pygit2.enums import DiffFind, SortMode
 
 from deepseek.data.text.document import Document, KnownNames, Lots
 from deepseek.data.text.git import damage_explained, file_name, repository_name
-from deepseek.data.text.git_diffs import diff_to_parent, find_exact_renames
+from deepseek.data.text.git_diffs import Repository, find_exact_renames
 from deepseek.data.text.patches import NOWHERE, Patch, message_and_patches
 
 MOST_COMPARED = 5_000
 """Maximum files of one commit to look for under other names with similar content."""
 
 
-def renamed_files(
-    repository: pygit2.Repository, commit: pygit2.Commit
-) -> Iterator[tuple[str, str]]:
+def renamed_files(repository: Repository, commit: pygit2.Commit) -> Iterator[tuple[str, str]]:
     """Yield the former and the later name of each file that was renamed up to a commit, the newest
     renaming first.
 
@@ -40,9 +38,9 @@ def renamed_files(
         name = repository_name(repository)
         for ancestor in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
             moves = (
-                moved_by_merge(ancestor)
+                moved_by_merge(repository, ancestor)
                 if len(ancestor.parents) > 1
-                else moved(diff_to_parent(ancestor))
+                else moved(repository.diff_to_parent(ancestor))
             )
             for former_path, later_path in moves:
                 yield file_name(name, former_path), file_name(name, later_path)
@@ -66,13 +64,12 @@ def moved(diff: pygit2.Diff) -> Iterator[tuple[str, str]]:
             yield delta.old_file.path, delta.new_file.path
 
 
-def moved_by_merge(merge: pygit2.Commit) -> Iterator[tuple[str, str]]:
+def moved_by_merge(repository: Repository, merge: pygit2.Commit) -> Iterator[tuple[str, str]]:
     """Yield the former and the later path of each file that a merge itself renames.
 
     Most merges have no path of their own, and then no contents are compared.
     """
-    flags = DiffOption.IGNORE_SUBMODULES
-    diffs = [parent.tree.diff_to_tree(merge.tree, flags=flags) for parent in merge.parents]
+    diffs = [repository.changes(parent, merge) for parent in merge.parents]
     new_paths = set.intersection(*map(added_paths, diffs))
     if not new_paths:
         return

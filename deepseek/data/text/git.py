@@ -13,9 +13,9 @@ from deepseek.checkpoint.files import existing_path
 from deepseek.data.text.document import Document, document_name, not_empty
 from deepseek.data.text.filters import Skipped, describe, file_document, largest_size, reason_in_git
 from deepseek.data.text.git_diffs import (
+    Repository,
     commit_documents,
     commit_name,
-    diff_to_parent,
     is_shallow_boundary,
 )
 from deepseek.data.text.git_stores import refuse_endless
@@ -65,13 +65,15 @@ def _is_partial(path: str | Path) -> bool:
         return False
 
 
-def open_repository(path: str | Path) -> pygit2.Repository:
-    """Return the repository that contains `path`.
+def open_repository(path: str | Path) -> Repository:
+    """Return the repository at `path`, or the folder of a repository that `path` is.
 
     Raises:
-        DataError: there is none, or git cannot open it.
+        DataError: there is none, or git cannot open it; or `path` is a file.
     """
-    existing_path(path)
+    place = existing_path(path)
+    if place.is_file():
+        raise DataError(f"{path} is a file; give the repository, or a folder in it.")
     with damage_explained(path):
         git_folder = pygit2.discover_repository(str(path))
         if git_folder is None:
@@ -79,11 +81,29 @@ def open_repository(path: str | Path) -> pygit2.Repository:
                 f"{path} is not inside a git repository; give a clone, or read it as a folder."
             )
         refuse_endless(Path(git_folder))
-        return pygit2.Repository(git_folder)
+        return Repository(git_folder, _folder_below_root(place, Repository(git_folder)))
 
 
-def repository_name(repository: pygit2.Repository) -> str:
-    """Return the repository's name: from its origin, so that all clones agree, else its folder."""
+def _folder_below_root(place: Path, repository: Repository) -> str:
+    """Return the path of a folder below the root of its repository; "" if it is the root, or within
+    the git folder.
+    """
+    folder = place.resolve()
+    if repository.is_bare or folder.is_relative_to(Path(repository.path).resolve()):
+        return ""
+    below = folder.relative_to(Path(repository.workdir).resolve())
+    return "" if below == Path() else below.as_posix()
+
+
+def repository_name(repository: Repository) -> str:
+    """Return the repository's name: from its origin, so that all clones agree, else its folder;
+    with the path of the folder that is read, if it is not all of it.
+    """
+    name = _name_of_all(repository)
+    return document_name(f"{name}/{repository.folder}") if repository.folder else name
+
+
+def _name_of_all(repository: Repository) -> str:
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
             url = PurePosixPath(remote.url.replace("\\", "/").rstrip("/"))
@@ -99,8 +119,12 @@ def file_name(name: str, path: str) -> str:
     return document_name(f"{name}/{path}")
 
 
-def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
-    """Return the commit of a revision (branch, tag, `HEAD~3`, id) or raise `DataError`."""
+def find_commit(repository: Repository, revision: str) -> pygit2.Commit:
+    """Return the commit of a revision (branch, tag, `HEAD~3`, id).
+
+    Raises:
+        DataError: there is none that can be read, or it lacks the folder that is read.
+    """
     with damage_explained(repository.path):
         branches = ", ".join(sorted(repository.branches))
         if repository.is_empty or (repository.head_is_unborn and not branches):
@@ -108,12 +132,19 @@ def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
         if repository.head_is_unborn and revision.startswith("HEAD"):
             raise DataError(f"{repository.path} has no commits at HEAD; check out {branches}.")
     try:
-        return repository.revparse_single(revision).peel(pygit2.Commit)
+        commit = repository.revparse_single(revision).peel(pygit2.Commit)
+        has_folder = repository.tree_of(commit) is not None
     except (KeyError, ValueError, pygit2.GitError) as error:
         raise DataError(
             f"{repository.path} has no commit {shown(revision)} that can be read ({error}); "
             "name a branch, tag or commit id, or run `git fsck`."
         ) from None
+    if not has_folder:
+        raise DataError(
+            f"{repository.workdir}{repository.folder} has no files at {shown(revision)}; commit "
+            "them, or read them as a folder."
+        )
+    return commit
 
 
 def read_git(
@@ -131,7 +162,8 @@ def read_git(
     Merges are skipped, since their changes are in the merged commits.
 
     Args:
-        path: the repository, or a folder in it.
+        path: the repository, or a folder in it: then only its files are read, and what commits
+            changed in it.
         revision: branch, tag or commit id; default: HEAD.
         files: whether to yield files; default: True.
         commits: whether to yield commits; default: True.
@@ -174,7 +206,8 @@ def read_git_by_time(
     on the line of first parents; times, which may be wrong or equal, play no part.
 
     Args:
-        path: the repository, or a folder in it.
+        path: the repository, or a folder in it: then only its files are read, and what commits
+            changed in it.
         held_out: share of the commits after the cut, in (0, 1); default: 0.1.
         revision: branch, tag or commit id; default: HEAD.
         skipped: counter, filled with the number of skipped items by reason; default: not reported.
@@ -194,7 +227,7 @@ def read_git_by_time(
             )
         cut = find_cut(repository, commit, total - round(total * held_out))
         past_commits, added_times = walk_history(repository, cut)
-        paths = chain(added_times, (path for path, _ in tree_files(cut.tree)))
+        paths = chain(added_times, (path for path, _ in tree_files(repository.tree_of(cut))))
         past_names = {commit_name(name, past_commit) for past_commit in past_commits}
         past_names.update(file_name(name, path_at_cut) for path_at_cut in paths)
     past = list(read_git(path, str(cut.id), skipped=skipped))
@@ -206,12 +239,12 @@ def read_git_by_time(
     )
 
 
-def count_commits(repository: pygit2.Repository, commit: pygit2.Commit) -> int:
-    """Return the number of commits up to `commit`."""
-    return sum(1 for _ in repository.walk(commit.id))
+def count_commits(repository: Repository, commit: pygit2.Commit) -> int:
+    """Return the number of commits up to `commit` that concern what is read."""
+    return sum(map(repository.concerns, repository.walk(commit.id)))
 
 
-def find_cut(repository: pygit2.Repository, commit: pygit2.Commit, past: int) -> pygit2.Commit:
+def find_cut(repository: Repository, commit: pygit2.Commit, past: int) -> pygit2.Commit:
     """Return an ancestor on the first-parent line of `commit` up to which there are about `past`
     commits.
 
@@ -241,18 +274,20 @@ def explained(documents: Iterable[Document], path: str | Path) -> Iterator[Docum
 
 
 def walk_history(
-    repository: pygit2.Repository, commit: pygit2.Commit
+    repository: Repository, commit: pygit2.Commit
 ) -> tuple[list[pygit2.Commit], dict[str, int]]:
-    """Return the commits up to `commit`, newest first, and for each path the time at which it was
-    first added, in seconds since 1970.
+    """Return the commits up to `commit` that concern what is read, newest first, and for each path
+    the time at which it was first added, in seconds since 1970.
     """
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
     for ancestor in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
+        if not repository.concerns(ancestor):
+            continue
         commits.append(ancestor)
         if is_shallow_boundary(ancestor):  # when its files were added is unknown
             continue
-        for delta in diff_to_parent(ancestor).deltas:
+        for delta in repository.diff_to_parent(ancestor).deltas:
             if delta.status_char() == "A":
                 # Older commits come later in the walk and overwrite newer ones.
                 first_seen[delta.new_file.path] = ancestor.commit_time
@@ -260,7 +295,7 @@ def walk_history(
 
 
 def tree_documents(
-    repository: pygit2.Repository,
+    repository: Repository,
     commit: pygit2.Commit,
     name: str,
     first_seen: dict[str, int],
@@ -275,7 +310,7 @@ def tree_documents(
         first_seen: path -> time at which it was added, in seconds since 1970; default: 0.
         skipped: counter by reason.
     """
-    for path, blob in tree_files(commit.tree):
+    for path, blob in tree_files(repository.tree_of(commit)):
         reason = reason_in_git(path)
         if reason is None and repository.odb.read_header(blob)[1] > largest_size(path):
             reason = "too large"
@@ -289,8 +324,12 @@ def tree_documents(
             yield document
 
 
-def tree_files(tree: pygit2.Tree) -> Iterator[tuple[str, pygit2.Oid]]:
-    """Yield path and blob id of all regular files below `tree`, without links and submodules."""
+def tree_files(tree: pygit2.Tree | None) -> Iterator[tuple[str, pygit2.Oid]]:
+    """Yield path and blob id of all regular files below `tree`, without links and submodules; of
+    None nothing.
+    """
+    if tree is None:
+        return
     index = pygit2.Index()
     index.read_tree(tree)
     for entry in index:

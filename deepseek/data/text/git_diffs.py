@@ -43,12 +43,53 @@ def is_shallow_boundary(commit: pygit2.Commit) -> bool:
     return not commit.parents and b"\nparent " in commit.read_raw().partition(b"\n\n")[0]
 
 
-def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
-    """Return the diff of a commit to its first parent, or to the empty tree if it has none."""
-    flags = DiffOption.IGNORE_SUBMODULES
-    if commit.parents:
-        return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
-    return commit.tree.diff_to_tree(swap=True, flags=flags)
+class Repository(pygit2.Repository):
+    """A git repository, or a folder of it that is read as if it were one.
+
+    Args:
+        git_folder: path of the repository's git folder.
+        folder: path of the folder below its root, with slashes; "": all of it.
+    """
+
+    def __init__(self, git_folder: str, folder: str = "") -> None:
+        super().__init__(git_folder)
+        self.folder = folder
+
+    def tree_of(self, commit: pygit2.Commit) -> pygit2.Tree | None:
+        """Return the tree of the folder at a commit; None if the commit has no such folder."""
+        if not self.folder:
+            return commit.tree
+        try:
+            found = commit.tree[self.folder]
+        except KeyError:
+            return None
+        return found if isinstance(found, pygit2.Tree) else None
+
+    def changes(self, before: pygit2.Commit | None, after: pygit2.Commit) -> pygit2.Diff:
+        """Return what changed in the folder between two commits, with paths below the folder.
+
+        Args:
+            before: the earlier commit; None: there is none, so that everything was added.
+            after: the later commit.
+        """
+        flags = DiffOption.IGNORE_SUBMODULES
+        former_tree = before and self.tree_of(before)
+        later_tree = self.tree_of(after)
+        if former_tree is not None and later_tree is not None:
+            return former_tree.diff_to_tree(later_tree, flags=flags)
+        if later_tree is not None:
+            return later_tree.diff_to_tree(swap=True, flags=flags)
+        if former_tree is not None:
+            return former_tree.diff_to_tree(flags=flags)
+        return after.tree.diff_to_tree(after.tree)
+
+    def diff_to_parent(self, commit: pygit2.Commit) -> pygit2.Diff:
+        """Return what a commit changed in the folder since its first parent, if it has one."""
+        return self.changes(commit.parents[0] if commit.parents else None, commit)
+
+    def concerns(self, commit: pygit2.Commit) -> bool:
+        """Return whether a commit changed the folder; of all the repository, every commit does."""
+        return not self.folder or any(self.diff_to_parent(commit).deltas)
 
 
 def find_exact_renames(diff: pygit2.Diff) -> None:
@@ -61,7 +102,7 @@ def find_exact_renames(diff: pygit2.Diff) -> None:
 
 
 def commit_documents(
-    repository: pygit2.Repository, commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
+    repository: Repository, commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
 ) -> Iterator[Document]:
     """Yield message and diff of each commit with usable changes.
 
@@ -78,7 +119,7 @@ def commit_documents(
 
 
 def commit_document(
-    repository: pygit2.Repository, commit: pygit2.Commit, name: str, skipped: Skipped
+    repository: Repository, commit: pygit2.Commit, name: str, skipped: Skipped
 ) -> Document | None:
     """Return message and diff of a commit, or None after counting why it is skipped.
 
@@ -91,7 +132,7 @@ def commit_document(
     if is_shallow_boundary(commit) or len(commit.parents) > 1:
         skipped["merge" if commit.parents else "shallow boundary"] += 1
         return None
-    changes = diff_text(repository, diff_to_parent(commit))
+    changes = diff_text(repository, repository.diff_to_parent(commit))
     if changes is None:
         skipped["large commit"] += 1
         return None
@@ -113,7 +154,7 @@ def message_of(commit: pygit2.Commit) -> str:
     return commit.raw_message.decode(encoding, "replace").strip()
 
 
-def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
+def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:
     """Return a diff without line numbers, modes and blob ids, None if it is too long.
 
     The format does not depend on the user's git settings. Two kinds of files are left out before
@@ -134,7 +175,7 @@ def diff_text(repository: pygit2.Repository, diff: pygit2.Diff) -> str | None:
     return "".join(parts)
 
 
-def is_left_out(repository: pygit2.Repository, delta: pygit2.DiffDelta) -> bool:
+def is_left_out(repository: Repository, delta: pygit2.DiffDelta) -> bool:
     """Return whether a changed file, before or after, is too large to be read, is generated or
     holds data.
     """

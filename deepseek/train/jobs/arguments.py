@@ -82,7 +82,7 @@ class TextArguments(RunArguments):
     """Name of the result and of its run folder; default: that of the source"""
 
     from_git: AnyPath = None
-    """Git repository to learn from; default: none"""
+    """Git repository to learn from, or a folder of one; default: none"""
 
     from_folder: AnyPath = None
     """Folder of text files to learn from; default: none"""

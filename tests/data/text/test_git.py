@@ -7,14 +7,16 @@ from tempfile import TemporaryDirectory
 
 import pygit2
 import pytest
+from git_history import History
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pygit2.enums import FileMode, ObjectType, ResetMode
 
 from deepseek.data import read_git, read_git_by_time
+from deepseek.data.text.commits import renamed_files
 from deepseek.data.text.document import Document
 from deepseek.data.text.filters import Skipped
-from deepseek.data.text.git import damage_explained, repository_name
+from deepseek.data.text.git import damage_explained, find_commit, open_repository, repository_name
 from deepseek.data.text.patches import message_and_patches
 from deepseek.errors import DataError
 
@@ -86,7 +88,7 @@ def test_a_message_is_read_in_its_encoding(repository: Path, commit: Commit, enc
 def test_a_repository_has_the_name_of_its_origin(url: str, name: str, tmp_path: Path) -> None:
     repository = pygit2.init_repository(tmp_path / "folder")
     repository.remotes.create("origin", url)
-    assert repository_name(repository) == name
+    assert repository_name(open_repository(tmp_path / "folder")) == name
 
 
 def test_the_form_of_a_diff_does_not_depend_on_git_settings(
@@ -398,3 +400,91 @@ def test_each_mistake_is_named(tmp_path: Path, repository: Path, commit: Commit)
         list(read_git(repository))
     with pytest.raises(DataError, match="has 1 commits"):
         read_git_by_time(repository)
+
+
+TREES = st.lists(
+    st.dictionaries(
+        st.sampled_from(["sub/a.py", "sub/deep/b.py", "other/a.py", "c.py"]),
+        st.integers(0, 3).map(lambda number: f"value = {number}\n"),
+        min_size=1,
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(TREES)
+@settings(max_examples=30, deadline=None)
+def test_a_folder_is_read_like_a_repository_that_holds_nothing_else(
+    trees: list[dict[str, str]],
+) -> None:
+    """What `git filter-repo --subdirectory-filter` would leave has the same documents."""
+    with TemporaryDirectory() as place:
+        whole = History(Path(place, "whole"))
+        alone = History(Path(place, "alone"))
+        former: dict[str, str] = {}
+        for tree in trees:
+            below = {
+                path.removeprefix("sub/"): text
+                for path, text in tree.items()
+                if path.startswith("sub/")
+            }
+            whole.commit(tree)
+            alone.time = whole.time - 1
+            if below != former:
+                alone.commit(below)
+            former = below
+        folder = whole.path / "sub"
+        folder.mkdir(exist_ok=True)
+        if not former:
+            with pytest.raises(DataError, match="sub has no files at 'HEAD'; commit them"):
+                read_git(folder)
+            return
+        read = [
+            (document.text, document.time, document.name.removeprefix("engine/sub").split("@")[0])
+            for document in read_git(folder)
+        ]
+        expected = [
+            (document.text, document.time, document.name.removeprefix("engine").split("@")[0])
+            for document in read_git(alone.path)
+        ]
+        assert read == expected
+
+
+def test_a_folder_is_split_by_the_commits_that_changed_it(tmp_path: Path) -> None:
+    history = History(tmp_path / "whole")
+    files = {"sub/0.py": "value = 0\n"}
+    for number in range(1, 11):
+        files[f"sub/{number}.py"] = f"value = {number}\n"
+        history.commit(files)
+    for number in range(20):
+        files["other.py"] = f"other = {number}\n"
+        history.commit(files)
+    folder = tmp_path / "whole" / "sub"
+    folder.mkdir()
+    past, future = read_git_by_time(folder, 0.2)
+    assert {document.name for document in future if document.kind == "code"} == {
+        "engine/sub/9.py",
+        "engine/sub/10.py",
+    }
+    assert [document.kind for document in past].count("commit") == 8
+    assert not any("other" in document.text for document in [*past, *future])
+
+
+def test_renamed_files_of_a_folder_have_their_names_in_it(tmp_path: Path) -> None:
+    history = History(tmp_path / "whole")
+    text = history.new_lines(20)
+    history.commit({"sub/a.py": text, "other.py": "x\n"})
+    history.commit({"sub/b.py": text, "other.py": "x\n"})
+    folder = tmp_path / "whole" / "sub"
+    folder.mkdir()
+    repository = open_repository(folder)
+    assert list(renamed_files(repository, find_commit(repository, "HEAD"))) == [
+        ("engine/sub/a.py", "engine/sub/b.py")
+    ]
+
+
+def test_a_file_is_no_repository(repository: Path, commit: Commit) -> None:
+    commit({"a.py": "a = 1\n"}, "one", 100)
+    with pytest.raises(DataError, match=r"a\.py is a file; give the repository"):
+        read_git(repository / "a.py")
