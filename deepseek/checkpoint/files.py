@@ -228,3 +228,8 @@ def _is_device_path(path: Path) -> bool:
 
 def _cause(error: OSError | ValueError) -> str:
     return str(getattr(error, "strerror", None) or error).lower()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())

@@ -4,14 +4,15 @@ Models from the Hugging Face hub are in its own cache, which `hf cache` manages.
 """
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
+from deepseek.checkpoint.files import folder_bytes
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import home, read_object, remove_leftovers, temporary_path
+from deepseek.checkpoint.output import remove_folder
+from deepseek.checkpoint.store import home, read_object
 from deepseek.errors import CheckpointError, HubError
 from deepseek.registry import nearest
 
@@ -81,14 +82,7 @@ def stored_model(name: str) -> StoredModel:
 def remove_model(model: StoredModel) -> None:
     """Delete a model's folder, or the link to it, after any running pull of the same model."""
     with FileLock(model.folder.with_name(f".{model.name}.lock")):
-        if model.folder.is_symlink():
-            model.folder.unlink()
-            return
-        # Renamed first, as a half-deleted folder must not look like a model.
-        remove_leftovers(model.folder)
-        doomed = temporary_path(model.folder)
-        model.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_folder(model.folder)
 
 
 def _describe(folder: Path) -> StoredModel:
@@ -97,6 +91,5 @@ def _describe(folder: Path) -> StoredModel:
         architecture = str(architectures[0])
     except (CheckpointError, KeyError, TypeError):
         architecture = ""
-    sizes = [file.lstat().st_size for file in folder.rglob("*") if file.is_file()]
     licence = read_licence(folder).name
-    return StoredModel(folder.name, folder, sum(sizes), architecture, licence)
+    return StoredModel(folder.name, folder, folder_bytes(folder), architecture, licence)

@@ -84,6 +84,22 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, or the link to it.
+
+    Args:
+        folder: the folder. No other process may be writing it: the caller holds its lock.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    # Renamed first: a half-deleted folder must not look whole.
+    remove_leftovers(folder)
+    doomed = temporary_path(folder)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 @contextmanager
 def _reserve(out: str | Path) -> Iterator[None]:
     """Keep other processes from writing `out` during the block, and delete what killed ones left.

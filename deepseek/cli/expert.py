@@ -148,7 +148,7 @@ def rm(
         echo(f"removed {path}")
     run = run_of(name)
     if run is not None:
-        echo(f"its run stays in {run}", error=True)
+        echo(f"its run stays in {run}; `deepseek runs rm {name}` removes it", error=True)
 
 
 @app.command()

@@ -40,7 +40,7 @@ COMMANDS = {
     "align": ("align:align", "Align a model with preferences: RLPO, or DPO and RLOO by TRL."),
     "data": ("data:app", "Make training text: functions with tests, questions, checked problems."),
     "train": ("train:train", "Run a recipe of several training stages and write a model card."),
-    "runs": ("runs:app", "List, show and compare training runs."),
+    "runs": ("runs:app", "List, show, compare and remove training runs."),
     "plan": ("plan:plan", "Estimate memory, traffic and time of training or inference."),
     "eval": ("eval:evaluate", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("distill_hash:distill_hash", "Fit the hashes of LSH attention to a model."),

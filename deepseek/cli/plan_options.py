@@ -132,14 +132,14 @@ class ModelChoice:
         Raises:
             ConfigError: `model` is neither, or the model is not of our own families.
         """
-        from deepseek.model.config import ModelConfig
-        from deepseek.model.pretrained import read_config
-        from deepseek.model.quantised import bits_of_layers
-
         if file is None:
             if model in PRESETS:
                 config = PRESETS[model] | dict(fields)
                 return ModelChoice(model, config if fields else model, TOKENS)
+            from deepseek.model.config import ModelConfig
+            from deepseek.model.pretrained import read_config
+            from deepseek.model.quantised import bits_of_layers
+
             folder = _local_folder(model)
             own_config = _with_fields(ModelConfig(**read_config(folder)), fields)
             return ModelChoice(model, own_config, TOKENS, bits_of_layers(folder))

@@ -1,18 +1,18 @@
-"""`deepseek runs`: list, show and compare training runs."""
+"""`deepseek runs`: list, show, compare and remove training runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deepseek.cli.options import Json, usable_home
+from deepseek.cli.options import Json, Yes, usable_home
 from deepseek.cli.output import echo, figures_table, plain, print_table
 from deepseek.cli.units import with_unit
 
 if TYPE_CHECKING:
     from deepseek.cli.shapes import RunRow
 
-app = typer.Typer(add_completion=False, help="List, show and compare training runs.")
+app = typer.Typer(add_completion=False, help="List, show, compare and remove training runs.")
 
 Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
 
@@ -77,6 +77,42 @@ def compare(first: Name, second: Name, as_json: Json = False) -> None:
         )
         table.add_row(plain(key), *(plain(cell) for cell in cells))
     print_table(table)
+
+
+@app.command()
+def rm(
+    name: Annotated[str, typer.Argument(help="Name of the run, as `runs list` shows it.")],
+    yes: Yes = False,
+) -> None:
+    """Remove a run from the library's home, after a question that says what is lost. The model or
+    the expert that it made stays.
+    """
+    from deepseek.checkpoint.files import folder_bytes
+    from deepseek.cli.confirm import confirm
+    from deepseek.cli.units import size
+    from deepseek.train.loop.past_runs import remove_run, stored_run
+
+    folder = stored_run(name)
+    loss = _loss_with(name, folder)
+    confirm(f"Remove {folder} ({size(folder_bytes(folder))})?{loss}", yes)
+    if loss and yes:  # else the question has said it
+        echo(f"warning:{loss}", error=True)
+    remove_run(folder)
+    echo(f"removed {folder}")
+
+
+def _loss_with(name: str, folder: Path) -> str:
+    """Return a sentence, after a blank, about what a run is needed for; "": nothing."""
+    from deepseek.packs.library import installed
+
+    if not (folder / "result.json").is_file():
+        return " It is unfinished, and what it has done is lost."
+    if name in installed():
+        return (
+            f" Without it, the expert {name} cannot be updated, merged, indexed, or evaluated on "
+            "its held-out text."
+        )
+    return ""
 
 
 def _row(name: str, folder: Path) -> "RunRow":
