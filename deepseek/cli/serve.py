@@ -39,7 +39,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
     ] = 8000,
     allow_host: Annotated[
-        str, typer.Option(help="Further accepted Host names, comma-separated.")
+        str, typer.Option(help="Further accepted Host names, comma-separated; * for all.")
     ] = "",
     allow_origin: Annotated[
         str,

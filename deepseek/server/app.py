@@ -15,14 +15,17 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
+from starlette.routing import Route
 
 from deepseek.engine.engine import Engine
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.errors import ApiError, ErrorBody, documented, install
-from deepseek.server.guard import Guard
+from deepseek.server.guard import REQUEST_IDS, Guard, foreign_origin
+from deepseek.server.openapi import METRICS, describe
 from deepseek.server.routes import (
     chat_completions,
     completions,
@@ -72,6 +75,22 @@ class PageFiles(StaticFiles):
         return response
 
 
+class Preflight(CORSMiddleware):
+    """Answers the requests by which browsers ask whether a page of another site may send one."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Return the reply, an error in our layout for a page that may not.
+
+        Args:
+            request_headers: headers of the browser's request.
+        """
+        response = super().preflight_response(request_headers)
+        origin = request_headers["origin"]
+        if response.status_code == 200 or self.is_allowed_origin(origin):
+            return response
+        return foreign_origin(origin).response("")
+
+
 def create_app(
     engine: Engine | None = None,
     settings: Settings | None = None,
@@ -103,7 +122,8 @@ def create_app(
 
     app = FastAPI(
         title="deepseek",
-        version="1",
+        version=service.version,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
@@ -115,17 +135,19 @@ def create_app(
         app.include_router(module.router)
     add_state_routes(app, service)
     app.mount("/static", PageFiles(directory=STATIC), name="static")
-    routes = chain.from_iterable(module.router.routes for module in ROUTERS)
+    routes = [*app.routes, *chain.from_iterable(module.router.routes for module in ROUTERS)]
     computing = frozenset(route.path for route in routes if isinstance(route, ComputingRoute))
-    app.add_middleware(Guard, service=service, computing=computing)
+    paths = frozenset(route.path for route in routes if isinstance(route, Route))
+    app.state.paths = paths
+    app.add_middleware(Guard, service=service, computing=computing, paths=paths)
     # Outside the guard, because a browser's preflight request has no key. Cookies are not allowed:
     # a page of another site needs its own key.
     app.add_middleware(
-        CORSMiddleware,
+        Preflight,
         allow_origins=sorted(service.settings.origins),
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", *REQUEST_IDS],
     )
     return app
 
@@ -142,13 +164,20 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
-    async def ready() -> dict[str, Any]:
-        """Report whether requests are served; 503 while the model loads or the server drains."""
+    async def ready() -> dict[str, str]:
+        """Report whether requests are served; 503 while the model loads or the server drains. Needs
+        no key.
+        """
         if service.refusal is not None:
             raise service.refusal
-        return {"status": "ready", "model": service.settings.model}
+        return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description() -> Response:
+        """Return the OpenAPI description, made at the first request, which takes about a second."""
+        return JSONResponse(await asyncio.to_thread(describe, app))
+
+    @app.get("/metrics", response_class=Response, responses=METRICS)
     async def metrics(request: HttpRequest) -> Response:
         """Return the metrics in Prometheus' text format; they count the tokens of every expert."""
         if request.state.permissions.experts is not None:

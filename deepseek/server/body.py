@@ -15,6 +15,7 @@ from pydantic import (
 
 from deepseek.model.experts.arming import MAX_WEIGHT
 from deepseek.packs.manifest import Name
+from deepseek.server.field_errors import DIGITS, TOOL_NAME
 
 Item = TypeVar("Item")
 Several = Annotated[list[Item], Field(fail_fast=True)]
@@ -41,8 +42,8 @@ ArmedExperts = (
 """Names of experts, or names with weights, which scale what an expert or adapter adds. "auto",
 alone or among the names, stands for the experts that the server arms by itself.
 """
-ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+ToolName = Annotated[str, StringConstraints(pattern=TOOL_NAME)]
+BiasKey = Annotated[str, StringConstraints(pattern=DIGITS)]
 
 
 MEDIA = {

@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from deepseek.engine.request import EngineStoppedError, QueueFullError
 from deepseek.errors import UserError
 from deepseek.packs.manifest import printable
+from deepseek.server.field_errors import field_error
 
 TYPES = {
     401: "authentication_error",
@@ -33,6 +35,9 @@ TYPES = {
     504: "timeout_error",
     507: "unavailable_error",
 }
+
+CODES = {400: "invalid_value", 404: "not_found", 405: "method_not_allowed", 409: "conflict"}
+"""Codes of errors that have none of their own."""
 
 RETRIED = (429, 503, 504, 507)
 """Statuses whose replies say when to try again."""
@@ -105,7 +110,7 @@ class ApiError(Exception):
         status: HTTP status.
         message: the error in one sentence, with what to do.
         param: the field at fault; default: none.
-        code: identifier for programs; default: none.
+        code: identifier for programs; default: that of the status in `CODES`, or none.
         retry_after: seconds in the `Retry-After` header of the statuses in `RETRIED`.
     """
 
@@ -123,7 +128,7 @@ class ApiError(Exception):
         # A file name can contain bytes that are not UTF-8.
         self.message = without_paths(message).encode(errors="replace").decode()
         self.param = param
-        self.code = code
+        self.code = code or CODES.get(status)
         self.headers = {"Retry-After": str(math.ceil(retry_after))} if status in RETRIED else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
@@ -182,104 +187,60 @@ def without_paths(message: str) -> str:
     return PATH.sub(last, message)
 
 
-EXPECTED = {
-    "string_type": "a text",
-    "string_unicode": "a text of Unicode characters",
-    "list_type": "a list",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-}
-"""What a field should be, by Pydantic's type of error for a wrong type."""
-
-
-SIZED = {
-    "too_short": "of {min_length} or more items",
-    "too_long": "of {max_length} or fewer items",
-    "string_too_short": "a text of {min_length} or more characters",
-    "string_too_long": "a text of {max_length} or fewer characters",
-    "string_pattern_mismatch": "a text that matches {pattern}",
-    "union_tag_invalid": "an object of one of the types {expected_tags}",
-    "union_tag_not_found": "an object with a type",
-}
-"""The same for errors that state what would be valid."""
-
-
 def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
-    """Return the error reply for Pydantic's validation errors, naming one field.
-
-    A field that may have several types has errors for each of them. The errors with the longest
-    path belong to the type that fits best; if none fits, all types are named. A list of the right
-    type that is too long or too short fits best.
-
-    Args:
-        mistakes: the errors of one request.
-        body: the request's parsed body, if it has one.
-    """
-    paths = [field_path(mistake, body) for mistake in mistakes]
-    same_field = [
-        (path, mistake)
-        for path, mistake in zip(paths, mistakes, strict=True)
-        if path[: len(paths[0])] == paths[0]
-    ]
-    sized = [path for path, mistake in same_field if mistake["type"] in ("too_short", "too_long")]
-    chosen = max(sized or [path for path, _ in same_field], key=len)
-    where = printable(".".join(chosen))
-    kinds = [mistake for path, mistake in same_field if path == chosen]
-    code = "invalid_value"
-    match kinds[0]["type"]:
-        case "extra_forbidden":
-            message = f"The field {where} is not supported; leave it out."
-            code = "unsupported_field"
-        case "missing":
-            message = f"The field {where} is missing; send it."
-        case "value_error":
-            reason = printable(str(kinds[0]["ctx"]["error"]))
-            message = f"The field {where} is invalid: {reason}."
-        case _:
-            reasons = " or ".join(dict.fromkeys(_expected(mistake) for mistake in kinds))
-            message = f"The field {where or 'body'} is invalid: it should be {reasons}."
-    return ApiError(400, message, param=where or None, code=code)
+    """Return the error reply for Pydantic's validation errors; see `field_error`."""
+    found = field_error(mistakes, body)
+    return ApiError(400, found.message, param=found.field or None, code=found.code)
 
 
-def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
-    """Return the path of the field at fault, without Pydantic's names of union branches.
+def not_routed(request: Request, error: HTTPException) -> ApiError:
+    """Return the error for a path that no route has, or a method that its route does not take.
 
     Args:
-        mistake: the error; its `loc` holds keys, indexes and names of branches.
-        body: the parsed body; None: the field is a parameter, which has no branches.
+        request: the request; its application's state has the paths of the routes.
+        error: Starlette's error, with status 404 or 405.
     """
-    parts = mistake["loc"][1:]
-    if body is None:
-        return tuple(map(str, parts))
-    path = []
-    for part in parts:
-        known = part in body if isinstance(body, dict) else isinstance(part, int)
-        if known and isinstance(body, dict | list):
-            body = body[part]
-            path.append(str(part))
-    if mistake["type"] == "missing":
-        path.append(str(parts[-1]))
-    return tuple(path)
-
-
-def _expected(mistake: dict[str, Any]) -> str:
-    """Return what a field should be, as the continuation of "it should be"."""
-    sized = SIZED.get(mistake["type"])
-    if sized is not None:
-        return sized.format(**mistake["ctx"])
-    usual = printable(mistake["msg"]).removeprefix("Input should be ")
-    return EXPECTED.get(mistake["type"], usual[:1].lower() + usual[1:])
+    path = request.url.path
+    shown_path = printable(path[:100])
+    if error.status_code == 405:
+        methods = (error.headers or {}).get("Allow", "another method")
+        refusal = ApiError(405, f"{shown_path} does not take {request.method}; use {methods}.")
+        refusal.headers |= error.headers or {}
+        return refusal
+    paths: frozenset[str] = request.app.state.paths
+    if f"/v1{path}" in paths:
+        mend = f"the base URL ends with /v1, so that this is /v1{shown_path}"
+    elif path.removeprefix("/v1") in paths:
+        mend = f"leave /v1 out of the base URL, so that this is {shown_path.removeprefix('/v1')}"
+    else:
+        mend = "/openapi.json describes the routes that there are"
+    return ApiError(404, f"There is no route {shown_path}; {mend}.", code="unknown_route")
 
 
 def refused(error: HTTPException) -> ApiError:
     """Return Starlette's HTTP error as an `ApiError`."""
     refusal = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.")
-    refusal.headers |= error.headers or {}  # `Allow` after a 405
+    refusal.headers |= error.headers or {}
     return refusal
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Name the field at fault in the errors of a block that does not know it.
+
+    Args:
+        field: the field of the request.
+
+    Raises:
+        ApiError: in place of a `UserError`, or with `field` in place of another.
+    """
+    try:
+        yield
+    except ApiError as error:
+        error.param = field
+        raise
+    except UserError as error:
+        raise ApiError(400, str(error), param=field) from None
 
 
 def disk_full() -> ApiError:
@@ -355,5 +316,11 @@ def install(app: FastAPI) -> None:
             log.warning("%s (%s)", reply.message, error)
         return reply.response(request.url.path)
 
+    def unknown(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return not_routed(request, error).response(request.url.path)
+
+    for status in (404, 405):
+        app.add_exception_handler(status, unknown)
     for kind in CONVERTERS:
         app.add_exception_handler(kind, handle)

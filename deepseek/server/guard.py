@@ -5,6 +5,7 @@ import ipaddress
 import re
 import time
 from pathlib import Path
+from secrets import token_hex
 from urllib.parse import parse_qs
 
 from fastapi import Depends
@@ -21,7 +22,7 @@ from deepseek.server.keys import Permissions, permissions_of, sessions
 from deepseek.server.service import Service
 
 COOKIE = "deepseek_session"
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", "/ready"}
 UPLOAD_PATH = "/v1/experts/upload"
 LOGIN_PATH = "/login"
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
@@ -43,6 +44,10 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+REQUEST_IDS = ("x-request-id", "request-id")
+"""Headers with the id of a request, as OpenAI's and Anthropic's clients read it."""
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
 ALERT = '<p role="alert">That key is not one of this server\'s; check it.</p>'
 """Line of the login page after a wrong key."""
@@ -59,12 +64,17 @@ class Guard:
         service: the server's state.
         computing: paths whose POST requests are refused while the engine's queue is full, before
             their bodies are read; refusing one under overload costs next to nothing.
+        paths: paths of all routes; a request that is refused here is logged under its path if that
+            is one of them.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, computing: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, computing: frozenset[str], paths: frozenset[str]
+    ) -> None:
         self.app = app
         self.service = service
         self.computing = computing
+        self.paths = paths
         settings = service.settings
         self.keys = [
             *((key, Permissions("admin")) for key in settings.admin_keys),
@@ -80,16 +90,21 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
+        identity = request_id(Headers(scope=scope))
         status = 0
+        is_complete = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+                for name in REQUEST_IDS:
+                    headers[name] = identity
             await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 
         self.service.active += 1
         try:
@@ -100,12 +115,13 @@ class Guard:
             self.service.active -= 1
             path = str(scope["path"])
             # A request that was refused here has not been routed.
-            unrouted = path if path in self.computing else "other"
+            unrouted = path if path in self.paths else "other"
             route = str(getattr(scope.get("route"), "path", unrouted))
             seconds = time.perf_counter() - started
             self.service.metrics.replied(route, status, seconds)
+            reply = request_log.Answered(status, seconds, is_complete, identity)
             usage = scope.get("state", {}).get("usage")
-            request_log.write(scope["method"], route, status, usage, seconds)
+            request_log.write(scope["method"], route, reply, usage)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request to the application, or answer it here."""
@@ -225,8 +241,17 @@ class LimitedBody:
         return body
 
 
+def request_id(headers: Headers) -> str:
+    """Return the id of a request: the one that it brings, so that a proxy's log and this server's
+    agree, or a new one.
+    """
+    given = headers.get(REQUEST_IDS[0], "")
+    return given if REQUEST_ID.fullmatch(given) else f"req_{token_hex(12)}"
+
+
 def check_host(headers: Headers, service: Service) -> None:
-    """Raise `ApiError` for a foreign `Host`, which protects against DNS rebinding.
+    """Raise `ApiError` for a foreign `Host`, which protects against DNS rebinding, unless the
+    settings accept every one ("*").
 
     In such an attack, a page on the attacker's domain reaches this server because that domain
     resolves to the server's address. An IP address cannot be rebound, so it is always accepted.
@@ -235,7 +260,7 @@ def check_host(headers: Headers, service: Service) -> None:
     name = (found[1] or found[0]).lower() if found else ""
     settings = service.settings
     known = {accepted.lower() for accepted in ("localhost", settings.host, *settings.hosts)}
-    if name not in known and not is_address(name):
+    if "*" not in known and name not in known and not is_address(name):
         raise ApiError(
             421,
             f"This server is not {name!r:.100}; start it with --allow-host to accept this name.",
@@ -261,12 +286,17 @@ def check_origin(headers: Headers, service: Service) -> None:
     if origin is None or origin.partition("://")[2] == headers.get("host"):
         return
     if not allowed & {origin, "*"}:
-        raise ApiError(
-            403,
-            f"Pages of {origin!r:.100} must not send requests here; start the server with "
-            "--allow-origin to accept them.",
-            code="foreign_origin",
-        )
+        raise foreign_origin(origin)
+
+
+def foreign_origin(origin: str) -> ApiError:
+    """Return the error for a request from a page of a site that is not allowed."""
+    return ApiError(
+        403,
+        f"Pages of {origin!r:.100} must not send requests here; start the server with "
+        "--allow-origin to accept them.",
+        code="foreign_origin",
+    )
 
 
 def check_length(headers: Headers, limit: int) -> None:

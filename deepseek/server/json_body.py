@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deepseek.packs.manifest import printable
 from deepseek.server.errors import ApiError
 
 MAX_DEPTH = 100
@@ -159,7 +161,10 @@ def _unique(what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise refused(f"An object in the {what} has more than {MAX_KEYS} keys; send fewer.")
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise refused(f"An object in the {what} has the same key twice; send each once.")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise refused(
+            f"An object in the {what} has the key {printable(key[:100])!r} twice; send it once."
+        )
     return value
 
 

@@ -6,6 +6,7 @@ them.
 
 from typing import Any, Literal
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -18,6 +19,22 @@ STREAMED_LINES: Described = {
     200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}
 }
 """The same for a route that streams lines of JSON."""
+
+
+METRICS: Described = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+"""The same for the metrics."""
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI description of an application, with the key that its requests have.
+
+    It is made once. A server without keys needs none, so that the key is optional.
+    """
+    description = app.openapi()
+    schemes = description.setdefault("components", {}).setdefault("securitySchemes", {})
+    schemes["key"] = {"type": "http", "scheme": "bearer"}
+    description["security"] = [{"key": []}, {}]
+    return description
 
 
 def described(model: type[BaseModel], *, streamed: bool = False) -> Described:

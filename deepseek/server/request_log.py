@@ -1,6 +1,7 @@
 """The server's log: one line a request, without content and keys."""
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the command line needs the levels, and imports no torch for them
@@ -28,16 +29,43 @@ def configure(level: LogLevel | None) -> None:
     package.propagate = False
 
 
-def write(method: str, route: str, status: int, usage: "TokenUsage | None", seconds: float) -> None:
+@dataclass(frozen=True)
+class Answered:
+    """How a request was answered.
+
+    Attributes:
+        status: HTTP status of the reply.
+        seconds: time from the head of the request to the end of the reply.
+        is_complete: whether the whole reply was sent, or the client left before.
+        identity: id of the request.
+    """
+
+    status: int
+    seconds: float
+    is_complete: bool
+    identity: str
+
+
+def write(method: str, route: str, reply: Answered, usage: "TokenUsage | None") -> None:
     """Log one request.
 
     Args:
         method: HTTP method.
         route: its route as declared, such as `/v1/models/{model:path}`, which holds no text of a
             client.
-        status: HTTP status of the reply.
+        reply: how it was answered.
         usage: tokens of prompt and answer; None: nothing was computed.
-        seconds: time from the head of the request to the end of the reply.
     """
     tokens = f" {usage.prompt_tokens}+{usage.completion_tokens} tokens" if usage else ""
-    log.info("%s %s %d%s %.0f ms", method, route, status, tokens, seconds * 1e3)
+    end = "" if reply.is_complete else " client left"
+    milliseconds = reply.seconds * 1e3
+    log.info(
+        "%s %s %d%s %.0f ms%s %s",
+        method,
+        route,
+        reply.status,
+        tokens,
+        milliseconds,
+        end,
+        reply.identity,
+    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import resource
 import socket
 import sys
@@ -31,6 +32,8 @@ from deepseek.server.request_log import configure
 from deepseek.server.routes.teach import Teacher
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 DRAIN_SECONDS = 20.0
@@ -268,9 +271,14 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Let running answers finish, end those that take too long, then exit."""
+        log.info(
+            "shutting down; %d requests have %g s to end", self.service.active, self._drain_seconds
+        )
         stopping = asyncio.create_task(self.teacher.stop())
         deadline = time.monotonic() + self._drain_seconds
         await self._idle(deadline)
+        if self.service.active:
+            log.warning("%d requests are ended before their answers", self.service.active)
         self.service.admission.end()
         await self._idle(time.monotonic() + END_SECONDS / 2)
         left = max(deadline - time.monotonic(), END_SECONDS / 2)
@@ -297,7 +305,10 @@ class DrainingServer(uvicorn.Server):
 
     def _load(self) -> None:
         try:
-            self.service.attach(self._make_engine())
+            engine = self._make_engine()
+            self.service.attach(engine)
+            for info in engine.experts():
+                log.info("plugged %s (%s)", info.name, "armed" if info.armed else "not armed")
             self._ready()
         except BaseException as error:
             self.failure = error

@@ -57,7 +57,7 @@ class Settings:
         device: device of the model, passed to trainings.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
-        hosts: further accepted values of the `Host` header, beside loopback and `host`.
+        hosts: further accepted values of the `Host` header, beside loopback and `host`; "*": all.
         origins: pages of other sites that may send requests, such as `https://chat.example`;
             "*" allows every page.
         aliases: further names of the base model, for clients that insist on one.
@@ -124,7 +124,7 @@ class Service:
         self.settings = settings
         self.version = metadata.version("deepseek-dmoe")
         self.started = datetime.now(UTC).replace(microsecond=0)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.version)
         self.indexes = Indexes(settings.experts_folder)
         self.allowed: Experts = None
         self.draining = False
@@ -299,9 +299,8 @@ class Service:
                 param="experts.arm",
             )
         arm = wanted.choice if named is None else named
-        if self.allowed is not None:
-            for name in Arming.parse(arm).named:
-                self.plugged(name, "experts.arm")
+        for name in Arming.parse(arm).named:
+            self.plugged(name, "experts.arm")
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def visible_experts(self) -> tuple[ExpertInfo, ...]:

@@ -9,6 +9,7 @@ from fastapi import Query
 
 from deepseek.data.text.filters import VENDORED, reason_by_path
 from deepseek.server.errors import ApiError
+from deepseek.server.field_errors import WITHOUT_NUL
 from deepseek.server.service import Settings
 from deepseek.terminal import is_unicode
 
@@ -25,7 +26,7 @@ COUNT_SECONDS = 1.0
 MOST_FOLDERS = 1000
 """Maximum number of folders in one listing."""
 
-RelativePath = Annotated[str, Query(max_length=4096, pattern=r"^[^\x00]*$")]
+RelativePath = Annotated[str, Query(max_length=4096, pattern=WITHOUT_NUL)]
 
 
 def teach_root(settings: Settings) -> Path:

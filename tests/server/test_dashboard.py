@@ -20,6 +20,7 @@ LEFT_OUT = {
     "deepseek_first_token_seconds_created": "the same",
     "deepseek_tokens_created": "the same",
     "deepseek_expert_tokens_created": "the same",
+    "deepseek_build_info": "the version, which changes with a restart only",
 }
 """Samples that no panel shows -> the reason."""
 

@@ -81,7 +81,6 @@ def keyed(served_folder: Path, text_root: Path) -> Iterator[Live]:
 
 ROUTES = [
     ("GET", "/"),
-    ("GET", "/ready"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
     ("GET", "/tokenizer_info"),

@@ -26,6 +26,6 @@ def test_experts_are_plugged_used_and_refused_within_a_budget(tmp_path: Path) ->
         assert "of one, two need" in error or "of two, one need" in error
         metrics = http.get("/metrics").text
         assert f"deepseek_expert_bytes {float(size)}" in metrics
-        assert "deepseek_expert_loads 3.0" in metrics
+        assert "deepseek_expert_loads_total 3.0" in metrics
         modules = experts.choose(["one"]).roster.modules
         assert [module.nbytes for module in modules] == [size]

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.request import EngineStoppedError, TokenUsage
 from deepseek.server.admission import ComputingRoute, Job
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import ApiError, about
 from deepseek.server.openapi import Embeddings, described
 from deepseek.server.schema import EmbeddingsRequest
 from deepseek.server.service import Service, TheService
@@ -60,7 +60,8 @@ async def embed(
     run = service.admission.run
     encode: Any = service.writer.beginning if cut else service.writer.text
     # One at a time, so that other requests have their turn, and a client that leaves ends it.
-    ids = [await run(partial(encode, text)) for text in texts]
+    with about("input"):
+        ids = [await run(partial(encode, text)) for text in texts]
     submit = partial(service.engine.submit_texts, ids)  # it checks every id
     return EmbeddingJob(service, await run(submit, ActiveEmbedding.cancel))
 

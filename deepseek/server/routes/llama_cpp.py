@@ -20,7 +20,7 @@ from deepseek.server.dialects.llama_cpp import (
     TokenizeRequest,
 )
 from deepseek.server.encoding import encoded_aside
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import ApiError, about
 from deepseek.server.openapi import STREAMED
 from deepseek.server.routes import completions
 from deepseek.server.schema import ChatMessage
@@ -144,7 +144,8 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> Response:
     """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
 
     def content() -> dict[str, str]:
-        ids = service.counter.check(body.tokens) if body.tokens else []
+        with about("tokens"):
+            ids = service.counter.check(body.tokens) if body.tokens else []
         text = str(service.engine.tokenizer.decode(ids))
         return {"content": text, "prompt": text}
 

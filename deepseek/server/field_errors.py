@@ -1,0 +1,135 @@
+"""Say what is wrong with a field of a request, from Pydantic's validation errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.packs.manifest import printable
+from deepseek.packs.names import NAME
+
+EXPECTED = {
+    "string_type": "a text",
+    "string_unicode": "a text of Unicode characters",
+    "list_type": "a list",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""What a field should be, by Pydantic's type of error for a wrong type."""
+
+
+SIZED = {
+    "too_short": "{container} of {min_length} or more items",
+    "too_long": "{container} of {max_length} or fewer items",
+    "string_too_short": "a text of {min_length} or more characters",
+    "string_too_long": "a text of {max_length} or fewer characters",
+    "string_pattern_mismatch": "{described}",
+    "union_tag_invalid": "an object of one of the types {expected_tags}",
+    "union_tag_not_found": "an object with a type",
+}
+"""The same for errors that state what would be valid."""
+
+
+TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+DIGITS = r"^[0-9]{1,9}$"
+WITHOUT_NUL = r"^[^\x00]*$"
+
+PATTERNS = {
+    TOOL_NAME: "1 to 64 letters, digits, hyphens or underscores",
+    DIGITS: "the id of a token",
+    WITHOUT_NUL: "a text without NUL",
+    f"^{NAME.pattern}$": "at most 64 letters, digits, dots, hyphens or underscores, the first a "
+    "letter or a digit",
+}
+"""What a text should be, by the regular expression that it does not match."""
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """What is wrong with one field of a request.
+
+    Attributes:
+        message: the error in one sentence, with what to do.
+        field: path of the field, with dots; "": the whole body.
+        code: identifier for programs.
+    """
+
+    message: str
+    field: str
+    code: str
+
+
+def field_error(mistakes: Sequence[dict[str, Any]], body: Any) -> FieldError:
+    """Return what Pydantic's validation errors say, naming one field.
+
+    A field that may have several types has errors for each of them. The errors with the longest
+    path belong to the type that fits best; if none fits, all types are named. A list of the right
+    type that is too long or too short fits best.
+
+    Args:
+        mistakes: the errors of one request.
+        body: the request's parsed body, if it has one.
+    """
+    paths = [field_path(mistake, body) for mistake in mistakes]
+    same_field = [
+        (path, mistake)
+        for path, mistake in zip(paths, mistakes, strict=True)
+        if path[: len(paths[0])] == paths[0]
+    ]
+    sized = [path for path, mistake in same_field if mistake["type"] in ("too_short", "too_long")]
+    chosen = max(sized or [path for path, _ in same_field], key=len)
+    where = printable(".".join(chosen))
+    kinds = [mistake for path, mistake in same_field if path == chosen]
+    code = "invalid_value"
+    match kinds[0]["type"]:
+        case "extra_forbidden":
+            message = f"The field {where} is not supported; leave it out."
+            code = "unsupported_field"
+        case "missing":
+            message = f"The field {where} is missing; send it."
+        case "value_error":
+            reason = printable(str(kinds[0]["ctx"]["error"]))
+            message = f"The field {where} is invalid: {reason}."
+        case _:
+            reasons = " or ".join(dict.fromkeys(_expected(mistake) for mistake in kinds))
+            message = f"The field {where or 'body'} is invalid: it should be {reasons}."
+    return FieldError(message, where, code)
+
+
+def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
+    """Return the path of the field at fault, without Pydantic's names of union branches.
+
+    Args:
+        mistake: the error; its `loc` holds keys, indexes and names of branches.
+        body: the parsed body; None: the field is a parameter, which has no branches.
+    """
+    parts = mistake["loc"][1:]
+    if body is None:
+        return tuple(map(str, parts))
+    path = []
+    for part in parts:
+        known = part in body if isinstance(body, dict) else isinstance(part, int)
+        if known and isinstance(body, dict | list):
+            body = body[part]
+            path.append(str(part))
+    if mistake["type"] == "missing":
+        path.append(str(parts[-1]))
+    return tuple(path)
+
+
+def _expected(mistake: dict[str, Any]) -> str:
+    """Return what a field should be, as the continuation of "it should be"."""
+    sized = SIZED.get(mistake["type"])
+    if sized is not None:
+        limits = mistake["ctx"]
+        pattern = limits.get("pattern", "")
+        return sized.format(
+            **limits,
+            described=PATTERNS.get(pattern, f"a text that matches {pattern}"),
+            container="an object" if limits.get("field_type") == "Dictionary" else "a list",
+        )
+    usual = printable(mistake["msg"]).removeprefix("Input should be ")
+    return EXPECTED.get(mistake["type"], usual[:1].lower() + usual[1:])
