@@ -62,11 +62,16 @@ _HOMES = {
     "train_expert": "deepseek.train.jobs.expert",
 }
 
+_MODULES = ("errors", "planning")
+"""Modules with public names of their own."""
+
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module at first use (PEP 562)."""
+    if name in _MODULES:
+        return import_module(f"deepseek.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'deepseek' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
@@ -74,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -1,5 +1,6 @@
 """Look up names in tables and optional packages, with error messages that suggest a fix."""
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -41,10 +42,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def _most_similar(name: str, valid_names: list[str]) -> str | None:
     """Return the valid name that is most like `name`, None if none is.
 
-    A name of which `name` is a part, as a whole or from the beginning, comes before one that is
-    spelled alike.
+    A name whose words begin with the letters of `name`, such as `learning_rate` for `lr`, comes
+    first, then one of which `name` is a part, then one that is spelled alike.
     """
     folded_name = name.casefold()
+    abbreviated = [candidate for candidate in valid_names if initials(candidate) == folded_name]
+    if abbreviated:
+        return abbreviated[0]
     if folded_name in map(str.casefold, valid_names):
         return next(candidate for candidate in valid_names if candidate.casefold() == folded_name)
     if len(folded_name) >= FEWEST_LETTERS:
@@ -63,6 +67,11 @@ def _most_similar(name: str, valid_names: list[str]) -> str | None:
     return next(
         (candidate for candidate in valid_names if close and candidate.casefold() == close[0]), None
     )
+
+
+def initials(name: str) -> str:
+    """Return the first letters of the words of a name: `lr` for `--learning-rate`."""
+    return "".join(word[:1] for word in re.split(r"[-_ ]+", name.casefold()))
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:

@@ -23,11 +23,10 @@ def list_runs(as_json: Json = False) -> None:
     from deepseek.checkpoint.store import home
     from deepseek.cli.shapes import RunList, print_json
     from deepseek.errors import UserError
-    from deepseek.train.loop.past_runs import all_runs
 
     usable_home()
     rows = []
-    for name, folder in all_runs().items():
+    for name, folder in _runs().items():
         try:
             rows.append(_row(name, folder))
         except (UserError, OSError) as error:
@@ -88,17 +87,43 @@ def rm(
     the expert that it made stays.
     """
     from deepseek.checkpoint.files import folder_bytes
+    from deepseek.checkpoint.output import remove_folder
     from deepseek.cli.confirm import confirm
     from deepseek.cli.units import size
-    from deepseek.train.loop.past_runs import remove_run, stored_run
+    from deepseek.train.loop.run_lock import run_lock
 
-    folder = stored_run(name)
+    folder = _stored_run(name)
     loss = _loss_with(name, folder)
     confirm(f"Remove {folder} ({size(folder_bytes(folder))})?{loss}", yes)
     if loss and yes:  # else the question has said it
         echo(f"warning:{loss}", error=True)
-    remove_run(folder)
+    with run_lock(folder):
+        remove_folder(folder)
     echo(f"removed {folder}")
+
+
+def _stored_run(name: str) -> Path:
+    """Return the folder of a run in the library's home.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    from deepseek.checkpoint.store import home
+    from deepseek.errors import DataError
+    from deepseek.registry import nearest
+
+    runs = _runs()
+    if name not in runs:
+        mend = nearest(name, runs) if runs else "none has been started"
+        raise DataError(f"There is no run {name!r} in {home() / 'runs'}; {mend}.")
+    return runs[name]
+
+
+def _runs() -> dict[str, Path]:
+    """Return the run folders in the library's home by name, without what is being removed."""
+    from deepseek.train.loop.past_runs import all_runs
+
+    return {name: folder for name, folder in all_runs().items() if not name.startswith(".")}
 
 
 def _loss_with(name: str, folder: Path) -> str:

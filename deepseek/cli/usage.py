@@ -5,7 +5,7 @@ another program is likely.
 import re
 from typing import Any
 
-from deepseek.registry import nearest
+from deepseek.registry import initials, nearest
 
 MODEL_OPTIONS = ("--base", "--model", "-m")
 """How a model is named where it is not an argument, here and in other programs."""
@@ -63,11 +63,7 @@ def _option_hint(error: Any, parameters: list[Any], options: list[str]) -> str:
         return "; a model is named with --base"
     name = error.option_name.lstrip("-")
     # `--lr` is short for `--learning-rate`.
-    spelled = [option for option in options if _initials(option) == name]
+    spelled = [option for option in options if initials(option) == name]
     if spelled:
         return f"; perhaps {spelled[0]} is meant"
     return "" if error.possibilities else f"; {nearest(error.option_name, options)}"
-
-
-def _initials(option: str) -> str:
-    return "".join(word[:1] for word in option.lstrip("-").split("-"))

@@ -1,14 +1,15 @@
 """Config fields that only one kind of attention reads.
 
 A new kind with fields of its own adds a class here and to the bases of `AttentionFields`. Its
-attention class validates them (see `FullAttention.check`). Field names start with the name of the
+attention class validates them (see `FullAttention.check`). A config is shown as Hugging Face shows
+it, so these classes have no `repr` of their own. Field names start with the name of the
 kind, because all fields share one namespace in `config.json`.
 """
 
 from dataclasses import dataclass
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class LshFields:
     """Fields of LSH attention (`model/attention/lsh.py`).
 
@@ -36,6 +37,6 @@ class LshFields:
     lsh_exact_layers: list[int] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class AttentionFields(LshFields):
     """The fields of all kinds of attention."""

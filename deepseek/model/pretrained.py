@@ -36,7 +36,8 @@ BLOCK_ROWS = 4096
 
 Model = TypeVar("Model", bound="DeepSeekModel")
 
-# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass. They are ignored.
+# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines, lm-eval) pass. They are
+# ignored.
 _PASSED_ALONG = {
     "_commit_hash",
     "_from_auto",
@@ -51,6 +52,9 @@ _PASSED_ALONG = {
     "trust_remote_code",
     "use_safetensors",
 }
+
+OURS = ("config", "device_map", "dtype", "upcycle_seed")
+QUANTISING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 
 
 def load_pretrained(
@@ -80,12 +84,15 @@ def load_pretrained(
     Raises:
         HubError, CheckpointError, ConfigError, DeviceError: see `DeepSeekModel.from_pretrained`.
     """
-    for key in kwargs:
-        if key not in _PASSED_ALONG:
+    for key, value in kwargs.items():
+        if key in QUANTISING:
             raise ConfigError(
-                f"from_pretrained has no argument {key!r}; "
-                f"{nearest(key, ['config', 'dtype', 'device_map'])}."
+                f"from_pretrained has no argument {key!r}; quantise the model first, with "
+                "`deepseek quantize`, and load the result."
             )
+        # Callers pass some of their own arguments on, unset, whether anybody reads them or not.
+        if key not in _PASSED_ALONG and value not in (None, False, ""):
+            raise ConfigError(f"from_pretrained has no argument {key!r}; {nearest(key, OURS)}.")
     checks.path("pretrained_model_name_or_path", name_or_path)
     checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
     checks.whole("upcycle_seed", upcycle_seed, least=0, most=checks.MAX_SEED)

@@ -302,6 +302,10 @@ def plan(
         bits: 8 or 4 for frozen weights that are quantised as `deepseek quantize` does it, whichever
             they are; None: they are in bf16.
 
+    Returns:
+        The plan: `memory(gpus).total` is the bytes of each device, `days` the time, and `table()`
+        the needs of one step for growing numbers of devices.
+
     Raises:
         ConfigError: a name is unknown, or a number is out of range.
     """

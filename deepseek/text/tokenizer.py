@@ -33,7 +33,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         and not (folder / "tokenizer_config.json").is_file()
     ):
         raise CheckpointError(
-            f"{folder} holds no tokenizer.json; point to a model folder saved by save_pretrained."
+            f"{folder} holds no tokenizer.json; save the model's tokenizer there too, with "
+            "`tokenizer.save_pretrained`."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(

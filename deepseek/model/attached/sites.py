@@ -102,6 +102,11 @@ def find_sites(model: PreTrainedModel) -> ExpertSites:
     Raises:
         ConfigError: its layers, or every layer's feed-forward module, cannot be found.
     """
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"A {type(model).__name__} is an encoder-decoder model, and experts attach to "
+            "decoder-only ones; choose a causal language model of transformers."
+        )
     config = model.config.get_text_config(decoder=True)
     decoder = model.get_decoder()
     names = {module: name for name, module in model.named_modules()}

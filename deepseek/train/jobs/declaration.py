@@ -45,6 +45,9 @@ description, defaults are validated, and numbers are finite.
 
 UNIONS = (Union, UnionType)
 
+IN_MEMORY = ("data", "dataset", "documents", "text", "texts", "train_dataset")
+"""Names under which other libraries take text that is in memory."""
+
 OTHER_TYPES = frozenset(
     {
         "bool_parsing",
@@ -257,8 +260,10 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "path_type":
         message = "Input should be a path"
-    given = f", not {shown(error['input'])}" if message.startswith("Input should") else ""
-    return visible(f"{where}: {message}{given}")
+    if message.startswith("Input should"):
+        demand = message.removeprefix("Input should ")
+        return visible(f"{where} must {demand}, not {shown(error['input'])}")
+    return visible(f"{where}: {message}")
 
 
 def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
@@ -272,7 +277,7 @@ def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
     value = error["input"]
     message = None
     if error["type"] in OTHER_TYPES:
-        about = f"({argument.meaning[:1].lower()}{argument.meaning[1:]})"
+        about = f"({in_mid_sentence(argument.meaning)})"
         if _is_direct(argument, where):
             message = f"{argument.name} {about} must be {argument.wanted}, not {shown(value)}"
         elif get_origin(argument.kind) is tuple:
@@ -290,6 +295,11 @@ def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
         hint = f"write {_listed(examples)}" if examples else "leave control characters out"
         message = f"{where}={shown(value)} is not understood; {hint}"
     return message
+
+
+def in_mid_sentence(text: str) -> str:
+    """Return a text without its capital, unless its first word is an abbreviation (`JSONL`)."""
+    return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
 
 
 def _is_direct(argument: Argument, where: str) -> bool:
@@ -314,7 +324,15 @@ def refuse_flags(given: Mapping[str, Any], declaration: type[Declaration]) -> No
 
 
 def unknown(key: str, names: Iterable[str]) -> str:
-    """Return the message for a key that is not a field, with the nearest name."""
+    """Return the message for a key that is not a field, with the nearest name, or with the way to
+    learn from text in memory.
+    """
+    if key in IN_MEMORY and "from_jsonl" in names:
+        return (
+            f"{shown(key)} is no field here: text is read from files; write one JSON object per "
+            "line with a `text` or `messages` field, such as with `to_json(FILE, lines=True, "
+            "orient='records')`, and give from_jsonl=FILE"
+        )
     return f"{shown(key)} is no field here; {nearest(key[:80], names)}"
 
 

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.files import stored_model_name
-from deepseek.checkpoint.output import remove_folder
 from deepseek.checkpoint.store import RUN_STARTED, home, read_object
 from deepseek.errors import CheckpointError, DataError
 from deepseek.packs.library import installed
 from deepseek.registry import nearest
-from deepseek.train.loop.run_lock import run_lock
 
 
 def all_runs() -> dict[str, Path]:
-    """Return the run folders in the library's home by name, without what is being removed."""
+    """Return the run folders in the library's home by name."""
     root = home() / "runs"
-    paths = sorted(root.iterdir()) if root.is_dir() else []
-    return {path.name: path for path in paths if path.is_dir() and not path.name.startswith(".")}
+    return (
+        {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+        if root.is_dir()
+        else {}
+    )
 
 
 def find_run(name: str) -> Path:
@@ -44,29 +45,6 @@ def find_run(name: str) -> Path:
             f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."
         )
     return runs[name]
-
-
-def stored_run(name: str) -> Path:
-    """Return the folder of a run in the library's home.
-
-    Raises:
-        DataError: there is no such run.
-    """
-    runs = all_runs()
-    if name not in runs:
-        mend = nearest(name, runs) if runs else "none has been started"
-        raise DataError(f"There is no run {name!r} in {home() / 'runs'}; {mend}.")
-    return runs[name]
-
-
-def remove_run(folder: Path) -> None:
-    """Delete the folder of a run.
-
-    Raises:
-        TrainError: a process is writing to it.
-    """
-    with run_lock(folder):
-        remove_folder(folder)
 
 
 def _is_run(folder: Path) -> bool:

@@ -302,7 +302,7 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
         (
             arguments.ExpertArguments,
             {"name": "x", "width": 0},
-            "width: Input should be greater than or equal to 1",
+            "width must be greater than or equal to 1",
         ),
         (
             arguments.ExpertArguments,
@@ -312,7 +312,7 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
         (
             arguments.ExpertArguments,
             {"name": "x", "minutes": float("inf")},
-            "minutes: Input should be a finite number",
+            "minutes must be a finite number",
         ),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
         (
