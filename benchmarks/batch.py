@@ -35,7 +35,7 @@ from entry import run_main
 from latency import Prompts, stream
 from results import write
 from served import served
-from turns import Turn, add_llama, in_turn, medians
+from turns import Turn, add_llama, in_turn, medians, usual_waiting
 
 from deepseek.engine.load import load
 
@@ -175,7 +175,12 @@ def batched(options: argparse.Namespace, path: Path, prompts: Prompts) -> Turn:
     command = [str(options.llama), "-c", LLAMA, str(path), str(options.threads), texts, str(TOKENS)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=usual_waiting(),
     )
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
@@ -211,7 +216,7 @@ class LlamaServer:
         ]
         paths = os.pathsep.join([options.llama_path, os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+            command, env={**usual_waiting(), "PYTHONPATH": paths}, stderr=subprocess.DEVNULL
         )
 
     def __enter__(self) -> "LlamaServer":

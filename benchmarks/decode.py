@@ -42,7 +42,7 @@ import torch
 from bars import draw, installed
 from entry import run_main
 from results import write
-from turns import Turn, add_llama, check_rivals, in_turn, medians
+from turns import Turn, add_llama, check_rivals, in_turn, medians, usual_waiting
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
@@ -189,7 +189,8 @@ def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") 
         str(STEPS),
         str(base),
     ]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=usual_waiting())
     assert process.stdin is not None and process.stdout is not None
     while (line := process.stdout.readline()).strip() != "ready":
         assert line, "the rival's process has ended; see its messages above"

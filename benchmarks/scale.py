@@ -40,7 +40,7 @@ from decode import LLAMA, engine, rival, write_gguf
 from entry import run_main
 from llama_logits import llama_quantise
 from results import ROOT, write
-from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians
+from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians, usual_waiting
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, read_object, write_json
@@ -320,7 +320,9 @@ class Work:
             print(stage, name, file=sys.stderr, flush=True)
             values = [value() if callable(value) else value for value in arguments]
             command = [sys.executable, __file__, "--stage", stage, *map(str, values)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env=usual_waiting()
+            )
             kept.write_text(done.stdout.splitlines()[-1])
         figures: dict[str, Any] = json.loads(kept.read_text())
         return figures

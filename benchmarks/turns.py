@@ -3,6 +3,7 @@ rivals.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,14 @@ Figures = dict[str, float]
 Turn = Callable[[], Figures]
 Result = TypeVar("Result")
 Side = TypeVar("Side", bound=Hashable)
+
+
+def usual_waiting() -> dict[str, str]:
+    """Return this process's environment without a policy for threads that wait. Sleeping between
+    two products costs llama.cpp two thirds of its speed (docs/log/engine.md), so rivals and what
+    they are compared with start with the default.
+    """
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
 def in_turn(turns: Mapping[Side, Callable[[], Result]], rounds: int) -> dict[Side, list[Result]]:
