@@ -175,12 +175,7 @@ def batched(options: argparse.Namespace, path: Path, prompts: Prompts) -> Turn:
     command = [str(options.llama), "-c", LLAMA, str(path), str(options.threads), texts, str(TOKENS)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command,
-        stdin=pipe,
-        stdout=pipe,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=usual_waiting(),
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=usual_waiting()
     )
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
