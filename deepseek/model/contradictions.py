@@ -1,20 +1,17 @@
 """Refuse configs whose fields contradict each other."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from deepseek import checks
 from deepseek.errors import ConfigError
 from deepseek.model.rope_parameters import ROTARY, check_rope
 
-if TYPE_CHECKING:
-    from deepseek.model.config import ModelConfig
 
-
-def refuse_contradictions(config: "ModelConfig") -> None:
+def refuse_contradictions(config: Any) -> None:
     """Raise `ConfigError` if fields of a config contradict each other.
 
     Args:
-        config: the config, each of whose fields is valid by itself.
+        config: a `ModelConfig`, each of whose fields is valid by itself.
     """
     heads = config.num_attention_heads
     if heads % config.num_key_value_heads:
@@ -33,7 +30,7 @@ def refuse_contradictions(config: "ModelConfig") -> None:
         _validate_experts(config)
 
 
-def _validate_positions(config: "ModelConfig") -> None:
+def _validate_positions(config: Any) -> None:
     kind = config.positional_encoding
     train_len = config.train_len
     longest = config.max_position_embeddings
@@ -57,7 +54,7 @@ def _validate_positions(config: "ModelConfig") -> None:
         )
 
 
-def _validate_attention(config: "ModelConfig") -> None:
+def _validate_attention(config: Any) -> None:
     # Imported here because every attention module imports this one.
     from deepseek.model.attention import ATTENTION
     from deepseek.model.positions import POSITIONS
@@ -76,7 +73,7 @@ def _validate_attention(config: "ModelConfig") -> None:
             )
 
 
-def _validate_experts(config: "ModelConfig") -> None:
+def _validate_experts(config: Any) -> None:
     if config.hidden_act != "silu":
         raise ConfigError(
             f"hidden_act={config.hidden_act!r} contradicts num_experts={config.num_experts}: the "

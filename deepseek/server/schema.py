@@ -1,9 +1,16 @@
 """Request bodies: the supported subset of OpenAI's fields; any other field is refused by name."""
 
 from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, StringConstraints, create_model
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    create_model,
+    model_validator,
+)
 
 from deepseek.engine.request import ArmChoice
 from deepseek.server.body import (
@@ -24,18 +31,30 @@ from deepseek.server.body import (
     text_only,
 )
 from deepseek.server.constraints import ConstraintFields
+from deepseek.server.dialects.harmless_fields import CacheBreakpoint, HarmlessFields
+from deepseek.server.dialects.llama_cpp_fields import LlamaCppFields
+from deepseek.server.dialects.tool_types import no_server_tool
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 
 MAX_CHOICES = 16
 
+DEFAULT_TOKENS = 16
+"""Most tokens of a completion that states no limit, as in OpenAI's API."""
+
 TemplateVariables = Annotated[dict[ShortText, Any], Field(max_length=64)]
+
+
+def stated_limit(limit: int | None) -> int | None:
+    """Return a limit of tokens; None for -1, with which some clients say that they set none."""
+    return None if limit == -1 else limit
 
 
 class ExpertsField(Body):
     """Experts that may fire (our extension): those in `arm`, without those in `deny`.
 
-    `{"arm": {"code": 0.7, "zh": 1.0}}` scales what each of them adds.
+    `{"arm": {"code": 0.7, "zh": 1.0}}` scales what each of them adds. `deny` may name experts that
+    are not plugged, so that a policy can exclude an expert before it is there.
     """
 
     arm: ArmedExperts = "auto"
@@ -62,53 +81,6 @@ class SamplingFields(Body):
     experts: ExpertsField = ExpertsField()
 
 
-class CacheBreakpoint(Body):
-    """A mark at which the client wants the prompt to be cached; every prefix is cached anyway."""
-
-    mode: ShortText | None = None
-    ttl: ShortText | None = None
-
-
-class CacheOptions(CacheBreakpoint):
-    """Where and for how long the client wants prompts to be cached; every prefix is cached."""
-
-    comparison_response_id: ShortText | None = None
-
-
-class HarmlessFields(Body):
-    """Fields that many clients send and that change no answer here: nothing is stored, billed or
-    reasoned about, and every prefix of a prompt is cached.
-    """
-
-    store: bool | None = None
-    service_tier: ShortText | None = None
-    safety_identifier: ShortText | None = None
-    prompt_cache_key: ShortText | None = None
-    prompt_cache_options: CacheOptions | None = None
-    prompt_cache_retention: ShortText | None = None
-
-
-class LlamaCppFields(Body):
-    """Fields that llama.cpp's clients send, on its own routes and on OpenAI's, and that change no
-    answer here.
-    """
-
-    n_keep: int | None = None
-    id_slot: int | None = None
-    cache_prompt: bool | None = None
-    min_keep: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    dynatemp_exponent: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: Several[ShortText] | None = None
-    xtc_threshold: float | None = None
-    timings_per_token: bool | None = None
-    samplers: Several[ShortText] | None = None
-
-
 class StreamOptions(Body):
     """Whether a last chunk reports the usage; chunks are never padded."""
 
@@ -116,7 +88,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class GenerationFields(SamplingFields, ConstraintFields):
+class GenerationFields(SamplingFields, ConstraintFields, LlamaCppFields):
     """Fields shared by chat and plain completions.
 
     `retrieve` (our extension) puts passages of the experts' training text into the prompt: true
@@ -135,6 +107,21 @@ class GenerationFields(SamplingFields, ConstraintFields):
     logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
     retrieve: bool | Annotated[int, Field(ge=1, le=16)] | ExpertName | None = None
+
+    # Values that change nothing; llama.cpp's own routes take others too.
+    n_indent: Literal[0] | None = None
+    t_max_predict_ms: Annotated[int, Field(ge=-1, le=0)] | None = None
+
+    @model_validator(mode="after")
+    def _with_llama_cpp_penalties(self) -> Self:
+        if self.repetition_penalty is None:
+            self.repetition_penalty = self.repeat_penalty
+        if self.repeat_last_n == 0:
+            # Neutral values, as None would take those that the model recommends.
+            self.repetition_penalty = 1.0
+            self.presence_penalty = 0.0
+            self.frequency_penalty = 0.0
+        return self
 
 
 class TextPart(Body):
@@ -178,7 +165,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation. Reasoning of an earlier turn is left out of the prompt."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | Several[MessagePart] | None, BeforeValidator(text_only)] = None
@@ -187,6 +174,20 @@ class ChatMessage(Body):
     tool_call_id: ShortText | None = None
     refusal: str | None = None
     annotations: Several[Any] | None = None
+
+    # Not dumped, as a chat template would write them into the prompt.
+    reasoning_content: Annotated[str | None, Field(exclude=True)] = None
+    reasoning: Annotated[str | None, Field(exclude=True)] = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} needs content; send it")
+        if self.tool_call_id is None and self.role == "tool":
+            raise ValueError(
+                "a message of role tool needs tool_call_id; send the id of the call that it answers"
+            )
+        return self
 
     @property
     def text(self) -> str:
@@ -210,7 +211,7 @@ class Function(Body):
 class Tool(Body):
     """A tool, always a function; in `tool_choice`, only its name is read."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], BeforeValidator(no_server_tool)]
     function: Function
 
 
@@ -232,18 +233,23 @@ class AllowedTools(Body):
         return cls(type="allowed_tools", allowed_tools=cls.Choice(mode=mode, tools=tools))
 
 
-class ChatRequest(GenerationFields, HarmlessFields, LlamaCppFields):
+ChatLimit = Annotated[Literal[-1] | TokenCount | None, AfterValidator(stated_limit)]
+
+
+class ChatRequest(GenerationFields, HarmlessFields):
     """`POST /v1/chat/completions`.
+
+    Without `max_tokens` or `max_completion_tokens`, or with -1, an answer ends after
+    `Settings.answer_tokens` tokens (512 unless the server was started with another limit).
 
     `continue_final_message` (vLLM's extension) continues the assistant's last message in place of
     opening a new turn; `chat_template_kwargs` (vLLM's and llama.cpp's) are variables of the model's
-    chat template; `n_predict` is llama.cpp's name of `max_tokens`.
+    chat template.
     """
 
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
-    max_tokens: TokenCount | None = None
-    max_completion_tokens: TokenCount | None = None
-    n_predict: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
+    max_tokens: ChatLimit = None
+    max_completion_tokens: ChatLimit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
@@ -252,13 +258,11 @@ class ChatRequest(GenerationFields, HarmlessFields, LlamaCppFields):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
-    # Without effect: the model does not reason, its length is that of its training, and a reply
-    # has all its fields.
+    # Without effect: the model does not reason, and its length is that of its training.
     reasoning_effort: ShortText | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     prediction: dict[str, Any] | None = None
     modalities: Several[Literal["text"]] | None = None
-    response_fields: Annotated[Several[ShortText], Field(max_length=64)] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -275,6 +279,9 @@ class ChatRequest(GenerationFields, HarmlessFields, LlamaCppFields):
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text, `suffix` is what follows
     it.
+
+    Without `max_tokens`, an answer ends after 16 tokens, OpenAI's default here; with -1 after
+    `Settings.answer_tokens` tokens.
     """
 
     prompt: (
@@ -282,11 +289,27 @@ class CompletionRequest(GenerationFields):
         | Ids
         | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    max_tokens: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _with_llama_cpp_limit(self) -> Self:
+        if self.max_tokens is None:
+            self.max_tokens = self.n_predict
+        return self
+
+    def limit(self, unlimited: int) -> int:
+        """Return the most tokens of the answer.
+
+        Args:
+            unlimited: those of an answer for which no limit is wanted.
+        """
+        if self.max_tokens is None:
+            return DEFAULT_TOKENS
+        return unlimited if self.max_tokens == -1 else max(1, self.max_tokens)
 
 
 class EmbeddingsRequest(Body):

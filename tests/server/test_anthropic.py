@@ -248,6 +248,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[anthropic.APIStatusError], str]] =
         anthropic.BadRequestError,
         "tool_choice",
     ),
+    "server_tool": (
+        {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}]},
+        anthropic.BadRequestError,
+        "web_search_20250305 would run on the server",
+    ),
     "only_assistant": (
         {"messages": [{"role": "assistant", "content": "a"}]},
         anthropic.BadRequestError,

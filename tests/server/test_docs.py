@@ -11,6 +11,13 @@ import pytest
 from live_server import Live
 from processes import run
 
+from deepseek.engine.scheduler import PREFILL_CHUNK
+from deepseek.server.dialects.anthropic import CacheControl
+from deepseek.server.dialects.harmless_fields import CacheBreakpoint
+from deepseek.server.routes.completions import DEFAULT_TOKENS
+from deepseek.server.schema import ChatRequest, CompletionRequest, ExpertsField
+from deepseek.server.service import Settings
+
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
 """Names on the page -> names in the test."""
@@ -107,3 +114,24 @@ def test_routes_of_llama_cpp(server: Live, folder: Path) -> None:
     assert '"stop_type"' in told
     assert '"tokens":[' in told
     assert '"n_ctx"' in told
+
+
+def test_limits_and_blocks_have_the_documented_sizes() -> None:
+    page = (PAGES / "clients.md").read_text()
+    limit = f"{Settings().answer_tokens} "
+    assert f"ends after {limit}tokens" in page
+    assert f"after {DEFAULT_TOKENS}, as at OpenAI" in page
+    assert limit in (ChatRequest.__doc__ or "")
+    assert f"after {DEFAULT_TOKENS} tokens" in (CompletionRequest.__doc__ or "")
+    blocks_of = f"blocks of {PREFILL_CHUNK} tokens"
+    for text in (page, CacheControl.__doc__, CacheBreakpoint.__doc__):
+        assert blocks_of in " ".join((text or "").split())
+        assert "every prefix" not in (text or "")
+
+
+def test_experts_that_are_not_plugged_can_be_denied(server: Live) -> None:
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "experts": {"deny": ["not-there"]}}
+    with server.http() as http:
+        assert http.post("/v1/completions", json=body).status_code == 200
+    for text in ((PAGES / "serving.md").read_text(), ExpertsField.__doc__ or ""):
+        assert "`deny` may name experts that are not plugged" in " ".join(text.split())

@@ -14,7 +14,8 @@ from openai import OpenAI
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.server.dialects import llama_cpp
-from deepseek.server.dialects.infill import InfillChunks, InfillRequest
+from deepseek.server.dialects.infill import InfillRequest
+from deepseek.server.dialects.llama_cpp import NativeChunks
 from deepseek.server.prompt import EditorGap
 
 RING = [
@@ -263,6 +264,17 @@ def test_a_bad_gap_is_refused(server: Live, fields: dict[str, Any]) -> None:
     assert reply.json()["error"]["message"].endswith(".")
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"prompt": ""}, {"input_extra": [{"filename": "a.py", "text": ""}]}]
+)
+def test_a_gap_without_text_around_it_is_refused(server: Live, fields: dict[str, Any]) -> None:
+    with server.http() as http:
+        reply = http.post("/infill", json={"n_predict": 4, **fields})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "input_prefix")
+    assert "no text around the gap" in error["message"]
+
+
 class Written:
     """Replaces an answer that arrives in these pieces."""
 
@@ -277,7 +289,7 @@ class Written:
 
 def filled(pieces: list[str], **fields: Any) -> tuple[str, str]:
     """Return the text of an answer, and the reason why it ended."""
-    chunks = InfillChunks(InfillRequest(**fields), Written(pieces), 0.0)  # type: ignore[arg-type]
+    chunks = NativeChunks(InfillRequest(**fields), Written(pieces), 0.0)  # type: ignore[arg-type]
 
     async def choices() -> list[dict[str, Any]]:
         return [choice async for choice in chunks.choices()]

@@ -8,6 +8,8 @@ import pytest
 from live_server import CONTEXT, Live
 
 from deepseek.server import encoding
+from deepseek.server.dialects.llama_cpp import NativeCompletion
+from deepseek.server.schema import ChatRequest, CompletionRequest
 from deepseek.text.tokenizer import encode_plain
 
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
@@ -139,6 +141,128 @@ def test_settings_of_samplers_that_are_off_are_taken(server: Live) -> None:
     assert one != other
 
 
+ROUTES: dict[str, dict[str, Any]] = {
+    "/completion": {"prompt": "a", "n_predict": 1},
+    "/v1/completions": {"model": "tiny", "prompt": "a", "n_predict": 1},
+    "/v1/chat/completions": {"model": "tiny", "messages": ASKED, "n_predict": 1},
+}
+OFF: dict[str, Any] = {
+    "cache_prompt": True,
+    "dry_multiplier": 0,
+    "dynatemp_range": 0.0,
+    "lora": [],
+    "mirostat": 0,
+    "n_cache_reuse": 0,
+    "n_indent": 0,
+    "n_probs": 0,
+    "repeat_last_n": 0,
+    "repeat_penalty": 1,
+    "response_fields": [],
+    "return_tokens": False,
+    "t_max_predict_ms": 0,
+    "top_n_sigma": -1,
+    "typical_p": 1.0,
+    "xtc_probability": 0,
+}
+"""Values that change no answer."""
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_values_that_change_nothing_are_taken_on_every_route(server: Live, route: str) -> None:
+    reply = post(server, route, ROUTES[route] | OFF)
+    written = reply.get("usage", {}).get("completion_tokens", reply.get("tokens_predicted"))
+    assert written == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dynatemp_range", 0.5),
+        ("lora", [{"id": 0}]),
+        ("mirostat", 2),
+        ("n_probs", 3),
+        ("return_tokens", True),
+        ("top_n_sigma", 1.5),
+        ("typical_p", 0.5),
+    ],
+)
+def test_samplers_that_are_missing_are_refused_on_every_route(
+    server: Live, route: str, field: str, value: Any
+) -> None:
+    with server.http() as http:
+        reply = http.post(route, json={**ROUTES[route], field: value})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+def test_penalties_by_their_names_in_llama_cpp() -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "repeat_penalty": 1.5}
+    assert CompletionRequest(**body).repetition_penalty == 1.5
+    assert CompletionRequest(**body, repetition_penalty=1.2).repetition_penalty == 1.2
+    # Not absent, as the model's own generation config could recommend others then.
+    off = CompletionRequest(**body, repeat_last_n=0, presence_penalty=1, frequency_penalty=1)
+    penalties = (off.repetition_penalty, off.presence_penalty, off.frequency_penalty)
+    assert penalties == (1, 0, 0)
+    native = NativeCompletion(prompt="a", repeat_penalty=1.5, presence_penalty=1.0)
+    request = native.completion("tiny", 8)
+    assert (request.repetition_penalty, request.presence_penalty) == (1.5, 1)
+
+
+def test_a_limit_of_minus_1_is_none() -> None:
+    chat: dict[str, Any] = {"model": "tiny", "messages": ASKED}
+    assert ChatRequest(**chat, max_tokens=-1).limit is None
+    assert ChatRequest(**chat, max_completion_tokens=-1, max_tokens=5).limit == 5
+    assert ChatRequest(**chat, n_predict=-1).limit is None
+    plain: dict[str, Any] = {"model": "tiny", "prompt": "a"}
+    limits = ({}, {"max_tokens": -1}, {"n_predict": -1}, {"n_predict": 7}, {"n_predict": 0})
+    found = [CompletionRequest(**plain, **limit).limit(unlimited=512) for limit in limits]
+    assert found == [16, 512, 512, 7, 1]
+
+
+def test_a_stop_text_need_not_be_in_a_list(server: Live) -> None:
+    body = {"prompt": "the value", "n_predict": 30, "temperature": 0}
+    text = post(server, "/completion", body)["content"]
+    listed = post(server, "/completion", {**body, "stop": [text[4:6]]})
+    alone = post(server, "/completion", {**body, "stop": text[4:6]})
+    assert (alone["content"], alone["stop_type"]) == (listed["content"], "word")
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_the_bias_of_a_token_is_a_number_or_false(server: Live, pairs: bool) -> None:
+    body: dict[str, Any] = {"prompt": "the value", "n_predict": 1, "temperature": 0}
+    bias = {5: 100, 6: False}
+    sent = [list(pair) for pair in bias.items()] if pairs else bias
+    reply = post(server, "/completion", {**body, "logit_bias": sent})
+    assert reply["content"] == server.engine.tokenizer.decode([5])
+    assert reply["generation_settings"]["logit_bias"] == {"5": 100, "6": -100}
+
+
+def test_a_list_of_one_prompt_is_that_prompt(server: Live) -> None:
+    body = {"n_predict": 4, "temperature": 0}
+    alone = post(server, "/completion", {**body, "prompt": "the value"})
+    listed = post(server, "/completion", {**body, "prompt": ["the value"]})
+    assert listed["content"] == alone["content"]
+    ids = server.engine.tokenizer("the value").input_ids
+    assert post(server, "/completion", {**body, "prompt": [ids]})["content"] == alone["content"]
+
+
+def test_a_completion_has_the_fields_and_the_end_that_are_asked_for(server: Live) -> None:
+    ids = server.engine.tokenizer("\n", add_special_tokens=False).input_ids
+    body = {
+        "prompt": "the value",
+        "n_predict": 20,
+        "logit_bias": [[ids[0], 100]],
+        "n_indent": 1,
+        "response_fields": ["stop_type", "timings/prompt_n"],
+    }
+    reply = post(server, "/completion", {**body, "grammar": 'root ::= "a\\nb\\n"'})
+    assert reply.keys() == set(body["response_fields"])
+    whole = post(
+        server, "/completion", {**body, "grammar": 'root ::= "a\\nb\\n"', "response_fields": []}
+    )
+    assert whole["content"] == "a"
+
+
 def test_a_conversation_is_tokenized_as_chat_does(server: Live) -> None:
     counted = post(server, "/tokenize", {"model": "tiny", "messages": ASKED})
     with server.client() as openai:
@@ -162,6 +286,11 @@ def test_props_name_no_path(server: Live) -> None:
     [
         ("/completion", {"prompt": "a", "mirostat": 2}, "mirostat"),
         ("/completion", {"prompt": "a", "grammar": "root ::= x"}, "grammar"),
+        ("/completion", {"prompt": ["a", "b"]}, "one prompt"),
+        ("/completion", {"prompt": [5, "b"]}, "one prompt"),
+        ("/completion", {"prompt": "a", "logit_bias": [["b", 1]]}, "id of a token"),
+        ("/completion", {"prompt": "a", "logit_bias": {"b": 1}}, "id of a token"),
+        ("/completion", {"prompt": "a", "logit_bias": [[5, 101]]}, "100"),
         ("/tokenize", {}, "no text"),
         ("/detokenize", {"tokens": [1 << 30]}, "vocabulary"),
         ("/tokenize", {"content": "the " * 70_000, "with_pieces": True}, "in parts"),

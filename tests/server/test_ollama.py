@@ -65,6 +65,7 @@ CHATS: dict[str, dict[str, Any]] = {
             {"role": "tool", "tool_name": "pick", "content": "done"},
         ]
     },
+    "no_content": {"messages": [{"role": "system"}, *ASKED]},
 }
 
 

@@ -444,7 +444,7 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "unplugged": ({"model": "tiny+nobody"}, 404, "model"),
     "half_a_name": ({"model": "tiny+"}, 404, "model"),
     "named_twice": ({"model": "tiny+one", "experts": {"arm": ["two"]}}, 400, "experts.arm"),
-    "unplugged_arm": ({"experts": {"arm": ["nobody"]}}, 400, None),
+    "unplugged_arm": ({"experts": {"arm": ["nobody"]}}, 404, "experts.arm"),
     "experts_field": ({"experts": {"force": True}}, 400, "experts.force"),
     "long": ({"messages": [{"role": "user", "content": "x " * CONTEXT}]}, 400, "messages"),
     "very_long": ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "messages"),

@@ -41,6 +41,17 @@ def test_a_conversation_of_which_a_template_writes_nothing_is_refused() -> None:
     assert (refusal.value.status, refusal.value.param) == (400, "messages")
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_reasoning_of_an_earlier_turn_is_left_out(field: str) -> None:
+    """Templates of models that reason write it into the prompt, at least of the last turn."""
+    template = f"{{% for m in messages %}}{{{{ m['content'] }}}}{{{{ m.get('{field}') }}}}{{% endfor %}}{{{{ tools }}}}"
+    writer = PromptWriter(tiny_tokenizer(chat_template=template), 99)
+    assert writer.knows_tools
+    turn = {"role": "assistant", "content": "the value"}
+    plain = writer.chat([ChatMessage(**turn)], Calling())
+    assert writer.chat([ChatMessage(**turn, **{field: "the router"})], Calling()) == plain
+
+
 def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 

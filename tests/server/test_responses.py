@@ -272,9 +272,29 @@ def test_calls_of_one_turn_are_one_message(server: Live, client: OpenAI) -> None
         ({"input": "a", "extra_body": {"prompt": {"id": "p"}}}, "prompt is invalid: nothing is"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.* nothing is stored"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
-        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
+        (
+            {"input": "a", "tools": [{"type": "web_search"}]},
+            "tools.0.type .* web_search would run on the server, which has none; leave it out",
+        ),
+        (
+            {"input": "a", "tools": [{"type": "file_search", "vector_store_ids": ["vs_1"]}]},
+            "file_search would run on the server",
+        ),
+        ({"input": "a", "tools": [{"type": "custom", "name": "f"}]}, "should be 'function'"),
+        ({"input": [{"type": "message", "role": "user"}]}, "role user needs content"),
     ],
-    ids=["image", "previous", "conversation", "prompt", "reference", "truncation", "search"],
+    ids=[
+        "image",
+        "previous",
+        "conversation",
+        "prompt",
+        "reference",
+        "truncation",
+        "search",
+        "file",
+        "custom",
+        "empty",
+    ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
     client: OpenAI, fields: dict[str, Any], words: str

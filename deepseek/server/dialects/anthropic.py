@@ -20,6 +20,7 @@ from deepseek.server.body import (
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.dialects.tool_types import no_server_tool
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.schema import (
     CalledFunction,
@@ -38,7 +39,9 @@ STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class CacheControl(Body):
-    """A mark at which the client wants the prompt to be cached; every prefix is cached anyway."""
+    """A mark at which the client wants the prompt to be cached; the server caches prompts by
+    itself, in blocks of 64 tokens.
+    """
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -135,10 +138,11 @@ class Turn(Body):
 class AnthropicTool(Body):
     """A function that may be called."""
 
+    # First, so that a tool of another type is refused for its type, not for what it lacks.
+    type: Annotated[Literal["custom"] | None, BeforeValidator(no_server_tool)] = None
     name: ToolName
     input_schema: dict[str, Any]
     description: str | None = None
-    type: Literal["custom"] | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
 

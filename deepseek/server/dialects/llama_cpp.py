@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from deepseek.engine.request import TokenUsage
 from deepseek.server.body import (
+    BiasKey,
     Body,
     Ids,
     Penalty,
@@ -18,13 +19,14 @@ from deepseek.server.body import (
     TopK,
     TopP,
 )
+from deepseek.server.dialects.block_text import BlockText
+from deepseek.server.dialects.llama_cpp_fields import LlamaCppFields, Milliseconds
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
     ChatMessage,
     CompletionRequest,
     ExpertsField,
-    LlamaCppFields,
     TemplateVariables,
     Tool,
 )
@@ -34,36 +36,72 @@ RANDOM_SEEDS = (-1, 2**32 - 1)
 """Seeds with which llama.cpp draws one: what a client sends, and what the server tells."""
 
 
-class NativeCompletion(LlamaCppFields):
-    """`POST /completion`; `experts` is our extension."""
+NEVER = -100.0
+"""Bias by which OpenAI's clients rule a token out; llama.cpp's send false."""
 
-    prompt: str | Ids
+
+def one_prompt(prompt: Any) -> Any:
+    """Return an unvalidated prompt, also if it is the only one in a list.
+
+    Raises:
+        ValueError: there are several prompts, or one of tokens and texts.
+    """
+    if not isinstance(prompt, list) or not any(isinstance(part, str | list) for part in prompt):
+        return prompt
+    if len(prompt) > 1:
+        raise ValueError("it should be one prompt, which is a text or a list of tokens")
+    return prompt[0]
+
+
+def bias_by_token(bias: Any) -> Any:
+    """Return an unvalidated `logit_bias` as an object of numbers.
+
+    Args:
+        bias: the object, or as llama.cpp's clients send it: a list of pairs of a token and its
+            bias, or false in place of a number.
+
+    Raises:
+        ValueError: the list holds something else than pairs with the id of a token.
+    """
+    if isinstance(bias, list):
+        for pair in bias:
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
+                raise ValueError("it should be pairs of the id of a token and its bias")
+        bias = {str(token): value for token, value in bias}
+    if not isinstance(bias, dict):
+        return bias
+    return {token: NEVER if value is False else value for token, value in bias.items()}
+
+
+class NativeCompletion(LlamaCppFields):
+    """`POST /completion`; `experts` is our extension.
+
+    Without `n_predict`, or with -1, an answer ends after `Settings.answer_tokens` tokens.
+    """
+
+    prompt: Annotated[str | Ids, BeforeValidator(one_prompt)]
     model: ShortText | None = None
-    n_predict: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
     stream: bool | None = None
-    stop: Annotated[Several[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(bias_by_token)
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-1, lt=1 << 63)] | None = None
     ignore_eos: bool | None = None
+    n_indent: Annotated[int, Field(ge=0, le=1 << 16)] | None = None
+    t_max_predict_ms: Milliseconds | None = None
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
     experts: ExpertsField = ExpertsField()
-    repeat_last_n: int | None = None
-    """0 turns the penalties off; else they look at the whole text, whatever it says"""
-
-    # Values that change nothing; any other value is refused.
-    typical_p: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = None
-    mirostat: Literal[0] | None = None
-    dynatemp_range: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    dry_multiplier: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    xtc_probability: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    n_probs: Literal[0] | None = None
 
     def completion(self, model: str, limit: int) -> CompletionRequest:
         """Return the request in our layout.
@@ -73,7 +111,6 @@ class NativeCompletion(LlamaCppFields):
             limit: most tokens of the answer if the request sets no limit.
         """
         wanted = self.n_predict
-        penalised = self.repeat_last_n != 0
         return CompletionRequest(
             model=self.model or model,
             prompt=self.prompt,
@@ -83,9 +120,11 @@ class NativeCompletion(LlamaCppFields):
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            repetition_penalty=self.repeat_penalty if penalised else None,
-            presence_penalty=self.presence_penalty if penalised else None,
-            frequency_penalty=self.frequency_penalty if penalised else None,
+            repeat_penalty=self.repeat_penalty,
+            repeat_last_n=self.repeat_last_n,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
             seed=None if self.seed in RANDOM_SEEDS else self.seed,
             ignore_eos=self.ignore_eos,
             json_schema=self.json_schema,
@@ -94,7 +133,7 @@ class NativeCompletion(LlamaCppFields):
         )
 
 
-SETTINGS = NativeCompletion.model_fields.keys() - {"prompt"}
+SETTINGS = NativeCompletion.model_fields.keys() - {"prompt", "response_fields"}
 """Fields that a reply repeats; the texts around a gap (`/infill`) are not among them."""
 
 
@@ -132,6 +171,8 @@ class TemplateRequest(Body):
 class NativeChunks:
     """The chunks of one answer: a piece of text each, then the counts.
 
+    The answer ends before a line that leaves its block, or when time is up, if the request says so.
+
     Args:
         body: the request.
         chunks: the answer, not started.
@@ -142,6 +183,10 @@ class NativeChunks:
         self._body = body
         self._chunks = chunks
         self._started = started
+        limit = body.t_max_predict_ms
+        seconds = limit / 1000 if limit is not None and limit > 0 else float("inf")
+        self._text = BlockText(body.n_indent or 0, seconds)
+        self._fields = body.response_fields
 
     async def chunks(self) -> AsyncIterator[Fields]:
         """Yield the chunks of a stream."""
@@ -155,13 +200,35 @@ class NativeChunks:
         yield {**self._head(True), "content": "", **self._end(last, first or time.perf_counter())}
 
     async def choices(self) -> AsyncIterator[Fields]:
-        """Yield the pieces of the text."""
+        """Yield the pieces of the text up to its end.
+
+        As in llama.cpp, `n_indent` ends the text before a line with less white space at its
+        beginning, and `t_max_predict_ms` ends it at the end of a line.
+        """
+        first: float | None = None
         async for choice in self._chunks.all_choices():
-            yield choice
+            now = time.perf_counter()
+            first = now if first is None else first
+            text = self._text.take(choice["text"], now - first)
+            if self._text.finish is not None:
+                yield {**choice, "text": text, "finish_reason": self._text.finish}
+                return
+            if choice["finish_reason"] is not None:
+                text += self._text.rest()
+            yield {**choice, "text": text}
 
     def fold(self, chunks: list[Fields]) -> Fields:
-        """Return the whole reply that the chunks add up to."""
-        return {**chunks[-1], "content": "".join(chunk["content"] for chunk in chunks)}
+        """Return the whole reply that the chunks add up to, or those of its fields that the
+        request names.
+
+        A slash in a name leads into a field; the reply has it under the whole name. No names ask
+        for all fields.
+        """
+        reply = {**chunks[-1], "content": "".join(chunk["content"] for chunk in chunks)}
+        if not self._fields:
+            return reply
+        values = ((path, value_at(reply, path)) for path in self._fields)
+        return {path: value for path, value in values if value is not None}
 
     def _head(self, stop: bool) -> Fields:
         usage = self._chunks.usage()
@@ -221,3 +288,10 @@ def timings(usage: TokenUsage, start: float, first: float, end: float) -> dict[s
         "predicted_ms": answer_seconds * 1e3,
         "predicted_per_second": usage.completion_tokens / answer_seconds,
     }
+
+
+def value_at(fields: object, path: str) -> object:
+    """Return the value at a path of names, such as "timings/prompt_n"; None if there is none."""
+    for name in path.split("/"):
+        fields = fields.get(name) if isinstance(fields, dict) else None
+    return fields

@@ -77,7 +77,6 @@ class Options(Body):
         """Return our sampling fields."""
         # -1 and -2 stand for "no limit" and "fill the context".
         limit = self.num_predict if (self.num_predict or 0) > 0 else None
-        penalised = self.repeat_last_n != 0
         return {
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -86,9 +85,10 @@ class Options(Body):
             "seed": None if self.seed == -1 else self.seed,  # -1: draw one
             "stop": self.stop,
             "max_tokens": limit,
-            "repetition_penalty": self.repeat_penalty if penalised else None,
-            "presence_penalty": self.presence_penalty if penalised else None,
-            "frequency_penalty": self.frequency_penalty if penalised else None,
+            "repeat_penalty": self.repeat_penalty,
+            "repeat_last_n": self.repeat_last_n,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
         }
 
 
@@ -134,7 +134,7 @@ class OllamaMessage(Body):
     images: NoImages = None
 
     def message(self) -> ChatMessage:
-        """Return the turn in our layout."""
+        """Return the turn in our layout, which needs the id of a call and content."""
         calls = [
             ToolCall(
                 id=call.id or f"call_{place}",
@@ -146,9 +146,9 @@ class OllamaMessage(Body):
         ]
         return ChatMessage(
             role=self.role,
-            content=self.content,
+            content=self.content or "",
             tool_calls=calls or None,
-            tool_call_id=self.tool_call_id,
+            tool_call_id=self.tool_call_id or ("" if self.role == "tool" else None),
         )
 
 

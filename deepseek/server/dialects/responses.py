@@ -22,6 +22,8 @@ from deepseek.server.body import (
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.dialects.harmless_fields import HarmlessFields
+from deepseek.server.dialects.tool_types import no_server_tool
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import (
     AllowedTools,
@@ -29,7 +31,6 @@ from deepseek.server.schema import (
     ChatMessage,
     ChatRequest,
     Function,
-    HarmlessFields,
     MessagePart,
     SamplingFields,
     Tool,
@@ -49,7 +50,7 @@ class MessageItem(ChatMessage):
 
     def messages(self) -> Iterator[ChatMessage]:
         """Yield the turn in our layout."""
-        yield ChatMessage(role=self.role, content=self.text)
+        yield ChatMessage(role=self.role, content=self.text, tool_call_id=self.tool_call_id)
 
 
 class FunctionCallItem(Body):
@@ -123,10 +124,15 @@ InputItem = Annotated[
 ]
 
 
-class FlatFunction(Function):
+class FlatFunction(Body):
     """A function that may be called, in the flat layout of this route."""
 
-    type: Literal["function"]
+    # First, so that a tool of another type is refused for its type, not for what it lacks.
+    type: Annotated[Literal["function"], BeforeValidator(no_server_tool)]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
     def tool(self) -> Tool:
         """Return the function in our layout."""
@@ -218,7 +224,8 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
 
     def chat(self) -> ChatRequest:
         """Return the request in our layout."""
-        opening = [ChatMessage(role="system", content=self.instructions)]
+        instructions = self.instructions
+        opening = [ChatMessage(role="system", content=instructions)] if instructions else []
         turns = (
             [ChatMessage(role="user", content=self.input)]
             if isinstance(self.input, str)
@@ -234,7 +241,7 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
         text_format = self.text.format
         return ChatRequest(
             model=self.model,
-            messages=joined_calls([*(opening if self.instructions else ()), *turns]),
+            messages=joined_calls([*opening, *turns]),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

@@ -29,9 +29,6 @@ router = APIRouter(route_class=ComputingRoute)
 Scored = tuple[int, TokenLogprob | None]
 """A token and its log probability, None for a token without context (the first one)."""
 
-DEFAULT_TOKENS = 16
-"""Most tokens of an answer if the request sets no limit; OpenAI's default for this route."""
-
 
 @router.post("/v1/completions", responses=described(CompletionReply, streamed=True))
 async def completions(body: CompletionRequest, service: TheService) -> Response:
@@ -94,7 +91,7 @@ def plan(
         retrieved: output; the passages put before the prompts are appended to it.
         heal: whether prompts may end within a word; a prompt with a grammar is taken as it is.
     """
-    limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    limit = body.limit(service.settings.answer_tokens)
     scored = bool(body.echo) and body.logprobs is not None
     grammar = body.constraint()
     retrieval = Retrieval.of(service, body)

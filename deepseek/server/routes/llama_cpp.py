@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.server.admission import AnyTypeComputingRoute
-from deepseek.server.dialects.infill import InfillChunks, InfillRequest
+from deepseek.server.dialects.infill import InfillRequest
 from deepseek.server.dialects.llama_cpp import (
     DetokenizeRequest,
     NativeChunks,
@@ -59,7 +59,7 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     gap = body.gap
     heal = bool(gap.prefix or gap.line) and not service.writer.layout.has_tokens
     chunks = await completions.answer(service, request, heal)
-    native = InfillChunks(body, chunks, started)
+    native = NativeChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 

@@ -116,7 +116,11 @@ def test_the_name_of_a_source_is_checked_like_a_given_one(tmp_path: Path) -> Non
         (ExpertArguments, {"licence": "mine"}, "licence: not an SPDX licence expression"),
         (EvaluationArguments, {"data": [3]}, "each of data (texts to evaluate on besides public"),
         (PretrainArguments, {"domains": {"a": {"folder": 3}}}, "domains.a.folder must be a"),
-        (PretrainArguments, {"domains": {"a": {"weight": math.inf}}}, "domains.a.weight must be a finite"),
+        (
+            PretrainArguments,
+            {"domains": {"a": {"weight": math.inf}}},
+            "domains.a.weight must be a finite",
+        ),
         (PretrainArguments, {"samples": ["\ud800"]}, "samples: '\\ud800' is no Unicode text"),
         (PretrainArguments, {"config": 3}, "config must be a file or a mapping, not 3"),
     ],
