@@ -16,6 +16,7 @@ from deepseek.claims.runs import Places
 DECLARED = read_declaration(CHECKOUT)
 QUICK = [name for name, one in DECLARED.results.items() if one.quick]
 WITHOUT = {
+    "adapt_bodies_gemma": "adapt_bodies with another base",
     "against_documents": "against with other sources",
     "attention_scaling_bf16_amd": "attention_scaling_bf16 on another machine",
     "compiled_kinds_gemma": "compiled_kinds with the weights of gemma3-270m",

@@ -143,7 +143,7 @@ def call(line: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Run a line, which must exit with code 0."""
     shorter = [more for part, more in SHORTER.items() if part in line]
     words = [os.path.expanduser(word) for word in shlex.split(" ".join([line, *shorter]))]
-    if words[1:3] == ["expert", "rm"] or words[1:3] == ["models", "rm"]:
+    if words[2:3] == ["rm"]:
         words.append("--yes")  # there is no terminal to answer
     with pytest.raises(SystemExit) as stop:
         main(words[1:])
