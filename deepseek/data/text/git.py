@@ -81,7 +81,9 @@ def open_repository(path: str | Path) -> Repository:
                 f"{path} is not inside a git repository; give a clone, or read it as a folder."
             )
         refuse_endless(Path(git_folder))
-        return Repository(git_folder, _folder_below_root(place, Repository(git_folder)))
+        repository = Repository(git_folder)
+        repository.folder = _folder_below_root(place, repository)
+        return repository
 
 
 def _folder_below_root(place: Path, repository: Repository) -> str:
