@@ -80,7 +80,8 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
     {"num_experts": 8, "expert_dim": 24},
-    {"num_experts": 8, "expert_dim": 24, "routing_strategy": "dense", "dense_layers": [0]},
+    {"num_experts": 8, "expert_dim": 24, "routing_strategy": "dense"},
+    {"num_experts": 8, "expert_dim": 24, "num_hidden_layers": 2, "dense_layers": [0]},
     {"num_experts": 8, "expert_dim": 24, "routing_strategy": "topk", "router_score": "sigmoid"},
     # A dense model ignores these fields.
     {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},

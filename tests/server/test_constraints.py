@@ -86,7 +86,7 @@ def test_ollama_continues_a_raw_text_in_a_format(server: Live) -> None:
         ({"guided_json": "no JSON"}, "The JSON schema is not valid JSON (line 1, column 1)"),
         ({"guided_json": "[1]"}, "not the text of a JSON object"),
         ({"guided_json": NESTED}, "The JSON schema nests more than 100 levels deep"),
-        ({"guided_json": '{"type": "null", "type": "array"}'}, "has the same key twice"),
+        ({"guided_json": '{"type": "null", "type": "array"}'}, "has the key 'type' twice"),
         ({"grammar": "root ::= x"}, "no rule"),
         ({"guided_regex": "(a"}, "regular expression cannot be used"),
         ({"guided_regex": r"(a)\1"}, "regular expression cannot be used"),

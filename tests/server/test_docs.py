@@ -14,8 +14,7 @@ from processes import run
 from deepseek.engine.scheduler import PREFILL_CHUNK
 from deepseek.server.dialects.anthropic import CacheControl
 from deepseek.server.dialects.harmless_fields import CacheBreakpoint
-from deepseek.server.routes.completions import DEFAULT_TOKENS
-from deepseek.server.schema import ChatRequest, CompletionRequest, ExpertsField
+from deepseek.server.schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest, ExpertsField
 from deepseek.server.service import Settings
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
