@@ -209,7 +209,7 @@ def not_routed(request: Request, error: HTTPException) -> ApiError:
         return refusal
     paths: frozenset[str] = request.app.state.paths
     if f"/v1{path}" in paths:
-        mend = f"the base URL ends with /v1, so that this is /v1{shown_path}"
+        mend = f"let the base URL end with /v1, so that this is /v1{shown_path}"
     elif path.removeprefix("/v1") in paths:
         mend = f"leave /v1 out of the base URL, so that this is {shown_path.removeprefix('/v1')}"
     else:
