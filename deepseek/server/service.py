@@ -299,8 +299,9 @@ class Service:
                 param="experts.arm",
             )
         arm = wanted.choice if named is None else named
-        for name in Arming.parse(arm).named:
-            self.plugged(name, "experts.arm")
+        if named is None:  # else they are known to be plugged
+            for name in Arming.parse(arm).named:
+                self.plugged(name, "experts.arm")
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def visible_experts(self) -> tuple[ExpertInfo, ...]:

@@ -46,14 +46,11 @@ def is_shallow_boundary(commit: pygit2.Commit) -> bool:
 class Repository(pygit2.Repository):
     """A git repository, or a folder of it that is read as if it were one.
 
-    Args:
-        git_folder: path of the repository's git folder.
-        folder: path of the folder below its root, with slashes; "": all of it.
+    Attributes:
+        folder: path of the folder below the repository's root, with slashes; "": all of it.
     """
 
-    def __init__(self, git_folder: str, folder: str = "") -> None:
-        super().__init__(git_folder)
-        self.folder = folder
+    folder = ""
 
     def tree_of(self, commit: pygit2.Commit) -> pygit2.Tree | None:
         """Return the tree of the folder at a commit; None if the commit has no such folder."""
