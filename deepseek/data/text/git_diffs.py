@@ -85,8 +85,18 @@ class Repository(pygit2.Repository):
         return self.changes(commit.parents[0] if commit.parents else None, commit)
 
     def concerns(self, commit: pygit2.Commit) -> bool:
-        """Return whether a commit changed the folder; of all the repository, every commit does."""
-        return not self.folder or any(self.diff_to_parent(commit).deltas)
+        """Return whether a commit changed the folder; of all the repository, every commit does.
+
+        Trees are compared by their ids, without a diff, since a history is walked several times to
+        find where to cut it.
+        """
+        if not self.folder:
+            return True
+        tree = self.tree_of(commit)
+        former_tree = self.tree_of(commit.parents[0]) if commit.parents else None
+        if tree is None or former_tree is None:
+            return tree is not former_tree
+        return bool(tree.id != former_tree.id)
 
 
 def find_exact_renames(diff: pygit2.Diff) -> None:
