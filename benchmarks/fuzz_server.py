@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fuzzing import fuzz
 from live_server import live
 
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 EACH = 40
 

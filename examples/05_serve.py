@@ -13,7 +13,7 @@ import deepseek
 from deepseek.engine.engine import Engine
 from deepseek.server.app import create_app
 from deepseek.server.run import address, listen
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 settings = Settings(port=0)
 listener = listen(settings)

@@ -23,7 +23,8 @@ from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.run import listen
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 
 CONTEXT = 768
 

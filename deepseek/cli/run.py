@@ -174,7 +174,7 @@ def _serve(
     from deepseek.cli.waiting import Waiting
     from deepseek.server.run import serve
     from deepseek.server.schema import TeachRequest
-    from deepseek.server.service import Settings
+    from deepseek.server.settings import Settings
 
     settings = Settings(teach_root=lesson.repository.resolve()) if lesson else Settings()
     with socket.socket() as probe:

@@ -87,6 +87,15 @@ def serve(
         Path | None,
         typer.Option(help="Allow training experts on text below this folder; default: off."),
     ] = None,
+    infill_passages: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=16,
+            help="Maximum passages of the experts' indexes to put before the text that an editor "
+            "sends to /infill; 0: none.",
+        ),
+    ] = 0,
     max_running: Annotated[int, typer.Option(min=1, help="Maximum requests in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Maximum requests in the queue.")] = 64,
     int8: Int8 = True,
@@ -133,7 +142,7 @@ def serve(
     from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.server.keys import read_admin_keys, read_keys
     from deepseek.server.run import serve as run
-    from deepseek.server.service import Settings
+    from deepseek.server.settings import Settings
 
     if not ray:
         refuse_ignored("goes with --ray", replicas=replicas, cpus=cpus)
@@ -161,6 +170,7 @@ def serve(
         },
         admin_keys=read_admin_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,
+        infill_passages=infill_passages,
         log_level=log_level,
         experts_folder=experts_folder or usual_folder(),
     )

@@ -40,7 +40,8 @@ from deepseek.server.routes import (
     teach,
 )
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 
 STATIC = Path(__file__).parent / "static"
 REVALIDATED = {"Cache-Control": "no-cache"}

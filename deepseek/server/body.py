@@ -33,6 +33,11 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
 ExpertName = Name
 ArmedName = ExpertName | Literal["auto"]
+RetrieveField = bool | Annotated[int, Field(ge=1, le=16)] | ExpertName
+"""Which passages of the experts' training text to put into a prompt: true takes them from the
+indexes of all experts that may fire, a number sets how many passages, a name selects one expert's
+index.
+"""
 ExpertWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT)]
 ArmedExperts = (
     Several[ArmedName]

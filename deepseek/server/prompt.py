@@ -45,12 +45,14 @@ class EditorGap:
         line: the cursor's line up to the cursor.
         suffix: the text after the cursor.
         others: name and text of pieces of other files.
+        passages: text to put before the others; default: none.
     """
 
     prefix: str
     line: str
     suffix: str
     others: Sequence[tuple[str, str]] = ()
+    passages: str = ""
 
 
 class PromptWriter:
@@ -165,7 +167,7 @@ class PromptWriter:
         """Return the ids of an editor's text with a gap, shortened to what fits.
 
         The suffix keeps its beginning, in at most a quarter of the context; the text before the gap
-        keeps its end, and other files what is left, the later ones first.
+        keeps its end, and passages and other files what is left, the later ones first.
 
         Args:
             gap: the text.
@@ -173,11 +175,17 @@ class PromptWriter:
         """
         most = self.context * GAP_CHARACTERS
         files = "".join(f"{header(Document(text, name))}{text}\n" for name, text in gap.others)
-        around = encode_around_gap(
-            self.tokenizer, self.layout, gap.prefix[-most:], gap.suffix[:most]
+        # With control tokens, the cursor's line begins the middle, which may come after the suffix.
+        # Otherwise it is encoded with the lines before it: many tokenizers join a line end and the
+        # indentation after it into one token, and a model never sees these two apart.
+        prefix_text, line_text = (
+            (gap.prefix, gap.line) if self.layout.has_tokens else (gap.prefix + gap.line, "")
         )
-        (line,) = encode_continued(self.tokenizer, [gap.line[-most:]])
-        (others,) = encode_plain(self.tokenizer, [files[-most:]])
+        around = encode_around_gap(
+            self.tokenizer, self.layout, prefix_text[-most:], gap.suffix[:most]
+        )
+        (line,) = encode_continued(self.tokenizer, [line_text[-most:]])
+        (others,) = encode_plain(self.tokenizer, [(gap.passages + files)[-most:]])
         before = document_start_ids(self.tokenizer)
         used = answer_tokens + len(before) + self.layout.markers
         free = max(LEAST_AROUND, self.context - used - 1)
@@ -185,7 +193,6 @@ class PromptWriter:
         line = last(line, free - len(suffix))
         prefix = last(around.prefix, free - len(suffix) - len(line))
         others = last(others, free - len(suffix) - len(line) - len(prefix))
-        # The cursor's line begins the middle, so it comes last, wherever the prefix is.
         return self.check([*before, *others, *self.layout.join(prefix, suffix), *line])
 
     def start(self) -> int:

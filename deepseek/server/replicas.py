@@ -27,7 +27,8 @@ from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
 from deepseek.server.request_log import configure
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 from deepseek.train.jobs.cluster import connect
 
 APP = "deepseek"

@@ -5,7 +5,7 @@ names of indexes, never paths.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from deepseek.errors import DataError
@@ -14,6 +14,7 @@ from deepseek.retrieval.index import DEFAULT_PASSAGES, Index
 from deepseek.retrieval.passages import Passage
 from deepseek.retrieval.prompt import before_text, in_question, query_of
 from deepseek.server.errors import ApiError
+from deepseek.server.prompt import EditorGap
 from deepseek.server.schema import ChatMessage, GenerationFields
 from deepseek.server.service import Service
 from deepseek.text.chat_template import encode_rendered
@@ -72,7 +73,7 @@ class Retrieval:
                 raise ApiError(404, message, param="retrieve", code="index_not_found")
             return cls([index], DEFAULT_PASSAGES)
         names = _allowed_experts(service, body)
-        indexes = [index for name in names if (index := _find(service, name)) is not None]
+        indexes = _find_all(service, names)
         if not indexes:
             message = (
                 f"No expert that this request may use ({', '.join(names) or 'none'}) has an index; "
@@ -80,6 +81,21 @@ class Retrieval:
             )
             raise ApiError(400, message, param="retrieve", code="index_not_found")
         return cls(indexes, DEFAULT_PASSAGES if wanted is True else wanted)
+
+    @classmethod
+    def if_possible(
+        cls, service: Service, body: GenerationFields, passages: int
+    ) -> "Retrieval | None":
+        """Return the settings for a request that does not say whether to retrieve, None if no
+        expert that it may use has an index.
+
+        Args:
+            service: the server's state.
+            body: the HTTP request.
+            passages: most passages to retrieve; 0: none.
+        """
+        indexes = _find_all(service, _allowed_experts(service, body)) if passages else []
+        return cls(indexes, passages) if indexes else None
 
     def find(self, query: str, service: Service, budget: int) -> list[Passage]:
         """Return the best passages for a query within a token budget.
@@ -114,7 +130,12 @@ class Retrieval:
         return chosen
 
     def before(
-        self, ids: Sequence[int], service: Service, answer: int, text: str = ""
+        self,
+        ids: Sequence[int],
+        service: Service,
+        answer: int,
+        text: str = "",
+        before_gap: str = "",
     ) -> tuple[list[int], list[Passage]]:
         """Return a plain prompt with passages put before it, and the passages.
 
@@ -123,12 +144,11 @@ class Retrieval:
             service: the server's state.
             answer: tokens to leave free for the answer.
             text: the prompt's text, if it was sent as text; default: it was sent as ids.
+            before_gap: the text before the gap, if the prompt has one (`PromptWriter.infill`).
         """
         tokenizer = service.engine.tokenizer
-        query = query_of(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
-        passages = self.find(
-            query, service, service.writer.context - len(ids) - answer - TEMPLATE_TOKENS
-        )
+        unfinished = before_gap or str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        passages = self._find_for(unfinished, ids, service, answer)
         # The passages are put after the tokens that start a document, if the prompt has them.
         start = document_start_ids(tokenizer)
         split = len(start) if list(ids[: len(start)]) == start else 0
@@ -138,6 +158,34 @@ class Retrieval:
             # The prompt's own ids begin with the space that the tokenizer puts before a text.
             continued = encode_rendered(tokenizer, text, previous=inserted[-1])
         return [*ids[:split], *inserted, *continued], passages
+
+    def for_editor(
+        self, gap: EditorGap, service: Service, answer: int
+    ) -> tuple[EditorGap, list[Passage]]:
+        """Return an editor's text with passages put before it, and the passages.
+
+        Args:
+            gap: the text.
+            service: the server's state.
+            answer: tokens to leave free for the answer.
+        """
+        ids = service.writer.gap(gap, answer)
+        passages = self._find_for(gap.prefix + gap.line, ids, service, answer)
+        return replace(gap, passages=before_text(passages)), passages
+
+    def _find_for(
+        self, unfinished: str, ids: Sequence[int], service: Service, answer: int
+    ) -> list[Passage]:
+        """Return the passages for an unfinished text that fit beside its prompt and the answer.
+
+        Args:
+            unfinished: the text up to where it is to be continued.
+            ids: token ids of the prompt.
+            service: the server's state.
+            answer: tokens to leave free for the answer.
+        """
+        budget = service.writer.context - len(ids) - answer - TEMPLATE_TOKENS
+        return self.find(query_of(unfinished), service, budget)
 
     def in_chat(
         self, messages: Sequence[ChatMessage], service: Service, budget: int
@@ -171,6 +219,11 @@ def _find(service: Service, name: str) -> Index | None:
         return service.indexes.find(name)
     except DataError as error:
         raise ApiError(500, str(error), param="retrieve", code="index_damaged") from None
+
+
+def _find_all(service: Service, names: Sequence[str]) -> list[Index]:
+    """Return the indexes of those experts that have one."""
+    return [index for name in names if (index := _find(service, name)) is not None]
 
 
 def _allowed_experts(service: Service, body: GenerationFields) -> list[str]:

@@ -31,7 +31,8 @@ from deepseek.server.connection import http_config
 from deepseek.server.request_log import configure
 from deepseek.server.routes.teach import Teacher
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 
 log = logging.getLogger(__name__)
 

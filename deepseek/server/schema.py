@@ -20,6 +20,7 @@ from deepseek.server.body import (
     ExpertName,
     Ids,
     Penalty,
+    RetrieveField,
     Several,
     ShortText,
     StopText,
@@ -91,9 +92,8 @@ class StreamOptions(Body):
 class GenerationFields(SamplingFields, ConstraintFields, LlamaCppFields):
     """Fields shared by chat and plain completions.
 
-    `retrieve` (our extension) puts passages of the experts' training text into the prompt: true
-    takes them from the indexes of all experts that may fire, a number sets how many passages, a
-    name selects one expert's index. `stop_token_ids` and `ignore_eos` are vLLM's extensions.
+    `retrieve` (our extension) puts passages of the experts' training text into the prompt.
+    `stop_token_ids` and `ignore_eos` are vLLM's extensions.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -106,7 +106,7 @@ class GenerationFields(SamplingFields, ConstraintFields, LlamaCppFields):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
-    retrieve: bool | Annotated[int, Field(ge=1, le=16)] | ExpertName | None = None
+    retrieve: RetrieveField | None = None
 
     # Values that change nothing; llama.cpp's own routes take others too.
     n_indent: Literal[0] | None = None

@@ -2,31 +2,25 @@
 
 import asyncio
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from importlib import metadata
-from pathlib import Path
-from secrets import token_urlsafe
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request
-from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
 from deepseek.model.experts.arming import Arming
 from deepseek.model.language_model import context_length
-from deepseek.packs.library import experts_folder
 from deepseek.server.admission import Admission
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
@@ -36,8 +30,8 @@ from deepseek.server.keys import Experts
 from deepseek.server.metrics import Metrics
 from deepseek.server.model_size import ModelSize, model_size
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.request_log import LogLevel
 from deepseek.server.schema import ExpertsField
+from deepseek.server.settings import Settings
 from deepseek.server.token_text import TokenTexts
 
 T = TypeVar("T")
@@ -45,69 +39,6 @@ T = TypeVar("T")
 SEPARATOR = "+"
 BASE_ALONE = "none"
 """`smollm2-135m+none` is the base with no expert armed. No expert can have this name."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a server.
-
-    Attributes:
-        model: the base model's name in the API, without a path.
-        base: name, folder or hub id of the base, passed to trainings.
-        device: device of the model, passed to trainings.
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        hosts: further accepted values of the `Host` header, beside loopback and `host`; "*": all.
-        origins: pages of other sites that may send requests, such as `https://chat.example`;
-            "*" allows every page.
-        aliases: further names of the base model, for clients that insist on one.
-        api_keys: keys that may send requests; empty: everyone who can reach the server, or if
-            there are `admin_keys`, those who have one.
-        key_experts: those of the `api_keys` that may use only some experts, each with their names;
-            the others may use all.
-        admin_keys: keys that may change the server, and send requests; empty: no one may change it
-            if `api_keys` are set, else everyone.
-        experts_folder: folder from which packs are plugged by name.
-        teach_root: folder below which training text must lie; None turns teaching off.
-        preferences: file of the preference database.
-        max_body, max_upload: most bytes of a request body, and of an uploaded pack.
-        request_seconds: time limit of a request, in seconds.
-        answer_tokens: most tokens of an answer if the request sets no limit.
-        log_level: least severe messages to log, on standard error; "info" logs each request. None
-            leaves logging as the program has set it up.
-        secret: secret from which session cookies are derived; replicas of one server share it.
-
-    Raises:
-        ConfigError: a key in `key_experts` is not among the `api_keys`, or an admin key too.
-    """
-
-    model: str = "smollm2-135m"
-    base: str = "smollm2-135m"
-    device: str = "auto"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-    aliases: frozenset[str] = frozenset()
-    api_keys: frozenset[str] = frozenset()
-    key_experts: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    admin_keys: frozenset[str] = frozenset()
-    experts_folder: Path = field(default_factory=experts_folder)
-    teach_root: Path | None = None
-    preferences: Path = field(default_factory=lambda: home() / "preferences.db")
-    max_body: int = 4 << 20
-    max_upload: int = 1 << 30
-    request_seconds: float = 600.0
-    answer_tokens: int = 512
-    log_level: LogLevel | None = None
-    secret: str = field(default_factory=token_urlsafe, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.key_experts and not self.key_experts.keys() <= self.api_keys - self.admin_keys:
-            raise ConfigError(
-                "A key with a list of experts is not among the user keys, or an admin key too; "
-                "give each key once, for users or for administrators."
-            )
 
 
 class Service:

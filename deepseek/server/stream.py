@@ -165,12 +165,13 @@ class Chunks(ABC):
         return self.job.usage()
 
     def used(self) -> Fields:
-        """Return the usage, the number of tokens per expert, and the sources of retrieved
-        passages.
-        """
-        usage = self.usage()
+        """Return the usage, and our fields (see `own_fields`)."""
+        return {"usage": usage_fields(self.usage()), **self.own_fields()}
+
+    def own_fields(self) -> Fields:
+        """Return the number of tokens per expert, and the sources of retrieved passages."""
         retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
-        return {"usage": usage_fields(usage), "experts": spoken(usage.experts), **retrieved}
+        return {"experts": spoken(self.usage().experts), **retrieved}
 
     async def chunks(self) -> AsyncIterator[Fields]:
         """Yield the chunks of a stream."""

@@ -10,7 +10,7 @@ from fastapi import Query
 from deepseek.data.text.filters import VENDORED, reason_by_path
 from deepseek.server.errors import ApiError
 from deepseek.server.field_errors import WITHOUT_NUL
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.terminal import is_unicode
 
 OUT_OF_BOUNDS = (

@@ -2,10 +2,11 @@
 
     python examples/applications/code_assistant.py [REPOSITORY] [--minutes 5] [--cases 100]
 
-An expert is trained on the repository's files, half of them with gaps. A server then gets the
-requests that llama.cpp's editor plug-ins send while you type (`POST /infill`), for lines of
-held-out files: first with the base alone, then with the expert armed. A line is exact if it equals
-the true line, apart from white space at its ends.
+An expert is trained on the repository's files, half of them with gaps, and the same files are
+indexed. A server then gets the requests that llama.cpp's editor plug-ins send while you type (`POST
+/infill`), for lines of held-out files: for the base alone, with passages of the index (retrieval),
+with the expert armed, and with both. A line is exact if it equals the true line, apart from white
+space at its ends.
 """
 
 import time
@@ -34,6 +35,9 @@ from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import source_name
+from deepseek.train.jobs.expert_index import index_expert
+
+SIDES = ("base", "retrieval", "expert", "expert and retrieval")
 
 SEEN_LINES = 40
 """Number of lines before the cursor that the editor sends."""
@@ -51,11 +55,9 @@ def main() -> None:
         options.base, name=name, from_folder=repository, infill=0.5, **amount_of(options)
     )
     cases = held_out_lines(options.base, name, options.cases)
+    index_expert(name)
     with served(options.base, [pack]) as client:
-        found = {
-            "base": [complete(client, case, []) for case in cases],
-            "expert": [complete(client, case, [name]) for case in cases],
-        }
+        found = {side: [complete(client, case, name, side) for case in cases] for side in SIDES}
     scores = {side: score(replies, cases) for side, replies in found.items()}
     show(scores, found, cases)
     if options.json:
@@ -75,9 +77,15 @@ def held_out_lines(base: str, name: str, count: int) -> list[Case]:
     return cases
 
 
-def complete(client: Client, case: Case, experts: list[str]) -> dict[str, Any]:
+def complete(client: Client, case: Case, name: str, side: str) -> dict[str, Any]:
     """Return the completion that an editor plug-in gets for the cursor at a line, and its
     milliseconds.
+
+    Args:
+        client: sends requests to the server.
+        case: the line.
+        name: name of the expert.
+        side: one of `SIDES`.
     """
     *lines, cursor = case.before.split("\n")
     start = time.perf_counter()
@@ -90,7 +98,8 @@ def complete(client: Client, case: Case, experts: list[str]) -> dict[str, Any]:
             "n_predict": 48,
             "stop": ["\n"],
             "temperature": 0,
-            "experts": {"arm": experts},
+            "experts": {"arm": [name] if "expert" in side else []},
+            "retrieve": name if "retrieval" in side else False,
         },
     )
     return {"line": reply["content"], "ms": 1000 * (time.perf_counter() - start)}
@@ -109,24 +118,25 @@ def score(replies: list[dict[str, Any]], cases: list[Case]) -> dict[str, list[fl
 def show(
     scores: dict[str, dict[str, list[float]]], found: dict[str, Any], cases: list[Case]
 ) -> None:
-    """Print the figures of both sides, and the line whose completion gained most."""
+    """Print the figures of all sides, and the line whose completion gained most."""
     print(f"\n{len(cases)} lines of held-out files")
     for side, one in scores.items():
         print(
-            f"{side:8} exact {mean(one['exact']):6.1%}  similarity {mean(one['similarity']):6.1%}  "
-            f"{median(one['milliseconds']):5.0f} ms a completion"
+            f"{side:21} exact {mean(one['exact']):6.1%}  similarity {mean(one['similarity']):6.1%} "
+            f" {median(one['milliseconds']):5.0f} ms a completion"
         )
-    base, expert = (scores[side]["similarity"] for side in ("base", "expert"))
-    change = paired_difference(expert, base, documents=[case.name for case in cases])
-    print(
-        f"the expert's similarity over the base's: {change.mean:+.1%} "
-        f"({change.low:+.1%} to {change.high:+.1%})"
-    )
-    gains = [mine - other for mine, other in zip(expert, base, strict=True)]
+    base, *others = (scores[side]["similarity"] for side in SIDES)
+    for side, other in zip(SIDES[1:], others, strict=True):
+        change = paired_difference(other, base, documents=[case.name for case in cases])
+        print(
+            f"similarity of {side} over the base's: {change.mean:+.1%} "
+            f"({change.low:+.1%} to {change.high:+.1%})"
+        )
+    gains = [mine - other for mine, other in zip(others[-1], base, strict=True)]
     place = gains.index(max(gains))
-    print(f"\nlargest gain, {cases[place].name}:\n  true    {cases[place].target}")
-    for side in scores:
-        print(f"  {side:7} {found[side][place]['line'].strip()}")
+    print(f"\nlargest gain, {cases[place].name}:\n  {'true':21} {cases[place].target}")
+    for side in SIDES:
+        print(f"  {side:21} {found[side][place]['line'].strip()}")
 
 
 if __name__ == "__main__":

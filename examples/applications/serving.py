@@ -22,7 +22,7 @@ from deepseek.packs.names import valid_name
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.run import address, listen
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 MODEL = "base"
 """Name of the base in requests."""

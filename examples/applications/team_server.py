@@ -41,7 +41,7 @@ from deepseek.data.text.decode import decode_documents
 from deepseek.data.text.source import Skipped, folder_documents
 from deepseek.errors import DataError
 from deepseek.evaluate.cases import next_line_cases
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.text.tokenizer import load_tokenizer
 
 CHARACTERS = 600

@@ -21,7 +21,7 @@ from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.packs.tensors import DTYPES
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.train.jobs import adapt as adapt_job
 from deepseek.train.jobs.arguments import AdaptArguments
 

@@ -40,9 +40,10 @@ def figures(name: str, base: Path, *options: object) -> dict[str, Any]:
 def test_lines_are_completed_as_an_editor_asks_for_them(base: Path) -> None:
     found = figures("code_assistant.py", base, CODE, "--tokens", 2048, "--cases", 5)
     assert found["cases"] == 5
-    assert set(found) == {"cases", "base", "expert"}
-    assert all(0 <= found[side]["similarity"] < 1 for side in ("base", "expert"))
-    assert all(found[side]["milliseconds"] > 0 for side in ("base", "expert"))
+    sides = ("base", "retrieval", "expert", "expert and retrieval")
+    assert set(found) == {"cases", *sides}
+    assert all(0 <= found[side]["similarity"] < 1 for side in sides)
+    assert all(found[side]["milliseconds"] > 0 for side in sides)
 
 
 def test_experts_of_a_shop_and_of_a_language_meet_in_a_request(base: Path) -> None:

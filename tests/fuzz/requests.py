@@ -23,7 +23,7 @@ from deepseek.packs.library import prompts_file
 from deepseek.server.app import create_app
 from deepseek.server.errors import ApiError
 from deepseek.server.routes.teach import Teacher
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 Send = Callable[[str, str, bytes], httpx.Response]
 Seeds = list[tuple[str, Any]]

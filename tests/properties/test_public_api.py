@@ -30,7 +30,7 @@ from deepseek.packs.library import find_pack
 from deepseek.packs.pack import read_pack
 from deepseek.packs.policy import PackPolicy
 from deepseek.planning import DEVICES, plan, plan_inference
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments

@@ -10,7 +10,7 @@ from live_server import Live, live
 from openai import OpenAI
 from page_driver import CHROMIUMS, FLAGS
 
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

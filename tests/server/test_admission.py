@@ -33,7 +33,8 @@ from deepseek.server.admission import Admission, ComputingRoute
 from deepseek.server.app import ROUTERS
 from deepseek.server.encoding import encoded_aside
 from deepseek.server.errors import ApiError
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 from deepseek.text.tokenizer import encode_plain
 
 TEXT = "the router returns the value of the expert " * 60

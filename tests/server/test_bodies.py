@@ -21,7 +21,7 @@ from deepseek.server.body import Body, Several
 from deepseek.server.errors import ApiError, as_api_error, explained, without_paths
 from deepseek.server.json_body import MAX_DEPTH, MAX_KEYS, JsonRoute, deeper, parsed
 from deepseek.server.schema import ChatRequest, CompletionRequest
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 CHAT: dict[str, Any] = {
     "model": "tiny",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from live_server import Live, live
 
 from deepseek.server import connection, guard
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"

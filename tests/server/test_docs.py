@@ -15,7 +15,7 @@ from deepseek.engine.scheduler import PREFILL_CHUNK
 from deepseek.server.dialects.anthropic import CacheControl
 from deepseek.server.dialects.harmless_fields import CacheBreakpoint
 from deepseek.server.schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest, ExpertsField
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}

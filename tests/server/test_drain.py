@@ -27,7 +27,7 @@ from deepseek.server import run
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
 from deepseek.server.run import END_SECONDS, DrainingServer
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 DRAIN = 1.0
 SLACK = 30.0

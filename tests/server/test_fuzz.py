@@ -5,7 +5,7 @@ from pathlib import Path
 from fuzzing import fuzz
 from live_server import live
 
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 
 def test_random_requests_get_described_replies(served_folder: Path) -> None:

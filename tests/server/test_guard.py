@@ -11,7 +11,7 @@ from log_lines import LOGGER, logged
 from openai import NotFoundError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 USER = {"Authorization": "Bearer user"}
 

@@ -23,7 +23,7 @@ from deepseek.server import job
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.app import ROUTERS
 from deepseek.server.errors import ApiError
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 ALL, SHOP, NONE, ABSENT, ADMIN = "all-key", "shop-key", "none-key", "absent-key", "admin-key"
 PRIVATE, STORED = "qzv-private", "qzv-stored"

@@ -17,7 +17,7 @@ from deepseek.server.keys import (
     read_keys,
     sessions,
 )
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 VARIABLE = "KEY_OF_THE_ENVIRONMENT"
 KEYS = st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"]), min_size=1)

@@ -13,7 +13,7 @@ from deepseek.engine.start import start_engine
 from deepseek.errors import PackError
 from deepseek.packs.lock import lock_packs, write_lock
 from deepseek.server import run
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from deepseek.model.quantised import is_large, stored_form
 from deepseek.server import service
 from deepseek.server.app import create_app
 from deepseek.server.model_size import model_size
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from live_server import Live, live, save_model
 from new_home import new_home
 
 from deepseek.packs.pack import read_pack
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.train.jobs.expert import train_expert
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "team.md"

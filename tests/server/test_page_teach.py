@@ -10,7 +10,7 @@ from page_routes import hold
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.packs.pack import read_pack
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -81,15 +81,17 @@ def test_a_gap_is_the_text_of_the_editor(
 
 @pytest.mark.parametrize("tokenizer", BYTE_LEVEL)
 @given(prefix=texts, line=texts, suffix=texts)
-def test_byte_level_tokenizers_encode_a_gap_as_before(
+def test_byte_level_tokenizers_encode_the_parts_of_a_gap_plainly(
     tokenizer: PreTrainedTokenizerFast, prefix: str, line: str, suffix: str
 ) -> None:
+    """The cursor's line is a part of its own only if the suffix may come before it."""
     assert not puts_space_before(tokenizer)
     layout = infill_layout(tokenizer)
-    around = encode_around_gap(tokenizer, layout, prefix, suffix)
-    plain_prefix, plain_suffix, plain_line = encode_plain(tokenizer, [prefix, suffix, line])
-    assert (around.prefix, around.suffix) == (plain_prefix, plain_suffix)
-    expected = [*layout.join(plain_prefix, plain_suffix), *plain_line]
+    parts = (prefix, line) if layout.has_tokens else (prefix + line, "")
+    before, line_ids, after = encode_plain(tokenizer, [*parts, suffix])
+    around = encode_around_gap(tokenizer, layout, parts[0], suffix)
+    assert (around.prefix, around.suffix) == (before, after)
+    expected = [*layout.join(before, after), *line_ids]
     assert PromptWriter(tokenizer, 999).gap(EditorGap(prefix, line, suffix), 9) == expected
     if not layout.has_tokens:
         markers = [layout.prefix, layout.suffix, layout.middle]

@@ -54,6 +54,16 @@ def complete(client: OpenAI, retrieve: Any, **fields: Any) -> Any:
     return client.completions.create(**given, extra_body={"retrieve": retrieve})
 
 
+def infill(server: Live, **fields: Any) -> dict[str, Any]:
+    """Return the reply to an editor's request."""
+    around = {"input_prefix": "x = 1\n", "prompt": "the router = model.", "input_suffix": "\ny"}
+    with server.http() as http:
+        reply = http.post("/infill", json={**around, "n_predict": 4, **fields})
+    assert reply.status_code == 200, reply.text
+    whole: dict[str, Any] = reply.json()
+    return whole
+
+
 @pytest.mark.parametrize("ask", [chat, complete])
 @pytest.mark.parametrize("retrieve", [True, 1, "one"])
 def test_passages_come_into_the_prompt_and_are_named(
@@ -86,6 +96,58 @@ def test_a_message_says_what_was_retrieved(indexed: Live) -> None:
     assert whole["retrieved"] == ["repo/router.py:1-9"]
     assert '"retrieved":["repo/router.py:1-9"]' in stream
     assert "retrieved" not in plain
+
+
+@pytest.mark.parametrize("retrieve", [True, 1, "one"])
+def test_an_editor_gets_passages_as_other_files(indexed: Live, retrieve: Any) -> None:
+    alone, helped = infill(indexed), infill(indexed, retrieve=retrieve)
+    assert helped["retrieved"] == ["repo/router.py:1-9"] and "retrieved" not in alone
+    sent = [{"filename": TEXT.name, "text": TEXT.text}]
+    same = infill(indexed, input_extra=sent)
+    assert helped["tokens_evaluated"] == same["tokens_evaluated"] > alone["tokens_evaluated"] + 20
+    assert helped["content"] == same["content"]
+    with_more = infill(indexed, input_extra=sent, retrieve=retrieve)
+    assert with_more["tokens_evaluated"] > helped["tokens_evaluated"] + 20
+
+
+def test_an_editor_that_cannot_ask_gets_the_passages_of_the_setting(
+    indexed: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = infill(indexed, retrieve=1)
+    usual = replace(indexed.service.settings, infill_passages=1)
+    monkeypatch.setattr(indexed.service, "settings", usual)
+    unasked = infill(indexed)
+    assert unasked["retrieved"] == asked["retrieved"] == ["repo/router.py:1-9"]
+    assert unasked["content"] == asked["content"]
+    assert "retrieved" not in infill(indexed, retrieve=False)
+    # An expert without an index has no passages, and the request succeeds all the same.
+    assert "retrieved" not in infill(indexed, model="tiny+two")
+
+
+def test_passages_come_before_a_suffix(asking: OpenAI, indexed: Live) -> None:
+    suffix = {"suffix": "(2)\n"}
+    alone, helped = complete(asking, False, **suffix), complete(asking, True, **suffix)
+    assert helped.retrieved == ["repo/router.py:1-9"]
+    assert helped.usage.prompt_tokens > alone.usage.prompt_tokens + 20
+    same = infill(
+        indexed,
+        prompt="the router = model.",
+        input_prefix="",
+        input_suffix="(2)\n",
+        retrieve=True,
+        n_predict=2,
+    )
+    assert same["tokens_evaluated"] == helped.usage.prompt_tokens
+    assert same["content"] == helped.choices[0].text
+
+
+def test_the_native_completion_retrieves_too(indexed: Live) -> None:
+    body = {"prompt": "the router = model.", "n_predict": 2, "retrieve": True, "temperature": 0}
+    with indexed.http() as http:
+        reply = http.post("/completion", json=body).json()
+        stream = http.post("/completion", json={**body, "stream": True}).text
+    assert reply["retrieved"] == ["repo/router.py:1-9"]
+    assert stream.count('"retrieved":["repo/router.py:1-9"]') == 1
 
 
 def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:

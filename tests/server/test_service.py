@@ -34,7 +34,7 @@ from deepseek.server.errors import without_paths
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen
 from deepseek.server.schema import TeachRequest, Tool
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.server.tools import Calling
 from deepseek.text.chat_template import render
 

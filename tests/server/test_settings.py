@@ -6,7 +6,7 @@ import pytest
 from live_server import Live, live
 from transformers import GenerationConfig
 
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 
 SITE = "https://chat.example"
 PREFLIGHT = {

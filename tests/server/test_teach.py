@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from deepseek.server.app import create_app
 from deepseek.server.routes.teach import Teacher, command, lesson_fields, lines
 from deepseek.server.schema import TAUGHT, TeachRequest
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service
+from deepseek.server.settings import Settings
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepseek.server.errors import ApiError
 from deepseek.server.routes.teach import Teacher
-from deepseek.server.service import Settings
+from deepseek.server.settings import Settings
 from deepseek.server.teach_root import below, listing
 
 SECRET = b"a text outside"

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from deepseek.server.body import (
     Body,
-    ExpertName,
+    RetrieveField,
     Several,
     ShortText,
     StopText,
@@ -230,7 +230,7 @@ class MessagesRequest(CountRequest):
     service_tier: Literal["auto", "standard_only"] | None = None
     speed: Literal["standard"] | None = None
     experts: ExpertsField = ExpertsField()
-    retrieve: bool | Annotated[int, Field(ge=1, le=16)] | ExpertName | None = None
+    retrieve: RetrieveField | None = None
 
     def chat(self) -> ChatRequest:
         """Return the request in our layout."""

@@ -4,10 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from deepseek.server.body import Body, Ids, Several, ShortText
+from deepseek.server.body import Body, Several, ShortText
 from deepseek.server.dialects.llama_cpp import NativeCompletion
 from deepseek.server.errors import ApiError
 from deepseek.server.prompt import EditorGap
+from deepseek.server.schema import CompletionRequest
 
 
 class ExtraContext(Body):
@@ -49,8 +50,8 @@ class InfillRequest(NativeCompletion):
             )
         return EditorGap(self.input_prefix, self.prompt, self.input_suffix, others)
 
-    def native(self, ids: Ids) -> NativeCompletion:
-        """Return the request to continue a prompt of these ids."""
-        known = NativeCompletion.model_fields
-        fields = {name: getattr(self, name) for name in known if name in self.model_fields_set}
-        return NativeCompletion(**{"temperature": 0.0, **fields, "prompt": ids})
+    def completion(self, model: str, limit: int) -> CompletionRequest:
+        request = super().completion(model, limit)
+        if request.temperature is None:
+            request.temperature = 0.0
+        return request

@@ -12,6 +12,7 @@ from deepseek.server.body import (
     Body,
     Ids,
     Penalty,
+    RetrieveField,
     Several,
     ShortText,
     StopText,
@@ -21,7 +22,6 @@ from deepseek.server.body import (
 )
 from deepseek.server.dialects.block_text import BlockText
 from deepseek.server.dialects.llama_cpp_fields import LlamaCppFields, Milliseconds
-from deepseek.server.metrics import spoken
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
     ChatMessage,
@@ -74,7 +74,7 @@ def bias_by_token(bias: Any) -> Any:
 
 
 class NativeCompletion(LlamaCppFields):
-    """`POST /completion`; `experts` is our extension.
+    """`POST /completion`; `experts` and `retrieve` are our extensions.
 
     Without `n_predict`, or with -1, an answer ends after `Settings.answer_tokens` tokens.
     """
@@ -102,6 +102,7 @@ class NativeCompletion(LlamaCppFields):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
     experts: ExpertsField = ExpertsField()
+    retrieve: RetrieveField | None = None
 
     def completion(self, model: str, limit: int) -> CompletionRequest:
         """Return the request in our layout.
@@ -130,6 +131,7 @@ class NativeCompletion(LlamaCppFields):
             json_schema=self.json_schema,
             grammar=self.grammar,
             experts=self.experts,
+            retrieve=self.retrieve,
         )
 
 
@@ -263,7 +265,7 @@ class NativeChunks:
             "truncated": False,
             "tokens_cached": usage.cached_tokens,
             "timings": timings(usage, self._started, first, time.perf_counter()),
-            "experts": spoken(usage.experts),
+            **self._chunks.own_fields(),
         }
 
 

@@ -60,11 +60,9 @@ async def answer(
             "echo repeats the prompt as it was sent, which retrieve changes; leave one out.",
             param="echo",
         )
-    if body.suffix and (body.retrieve or body.echo):
+    if body.suffix and body.echo:
         raise ApiError(
-            400,
-            "suffix goes together with neither retrieve nor echo; leave it or them out.",
-            param="suffix",
+            400, "echo repeats the prompt without its suffix; leave one out.", param="suffix"
         )
     passages: list[Passage] = []
     heal = heal or (bool(body.suffix) and not service.writer.layout.has_tokens)
@@ -102,7 +100,9 @@ def plan(
         if retrieval is not None:
             text = prompt if isinstance(prompt, str) else ""
             reserved = answer_tokens(service, limit)
-            ids, passages = retrieval.before(ids, service, reserved, text)
+            # The ids around a gap have been encoded to follow markers, whatever is before these.
+            texts = {"before_gap": text} if body.suffix else {"text": text}
+            ids, passages = retrieval.before(ids, service, reserved, **texts)
             retrieved += passages
         requests += [
             ask(

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import AnyTypeComputingRoute
 from deepseek.server.dialects.infill import InfillRequest
 from deepseek.server.dialects.llama_cpp import (
@@ -22,8 +23,10 @@ from deepseek.server.dialects.llama_cpp import (
 from deepseek.server.encoding import encoded_aside
 from deepseek.server.errors import ApiError, about
 from deepseek.server.openapi import STREAMED
+from deepseek.server.prompt import EditorGap
+from deepseek.server.retrieve import Retrieval, answer_tokens, described_passages
 from deepseek.server.routes import completions
-from deepseek.server.schema import ChatMessage
+from deepseek.server.schema import ChatMessage, CompletionRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 from deepseek.server.token_text import TokenReader, TokenText
@@ -53,15 +56,39 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     """Fill a gap in a text, as an editor's plug-in asks for it."""
     started = time.perf_counter()
     settings = service.settings
-    limit = settings.answer_tokens if body.n_predict in (None, -1) else body.n_predict
-    ids = await service.admission.run(partial(service.writer.gap, body.gap, limit or 0))
-    request = body.native(ids).completion(settings.model, settings.answer_tokens)
     gap = body.gap
+    request = body.completion(settings.model, settings.answer_tokens)
+    request.prompt, passages = await service.admission.run(partial(gap_ids, service, gap, request))
+    request.retrieve = None  # done
     heal = bool(gap.prefix or gap.line) and not service.writer.layout.has_tokens
     chunks = await completions.answer(service, request, heal)
+    chunks.retrieved = None if passages is None else described_passages(passages)
     native = NativeChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
+
+
+def gap_ids(
+    service: Service, gap: EditorGap, request: CompletionRequest
+) -> tuple[list[int], list[Passage] | None]:
+    """Return the token ids of a text with a gap, and the passages put before it, None if the
+    request does not retrieve.
+
+    Args:
+        service: the server's state.
+        gap: the text.
+        request: the request to fill the gap.
+    """
+    limit = request.max_tokens or 0
+    passages = None
+    retrieval = (
+        Retrieval.if_possible(service, request, service.settings.infill_passages)
+        if request.retrieve is None
+        else Retrieval.of(service, request)
+    )
+    if retrieval is not None:
+        gap, passages = retrieval.for_editor(gap, service, answer_tokens(service, limit))
+    return service.writer.gap(gap, limit), passages
 
 
 @router.post("/tokenize", response_model=dict[str, Any])

@@ -29,7 +29,8 @@ from deepseek.server.lesson import Lesson
 from deepseek.server.openapi import STREAMED
 from deepseek.server.routes.prompts import find_prompts
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service, Settings, TheService
+from deepseek.server.service import Service, TheService
+from deepseek.server.settings import Settings
 from deepseek.server.stream import Reply
 from deepseek.server.teach_root import (
     OUT_OF_BOUNDS,
