@@ -5,12 +5,16 @@
 
 A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares`, an expert is
 trained on the same tokens (`deepseek expert train --infill SHARE`). Cases are lines, drawn by a
-hash, of the files that all of these experts held out. The base and each expert fill in each line
-greedily, up to the first line end. An interrupted run does not train or score any model again.
+hash, of the files that all of these experts held out. `--shares` without a number compares no
+experts, so that nothing is trained. The base and each expert fill in each line greedily, up to the
+first line end. An interrupted run does not train or score any model again.
 
     exact, similarity   with the text before and after the line in the layout of
                         `deepseek/text/infilling.py`, as the server fills it in
     as_sent_*           the same without token healing (see `engine.request.Request`)
+    within_word_*       the rest of the line from a character within a word, drawn by a hash; lines
+                        without a word of two characters are asked for whole
+    as_sent_within_word_*   the same without token healing
     left_to_right_*     without the text after the line, but with the file's name, and tokenised
                         together with the line, which reveals its indentation
 
@@ -28,7 +32,7 @@ tests, in a sandbox.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -43,14 +47,14 @@ from transformers import PreTrainedTokenizerFast
 import deepseek
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import file_digest, home, read_object
-from deepseek.data import TokenShards
+from deepseek.data import TokenShards, clean, read_folder
 from deepseek.data.text.decode import decode_documents
-from deepseek.data.text.document import Document
+from deepseek.data.text.document import Document, split, uniform
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
-from deepseek.errors import DataError
+from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate.cases import Case, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import first_line
 from deepseek.evaluate.sandbox import run_program
@@ -79,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--root", type=existing_path, default=Path(), help="folder that paths start from"
     )
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--cases", type=int, default=100)
@@ -170,8 +174,10 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
         for share, name in names.items()
     ]
     runs = {share: home() / "runs" / name for share, name in names.items()}
-    tokenizer = load_tokenizer(resolve(options.base))
-    documents = held_out_by_all(list(runs.values()), tokenizer)
+    if runs:
+        documents = held_out_by_all(list(runs.values()), load_tokenizer(resolve(options.base)))
+    else:
+        documents = held_out_code(source, path)
     cases = next_line_cases(documents, options.cases)
     problems = drawn(options.problems, options.count) if options.problems else []
     names_of_cases = [case.name for case in cases]
@@ -188,6 +194,18 @@ def one_source(source: Source, path: Path, options: argparse.Namespace) -> dict[
             found[f"gaps {share:g}"] = Outcomes(scores, names_of_cases, gain)
     print(source.text, {name: one["exact"] for name, one in described(found).items()}, flush=True)
     return found
+
+
+def held_out_code(source: Source, path: Path) -> list[Document]:
+    """Return the code files that a training on a source would hold out.
+
+    Raises:
+        ConfigError: the source is no folder.
+    """
+    if source.kind != "folder":
+        raise ConfigError(f"Without experts sources are folders; {source.text} is none.")
+    _, held_out = split(clean(read_folder(path))[0])
+    return [document for document in held_out if document.kind == "code"]
 
 
 def held_out_by_all(runs: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> list[Document]:
@@ -257,20 +275,34 @@ def digest_of(asked: Sequence[object]) -> str:
 
 
 def scored(engine: Engine, cases: Sequence[Case], experts: ExpertChoice) -> dict[str, list[float]]:
-    """Return the scores of each line, filled in with and without the text after it."""
-    gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in cases]
-    filled = written(engine, gaps, experts, heals(engine))
-    as_sent = written(engine, gaps, experts)
+    """Return the scores of each line, whole and from within a word, filled in with and without the
+    text after it.
+    """
     encoder = CaseEncoder(engine.tokenizer, TEXT_TOKENS)
     plain = written(engine, [encoder.next_line(case).ids for case in cases], experts)
-    return {
-        "exact": exact(filled, cases),
-        "similarity": similarity(filled, cases),
-        "as_sent_exact": exact(as_sent, cases),
-        "as_sent_similarity": similarity(as_sent, cases),
+    scores = {
         "left_to_right_exact": exact(plain, cases),
         "left_to_right_similarity": similarity(plain, cases),
     }
+    for name, asked in (("", cases), ("within_word_", [*map(within_word, cases)])):
+        gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in asked]
+        for sent, heal in (("", heals(engine)), ("as_sent_", False)):
+            lines = written(engine, gaps, experts, heal)
+            scores[f"{sent}{name}exact"] = exact(lines, asked)
+            scores[f"{sent}{name}similarity"] = similarity(lines, asked)
+    return scores
+
+
+def within_word(case: Case) -> Case:
+    """Return a case of the rest of its line from a character within a word, drawn by a hash; the
+    case itself if its line has no word of two characters.
+    """
+    line = case.target
+    places = [place for place in range(1, len(line)) if line[place - 1 : place + 1].isalnum()]
+    if not places:
+        return case
+    place = places[int(uniform(f"{case.name}:{case.line}") * len(places))]
+    return replace(case, before=case.before + line[:place], target=line[place:])
 
 
 def drawn(path: Path, count: int) -> list[dict[str, str]]:
@@ -299,7 +331,7 @@ def solved(
 
 
 def heals(engine: Engine) -> bool:
-    """Whether the server uses token healing: it samples the last token before a gap again."""
+    """Whether the server uses token healing: it samples the last tokens before a gap again."""
     return not infill_layout(engine.tokenizer).has_tokens
 
 
@@ -327,7 +359,7 @@ def gap_ids(engine: Engine, before: str, after: str, tokens: int) -> tuple[int, 
 def written(
     engine: Engine, prompts: Sequence[tuple[int, ...]], experts: ExpertChoice, heal: bool = False
 ) -> list[str]:
-    """Return the line that continues each prompt; `heal` samples its last token again."""
+    """Return the line that continues each prompt; `heal` samples its end again."""
     greedy = Sampling(48, temperature=0.0)
     lines: list[str] = []
     for start in range(0, len(prompts), TOGETHER):

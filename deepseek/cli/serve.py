@@ -87,6 +87,9 @@ def serve(
         Path | None,
         typer.Option(help="Allow training experts on text below this folder; default: off."),
     ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum tokens of an answer if the request sets no limit.")
+    ] = 512,
     infill_passages: Annotated[
         int,
         typer.Option(
@@ -170,6 +173,7 @@ def serve(
         },
         admin_keys=read_admin_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,
+        answer_tokens=answer_tokens,
         infill_passages=infill_passages,
         log_level=log_level,
         experts_folder=experts_folder or usual_folder(),

@@ -101,10 +101,11 @@ class Request:
         scored_from: index of the first prompt token to report; the tokens before it may come from
             the prefix cache. Default 1, since nothing predicts token 0.
         grammar: constraint on the generated text; None leaves it free.
-        heal: sample the last token of the prompt again, among all that begin with its text, which
-            is left out of the reply (token healing). A prompt that ends within a word or within
-            white space then continues as it would in a text that is tokenised as a whole. The
-            tokens sampled in its place count as part of the prompt, not of the reply.
+        heal: sample the prompt's last tokens again, up to the beginning of their word or white
+            space, among all that begin with their text, which is left out of the reply (token
+            healing). A prompt that ends within a word or within white space then continues as it
+            would in a text that is tokenised as a whole. The tokens sampled in their place count
+            as part of the prompt, not of the reply.
 
     Raises:
         ConfigError: the prompt is empty, a field has a wrong type or is out of range, a stop text
@@ -214,7 +215,7 @@ class TokenUsage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: prompt tokens that came from the prefix cache.
         completion_tokens: generated tokens, including the end token, without those in place of the
-            prompt's last one (`Request.heal`).
+            prompt's last ones (`Request.heal`).
         experts: number of generated tokens by expert; None counts those of the base alone.
     """
 

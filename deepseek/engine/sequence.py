@@ -16,7 +16,7 @@ import numpy as np
 from deepseek.engine.prefix import part_keys
 from deepseek.engine.request import FinishReason, Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.engine.sampler import Logits, Sampler
-from deepseek.engine.vocabulary import TextStream, Vocabulary
+from deepseek.engine.vocabulary import Opening, TextStream, Vocabulary
 from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
@@ -25,6 +25,8 @@ from deepseek.model.experts.weight_cache import Sizes
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.model.layer_parts import LayerPart, choose_cuts, layer_parts
 from deepseek.runner import Chunk, Rewindable, SequenceState
+
+NO_OPENING = Opening()
 
 WORDS = 2  # tokens that must match for a guess
 
@@ -83,9 +85,9 @@ class ActiveSequence:
         block: tokens in a prefill chunk and in a block of the prefix cache.
         parts: the parts of the layers whose keys and values are cached separately.
         expert_bytes: memory for each expert whose weights are read when they are needed.
-        opening: text of the prompt's last token, if that is sampled again instead of being part of
-            `request`: the generated text must begin with it, and it is left out of the reply;
-            default: none.
+        opening: the end of the prompt, if that is sampled again instead of being part of `request`:
+            the generated text must begin with its text, which is left out of the reply; default:
+            none.
 
     Attributes:
         expert_bytes: as passed.
@@ -113,7 +115,7 @@ class ActiveSequence:
         block: int,
         parts: Sequence[LayerPart],
         expert_bytes: Sizes[ExpertModule],
-        opening: str = "",
+        opening: Opening = NO_OPENING,
     ) -> None:
         self.request = request
         self.expert_bytes = expert_bytes
@@ -133,16 +135,16 @@ class ActiveSequence:
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
         self.cached_tokens = 0
         self.stream_bytes = 0
-        self._prompt_tokens = len(prompt) + bool(opening)
+        self._prompt_tokens = len(prompt) + opening.tokens
         self._opening_tokens = 0
-        self._opening_bytes = len(opening.encode())  # that have not been sampled yet
+        self._opening_bytes = len(opening.text.encode())  # that have not been sampled yet
         self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
-        self._text = TextStream(vocabulary.tokenizer, request.stop, len(opening))
+        self._text = TextStream(vocabulary.tokenizer, request.stop, len(opening.text))
         self._matcher = None
         self._token_bytes = vocabulary.token_bytes
-        if opening:
-            self._matcher = vocabulary.begins_with(opening)
+        if opening.tokens:
+            self._matcher = vocabulary.begins_with(opening.text)
         elif request.grammar is not None:
             self._matcher = vocabulary.matcher(request.grammar)
         self._ends = {*request.stop_token_ids, *(() if request.ignore_end else vocabulary.ends)}
@@ -331,9 +333,8 @@ def activate(
             f"{vocabulary.size - 1}; use the model's own tokenizer."
         )
     choice = request.experts
-    opening = (
-        vocabulary.opening(request.prompt_ids[-1]) if request.heal and prompt_tokens > 1 else ""
-    )
+    # At least one token of the prompt stays.
+    opening = vocabulary.opening(request.prompt_ids[1:]) if request.heal else NO_OPENING
     armed = model.experts.choose(
         choice.arm,
         choice.deny,
@@ -344,10 +345,10 @@ def activate(
     )
     sizes = expert_bytes(armed)
     model.experts.weight_cache.check(sizes)
-    if opening:
-        request = replace(request, prompt_ids=request.prompt_ids[:-1])
+    if opening.tokens:
+        request = replace(request, prompt_ids=request.prompt_ids[: -opening.tokens])
     # A token of the opening has at least one byte of it.
-    most_new_tokens = len(opening.encode()) + request.sampling.max_new_tokens
+    most_new_tokens = len(opening.text.encode()) + request.sampling.max_new_tokens
     capacity = min(len(request.prompt_ids) + most_new_tokens, context)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     cuts = choose_cuts(layers, model.experts.first_layers) if divides(armed) else ()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import llguidance
@@ -19,6 +20,9 @@ from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import document_end_id
 
 TRIAL = Trial()
+
+MOST_OPENING = 4
+"""Maximum number of tokens at the end of a prompt that are sampled again."""
 
 COMPILED = 16
 """Maximum number of compiled grammars that a vocabulary caches."""
@@ -89,17 +93,28 @@ class Vocabulary:
         """
         return bytes(self._tokens.decode_bytes([token]))
 
-    def opening(self, token: int) -> str:
-        """Return the text of a token if it can be sampled again at the start of a reply, else "".
+    def opening(self, ids: Sequence[int]) -> "Opening":
+        """Return the end of a prompt that can be sampled again at the start of a reply.
 
-        It cannot for control tokens, parts of a character, and tokens whose text differs at the
-        beginning of a text, where some tokenizers drop a space.
+        It is the last token, and those before it that belong to the same white space or the same
+        word, with the character before the word: a word that is not finished is often divided where
+        the whole word is not, and many tokens begin with a space or a full stop.
+
+        Control tokens, parts of a character, and tokens whose text differs at the beginning of a
+        text, where some tokenizers drop a space, cannot be sampled again.
 
         Args:
-            token: its id.
+            ids: the prompt's ids.
         """
-        text = self._tokens.decode_bytes([token]).decode(errors="replace")
-        return text if TextStream(self.tokenizer).push(token) == text else ""
+        tokens, text = 0, ""
+        for token in reversed(ids[-MOST_OPENING:]):
+            piece = self._tokens.decode_bytes([token]).decode(errors="replace")
+            if not piece or TextStream(self.tokenizer).push(token) != piece:
+                break
+            if text and not _belong_together(piece, text):
+                break
+            tokens, text = tokens + 1, piece + text
+        return Opening(tokens, text)
 
     def begins_with(self, opening: str) -> "Matcher":
         """Return a matcher of the texts that begin with `opening`.
@@ -119,6 +134,27 @@ class Vocabulary:
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The end of a prompt that is sampled again (`Request.heal`).
+
+    Attributes:
+        tokens: number of the prompt's last tokens that it consists of.
+        text: their text, with which the generated text must begin.
+    """
+
+    tokens: int = 0
+    text: str = ""
+
+
+def _belong_together(piece: str, text: str) -> bool:
+    """Return whether a token's text may form one token with a part of the text after it."""
+    first = text[0]
+    if first.isalnum():
+        return piece[-1].isalnum() or (len(piece) == 1 and piece != "\n")
+    return piece[-1].isspace() and first.isspace()
 
 
 class Matcher:

@@ -1,6 +1,7 @@
 """Text streams hold back what may become a stop text; output under a grammar follows it."""
 
 import json
+from functools import cache
 from typing import Any
 
 import jsonschema
@@ -17,7 +18,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import Grammar, Request, TokenEvent
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.sequence import activate
-from deepseek.engine.vocabulary import TextStream, Vocabulary, begun
+from deepseek.engine.vocabulary import MOST_OPENING, TextStream, Vocabulary, begun
 from deepseek.errors import ConfigError
 
 TOKENIZER = tiny_tokenizer()
@@ -116,6 +117,34 @@ def test_bytes_that_are_no_characters_do_not_end_a_text() -> None:
     assert stream.push(pieces.index("a")) == "a"
 
 
+@cache
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+    model, _ = tiny_model(vocab_size=len(tokenizer))
+    return Vocabulary(model, tokenizer)
+
+
+@given(st.text("the router é\n\t_.1", max_size=12))
+def test_the_end_that_is_sampled_again_is_a_word_or_white_space(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    opening = vocabulary_of(TOKENIZER).opening(ids)
+    kept = len(ids) - opening.tokens
+    assert TOKENIZER.decode(ids[:kept]) + opening.text == text
+    if opening.tokens not in (0, MOST_OPENING) and kept:
+        around = text[len(text) - len(opening.text) - 1 :][:2]
+        assert not around.isspace()
+        assert not around.isalnum() or TOKENIZER.decode(ids[kept - 1 : kept]) == "\ufffd"
+
+
+def test_a_word_that_is_not_finished_can_become_the_token_of_the_whole_word() -> None:
+    (whole,) = TOKENIZER.encode(" expert")
+    for cut in range(2, len(" expert")):
+        ids = TOKENIZER.encode("the expert"[: 3 + cut])
+        vocabulary = vocabulary_of(TOKENIZER)
+        opening = vocabulary.opening(ids)
+        assert opening.text == " expert"[:cut]
+        assert vocabulary.begins_with(opening.text).allowed()[whole]
+
+
 @settings(max_examples=20, deadline=None)
 @given(cut=st.integers(2, 14), seed=st.integers(0, 99))
 def test_a_healed_prompt_is_continued_as_a_grammar_would(
@@ -123,13 +152,15 @@ def test_a_healed_prompt_is_continued_as_a_grammar_would(
 ) -> None:
     """Token healing and a regular expression are two ways to force a given beginning."""
     prompt = [5, *TOKENIZER.encode("the expert\n   a the"[:cut])]
-    opening = TOKENIZER.decode(prompt[-1:])
+    opened_again = vocabulary_of(TOKENIZER).opening(prompt[1:])
+    opening = opened_again.text
     sampling = Sampling(12, temperature=2.0, seed=seed)
     behind_space = opening.endswith(" ")
     rest = r"([^ \t](.|\n)*)?" if behind_space else r"(.|\n)*"
     begins = Grammar("lark", f"start: {json.dumps(opening)} REST\nREST: /{rest}/")
     healed = list(engine.submit(Request(tuple(prompt), sampling, heal=True, ignore_end=True)))
-    bound = list(engine.submit(Request(tuple(prompt[:-1]), sampling, grammar=begins)))
+    before = tuple(prompt[: -opened_again.tokens])
+    bound = list(engine.submit(Request(before, sampling, grammar=begins)))
     opened = next(n for n in range(1, 13) if len(decoded(bound[:n])) >= len(opening))
     assert decoded(healed[:opened]) == decoded(bound[:opened])
     text = "".join(event.text for event in healed)
@@ -143,7 +174,7 @@ def test_the_tokens_of_a_healed_prompt_are_not_those_of_the_reply(
     engine: Engine, count: int, seed: int
 ) -> None:
     prompt = (5, *TOKENIZER.encode("the expert"))
-    opening = TOKENIZER.decode(prompt[-1:])
+    opening = vocabulary_of(TOKENIZER).opening(prompt[1:]).text
     sampling = Sampling(count, temperature=1.0, seed=seed)
     generation = engine.submit(Request(prompt, sampling, heal=True, ignore_end=True))
     events = list(generation)
@@ -206,10 +237,17 @@ def test_tokens_that_a_text_would_not_begin_with_are_not_healed(strips: bool) ->
     model, _ = tiny_model()
     tokens = Vocabulary(model, tokenizer)
     tokens.ends = frozenset([vocabulary["<eos>"]])
-    assert tokens.opening(vocabulary["ret"]) == "ret"
-    assert tokens.opening(vocabulary["\u2581ret"]) == ("" if strips else " ret")
-    assert tokens.opening(vocabulary["\u2581\u2581"]) == ("" if strips else "  ")
-    assert tokens.opening(vocabulary["<0xE6>"]) == tokens.opening(vocabulary["<eos>"]) == ""
+
+    def opening(*pieces: str) -> str:
+        return tokens.opening([vocabulary[piece] for piece in pieces]).text
+
+    assert opening("ret") == "ret"
+    assert opening("\u2581ret") == ("" if strips else " ret")
+    assert opening("\u2581\u2581") == ("" if strips else "  ")
+    assert opening("<0xE6>") == opening("<eos>") == ""
+    # The word's first piece stays as it is where its space would be dropped.
+    assert opening("\u2581re", "t") == ("t" if strips else " ret")
+    assert opening("<eos>", "re", "t") == "ret"
 
 
 def decoded(events: list[TokenEvent]) -> str:
