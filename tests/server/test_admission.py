@@ -100,7 +100,7 @@ each_admitted = pytest.mark.parametrize(
 def without_ends(running: Live) -> None:
     """Let no answer end before its token limit."""
     vocabulary = running.engine._vocabulary
-    vocabulary.opening(5)  # builds the constraints while the end tokens still exist
+    vocabulary.opening([5])  # builds the constraints while the end tokens still exist
     vocabulary.ends = frozenset()
 
 
