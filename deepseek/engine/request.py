@@ -92,6 +92,8 @@ class Request:
         user_ids: the user's words in a conversation, without the chat template; with "auto", these
             tokens decide which experts are admitted. None: the prompt is a document to continue,
             and it admits every expert that it does not rule out.
+        document_ids: the part of a document that decides this, such as a prompt without the
+            passages retrieved for it; None: the whole prompt.
         stop: strings that end the generation; they are not part of the text.
         stop_token_ids: tokens that end the generation, in addition to the model's end tokens.
         ignore_end: continue past the model's end tokens; for benchmarks.
@@ -116,6 +118,7 @@ class Request:
     sampling: Sampling = Sampling()  # noqa: RUF009 - it is frozen
     experts: ExpertChoice = ExpertChoice()
     user_ids: tuple[int, ...] | None = None
+    document_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_end: bool = False
@@ -147,6 +150,7 @@ REQUEST: dict[str, Check] = {
     "experts": partial(checks.instance, kind=ExpertChoice),
     "grammar": checks.optional(partial(checks.instance, kind=Grammar)),
     "user_ids": checks.optional(_as_tuple(checks.token_ids)),
+    "document_ids": checks.optional(_as_tuple(checks.token_ids)),
     "stop": _as_tuple(checks.texts),
     "stop_token_ids": _as_tuple(checks.token_ids),
     "ignore_end": checks.flag,

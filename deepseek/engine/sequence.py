@@ -326,7 +326,8 @@ def activate(
             f"The prompt has {prompt_tokens} tokens, but 1 to {context - 1} are possible; "
             "shorten it."
         )
-    ids = (*request.prompt_ids, *(request.user_ids or ()), *request.sampling.logit_bias)
+    document = request.prompt_ids if request.document_ids is None else request.document_ids
+    ids = (*request.prompt_ids, *(request.user_ids or ()), *document, *request.sampling.logit_bias)
     if min(ids) < 0 or max(ids) >= vocabulary.size:
         raise ConfigError(
             "The prompt, the user's words or logit_bias have a token id outside 0 to "
@@ -340,7 +341,7 @@ def activate(
         choice.deny,
         choice.max_experts,
         user_ids=request.user_ids,
-        document=request.prompt_ids,
+        document=document,
         expert_bytes=expert_bytes,
     )
     sizes = expert_bytes(armed)

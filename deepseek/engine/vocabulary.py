@@ -96,9 +96,10 @@ class Vocabulary:
     def opening(self, ids: Sequence[int]) -> "Opening":
         """Return the end of a prompt that can be sampled again at the start of a reply.
 
-        It is the last token, and those before it that belong to the same white space or the same
-        word, with the character before the word: a word that is not finished is often divided where
-        the whole word is not, and many tokens begin with a space or a full stop.
+        It is the last token, and those before it that belong to the same word, with the character
+        before the word: a word that is not finished is often divided where the whole word is not,
+        and many tokens begin with a space or a full stop. Of a text that ends in white space, it is
+        the tokens of that white space.
 
         Control tokens, parts of a character, and tokens whose text differs at the beginning of a
         text, where some tokenizers drop a space, cannot be sampled again.
@@ -151,10 +152,9 @@ class Opening:
 
 def _belong_together(piece: str, text: str) -> bool:
     """Return whether a token's text may form one token with a part of the text after it."""
-    first = text[0]
-    if first.isalnum():
+    if text[0].isalnum():
         return piece[-1].isalnum() or (len(piece) == 1 and piece != "\n")
-    return piece[-1].isspace() and first.isspace()
+    return piece[-1].isspace() and text.isspace()
 
 
 class Matcher:

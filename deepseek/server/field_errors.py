@@ -21,11 +21,20 @@ EXPECTED = {
 """What a field should be, by Pydantic's type of error for a wrong type."""
 
 
-SIZED = {
+RANGES = {
     "too_short": "{container} of {min_length} or more items",
     "too_long": "{container} of {max_length} or fewer items",
     "string_too_short": "a text of {min_length} or more characters",
     "string_too_long": "a text of {max_length} or fewer characters",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+"""The same for values of the right type that are too long, too short, too large or too small."""
+
+
+FORMS = {
     "string_pattern_mismatch": "{described}",
     "union_tag_invalid": "an object of one of the types {expected_tags}",
     "union_tag_not_found": "an object with a type",
@@ -66,8 +75,8 @@ def field_error(mistakes: Sequence[dict[str, Any]], body: Any) -> FieldError:
     """Return what Pydantic's validation errors say, naming one field.
 
     A field that may have several types has errors for each of them. The errors with the longest
-    path belong to the type that fits best; if none fits, all types are named. A list of the right
-    type that is too long or too short fits best.
+    path belong to the type that fits best; if none fits, all types are named. A value of the right
+    type that is out of its range fits best.
 
     Args:
         mistakes: the errors of one request.
@@ -79,10 +88,15 @@ def field_error(mistakes: Sequence[dict[str, Any]], body: Any) -> FieldError:
         for path, mistake in zip(paths, mistakes, strict=True)
         if path[: len(paths[0])] == paths[0]
     ]
-    sized = [path for path, mistake in same_field if mistake["type"] in ("too_short", "too_long")]
-    chosen = max(sized or [path for path, _ in same_field], key=len)
+    in_range = all(mistake["type"] not in RANGES for _, mistake in same_field)
+    fitting = [
+        (path, mistake)
+        for path, mistake in same_field
+        if in_range or not mistake["type"].endswith("_type")
+    ]
+    chosen = max((path for path, _ in fitting), key=len)
     where = printable(".".join(chosen))
-    kinds = [mistake for path, mistake in same_field if path == chosen]
+    kinds = [mistake for path, mistake in fitting if path == chosen]
     code = "invalid_value"
     match kinds[0]["type"]:
         case "extra_forbidden":
@@ -122,11 +136,11 @@ def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
 
 def _expected(mistake: dict[str, Any]) -> str:
     """Return what a field should be, as the continuation of "it should be"."""
-    sized = SIZED.get(mistake["type"])
-    if sized is not None:
+    form = (RANGES | FORMS).get(mistake["type"])
+    if form is not None:
         limits = mistake["ctx"]
         pattern = limits.get("pattern", "")
-        return sized.format(
+        return form.format(
             **limits,
             described=PATTERNS.get(pattern, f"a text that matches {pattern}"),
             container="an object" if limits.get("field_type") == "Dictionary" else "a list",

@@ -35,6 +35,7 @@ def ask(
     logprobs: int | None = None,
     prompt_logprobs: bool = False,
     user_ids: tuple[int, ...] | None = None,
+    document_ids: tuple[int, ...] | None = None,
     heal: bool = False,
 ) -> Request:
     """Return the engine's request for one answer.
@@ -46,7 +47,7 @@ def ask(
         max_tokens: most tokens of the answer, capped at the free context; None takes
             `Settings.answer_tokens`.
         choice: index among the answers to one prompt, added to the seed so that they differ.
-        grammar, logprobs, prompt_logprobs, user_ids, heal: see `Request`.
+        grammar, logprobs, prompt_logprobs, user_ids, document_ids, heal: see `Request`.
 
     Raises:
         ApiError, UserError: the request is invalid.
@@ -62,6 +63,7 @@ def ask(
         ),
         experts=service.experts(body.model, body.experts),
         user_ids=user_ids,
+        document_ids=document_ids,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(getattr(body, "stop_token_ids", None) or ()),
         ignore_end=bool(getattr(body, "ignore_eos", None)),

@@ -277,6 +277,7 @@ def test_refusals() -> None:
             (lambda: Request((291,)), "0 to 290"),
             (lambda: Request((-1,)), r"prompt_ids\[0\]=-1"),
             (lambda: Request((1,), user_ids=(291,)), "0 to 290"),
+            (lambda: Request((1,), document_ids=(291,)), "0 to 290"),
             (lambda: Request((1,), Sampling(logit_bias={291: 1.0})), "0 to 290"),
             (lambda: Request(PROMPTS[0]), "larger cache"),
             (lambda: Request((1,), experts=ExpertChoice(max_experts=0)), "max_experts=0"),

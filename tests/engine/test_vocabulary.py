@@ -131,7 +131,7 @@ def test_the_end_that_is_sampled_again_is_a_word_or_white_space(text: str) -> No
     assert TOKENIZER.decode(ids[:kept]) + opening.text == text
     if opening.tokens not in (0, MOST_OPENING) and kept:
         around = text[len(text) - len(opening.text) - 1 :][:2]
-        assert not around.isspace()
+        assert not (around.isspace() and opening.text.isspace())
         assert not around.isalnum() or TOKENIZER.decode(ids[kept - 1 : kept]) == "\ufffd"
 
 

@@ -201,6 +201,7 @@ REQUEST = {
     "sampling": V(Sampling(max_new_tokens=1)),
     "experts": V(ExpertChoice()),
     "user_ids": st.none() | IDS,
+    "document_ids": st.none() | IDS,
     "stop": st.lists(st.text("abc", min_size=1, max_size=3), max_size=2).map(tuple),
     "stop_token_ids": IDS,
     "ignore_end": FLAG,

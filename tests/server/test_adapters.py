@@ -101,7 +101,7 @@ def test_the_default_of_the_server_has_weights_too(served: Live) -> None:
     [
         ({"lora-a": 0}, "experts.arm.lora-a is invalid: it should be greater than 0."),
         ({"lora-a": -1}, "greater than 0"),
-        ({"lora-a": 2.5}, "less than or equal to 2"),
+        ({"lora-a": 2.5}, "at most 2"),
         ({"lora-a": "1"}, "a number"),
         ({"lora-a": True}, "a number"),
         ({f"e{i}": 1 for i in range(65)}, "64 or fewer"),

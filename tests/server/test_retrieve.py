@@ -13,6 +13,7 @@ from live_server import CONTEXT, Live, live
 from openai import OpenAI
 
 from deepseek.data import Document
+from deepseek.engine.request import Request
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 
@@ -122,6 +123,34 @@ def test_an_editor_that_cannot_ask_gets_the_passages_of_the_setting(
     assert "retrieved" not in infill(indexed, retrieve=False)
     # An expert without an index has no passages, and the request succeeds all the same.
     assert "retrieved" not in infill(indexed, model="tiny+two")
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("/infill", {"n_predict": 2, "input_suffix": "\ny"}),
+        ("/completion", {"n_predict": 2}),
+        ("/v1/completions", {"max_tokens": 2, "model": "tiny", "suffix": "\ny"}),
+        ("/v1/completions", {"max_tokens": 2, "model": "tiny"}),
+    ],
+)
+def test_gates_judge_the_text_without_its_passages(
+    indexed: Live, route: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passages are an expert's own text, and would admit it to any topic."""
+    submitted: list[Request] = []
+    submit = indexed.engine.submit_all
+    monkeypatch.setattr(
+        indexed.engine, "submit_all", lambda some: submitted.extend(some) or submit(some)
+    )
+    asked = {"prompt": "the router = model.", **fields}
+    with indexed.http() as http:
+        replies = [http.post(route, json={**asked, "retrieve": on}) for on in (False, True)]
+    assert [reply.status_code for reply in replies] == [200, 200]
+    alone, helped = submitted
+    assert len(helped.prompt_ids) > len(alone.prompt_ids) + 20
+    assert helped.document_ids == alone.prompt_ids
+    assert alone.document_ids in (None, alone.prompt_ids)
 
 
 def test_passages_come_before_a_suffix(asking: OpenAI, indexed: Live) -> None:

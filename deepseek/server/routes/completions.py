@@ -38,7 +38,10 @@ async def completions(body: CompletionRequest, service: TheService) -> Response:
 
 
 async def answer(
-    service: Service, body: CompletionRequest, heal: bool = False
+    service: Service,
+    body: CompletionRequest,
+    heal: bool = False,
+    document_ids: tuple[int, ...] | None = None,
 ) -> "CompletionChunks":
     """Start to continue one or several texts and return the chunks of the answer.
 
@@ -46,6 +49,8 @@ async def answer(
         service: the server's state.
         body: the HTTP request.
         heal: whether the prompts may end within a word (see `engine.request.Request`).
+        document_ids: the only prompt without the passages that the caller put into it; None: it
+            put none.
 
     Raises:
         ApiError, UserError: the request is invalid.
@@ -66,7 +71,9 @@ async def answer(
         )
     passages: list[Passage] = []
     heal = heal or (bool(body.suffix) and not service.writer.layout.has_tokens)
-    job = await service.start(lambda: plan(service, body, passages, heal), body.n or 1)
+    job = await service.start(
+        lambda: plan(service, body, passages, heal, document_ids), body.n or 1
+    )
     chunks = CompletionChunks(service, body, job)
     chunks.retrieved = described_passages(passages) if body.retrieve else None
     return chunks
@@ -79,7 +86,11 @@ def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
 
 
 def plan(
-    service: Service, body: CompletionRequest, retrieved: list[Passage], heal: bool
+    service: Service,
+    body: CompletionRequest,
+    retrieved: list[Passage],
+    heal: bool,
+    document_ids: tuple[int, ...] | None,
 ) -> list[Request]:
     """Return the engine's requests: all choices of the first prompt, then those of the next.
 
@@ -88,6 +99,7 @@ def plan(
         body: the HTTP request.
         retrieved: output; the passages put before the prompts are appended to it.
         heal: whether prompts may end within a word; a prompt with a grammar is taken as it is.
+        document_ids: see `answer`.
     """
     limit = body.limit(service.settings.answer_tokens)
     scored = bool(body.echo) and body.logprobs is not None
@@ -102,6 +114,7 @@ def plan(
             reserved = answer_tokens(service, limit)
             # The ids around a gap have been encoded to follow markers, whatever is before these.
             texts = {"before_gap": text} if body.suffix else {"text": text}
+            document_ids = tuple(ids)
             ids, passages = retrieval.before(ids, service, reserved, **texts)
             retrieved += passages
         requests += [
@@ -114,6 +127,7 @@ def plan(
                 grammar=grammar,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
+                document_ids=document_ids,
                 # An empty prompt is preceded by a marker token.
                 heal=heal and grammar is None and bool(prompt),
             )

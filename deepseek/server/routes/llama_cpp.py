@@ -4,6 +4,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -58,21 +59,35 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     settings = service.settings
     gap = body.gap
     request = body.completion(settings.model, settings.answer_tokens)
-    request.prompt, passages = await service.admission.run(partial(gap_ids, service, gap, request))
+    prompt = await service.admission.run(partial(gap_prompt, service, gap, request))
+    request.prompt = prompt.ids
     request.retrieve = None  # done
     heal = bool(gap.prefix or gap.line) and not service.writer.layout.has_tokens
-    chunks = await completions.answer(service, request, heal)
-    chunks.retrieved = None if passages is None else described_passages(passages)
+    chunks = await completions.answer(service, request, heal, prompt.document_ids)
+    if prompt.passages is not None:
+        chunks.retrieved = described_passages(prompt.passages)
     native = NativeChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 
 
-def gap_ids(
-    service: Service, gap: EditorGap, request: CompletionRequest
-) -> tuple[list[int], list[Passage] | None]:
-    """Return the token ids of a text with a gap, and the passages put before it, None if the
-    request does not retrieve.
+@dataclass(frozen=True)
+class GapPrompt:
+    """The prompt of a text with a gap.
+
+    Attributes:
+        ids: its token ids.
+        document_ids: the same without passages, from which gates judge the topic.
+        passages: the passages put before the text; None: the request does not retrieve.
+    """
+
+    ids: list[int]
+    document_ids: tuple[int, ...]
+    passages: list[Passage] | None
+
+
+def gap_prompt(service: Service, gap: EditorGap, request: CompletionRequest) -> GapPrompt:
+    """Return the prompt of a text with a gap, with passages if the request retrieves.
 
     Args:
         service: the server's state.
@@ -80,15 +95,16 @@ def gap_ids(
         request: the request to fill the gap.
     """
     limit = request.max_tokens or 0
-    passages = None
+    ids = service.writer.gap(gap, limit)
     retrieval = (
         Retrieval.if_possible(service, request, service.settings.infill_passages)
         if request.retrieve is None
         else Retrieval.of(service, request)
     )
-    if retrieval is not None:
-        gap, passages = retrieval.for_editor(gap, service, answer_tokens(service, limit))
-    return service.writer.gap(gap, limit), passages
+    if retrieval is None:
+        return GapPrompt(ids, tuple(ids), None)
+    with_passages, passages = retrieval.for_editor(gap, service, answer_tokens(service, limit))
+    return GapPrompt(service.writer.gap(with_passages, limit), tuple(ids), passages)
 
 
 @router.post("/tokenize", response_model=dict[str, Any])

@@ -298,6 +298,8 @@ def test_the_engine_asks_the_words_of_the_request(tmp_path: Path) -> None:
         assert tokens(Request(RELEVANT, sampling, named, user_ids=(), ignore_end=True)) == admitted
         other = tokens(Request(IRRELEVANT, sampling, user_ids=(ABOUT, ABOUT), ignore_end=True))
         assert other != tokens(Request(IRRELEVANT, sampling, ExpertChoice(()), ignore_end=True))
+        off_topic = Request(RELEVANT, sampling, document_ids=IRRELEVANT, ignore_end=True)
+        assert tokens(off_topic) == base
 
 
 def test_how_far_a_text_is_from_the_threshold_can_be_asked(tmp_path: Path) -> None:
