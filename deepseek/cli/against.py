@@ -4,17 +4,22 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.cli.options import names
-from deepseek.cli.output import figures_table, plain, print_table
+from deepseek.cli.output import echo, figures_table, plain, print_table
 from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
-from deepseek.evaluate.against import RETRIEVAL, RIVALS, Against, Result
+from deepseek.evaluate.against import RETRIEVAL, RIVALS, Against, Result, rows_against
 from deepseek.evaluate.completion import CompletionScores
 from deepseek.evaluate.scores import Interval
 from deepseek.evaluate.verdict import Compared, compared, draw, verdicts
 
 
 def print_against(
-    experts: str, rivals: str, cases: int, device: str = "auto", dtype: Dtype = "auto"
+    experts: str,
+    rivals: str,
+    cases: int,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    dry_run: bool = False,
 ) -> None:
     """Compare one expert with rival methods; print the tables, the conclusions and the result's
     files.
@@ -25,6 +30,7 @@ def print_against(
         cases: number of held-out lines to write.
         device: where the rows are computed and the rivals trained.
         dtype: precision of both.
+        dry_run: only print what would be compared, and how long the rivals would train.
 
     Raises:
         ConfigError: `experts` is not the name of one expert, or `rivals` names no method.
@@ -39,6 +45,16 @@ def print_against(
     if not methods:
         raise ConfigError(f"--against {rivals!r} names no method; give {' or '.join(RIVALS)}.")
     against = Against(expert_names[0], cases, device=device, dtype=dtype)
+    if dry_run:
+        rows = rows_against(methods)
+        minutes = against.record["seconds"] / 60
+        trained = sum(row.model != "base" for row in rows)
+        echo(
+            f"{len(against.cases)} lines, each written by {', '.join(row.name for row in rows)} on "
+            f"{against.device}; {trained * minutes:.1f} minutes of training, for each method as "
+            "many as the expert took; writing the lines is not counted"
+        )
+        return
     result = against.compare(methods)
     picture = against.folder / "against.png"
     draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Device, Json, Precision, expert_packs, refuse_ignored
+from deepseek.cli.options import Device, DryRun, Json, Precision, expert_packs, refuse_ignored
 from deepseek.cli.output import echo, print_table
+from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
 
 BASE = "smollm2-135m"
@@ -63,6 +64,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Precision = "auto",
     as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Print the held-out loss of the base and of the plugged experts on each expert's own held-out
     text, on that of other trained experts, on public prose and code, and on your text. Generated
@@ -84,16 +86,31 @@ def evaluate(
         )
         from deepseek.cli.against import print_against
 
-        print_against(experts, against, cases or CASES, device, dtype)
+        print_against(experts, against, cases or CASES, device, dtype, dry_run)
         return
     refuse_ignored("goes with --against", cases=cases)
+    _compare(experts, base, data or [], tokens, human_eval, device, dtype, as_json, dry_run)
+
+
+def _compare(
+    experts: str,
+    base: str | None,
+    data: list[Path],
+    tokens: int | None,
+    human_eval: int | None,
+    device: str,
+    dtype: Dtype,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Print the losses of the base and of plugged experts, with the arguments of `evaluate`."""
     from deepseek.cli.expert_base import base_of
     from deepseek.cli.shapes import print_json
     from deepseek.cli.table import comparison_table, evaluation
     from deepseek.engine.load import load
     from deepseek.engine.request import ExpertChoice
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
-    from deepseek.evaluate.quality import collected, compare, expert_texts, trained_here
+    from deepseek.evaluate.quality import collected, compare, estimated, expert_texts, trained_here
     from deepseek.packs.library import packs_for
     from deepseek.train.loop.progress import ProgressBar
 
@@ -112,7 +129,12 @@ def evaluate(
     texts_of_experts = expert_texts(
         [name for name in expert_names if name not in namesakes], plugged_names
     )
-    with collected(tokenizer, data or [], texts_of_experts) as texts, ProgressBar() as progress:
+    with collected(tokenizer, data, texts_of_experts) as texts, ProgressBar() as progress:
+        if dry_run:
+            estimate = estimated(model, texts, tokens or TOKENS, as_reported=not tokens)
+            solved = f"; {len(problems)} problems to solve twice, not counted" if problems else ""
+            echo(f"{len(texts)} texts: {estimate}{solved}")
+            return
         rows = list(compare(model, texts, tokens or TOKENS, progress, as_reported=not tokens))
         choices = (ExpertChoice(()), ExpertChoice()) if problems else ()
         pass_rates = [

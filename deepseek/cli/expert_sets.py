@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Device, Key, Precision, existing_folder, names
+from deepseek.cli.options import Device, DryRun, Key, Precision, existing_folder, names
 from deepseek.cli.output import echo
 from deepseek.errors import PackError
 
@@ -155,13 +155,18 @@ def merge(
     ] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Make one expert that does what two do, and say what it does for both held-out texts.
 
     Their run folders must still be there, as it is fitted to their text.
     """
-    from deepseek.train.jobs.merge import merge_experts
+    from deepseek.train.jobs.merge import estimate_merge, merge_experts
 
+    if dry_run:
+        estimate = estimate_merge(first, second, out, width, device=device, dtype=dtype)
+        echo(f"{estimate}; public text of the base not counted")
+        return
     merged = merge_experts(first, second, out, width, quiet=False, device=device, dtype=dtype)
     echo(str(merged.pack))
     for line in merged.report():

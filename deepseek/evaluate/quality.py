@@ -16,6 +16,7 @@ from deepseek.data.text.public import public_documents, read_documents
 from deepseek.errors import CheckpointError, DataError
 from deepseek.model.language_model import LanguageModel
 from deepseek.packs.manifest import PackManifest
+from deepseek.train.jobs.estimate import Estimate, of_passes
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.past_runs import finished_runs, latest_run
 
@@ -149,6 +150,19 @@ def compare(
                 alone_loss = held_out_loss(model, batches).loss
         yield Comparison(text.name, before.tokens, before.loss, after.loss, alone_loss)
     progress(len(texts), len(texts), "evaluating")
+
+
+def estimated(
+    model: LanguageModel, texts: Sequence[HeldOutText], max_tokens: int, as_reported: bool = True
+) -> Estimate:
+    """Return what `compare` will take with the same arguments."""
+    return of_passes(
+        model,
+        [
+            (text.batches(max_tokens, as_reported), 2 if text.expert is None else 3)
+            for text in texts
+        ],
+    )
 
 
 def held_out_folder(expert: str) -> Path:

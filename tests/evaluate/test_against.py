@@ -3,6 +3,7 @@ are stored and resumed.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_every_row_answers_the_same_cases_and_stays(
     monkeypatch.setattr(against_module, "start_engine", None)  # nothing is computed again
     assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
     assert "full fine-tuning" not in capsys.readouterr().out
+
+
+def test_a_dry_run_estimates_and_changes_nothing(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(trained.rglob("*"))
+    assert call("eval", "own", "--tokens", "512", "--human-eval", "2", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"3 texts: 3,584 tokens in all passes, about \d+\.\d minutes on cpu", out), out
+    assert "2 problems to solve twice, not counted" in out
+    assert call("eval", "own", "--against", "rag,lora", "--cases", "3", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "3 lines, each written by base, retrieval, expert, expert + retrieval, LoRA on" in out
+    assert call("eval", "own", "--against", "rga", "--dry-run") == 2
+    assert sorted(trained.rglob("*")) == before
 
 
 def test_a_scored_rival_keeps_no_training_states_and_is_not_trained_again(

@@ -5,18 +5,24 @@ texts -> attention inputs, layer by layer -> k-means and L-BFGS -> one file besi
 
 import hashlib
 import shutil
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from deepseek.checkpoint.files import located, writable_file
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.data.text.encode import long_texts
 from deepseek.data.text.public import documents_at
+from deepseek.device.memory import peak_memory
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError
 from deepseek.model.attention.hash import hash_file, save_hashes
 from deepseek.model.language_model import own_model
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.hash.distill import HashSettings, distill_hashes
 from deepseek.train.jobs.declaration import job
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
@@ -49,6 +55,10 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
     identity = f"{weights} {hashlib.sha256(ids_RT.numpy().tobytes()).hexdigest()}"
     state = path.with_name(f"{path.name}.layers")
     settings = hash_settings(arguments)
+    if arguments.dry_run:
+        with ProgressBar(quiet=arguments.quiet) as progress:
+            progress.say(estimated(model, ids_RT, settings, layers))
+        return path
     with run_lock(state), ProgressBar(quiet=arguments.quiet) as progress:
         hashes = distill_hashes(
             model, ids_RT, settings, layers, state, identity=identity, progress=progress
@@ -56,6 +66,32 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
         save_hashes(path, hashes, weights)
         shutil.rmtree(state)
     return path
+
+
+def estimated(model: DeepSeekModel, ids_RT: Tensor, settings: HashSettings, layers: range) -> str:
+    """Return the estimated time and memory, from the first of the layers.
+
+    Args:
+        model: the model.
+        ids_RT: token ids of the texts.
+        settings: settings of the hashes.
+        layers: layers that get a hash.
+    """
+    times = [time.perf_counter()]  # when each layer was done
+    with tempfile.TemporaryDirectory() as state:
+        distill_hashes(
+            model,
+            ids_RT,
+            settings,
+            layers[:1],
+            Path(state) / "layers",
+            progress=lambda *_: times.append(time.perf_counter()),
+        )
+    minutes = (times[-2] - times[0] + len(layers) * (times[-1] - times[-2])) / 60
+    return (
+        f"{len(layers)} layers on {ids_RT.numel():,} tokens, about {minutes:.1f} minutes on "
+        f"{model.device}; memory {peak_memory(model.device) / 1e9:.1f} GB"
+    )
 
 
 def hash_settings(arguments: DistillHashArguments) -> HashSettings:

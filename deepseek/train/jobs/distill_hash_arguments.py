@@ -46,3 +46,6 @@ class DistillHashArguments(JobArguments):
 
     out: AnyPath = None
     """File to write; default: beside the model"""
+
+    dry_run: bool = False
+    """Check the arguments and estimate memory and time, without changing anything"""

@@ -15,17 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.data import Batch, RowLoader, TokenShards
-from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
-from deepseek.model.experts.layer import ExpertLayer
 from deepseek.model.language_model import LanguageModel, load_language_model
 from deepseek.packs.library import SUFFIX, check_free, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Manifest, Metric
@@ -34,16 +31,14 @@ from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates.background import background
 from deepseek.train.gates.calibrate import calibrate
-from deepseek.train.gates.inputs import gate_inputs
 from deepseek.train.gates.public_text import public_statistics
+from deepseek.train.jobs.estimate import Estimate, of_passes
 from deepseek.train.jobs.expert import CALIBRATION_TOKENS, RELEVANCE_TOKENS, UNSEEN_TOKENS
+from deepseek.train.jobs.merge_fit import fitted
 from deepseek.train.jobs.update import TrainedExpert
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.text.corpus import known_documents, whole_text
-
-RIDGE = 1e-4
-"""Ridge of the regression, as a share of the mean second moment of the hidden units."""
 
 
 @dataclass(frozen=True)
@@ -176,25 +171,14 @@ def merge_experts(
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
     """
-    path = experts_folder() / f"{_checked_name(out)}{SUFFIX}"
-    check_free(out)
-    if first == second:
-        raise ConfigError(f"Both experts are {first}; name two different ones.")
-    place = choose_device(device)
-    request = TrainedExpert.find(first).request
-    precision = choose_dtype(request.dtype if dtype == "auto" else dtype, place)
-    folder = resolve(request.base)
-    model = load_language_model(folder, dtype=precision, device=place)
-    model.requires_grad_(False)
-    parts = [Part(name, model) for name in (first, second)]
-    most = sum(part.manifest.width for part in parts)
-    width = most if width is None else width
-    if not 1 <= width <= most:
-        raise ConfigError(f"width={width} must be 1 to {most}, the width of both together.")
+    task = MergeTask.of(first, second, out, width, device, dtype)
+    model, parts = task.model, task.parts
     with ProgressBar(quiet=quiet) as progress:
-        module = fitted(model, parts, out, width, progress)
+        tokens = CALIBRATION_TOKENS // len(parts)
+        texts = [(part.module, part.rows("train", tokens)) for part in parts]
+        module = fitted(model, texts, out, task.width, progress)
         progress.say("calibrating the gates")
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(task.folder)
         calibrate(
             model,
             module,
@@ -208,8 +192,75 @@ def merge_experts(
         progress.say("scoring the held-out texts")
         others = zip(parts, reversed(parts), strict=True)
         scores = {part.name: scored(model, part, other, module) for part, other in others}
-    write_pack(path, merged_pack(model, module, parts, scores), new=True)
-    return Merged(path, scores)
+    write_pack(task.path, merged_pack(model, module, parts, scores), new=True)
+    return Merged(task.path, scores)
+
+
+def estimate_merge(
+    first: str,
+    second: str,
+    out: str,
+    width: int | None = None,
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+) -> Estimate:
+    """Return what the same call of `merge_experts` will take, without changing anything; public
+    text, which is read once for each base, is not counted.
+
+    Raises:
+        ConfigError, DeviceError, DataError, PackError: as `merge_experts`.
+    """
+    task = MergeTask.of(first, second, out, width, device, dtype)
+    held_out = [
+        batch
+        for part in task.parts
+        for batch in part.rows("held-out", part.expert.request.held_out_tokens)
+    ]
+    train = rows_of(task.parts, "train", CALIBRATION_TOKENS)
+    validation = rows_of(task.parts, "validation", UNSEEN_TOKENS)
+    return of_passes(task.model, [(train, 2), (validation, 1), (held_out, 3)])
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """Two experts that can be merged, and what is to become of them.
+
+    Attributes:
+        path: file of the merged expert.
+        folder: folder of the base.
+        model: the base.
+        parts: the two experts.
+        width: width of the merged expert's layers.
+    """
+
+    path: Path
+    folder: Path
+    model: LanguageModel
+    parts: list[Part]
+    width: int
+
+    @classmethod
+    def of(
+        cls, first: str, second: str, out: str, width: int | None, device: str, dtype: Dtype
+    ) -> "MergeTask":
+        """Return the task of a call of `merge_experts`, with its arguments and errors."""
+        path = experts_folder() / f"{_checked_name(out)}{SUFFIX}"
+        check_free(out)
+        if first == second:
+            raise ConfigError(f"Both experts are {first}; name two different ones.")
+        place = choose_device(device)
+        request = TrainedExpert.find(first).request
+        precision = choose_dtype(request.dtype if dtype == "auto" else dtype, place)
+        folder = resolve(request.base)
+        model = load_language_model(folder, dtype=precision, device=place)
+        model.requires_grad_(False)
+        parts = [Part(name, model) for name in (first, second)]
+        most = sum(part.manifest.width for part in parts)
+        width = most if width is None else width
+        if not 1 <= width <= most:
+            raise ConfigError(f"width={width} must be 1 to {most}, the width of both together.")
+        return cls(path, folder, model, parts, width)
 
 
 def _checked_name(name: str) -> str:
@@ -225,103 +276,6 @@ def rows_of(parts: Sequence[Part], name: str, tokens: int) -> list[Batch]:
     for part in parts:
         rows += part.rows(name, tokens // len(parts))
     return rows
-
-
-@dataclass
-class Units:
-    """Hidden units of some expert layers, and the moments that the regression needs.
-
-    Attributes:
-        gate_UD, up_UD: gate and up projections of the units.
-        gram_UU: sum over the texts of the mean of h h^T over the hidden values h.
-        cross_UD: the same of h y^T, where y is the output of the text's own expert.
-    """
-
-    gate_UD: Tensor
-    up_UD: Tensor
-    gram_UU: Tensor
-    cross_UD: Tensor
-
-    @staticmethod
-    def of(layers: Sequence[ExpertLayer]) -> "Units":
-        """Return the units of some layers, with moments of zero."""
-        halves = [layer.gate_up_proj.chunk(2) for layer in layers]
-        gate_UD = torch.cat([gate for gate, _ in halves])
-        up_UD = torch.cat([up for _, up in halves])
-        count = len(gate_UD)
-        zeros = gate_UD.new_zeros
-        gram_UU = zeros(count, count, dtype=torch.float64)
-        return Units(gate_UD, up_UD, gram_UU, zeros(gate_UD.shape, dtype=torch.float64))
-
-    def add(self, x_ND: Tensor, y_ND: Tensor, share: float) -> None:
-        """Add inputs and target outputs to the moments, each token with weight `share`."""
-        h_NU = silu(linear(x_ND, self.gate_UD)) * linear(x_ND, self.up_UD)
-        self.gram_UU += share * (h_NU.mT @ h_NU).double()
-        self.cross_UD += share * (h_NU.mT @ y_ND).double()
-
-    @torch.no_grad()
-    def fit(self, width: int) -> ExpertLayer:
-        """Return the layer of this width that best fits the target outputs in least squares.
-
-        If there are more units, those that contribute most to the output are kept; if there are
-        fewer, the rest of the layer is zero.
-        """
-        kept_U = torch.arange(len(self.gate_UD), device=self.gate_UD.device)
-        if width < len(kept_U):
-            down_UD = self._solve(kept_U)
-            contribution_U = down_UD.square().sum(1) * self.gram_UU.diagonal()
-            kept_U = contribution_U.topk(width).indices.sort().values
-        down_UD = self._solve(kept_U).float()
-        layer = ExpertLayer(self.gate_UD.shape[1], width).to(self.gate_UD.device)
-        layer.gate_up_proj.zero_()
-        layer.gate_up_proj[: len(kept_U)] = self.gate_UD[kept_U]
-        layer.gate_up_proj[width : width + len(kept_U)] = self.up_UD[kept_U]
-        layer.down_proj[:, : len(kept_U)] = down_UD.mT
-        return layer
-
-    def _solve(self, kept_U: Tensor) -> Tensor:
-        """Return the output weights `[U, D]` of some units by ridge regression."""
-        gram_UU = self.gram_UU[kept_U][:, kept_U]
-        ridge = RIDGE * gram_UU.diagonal().mean() + torch.finfo(torch.float64).tiny
-        identity = torch.eye(len(kept_U), dtype=torch.float64, device=gram_UU.device)
-        solution: Tensor = torch.linalg.solve(gram_UU + ridge * identity, self.cross_UD[kept_U])
-        return solution
-
-
-@torch.no_grad()
-def fitted(
-    model: LanguageModel, parts: Sequence[Part], name: str, width: int, progress: Progress = silent
-) -> ExpertModule:
-    """Return the merged module, without gates.
-
-    Args:
-        model: the base.
-        parts: the experts.
-        name: name of the module.
-        width: its width.
-        progress: called before each batch, with the numbers of batches done and in all.
-    """
-    owners: dict[int, list[ExpertLayer]] = {}
-    for part in parts:
-        for layer in part.module.layers:
-            owners.setdefault(layer, []).append(part.module.at(layer))
-    units = {layer: Units.of(layers) for layer, layers in sorted(owners.items())}
-    texts = [part.rows("train", CALIBRATION_TOKENS // len(parts)) for part in parts]
-    done, total = 0, sum(map(len, texts))
-    for part, batches in zip(parts, texts, strict=True):
-        with model.experts.forced(part.module):
-            for inputs in gate_inputs(model, batches, tuple(units)):
-                progress(done, total, "fitting the outputs")
-                done += 1
-                for layer, found in inputs.items():
-                    x_ND = found.x_BTD[found.real_BT]
-                    has_layer = layer in part.module.layers
-                    y_ND = part.module(layer, x_ND) if has_layer else torch.zeros_like(x_ND)
-                    units[layer].add(x_ND, y_ND, 1 / len(batches) / max(1, len(x_ND)))
-    module = ExpertModule(name, tuple(units), model.config.hidden_size, width).to(model.device)
-    for layer, layer_units in units.items():
-        module.ffn[str(layer)] = layer_units.fit(width)
-    return module.requires_grad_(False).eval()
 
 
 def scored(model: LanguageModel, part: Part, other: Part, module: ExpertModule) -> Score:

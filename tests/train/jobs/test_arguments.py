@@ -67,6 +67,13 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {("adapt", "rank"): {"mode": "lo
 Record = list[str]
 
 
+class SilentProgress(str):
+    """A progress bar that says nothing, and whose `repr` is the same in every process."""
+
+    def say(self, message: str) -> None:
+        pass
+
+
 def the_job(function: str) -> PublicJob:
     return next(job for job in JOBS if job.function == function)
 
@@ -90,7 +97,7 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
 
     def progress_bar(quiet: bool) -> AbstractContextManager[str]:
         seen.append(f"quiet={quiet}")
-        return nullcontext("progress")
+        return nullcontext(SilentProgress("progress"))
 
     monkeypatch.setattr(arguments.RunArguments, "check_paths", lambda _: None)
     monkeypatch.setattr(evaluation.EvaluationArguments, "check_paths", lambda _: None)
@@ -127,6 +134,7 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
         "documents_at": [],
         "long_texts": torch.zeros(1, dtype=torch.long),
         "fingerprint": SimpleNamespace(weights=""),
+        "estimated": "an estimate",
         "distill_hashes": {},
         "save_hashes": None,
     }.items():

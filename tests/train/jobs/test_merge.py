@@ -3,6 +3,7 @@ cannot be merged is refused with a reason.
 """
 
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from deepseek.packs.library import experts_folder
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.train.jobs import merge
 from deepseek.train.jobs.expert import train_expert
-from deepseek.train.jobs.merge import Units, merge_experts, merged_pack
+from deepseek.train.jobs.merge import estimate_merge, merge_experts, merged_pack
+from deepseek.train.jobs.merge_fit import Units
 from deepseek.train.jobs.update import TrainedExpert
 
 WIDTH = 6
@@ -111,6 +113,22 @@ def test_it_can_be_as_narrow_as_one(trained: Path) -> None:
     assert read_pack(merged.pack).manifest.width == 24
     assert all(score.merged < score.base for score in merged.scores.values())
     merged.pack.unlink()
+
+
+def test_a_dry_run_estimates_and_changes_nothing(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(home().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(["expert", "merge", "greek", "stars", "--out", "tried", "--dry-run"])
+    assert stop.value.code in (0, None)
+    said = re.search(
+        r"([\d,]+) tokens in all passes, about \d+\.\d minutes", capsys.readouterr().out
+    )
+    assert said and int(said[1].replace(",", "")) > 2 * 2000
+    assert sorted(home().rglob("*")) == before
+    with pytest.raises(ConfigError, match="1 to 48"):
+        estimate_merge("greek", "stars", "wide", width=49)
 
 
 def test_what_the_other_expert_has_learnt_is_said(trained: Path) -> None:
