@@ -74,6 +74,8 @@ def evaluate(
     fine-tuning by the lines that they write of the expert's held-out text. LoRA and full
     fine-tuning train as long as the expert did. If interrupted, the same command resumes it.
     """
+    if dry_run and as_json:
+        raise ConfigError("--dry-run prints an estimate, which has no JSON; leave --json out.")
     if against:
         if as_json:
             raise ConfigError("--against writes result.json itself; leave --json out.")

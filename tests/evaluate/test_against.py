@@ -280,6 +280,7 @@ def test_the_index_holds_what_was_trained_on_and_nothing_that_was_held_out(train
     [
         (("eval", "--against", "rag"), "--against compares one expert at a time"),
         (("eval", "own", "--against", "rga"), "perhaps 'rag'"),
+        (("eval", "own", "--json", "--dry-run"), "which has no JSON"),
         (("eval", "nobody", "--against", "rag"), "There is no run 'nobody'"),
         (("expert", "index", "nobody"), "There is no run 'nobody'"),
     ],
