@@ -160,16 +160,16 @@ class Retrieval:
         return [*ids[:split], *inserted, *continued], passages
 
     def for_editor(
-        self, gap: EditorGap, service: Service, answer: int
+        self, gap: EditorGap, ids: Sequence[int], service: Service, answer: int
     ) -> tuple[EditorGap, list[Passage]]:
         """Return an editor's text with passages put before it, and the passages.
 
         Args:
             gap: the text.
+            ids: token ids of its prompt without passages.
             service: the server's state.
             answer: tokens to leave free for the answer.
         """
-        ids = service.writer.gap(gap, answer)
         passages = self._find_for(gap.prefix + gap.line, ids, service, answer)
         return replace(gap, passages=before_text(passages)), passages
 

@@ -103,7 +103,8 @@ def gap_prompt(service: Service, gap: EditorGap, request: CompletionRequest) -> 
     )
     if retrieval is None:
         return GapPrompt(ids, tuple(ids), None)
-    with_passages, passages = retrieval.for_editor(gap, service, answer_tokens(service, limit))
+    answer = answer_tokens(service, limit)
+    with_passages, passages = retrieval.for_editor(gap, ids, service, answer)
     return GapPrompt(service.writer.gap(with_passages, limit), tuple(ids), passages)
 
 

@@ -43,9 +43,12 @@ def of_passes(model: LanguageModel, passes: Iterable[tuple[list[Batch], int]]) -
         model: the model, whose armed experts take part.
         passes: batches, and how often each of them is computed.
     """
-    todo = [(batches, count) for batches, count in passes if batches]
-    tokens = sum(count * batch.input_ids.numel() for batches, count in todo for batch in batches)
-    batch = todo[0][0][0]
+    tokens = 0
+    seen: list[Batch] = []
+    for batches, count in passes:
+        tokens += count * sum(batch.input_ids.numel() for batch in batches)
+        seen += batches
+    batch = seen[0]
     held_out_loss(model, [batch])
     synchronize(model.device)
     started = time.perf_counter()
