@@ -46,7 +46,9 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.jobs.merge import Part, fitted
+from deepseek.train.jobs.expert import CALIBRATION_TOKENS
+from deepseek.train.jobs.merge import Part
+from deepseek.train.jobs.merge_fit import fitted
 
 LANGUAGES = ("french", "spanish")
 MANUALS = {
@@ -211,7 +213,9 @@ class Comparison:
         """Return the merged module, fitted to each expert's output on its own text."""
         parts = [Part(str(self.options.work / "runs" / name), self.model) for name in names]
         width = sum(part.manifest.width for part in parts)
-        return fitted(self.model, parts, "merged", width).to(self.model.dtype)
+        tokens = CALIBRATION_TOKENS // len(parts)
+        texts = [(part.module, part.rows("train", tokens)) for part in parts]
+        return fitted(self.model, texts, "merged", width).to(self.model.dtype)
 
     def _armed(self, *names: str) -> Variant:
         def variant() -> Any:

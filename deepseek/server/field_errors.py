@@ -41,6 +41,9 @@ FORMS = {
 }
 """The same for errors that state what would be valid."""
 
+RIGHT_TYPE = {*RANGES, "string_pattern_mismatch"}
+"""Errors of values that have the right type."""
+
 
 TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 DIGITS = r"^[0-9]{1,9}$"
@@ -76,7 +79,7 @@ def field_error(mistakes: Sequence[dict[str, Any]], body: Any) -> FieldError:
 
     A field that may have several types has errors for each of them. The errors with the longest
     path belong to the type that fits best; if none fits, all types are named. A value of the right
-    type that is out of its range fits best.
+    type that is out of its range, or of the wrong form, fits best.
 
     Args:
         mistakes: the errors of one request.
@@ -88,11 +91,11 @@ def field_error(mistakes: Sequence[dict[str, Any]], body: Any) -> FieldError:
         for path, mistake in zip(paths, mistakes, strict=True)
         if path[: len(paths[0])] == paths[0]
     ]
-    in_range = all(mistake["type"] not in RANGES for _, mistake in same_field)
+    right_type = any(mistake["type"] in RIGHT_TYPE for _, mistake in same_field)
     fitting = [
         (path, mistake)
         for path, mistake in same_field
-        if in_range or not mistake["type"].endswith("_type")
+        if not (right_type and mistake["type"].endswith("_type"))
     ]
     chosen = max((path for path, _ in fitting), key=len)
     where = printable(".".join(chosen))

@@ -19,7 +19,8 @@ from tiny_adapter import save_adapter
 from deepseek.cli.main import main
 
 FILES, CHARACTERS = 12, 1500
-"""Files per folder of text, and characters per file."""
+"""Files per folder of text, and characters per file. Those of `src` are whole: each has documented
+functions, which `deepseek data code` collects."""
 
 LEFT_OUT = {
     "deepseek claims run": "takes hours, or minutes: tests/claims",
@@ -101,16 +102,15 @@ def desk(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         shutil.copytree(base, folder)
     save_adapter(base, user / "adapters" / "support")
     texts = tiny_home / "corpora"
-    files = {
-        file.name: file.read_text()[:CHARACTERS]
-        for file in sorted((texts / "code-a").iterdir())[:FILES]
-    }
+    whole = {file.name: file.read_text() for file in sorted((texts / "code-a").iterdir())[:FILES]}
+    files = {name: text[:CHARACTERS] for name, text in whole.items()}
     for folder in (user / "src" / "shop", user / "src" / "project", desk):
         write_files(folder, files)
         history = History(folder)
         for number in range(1, FILES + 1):
             history.commit(dict([*files.items()][:number]))
-    for place in ("src", "papers", "notes", "texts/code", "texts/prose"):
+    write_files(desk / "src", whole)
+    for place in ("papers", "notes", "texts/code", "texts/prose"):
         write_files(desk / place, files)
     write_files(user / "code", files)
     shutil.copytree(ROOT / "examples", desk / "examples")

@@ -267,6 +267,7 @@ MESSAGE = {"role": "user", "content": "a"}
         (ChatRequest, {**CHAT, "tools": [{"type": "mcp"}]}, "tools.0.type", "run on the server"),
         (ChatRequest, {**CHAT, "max_tokens": 0}, "max_tokens", "should be -1 or at least 1."),
         (ChatRequest, {**CHAT, "retrieve": 17}, "retrieve", "it should be at most 16."),
+        (ChatRequest, {**CHAT, "retrieve": "../a"}, "retrieve", "it should be at most 64 letters"),
         (ChatRequest, {**CHAT, "stop": ["a"] * 99}, "stop", "or fewer items."),
         (CompletionRequest, {"model": "tiny", "prompt": [1, "a"]}, "prompt.1", "a whole number"),
         (CompletionRequest, {"model": "tiny", "prompt": None}, "prompt", "a text or a list"),
