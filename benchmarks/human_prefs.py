@@ -59,7 +59,8 @@ from deepseek.engine.vocabulary import Vocabulary
 from deepseek.evaluate.safety import helpfulness
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
-from deepseek.train.jobs.align import UPDATES, align
+from deepseek.train.jobs.align import align
+from deepseek.train.jobs.arguments import UNUSED
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 from deepseek.train.rl.pairs import answer_ids
@@ -440,8 +441,11 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
 
 def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
     """Align the base by one method, unless that was done before."""
-    # TRL's methods have no target KL.
-    target = {"target_kl": options.target_kl} if method in UPDATES else {}
+    sampling = {
+        "new_tokens": NEW_TOKENS,
+        "temperature": TEMPERATURE,
+        "target_kl": options.target_kl,
+    }
     align(
         options.base,
         prefs=prefs,
@@ -452,10 +456,8 @@ def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) ->
         layers=options.layers,
         rollouts=options.rollouts,
         rollout_size=options.rollout_size,
-        new_tokens=NEW_TOKENS,
-        temperature=TEMPERATURE,
         learning_rate=options.learning_rate,
-        **target,
+        **{name: sampling[name] for name in sampling if name not in UNUSED.get(method, ())},
     )
 
 

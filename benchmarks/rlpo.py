@@ -35,7 +35,8 @@ from deepseek.data.text.public import public_documents
 from deepseek.engine.load import load
 from deepseek.evaluate.safety import helpfulness, safety
 from deepseek.evaluate.scores import paired_difference
-from deepseek.train.jobs.align import UPDATES, align
+from deepseek.train.jobs.align import align
+from deepseek.train.jobs.arguments import UNUSED
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 
@@ -178,8 +179,11 @@ def main():
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
         is_new = not run.exists()
-        # TRL's methods have no target KL.
-        target = {"target_kl": options.target_kl} if method in UPDATES else {}
+        sampling = {
+            "new_tokens": NEW_TOKENS,
+            "temperature": TEMPERATURE,
+            "target_kl": options.target_kl,
+        }
         align(
             options.base,
             prefs=path,
@@ -190,10 +194,8 @@ def main():
             layers=options.layers,
             rollouts=options.rollouts,
             rollout_size=options.rollout_size,
-            new_tokens=NEW_TOKENS,
-            temperature=TEMPERATURE,
             learning_rate=options.learning_rate,
-            **target,
+            **{name: sampling[name] for name in sampling if name not in UNUSED.get(method, ())},
         )
         if is_new:
             seconds[method] = time.perf_counter() - started

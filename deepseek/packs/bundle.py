@@ -17,7 +17,7 @@ from deepseek.checkpoint.output import new_file, no_room
 from deepseek.checkpoint.store import atomic_write, disk_full_explained, home
 from deepseek.errors import PackError
 from deepseek.packs.archive import BLOCK, is_archive, open_archive, write_archive
-from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.library import SUFFIX, experts_folder, index_folder
 from deepseek.packs.lock import LOCK_FILE, Lock, LockedExpert, read_lock, write_lock
 from deepseek.packs.pack import read_pack
 
@@ -68,7 +68,8 @@ def install_bundle(
     """Put the packs of a bundle into a folder, all or none of them.
 
     Each pack is checked against the lock before the first one gets its name. If the process is
-    killed while they get their names, the same call completes the set.
+    killed while they get their names, the same call completes the set. A retrieval index beside a
+    replaced pack is removed, since its passages are of that pack's text.
 
     Args:
         path: the bundle.
@@ -80,7 +81,7 @@ def install_bundle(
         ConfigError: somebody else put a pack into the folder while those of the bundle got their
             names; the same call completes the set once that pack is gone.
         PackError: the bundle cannot be read, is damaged or not signed as required; or another pack
-            has the name of one of the experts, or belongs to a training of this home.
+            or its index has the name of one of the experts, or one was trained in this home.
         TrainError: the disk is full.
     """
     _check_archive(path)
@@ -91,9 +92,12 @@ def install_bundle(
         for expert in lock.experts
         if not _has_pack(expert, target_folder / _file_of(expert), replace)
     ]
+    indexes = [index_folder(expert.name, target_folder) for expert in missing]
     if folder is None:
         for expert in missing:
             _check_untrained(expert.name)
+    if not replace:
+        _check_no_index(indexes)
     with (
         disk_full_explained(no_room(target_folder)),
         open_archive(path) as archive,
@@ -110,6 +114,9 @@ def install_bundle(
                 shutil.copyfileobj(content, file, BLOCK)
             _check_pack(expert, temporary, lock, f"get {path} again")
         archive.end()
+        for index in indexes:
+            shutil.rmtree(index, ignore_errors=True)
+        _check_no_index(indexes)
     return Installation(lock, tuple(expert.name for expert in missing))
 
 
@@ -167,6 +174,20 @@ def _check_untrained(name: str) -> None:
             f"An expert {name} was trained here ({run}); rename it with `deepseek expert rename`, "
             "or install into another folder."
         )
+
+
+def _check_no_index(indexes: Sequence[Path]) -> None:
+    """Check that no retrieval index is left, which would be taken for that of a new pack.
+
+    Raises:
+        PackError: one is.
+    """
+    for index in indexes:
+        if index.exists():
+            raise PackError(
+                f"{index} is the index of another pack of that name; delete it, remove it with "
+                "--replace, or install into another folder."
+            )
 
 
 def _check_pack(expert: LockedExpert, path: Path, lock: Lock, advice: str) -> None:

@@ -14,7 +14,7 @@ from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, write_json
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.packs.archive import is_archive, open_archive
 from deepseek.packs.library import SUFFIX, experts_folder, is_made_for
 from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, parse_json
@@ -114,11 +114,23 @@ def write_lock(path: Path, lock: Lock, key: Ed25519PrivateKey | None = None) -> 
         path: the file.
         lock: the lock.
         key: private key to sign it with; None: leave it unsigned.
+
+    Raises:
+        ConfigError: another file than a lock is there.
     """
+    if path.is_file() and not _is_lock_file(path):
+        raise ConfigError(f"{path} exists already and is no lock file; choose another name.")
     if key is not None:
         lock = lock.model_copy(update={"signature": sign(lock.digest, key)})
     write_json(path, lock.model_dump(mode="json"))
     return lock
+
+
+def _is_lock_file(path: Path) -> bool:
+    try:
+        return not is_archive(path) and bool(_parse(path, _content(path)))
+    except (OSError, PackError):
+        return False
 
 
 def read_lock(path: Path, trusted: bool = False) -> Lock:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 OTHERS = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
 """Keywords with which a schema states which other keys an object may have."""
@@ -34,8 +35,9 @@ def closed(schema: Any) -> Any:
 
     JSON Schema allows other keys unless `additionalProperties` forbids them, so a model may invent
     keys until the token limit. Not closed are objects without `properties`, objects that state
-    which other keys they may have, and objects that are described in several places, such as the
-    parts of `allOf`, or a definition that an object with its own `properties` refers to.
+    which other keys they may have or that require one which they do not name, and objects that are
+    described in several places, such as the parts of `allOf`, or a definition that an object with
+    its own `properties` refers to.
 
     The time is proportional to the schema's size, whatever the references.
 
@@ -46,9 +48,17 @@ def closed(schema: Any) -> Any:
     schemas = list(_every(result))
     opened = _opened(result, schemas)
     for each in schemas:
-        if "properties" in each and id(each) not in opened and not OTHERS & each.keys():
+        if id(each) not in opened and not OTHERS & each.keys() and _names_all(each):
             each["additionalProperties"] = False
     return result
+
+
+def _names_all(schema: dict[str, Any]) -> bool:
+    """Return whether a schema has `properties`, among them all keys that it requires."""
+    named, required = schema.get("properties"), schema.get("required", [])
+    if not (isinstance(named, dict) and isinstance(required, list)):
+        return False
+    return all(isinstance(key, str) and key in named for key in required)
 
 
 def _every(schema: Any) -> Iterator[dict[str, Any]]:
@@ -82,8 +92,9 @@ def _listed(value: Any) -> Iterator[dict[str, Any]]:
 def _opened(root: Any, schemas: Iterable[dict[str, Any]]) -> set[int]:
     """Return the `id` of each schema that is not the only one for its object.
 
-    The search starts at schemas with several of `SHAPES`, and at those under `CONDITIONS`. Their
-    parts, and the targets of their references, describe the same object too.
+    The search starts at schemas with several of `SHAPES`, at those with keys of their own that they
+    require beside one, and at those under `CONDITIONS`. Their parts, and the targets of their
+    references, describe the same object too.
 
     Args:
         root: the whole schema, to which references lead.
@@ -94,7 +105,8 @@ def _opened(root: Any, schemas: Iterable[dict[str, Any]]) -> set[int]:
     for each in schemas:
         known.add(id(each))
         parts = each.get("allOf")
-        if len(SHAPES & each.keys()) > 1 or (isinstance(parts, list) and len(parts) > 1):
+        shapes = len(SHAPES & each.keys()) + bool(each.get("required") and PARTS & each.keys())
+        if shapes > 1 or (isinstance(parts, list) and len(parts) > 1):
             pending.append(each)
         pending += _inner(each, CONDITIONS & each.keys())
     opened: set[int] = set()
@@ -119,7 +131,7 @@ def _referenced(root: Any, reference: Any) -> Any:
     if not isinstance(reference, str) or not re.match("#(/|$)", reference):
         return None
     part = root
-    for name in reference.split("/")[1:]:
+    for name in unquote(reference).split("/")[1:]:
         try:
             part = part[int(name) if isinstance(part, list) else unescaped(name)]
         except (LookupError, TypeError, ValueError):
@@ -133,14 +145,29 @@ def unescaped(name: str) -> str:
 
 
 def moved(schema: Any, root: str) -> Any:
-    """Return a JSON schema with its references rewritten for embedding at the pointer `root`."""
+    """Return a JSON schema with its references rewritten for embedding at the pointer `root`.
+
+    Its own `$id` is left out: pointers would lead into the embedded schema alone. Within it, a
+    schema with an `$id` stays as it is, since its pointers start at itself.
+    """
+    if isinstance(schema, dict):
+        schema = {name: part for name, part in schema.items() if not _is_id(name, part)}
+    return _moved(schema, root)
+
+
+def _moved(schema: Any, root: str) -> Any:
     if isinstance(schema, list):
-        return [moved(part, root) for part in schema]
-    if not isinstance(schema, dict):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict) or any(_is_id(*item) for item in schema.items()):
         return schema
     return {
         name: root + part[1:]
         if name == "$ref" and isinstance(part, str) and part.startswith("#")
-        else moved(part, root)
+        else _moved(part, root)
         for name, part in schema.items()
     }
+
+
+def _is_id(name: str, part: Any) -> bool:
+    """Return whether a member of a schema is its `$id`, and not a property of that name."""
+    return name == "$id" and isinstance(part, str)

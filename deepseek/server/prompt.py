@@ -36,6 +36,13 @@ LEAST_AROUND = 16
 """Minimum number of tokens for the texts around a gap, even if the answer may fill the context."""
 
 
+def can_continue(messages: Sequence[ChatMessage]) -> bool:
+    """Return whether a conversation ends with an assistant's text, after another message, whose turn
+    can stay open.
+    """
+    return len(messages) > 1 and messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
 @dataclass(frozen=True)
 class EditorGap:
     """A text with a gap, as an editor sends it.
@@ -97,14 +104,14 @@ class PromptWriter:
         self.check_size(sum(len(message.text) for message in messages), "messages")
         begun = ""
         if continued:
-            *messages, last = messages
-            if last.role != "assistant" or last.tool_calls or not messages:
+            if not can_continue(messages):
                 raise ApiError(
                     400,
                     "Only an assistant's text after another message can be continued; end with a "
-                    "user's message, or leave continue_final_message out.",
+                    "user's message, without asking for a continuation.",
                     param="continue_final_message",
                 )
+            *messages, last = messages
             begun = ControlTokens.of(self.tokenizer).guard(last.text)
         if self.knows_tools:
             template_messages = tool_messages(messages)

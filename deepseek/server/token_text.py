@@ -1,5 +1,6 @@
 """The texts of single tokens, as reported in log probabilities and by `/tokenize`."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -74,6 +75,27 @@ class TokenTexts:
     def _decoded(self, token: int) -> TokenText:
         text = self._backend.decode([token], skip_special_tokens=False)
         return TokenText(text, None if "\ufffd" in text else text.encode())
+
+
+class Places:
+    """Counts the characters before each token of a text.
+
+    A character that several tokens make up counts once, after the last of them.
+
+    Args:
+        start: characters before the first token.
+    """
+
+    def __init__(self, start: int) -> None:
+        self._place = start
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: TokenText) -> int:
+        """Return the number of characters before the next token."""
+        place = self._place
+        content = token.content
+        self._place += len(token.text if content is None else self._decoder.decode(content))
+        return place
 
 
 class TokenReader:

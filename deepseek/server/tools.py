@@ -4,7 +4,6 @@ the model's text.
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,7 @@ PREAMBLE = (
 """The tool prompt of Hermes and Qwen, for models whose chat template does not support tools."""
 
 CLOSED = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
-MARKED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
-MARK = "<tool_call>"
+MARK, END_MARK = "<tool_call>", "</tool_call>"
 STARTS = (MARK, "{", "[")
 
 
@@ -109,15 +107,15 @@ class Calling:
 
     def read(self, text: str) -> list[dict[str, Any]]:
         """Return the calls in a finished answer, each with `name` and `arguments` (JSON text)."""
-        calls = [call for part in MARKED.findall(text) or [text] for call in self._calls(part)]
+        values = list(_marked(text)) if MARK in text else [_parsed(text)]
+        calls = [call for value in values for call in self._calls(value)]
         return calls[:1] if self.one else calls
 
-    def _calls(self, text: str) -> Iterator[dict[str, Any]]:
-        """Yield the calls of offered functions in a JSON text.
+    def _calls(self, value: Any) -> Iterator[dict[str, Any]]:
+        """Yield the calls of offered functions in a JSON value.
 
         Llama writes "parameters" instead of "arguments"; both are accepted.
         """
-        value = _parsed(text)
         # A list, not a set: "name" in free-form JSON can be any value, also an unhashable one.
         names = [tool.function.name for tool in self.tools]
         for call in value if isinstance(value, list) else [value]:
@@ -144,10 +142,33 @@ def _unpacked(arguments: Any) -> Any:
     return value if isinstance(value, dict) else arguments
 
 
+def _marked(text: str) -> Iterator[Any]:
+    """Yield the JSON value after each mark; a text in it may contain marks itself."""
+    _, mark, rest = text.partition(MARK)
+    while mark:
+        value, rest = _first_value(rest)
+        yield value
+        _, mark, rest = rest.partition(MARK)
+
+
+def _first_value(text: str) -> tuple[Any, str]:
+    """Return the JSON value at the beginning of a text, and the rest of the text.
+
+    If there is none, or neither a mark nor the end follows it: None, and the whole text.
+    """
+    begun = text.lstrip()
+    try:
+        value, length = DECODER.raw_decode(begun)
+    except (ValueError, RecursionError):
+        return None, text
+    rest = begun[length:].lstrip()
+    return (value, rest) if not rest or rest.startswith((MARK, END_MARK)) else (None, text)
+
+
 def _parsed(text: str) -> Any:
     """Return the value of a JSON text, None if it is not JSON."""
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
 
@@ -158,6 +179,9 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(digits)
     return value
+
+
+DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def named(tools: Sequence[Tool], wanted: Sequence[Tool]) -> tuple[Tool, ...]:

@@ -16,6 +16,7 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs import archive
 from deepseek.packs.bundle import install_bundle, write_bundle
+from deepseek.packs.library import index_folder
 from deepseek.packs.lock import LOCK_FILE, lock_packs, locked_packs, read_lock, write_lock
 from deepseek.packs.pack import write_pack
 from deepseek.packs.signature import keygen, load_key, trusted_keys
@@ -102,6 +103,26 @@ def test_another_pack_of_the_name_is_replaced_only_on_request(
     assert contents(folder) == before
     assert install_bundle(bundle, folder, replace=True).written == ("code", "zh")
     assert install_bundle(bundle, folder).written == ()
+
+
+@pytest.mark.parametrize("beside_a_pack", [False, True])
+def test_an_index_of_another_pack_is_not_taken_over(
+    bundle: Path, model: DeepSeekModel, tmp_path: Path, beside_a_pack: bool
+) -> None:
+    folder = tmp_path / "elsewhere"
+    index = index_folder("zh", folder)
+    index.mkdir(parents=True)
+    if beside_a_pack:
+        write_expert(folder / "zh.safetensors", model, seed=7)
+    before = contents(folder / "zh.index")
+    with pytest.raises(PackError, match="another pack of that name"):
+        install_bundle(bundle, folder)
+    assert contents(index) == before
+    assert install_bundle(bundle, folder, replace=True).written == ("code", "zh")
+    assert not index.exists()
+    index.mkdir()
+    assert install_bundle(bundle, folder, replace=True).written == ()
+    assert index.exists(), "it belongs to the pack that is there"
 
 
 def test_an_expert_that_was_trained_here_keeps_its_name(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from pack_fixtures import BASE
 
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.bundle import write_bundle
 from deepseek.packs.difference import difference
-from deepseek.packs.lock import Lock, lock_packs, locked_packs, read_lock, write_lock
+from deepseek.packs.lock import LOCK_FILE, Lock, lock_packs, locked_packs, read_lock, write_lock
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.packs.signature import keygen, load_key, trusted_keys
@@ -122,6 +123,19 @@ def test_packs_of_other_bases_and_of_one_name_are_no_set(
     write_pack(path, pack(model, "other", base=other))
     with pytest.raises(PackError, match="different bases"):
         lock_packs([packs[0], path])
+
+
+def test_a_lock_replaces_a_lock_and_nothing_else(packs: list[Path], tmp_path: Path) -> None:
+    lock, bundle, path = lock_packs(packs), tmp_path / "team.tar", tmp_path / LOCK_FILE
+    write_bundle(bundle, lock, packs)
+    for other in (packs[0], bundle):
+        before = other.read_bytes()
+        with pytest.raises(ConfigError, match="is no lock file"):
+            write_lock(other, lock)
+        assert other.read_bytes() == before
+    write_lock(path, lock_packs(packs[:1]))
+    write_lock(path, lock)
+    assert read_lock(path) == lock
 
 
 def test_a_pack_in_a_file_of_another_name_is_not_locked(packs: list[Path], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from deepseek.packs.pack import read_pack
 from deepseek.packs.policy import PackPolicy
 from deepseek.planning import DEVICES, plan, plan_inference
 from deepseek.server.settings import Settings
-from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
+from deepseek.train.jobs.arguments import UNUSED, AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.loop.optim import OptimConfig
@@ -291,10 +291,11 @@ ALIGN_JOB = {
     "seed": COUNT,
 }
 
-# TRL's methods have no target KL.
-TRL_JOB = {name: values for name, values in ALIGN_JOB.items() if name != "target_kl"} | {
-    "method": st.sampled_from(["dpo", "rloo"])
-}
+RLOO_JOB, DPO_JOB = (
+    {name: ALIGN_JOB[name] for name in ALIGN_JOB if name not in UNUSED[method]}
+    | {"method": V(method)}
+    for method in ("rloo", "dpo")
+)
 
 PRETRAIN_JOB = {
     "name": NAME,
@@ -411,7 +412,8 @@ PURE = [
     Target("train_expert", ExpertArguments.read, EXPERT_JOB, 100),
     Target("adapt", AdaptArguments.read, ADAPT_JOB, 60),
     Target("align", AlignArguments.read, ALIGN_JOB, 60),
-    Target("align by TRL", AlignArguments.read, TRL_JOB, 40),
+    Target("align by RLOO", AlignArguments.read, RLOO_JOB, 40),
+    Target("align by DPO", AlignArguments.read, DPO_JOB, 40),
     Target("pretrain", PretrainArguments.read, PRETRAIN_JOB, 80),
     Target("distill_hash", DistillHashArguments.read, HASH_JOB, 40),
     Target("PackPolicy", PackPolicy, POLICY, 40),

@@ -258,6 +258,19 @@ REFUSED: dict[str, tuple[dict[str, Any], type[anthropic.APIStatusError], str]] =
         anthropic.BadRequestError,
         "end with a user's message",
     ),
+    "call_without_result": (
+        {
+            "messages": [
+                *ASKED,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "a", "name": "pick", "input": {}}],
+                },
+            ]
+        },
+        anthropic.BadRequestError,
+        "end with a user's message",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_server import Live
 
-from deepseek.server.json_schema import CONDITIONS, NAMED, OTHERS, SHAPES, VALUES, closed
+from deepseek.server.json_schema import CONDITIONS, NAMED, OTHERS, SHAPES, VALUES, closed, moved
 
 NAMES = ["a", "properties", "$defs", "const"]
 SCHEMAS = st.recursive(
@@ -81,11 +81,18 @@ A, B = {"properties": {"a": {}}}, {"properties": {"b": {}}, "required": ["b"]}
         {"$defs": {"B": B}, **A, "$ref": "#/$defs/B"},
         {"$defs": {"B": B, "C": {"$ref": "#/$defs/B"}}, **A, "$ref": "#/$defs/C"},
         {"$defs": {"a/b": B}, **A, "$ref": "#/$defs/a~1b"},
+        {"$defs": {"a b": B}, **A, "$ref": "#/$defs/a%20b"},
+        {**A, "required": ["a", "b"]},
+        {"$defs": {"A": A}, "$ref": "#/$defs/A", "required": ["b"]},
+        {"allOf": [A], "required": ["b"]},
         {**A, "if": {"properties": {"a": {"const": 1}}}, "then": B},
         {**A, "dependentSchemas": {"a": B}},
         {"not": {"properties": {"a": {"const": 2}}}},
     ],
-    ids=["allOf", "anyOf", "oneOf", "$ref", "chain", "escaped", "then", "dependent", "not"],
+    ids=[
+        *("allOf", "anyOf", "oneOf", "$ref", "chain", "escaped", "percent"),
+        *("unnamed", "required of $ref", "required of allOf", "then", "dependent", "not"),
+    ],
 )
 def test_what_is_described_in_several_places_stays_satisfiable(schema: dict[str, Any]) -> None:
     value = {"a": 1, "b": 2}
@@ -109,6 +116,21 @@ def test_a_format_without_the_keyword_is_closed(server: Live) -> None:
         )
     assert reply.choices[0].finish_reason == "stop"
     jsonschema.validate(json.loads(reply.choices[0].message.content or ""), closed(schema))
+
+
+NESTED = {"$id": "https://example.com/b", "$defs": {"C": {"const": 3}}, "$ref": "#/$defs/C"}
+
+
+def test_an_embedded_schema_with_an_id_means_what_it_meant() -> None:
+    schema = {
+        "$id": "https://example.com/a",
+        "properties": {"$id": {"$ref": "#/definitions/B"}, "c": NESTED},
+        "definitions": {"B": {"const": 2}},
+    }
+    embedding = {"$ref": "#/$defs/f", "$defs": {"f": moved(schema, "#/$defs/f")}}
+    for value in ({"$id": 2}, {"$id": 3}, {"c": 3}, {"c": 2}):
+        fits = jsonschema.Draft202012Validator(schema).is_valid(value)
+        assert jsonschema.Draft202012Validator(embedding).is_valid(value) is fits
 
 
 REFERENCES = ["#", "#/$defs/a", "#/$defs/b~1c", "#/properties/a", "#/allOf/0", "#/$defs/a/not", "x"]

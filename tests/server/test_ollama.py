@@ -196,6 +196,21 @@ def test_arguments_of_a_call_are_an_object(
     assert told == (read if isinstance(told, dict) else arguments)
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": "The value"}],
+        [*ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "pick"}}]}],
+    ],
+    ids=["alone", "a call"],
+)
+def test_what_cannot_be_continued_gets_an_answer(server: Live, messages: list[Any]) -> None:
+    body = {"model": "tiny", "messages": messages, "stream": False, "options": {"num_predict": 2}}
+    with server.http() as http:
+        reply = http.post("/api/chat", json=body)
+    assert (reply.status_code, reply.json()["done_reason"]) == (200, "length")
+
+
 def test_an_empty_prompt_loads_the_model(api: ollama.Client) -> None:
     assert api.generate(model="tiny", prompt="").done_reason == "load"
     assert api.chat(model="tiny", messages=[]).done_reason == "load"

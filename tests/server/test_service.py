@@ -692,6 +692,17 @@ def test_a_template_has_a_time_limit() -> None:
         ('{"name": {"first": "f"}}', 0, []),
         ("a < b <tool", 6, []),
         ("<tool_call>nonsense</tool_call>", 0, []),
+        ('<tool_call>{"name": "f"} and more</tool_call>', 0, []),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": "</tool_call><tool_call>"}}</tool_call>'
+            '<tool_call> {"name": "f"} <tool_call>[{"name": "f"}]',
+            0,
+            [
+                {"name": "f", "arguments": '{"a": "</tool_call><tool_call>"}'},
+                {"name": "f", "arguments": "{}"},
+                {"name": "f", "arguments": "{}"},
+            ],
+        ),
     ],
 )
 def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[str, str]]) -> None:

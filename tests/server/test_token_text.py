@@ -82,6 +82,17 @@ def test_tokens_join_to_the_text(llama: Live, prompt: Any, echo: bool) -> None:
     assert any(token.startswith(" ") for token in tokens[1:])
 
 
+def test_a_character_of_several_tokens_counts_once(llama: Live) -> None:
+    text = "the \U0001f600 value \u00e9the"
+    body = {"model": "tiny", "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = post(llama, "/v1/completions", body)["choices"][0]
+    assert choice["text"] == text
+    columns = choice["logprobs"]
+    placed = list(zip(columns["tokens"], columns["text_offset"], strict=True))[1:]  # without <s>
+    assert all(text.startswith(token, place) for token, place in placed if token != "\ufffd")
+    assert [place for token, place in placed if token == "\ufffd"] == [4, 4, 4, 4, 12, 12]
+
+
 def test_alternatives_do_not_collide(llama: Live) -> None:
     text = {**WHOLE, "prompt": TEXT, "logprobs": 20}
     chat = {**WHOLE, "messages": ASKED, "logprobs": True, "top_logprobs": 20}

@@ -13,6 +13,7 @@ from deepseek.server.body import Body, Penalty, Several, ShortText, StopText, To
 from deepseek.server.constraints import JsonSchema, ResponseFormat
 from deepseek.server.errors import ApiError
 from deepseek.server.metrics import spoken
+from deepseek.server.prompt import can_continue
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
@@ -180,16 +181,17 @@ class OllamaChat(OllamaBody):
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
 
     def chat(self) -> ChatRequest:
-        """Return the request in our layout; an assistant's message at the end is continued."""
+        """Return the request in our layout; an assistant's text at the end is continued."""
+        messages = [message.message() for message in self.messages]
         return ChatRequest(
             model=base_name(self.model),
-            messages=[message.message() for message in self.messages],
+            messages=messages,
             tools=self.tools,
             response_format=self.response_format(),
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs if self.logprobs else None,
             experts=self.experts,
-            continue_final_message=self.messages[-1].role == "assistant" or None,
+            continue_final_message=can_continue(messages) or None,
             **self.options.sampling(),
         )
 

@@ -28,6 +28,7 @@ class ResponseEvents:
         self._created = int(time.time())
         self._items: list[Fields] = []
         self._message: Fields | None = None  # the message that is being written
+        self._unsent: list[Fields] = []  # log probabilities whose text is held back
 
     async def events(self) -> AsyncIterator[Fields]:
         """Yield all events with their sequence numbers."""
@@ -49,8 +50,8 @@ class ResponseEvents:
                     yield event
             if choice["finish_reason"] == "length":
                 status = "incomplete"
-        if not self._items:
-            for event in self._open():
+        if not self._items or self._unsent:
+            for event in self._delta("", None):
                 yield event
         for event in self._close(status):
             yield event
@@ -58,9 +59,12 @@ class ResponseEvents:
 
     def _text(self, text: str, choice: Fields) -> Iterator[Fields]:
         """Yield the events of more text, the first of which opens a message."""
-        logprobs = [] if choice["logprobs"] is None else choice["logprobs"]["content"]
-        if not text and not logprobs:
-            return
+        self._unsent += [] if choice["logprobs"] is None else choice["logprobs"]["content"]
+        if text:
+            yield from self._delta(text, choice["expert"])
+
+    def _delta(self, text: str, expert: str | None) -> Iterator[Fields]:
+        logprobs, self._unsent = self._unsent, []
         if self._message is None:
             yield from self._open()
         assert self._message is not None
@@ -73,7 +77,7 @@ class ResponseEvents:
             "content_index": 0,
             "delta": text,
             "logprobs": logprobs,
-            "expert": choice["expert"],
+            "expert": expert,
         }
 
     def _open(self) -> Iterator[Fields]:
@@ -116,6 +120,7 @@ class ResponseEvents:
     def _call(self, function: Fields, call_id: str) -> Iterator[Fields]:
         """Yield the events of one call."""
         yield from self._close("completed")
+        self._unsent = []  # those of the call, which is no text
         item = {
             "type": "function_call",
             "id": f"fc_{token_hex(12)}",

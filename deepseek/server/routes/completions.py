@@ -4,7 +4,6 @@ lm-eval does).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -20,7 +19,7 @@ from deepseek.server.retrieve import Retrieval, answer_tokens, described_passage
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
-from deepseek.server.token_text import TokenReader, TokenText
+from deepseek.server.token_text import Places, TokenReader, TokenText
 from deepseek.server.translate import ask
 from deepseek.text.tokenizer import document_start_ids
 
@@ -158,14 +157,14 @@ class CompletionChunks(Chunks):
         if self.silent:
             # Only its last event counts: tokens in place of the prompt's last one have some too.
             if event.finish_reason:
-                yield self.choice(index, "", self.logprobs(reader, [], 0), "length")
+                yield self.choice(index, "", self.logprobs(reader, [], Places(0)), "length")
         elif event.text or event.logprob or event.finish_reason:
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
             offset = self.lengths[index] + self.held.get(index, 0)
             self.held[index] = event.held
-            logprobs = self.logprobs(reader, scored, offset)
+            logprobs = self.logprobs(reader, scored, Places(offset))
             choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
 
@@ -179,10 +178,9 @@ class CompletionChunks(Chunks):
         reader = TokenReader(texts, has_special=has_ids)
         # A prompt of text lacks the tokens that the tokenizer puts before it.
         before = [] if has_ids else document_start_ids(self.service.engine.tokenizer)
-        offset = -sum(len(texts.within(token).text) for token in before)
+        places = Places(-sum(len(texts.within(token).text) for token in before))
         for start in range(0, max(1, len(scored)), size):
-            logprobs = self.logprobs(reader, scored[start : start + size], offset)
-            offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
+            logprobs = self.logprobs(reader, scored[start : start + size], places)
             yield self.choice(index, "" if start else text, logprobs)
 
     def usage(self) -> TokenUsage:
@@ -228,23 +226,23 @@ class CompletionChunks(Chunks):
             "expert": expert,
         }
 
-    def logprobs(self, reader: TokenReader, scored: Sequence[Scored], offset: int) -> Fields | None:
+    def logprobs(
+        self, reader: TokenReader, scored: Sequence[Scored], places: Places
+    ) -> Fields | None:
         """Return log probabilities in the column layout of this route, None if not requested.
 
         Args:
             reader: reads the tokens of the text.
             scored: tokens with their log probabilities.
-            offset: characters before the first of them; below 0 if they begin with tokens that
-                are not in the text.
+            places: counts the characters before each of them; below 0 for tokens before the text.
         """
         if self.body.logprobs is None:
             return None
         reads = [reader.at(identity) for identity, _ in scored]
-        tokens = [read(identity).text for read, (identity, _) in zip(reads, scored, strict=True)]
+        tokens = [read(identity) for read, (identity, _) in zip(reads, scored, strict=True)]
         entries = [logprob for _, logprob in scored]
-        places = list(accumulate(map(len, tokens), initial=offset))[:-1]
         return {
-            "tokens": tokens,
+            "tokens": [token.text for token in tokens],
             "token_logprobs": [
                 None if entry is None else finite(entry.logprob) for entry in entries
             ],
@@ -252,7 +250,7 @@ class CompletionChunks(Chunks):
                 None if entry is None else top(read, entry)
                 for read, entry in zip(reads, entries, strict=True)
             ],
-            "text_offset": [max(0, place) for place in places],
+            "text_offset": [max(0, places.next(token)) for token in tokens],
         }
 
 

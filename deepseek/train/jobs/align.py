@@ -33,7 +33,16 @@ from deepseek.registry import pick
 from deepseek.text.chat_template import encode_prompt
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates.public_text import remember_adapted
-from deepseek.train.jobs.align_trl import ANSWERS, FINAL_RATE, WARMUP, TRLRun, by_trl
+from deepseek.train.jobs.align_trl import (
+    ANSWERS,
+    FINAL_RATE,
+    MINIBATCH,
+    WARMUP,
+    TRLRun,
+    by_trl,
+    pair_tokens,
+    trl_steps,
+)
 from deepseek.train.jobs.arguments import AlignArguments
 from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.loop.layers import parse_layers
@@ -114,10 +123,10 @@ class AlignRun:
         config = ModelConfig(**read_config(self.base))
         parse_layers(request.layers, config.num_hidden_layers)
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
-        room = config.max_position_embeddings - request.new_tokens
+        context = config.max_position_embeddings
         database = PreferenceDatabase(request.prefs)
         self.pairs, self.held_out = (
-            self.fitting(list(database.pairs(split)), room) for split in ("train", "eval")
+            self.fitting(list(database.pairs(split)), context) for split in ("train", "eval")
         )
         database.close()
         if min(len(self.pairs), len(self.held_out)) < FEWEST_PAIRS:
@@ -133,23 +142,37 @@ class AlignRun:
                 "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
             )
 
-    def fitting(self, pairs: list[Preference], room: int) -> list[Preference]:
-        """Return the pairs whose prompts have at most `room` tokens; say how many are left out."""
-        fit = [pair for pair in pairs if len(encode_prompt(self.tokenizer, pair.prompt)) <= room]
+    def fitting(self, pairs: list[Preference], context: int) -> list[Preference]:
+        """Return the pairs that fit `context` tokens; say how many are left out.
+
+        DPO learns from the answers of the pairs. For the other methods a prompt has to leave room
+        for a new answer.
+        """
+        fit = [pair for pair in pairs if self.tokens_with_answer(pair) <= context]
         if len(fit) < len(pairs):
             self.progress.say(
-                f"{len(pairs) - len(fit)} pairs are left out, as their prompts are longer than the "
-                f"{room} tokens that the model's context leaves beside an answer"
+                f"{len(pairs) - len(fit)} pairs are left out, as prompt and answer are longer than "
+                f"the model's context of {context} tokens"
             )
         return fit
 
+    def tokens_with_answer(self, pair: Preference) -> int:
+        """Return the most tokens that a pair's prompt and an answer can have in training."""
+        if self.request.method == "dpo":
+            return pair_tokens(self.tokenizer, pair)
+        return len(encode_prompt(self.tokenizer, pair.prompt)) + self.request.new_tokens
+
     def estimate(self) -> str:
-        """Return the amount of work: pairs, prompts and sampled answers."""
-        answers = self.request.rollouts * self.request.rollout_size
+        """Return the amount of work: pairs, prompts, and sampled answers or DPO's steps."""
+        request = self.request
+        if request.method == "dpo":
+            work = f"{trl_steps(request):,} steps of {MINIBATCH} pairs"
+        else:
+            answers = request.rollouts * request.rollout_size
+            work = f"{answers:,} answers of at most {request.new_tokens} tokens"
         return (
             f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, "
-            f"{len(self.held_out)} held out; "
-            f"{answers:,} answers of at most {self.request.new_tokens} tokens"
+            f"{len(self.held_out)} held out; {work}"
         )
 
     def run(self) -> dict[str, Any]:

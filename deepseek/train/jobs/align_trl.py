@@ -83,8 +83,9 @@ class TRLRun:
 def by_trl(run: TRLRun) -> dict[str, Any]:
     """Train the checkpoint's Hugging Face equivalent with TRL, write it, and return TRL's last log.
 
-    The budget is RLPO's: the same number of optimizer steps, their schedule, and tokens per
-    answer. RLPO samples as many answers, and a few more when it ends a rollout early.
+    The budget is RLPO's: the same number of optimizer steps and their schedule. RLOO's answers have
+    as many tokens as RLPO's, and RLPO samples as many answers, and a few more when it ends a
+    rollout early. DPO learns from the whole answers of the pairs.
 
     Raises:
         TrainError: `transformers` does not support this family.
@@ -92,7 +93,7 @@ def by_trl(run: TRLRun) -> dict[str, Any]:
     request = run.arguments
     tokenizer = run.tokenizer
     twin = twin_of(run.base, request.layers).to(run.device)
-    steps = request.rollouts * -(-request.rollout_size // MINIBATCH) * EPOCHS
+    steps = trl_steps(request)
     common: dict[str, Any] = {
         "output_dir": str(run.folder / "trl"),
         "learning_rate": request.learning_rate,
@@ -128,21 +129,31 @@ def by_trl(run: TRLRun) -> dict[str, Any]:
     return {"trl": last}
 
 
+def trl_steps(request: AlignArguments) -> int:
+    """Return the number of optimizer steps, each on `MINIBATCH` pairs or answers."""
+    return request.rollouts * -(-request.rollout_size // MINIBATCH) * EPOCHS
+
+
+def pair_tokens(tokenizer: PreTrainedTokenizerFast, pair: Preference) -> int:
+    """Return the number of tokens of a pair's prompt with the longer answer."""
+    answers = encode_plain(tokenizer, [pair.chosen, pair.rejected])
+    return len(encode_prompt(tokenizer, pair.prompt)) + max(map(len, answers))
+
+
 def dpo_trainer(run: TRLRun, twin: Any, common: dict[str, Any]) -> Any:
     """Return TRL's trainer for direct preference optimisation (arXiv:2305.18290)."""
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    lengths = [
-        len(encode_prompt(run.tokenizer, pair.prompt))
-        + max(map(len, encode_plain(run.tokenizer, [pair.chosen, pair.rejected])))
-        for pair in run.pairs
-    ]
+    lengths = [pair_tokens(run.tokenizer, pair) for pair in run.pairs]
     order = grouped_by_length(lengths, common["max_steps"], run.arguments.seed)
     return DPOTrainer(
         twin,
-        args=DPOConfig(**common, beta=DPO_BETA, train_sampling_strategy="sequential"),
+        # Without a maximum: TRL's of 1,024 tokens would cut the answers behind long prompts.
+        args=DPOConfig(
+            **common, beta=DPO_BETA, train_sampling_strategy="sequential", max_length=None
+        ),
         train_dataset=Dataset.from_list([_sides(run.pairs[place]) for place in order]),
         processing_class=run.tokenizer,
     )

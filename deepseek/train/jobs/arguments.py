@@ -48,7 +48,10 @@ Method = Literal["ppo", "grpo", "gspo", "dpo", "rloo"]
 Reward = Literal["model", "clean", "willing", "varied"]
 """A reward model that is fitted, or a judge; a test compares them with `JUDGES`."""
 
-UNUSED: dict[Method, tuple[str, ...]] = {"dpo": ("reward", "target_kl"), "rloo": ("target_kl",)}
+UNUSED: dict[Method, tuple[str, ...]] = {
+    "dpo": ("reward", "target_kl", "new_tokens", "temperature"),
+    "rloo": ("target_kl",),
+}
 """Arguments that a method of alignment has no use for."""
 
 LAST = 3

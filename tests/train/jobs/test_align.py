@@ -3,6 +3,8 @@
 import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,16 @@ from deepseek.data.text.loader import endless
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.tokenizer import encode_plain
 from deepseek.train.jobs.align import align, warmup
-from deepseek.train.jobs.align_trl import MINIBATCH, grouped_by_length
+from deepseek.train.jobs.align_trl import (
+    MINIBATCH,
+    dpo_trainer,
+    grouped_by_length,
+    pair_tokens,
+    twin_of,
+)
+from deepseek.train.jobs.arguments import UNUSED, AlignArguments
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig, learning_rate
 from deepseek.train.rl import judge
@@ -266,7 +276,7 @@ def test_judges_tell_good_from_bad() -> None:
 
 
 def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
-    small = {
+    small: dict[str, Any] = {
         "rollouts": 6,
         "rollout_size": 16,
         "new_tokens": 6,
@@ -274,13 +284,16 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         "learning_rate": 3e-3,
         "quiet": True,
     }
+    arguments = small | changes
+    for name in UNUSED.get(arguments.get("method", "ppo"), ()):
+        arguments.pop(name, None)
     return align(
         str(base),
         prefs=database,
         name="x",
         out=folder / "model",
         run_folder=folder / "run",
-        **(small | changes),
+        **arguments,
     )
 
 
@@ -360,6 +373,33 @@ def test_pairs_of_like_length_share_a_minibatch(lengths: list[int], steps: int, 
         return sum(max(lengths[row] for row in rows[start : start + MINIBATCH]) for start in starts)
 
     assert padded(order) <= padded(drawn)
+
+
+def test_dpo_learns_from_whole_answers_behind_long_prompts(base: Path, tmp_path: Path) -> None:
+    """Regression: TRL cut the rows at 1,024 tokens, and of long prompts no answer was left."""
+    _, tokenizer = load(base)
+    long = "beta gamma " * 600
+    questions = [({"role": "user", "content": text},) for text in (long, "alpha")]
+    pairs = [Preference(questions[0], "alpha", "omicron"), Preference(questions[1], long, "beta")]
+    asked = AlignArguments(method="dpo", rollouts=1, rollout_size=MINIBATCH)
+    run: Any = SimpleNamespace(tokenizer=tokenizer, pairs=pairs, arguments=asked)
+    common = {
+        "output_dir": str(tmp_path / "trl"),
+        "per_device_train_batch_size": MINIBATCH,
+        "max_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    twin = twin_of(hugging_face_twin(base, tmp_path / "twin"), "last:2")
+    batch = next(iter(dpo_trainer(run, twin, common).get_train_dataloader()))
+    longest = max(pair_tokens(tokenizer, pair) for pair in pairs)
+    assert longest > 1024
+    assert batch["input_ids"].shape[1] >= longest
+    learnt_from = batch["completion_mask"].sum(1)
+    assert int(learnt_from.min()) > 0
+    assert int(learnt_from.max()) >= len(encode_plain(tokenizer, [long])[0])
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo"])

@@ -339,6 +339,15 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
             {"method": "dpo", "target_kl": 6},
             "target_kl has no effect with method dpo; leave it out, or take method ppo or grpo or gspo.",
         ),
+        *(
+            (
+                arguments.AlignArguments,
+                {"method": "dpo", name: 2},
+                f"{name} has no effect with method dpo; leave it out, or take method ppo or grpo or "
+                "gspo or rloo.",
+            )
+            for name in ("new_tokens", "temperature")
+        ),
         (
             arguments.AlignArguments,
             {"method": "rloo", "target_kl": 6},
