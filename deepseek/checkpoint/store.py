@@ -178,16 +178,19 @@ def disk_full_explained(message: str) -> Iterator[None]:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the canonical JSON of a value, sorted keys and no spaces, for digests."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """Return the canonical JSON of a value, sorted keys and no spaces, for digests.
+
+    Half of a surrogate pair, as in a path that is not UTF-8, is written as its escape.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, atomically; `canonical_json` says what is escaped."""
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: str | Path) -> Any:

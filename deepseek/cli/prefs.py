@@ -117,7 +117,8 @@ def generate(
     selected_judges = {name: pick(JUDGES, name, "judge") for name in names(judges)}
     if not selected_judges:
         raise ConfigError(f"--judges {judges!r} names no judge; give {' or '.join(JUDGES)}.")
-    prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]
+    numbered = records(file, ("prompt",))
+    prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in numbered]
     model, tokenizer = load(base, device=device, dtype=dtype)
     with open_database(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(

@@ -1,6 +1,7 @@
 """Files and states are complete or absent, and damage is detected."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -223,6 +224,13 @@ def test_a_private_key_stays_private(tmp_path: Path) -> None:
 def test_json_keeps_its_value(tmp_path: Path) -> None:
     store.write_json(tmp_path / "a.json", META)
     assert store.read_json(tmp_path / "a.json") == META
+
+
+def test_json_keeps_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    value = {"folder": os.fsdecode(b"caf\xe9"), "escape": "caf\\udce9"}
+    store.write_json(tmp_path / "a.json", value)
+    assert store.read_json(tmp_path / "a.json") == value
+    assert json.loads(store.canonical_json(value)) == value
 
 
 @pytest.mark.parametrize("content", [None, "{", "\xff"])

@@ -8,7 +8,7 @@ resumed by repeating it, since duplicates are skipped.
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -238,12 +238,29 @@ class PreferenceDatabase:
             DataError: there is no such pair, or the change would make it a duplicate.
             ConfigError: there is no such field, or a value is wrong.
         """
-        for name in changes:
-            checks.choice("field", name, tuple(field for field in FIELDS if field != "id"))
-        before = self.get(pair_id)
-        after = replace(before, **changes)
+        return self.revise_by(pair_id, lambda _: changes)
+
+    def revise_by(
+        self, pair_id: int, change: Callable[[Preference], Mapping[str, Any]]
+    ) -> Preference:
+        """Revise a pair like `revise`, with changes that depend on the pair.
+
+        No other process changes the pair between the call of `change` and the end.
+
+        Args:
+            pair_id: id of the pair.
+            change: takes the pair, and returns fields of `Preference` with their new values.
+
+        Raises:
+            DataError, ConfigError: as `revise`.
+        """
         try:
             with self._transaction():
+                before = self.get(pair_id)
+                changes = change(before)
+                for name in changes:
+                    checks.choice("field", name, tuple(field for field in FIELDS if field != "id"))
+                after = replace(before, **changes)
                 self._db.execute(
                     "INSERT INTO revisions (pair, before) VALUES (?, ?)",
                     (pair_id, json.dumps(asdict(before), ensure_ascii=False)),

@@ -19,6 +19,9 @@ from deepseek.text.messages import check_messages
 
 Message = dict[str, str]
 
+FIELDS = ("prompt", "chosen", "rejected", "source", "labels", "scores")
+"""Fields of a record that becomes a pair."""
+
 
 def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Preference]:
     """Yield the pairs of a `.jsonl` or `.parquet` file.
@@ -37,7 +40,7 @@ def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Pr
     """
     file = Path(path)
     name = unicode_only(file.name)
-    for number, record in records(file):
+    for number, record in records(file, FIELDS):
         yield preference(record, f"{name} line {number}", source or name)
 
 

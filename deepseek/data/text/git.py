@@ -42,6 +42,11 @@ def damage_explained(path: str | Path) -> Iterator[None]:
                 "its checked-out files as a folder, or make a full clone with SHA-1 and loose "
                 "references."
             ) from error
+        if "not owned by" in str(error):
+            raise DataError(
+                f"The git repository at {path} belongs to another user; trust it with "
+                f"`git config --global --add safe.directory {Path(path).resolve()}`."
+            ) from error
         if _is_partial(path):
             raise DataError(
                 f"The git repository at {path} is a partial clone that lacks objects ({error}); "
@@ -81,7 +86,8 @@ def open_repository(path: str | Path) -> Repository:
                 f"{path} is not inside a git repository; give a clone, or read it as a folder."
             )
         refuse_endless(Path(git_folder))
-        repository = Repository(git_folder)
+        # Not by the git folder, whose parent need not be the work tree.
+        repository = Repository(str(path))
         repository.folder = _folder_below_root(place, repository)
         return repository
 

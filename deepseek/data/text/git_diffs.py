@@ -1,6 +1,7 @@
 """Read commits as documents: message and diff."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import pygit2
 from pygit2.enums import DiffFind, DiffOption, FileMode
@@ -26,6 +27,12 @@ MOST_MOVED = 100_000
 
 MESSAGE_ENCODINGS = ("iso-8859-1", "iso-8859-15", "latin1", "windows-1252")
 """Encodings of messages, beside UTF-8, as git writes their names into commits."""
+
+HEADING = re.compile(rb"[A-Za-z_$]")
+"""Beginning of a line that can be the heading of the changes below it, as git has it by default."""
+
+HEADING_BYTES = 80
+"""Maximum bytes of a heading, as libgit2 has it."""
 
 BLOB_MODES = (FileMode.BLOB, FileMode.BLOB_EXECUTABLE, FileMode.LINK)
 
@@ -164,9 +171,10 @@ def message_of(commit: pygit2.Commit) -> str:
 def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:
     """Return a diff without line numbers, modes and blob ids, None if it is too long.
 
-    The format does not depend on the user's git settings. Two kinds of files are left out before
-    their lines are compared: those that are not read as documents, by name, size or content, and
-    those that were only renamed, which would show the whole text twice.
+    The format does not depend on the user's git settings, apart from files that git's attributes
+    leave out of diffs. Two kinds of files are left out before their lines are compared: those that
+    are not read as documents, by name, size or content, and those that were only renamed, which
+    would show the whole text twice.
     """
     find_exact_renames(diff)
     parts: list[str] = []
@@ -174,7 +182,7 @@ def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:
     for index, delta in enumerate(diff.deltas):
         if reason_in_git(delta.new_file.path) or is_left_out(repository, delta):
             continue
-        part = patch_text(diff[index], remaining_characters)
+        part = patch_text(repository, diff[index], remaining_characters)
         if part is None:
             return None
         parts.append(part)
@@ -197,10 +205,11 @@ def is_left_out(repository: Repository, delta: pygit2.DiffDelta) -> bool:
     return False
 
 
-def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:
+def patch_text(repository: Repository, patch: pygit2.Patch | None, limit: int) -> str | None:
     """Return the changes of one file, "" if they are not UTF-8 text, None if they are too long.
 
     Args:
+        repository: the repository.
         patch: the changes; None: only the file mode has changed.
         limit: maximum characters.
     """
@@ -215,15 +224,32 @@ def patch_text(patch: pygit2.Patch | None, limit: int) -> str | None:
     status = delta.status_char()
     old_path = NOWHERE if status == "A" else document_name(delta.old_file.path)
     new_path = NOWHERE if status == "D" else document_name(delta.new_file.path)
+    old_lines = [] if status == "A" else repository[delta.old_file.id].read_raw().split(b"\n")
     lines = [f"--- {old_path}\n+++ {new_path}\n"]
     for hunk in hunks:
-        lines.append(f"@@ {hunk.header.split('@@', 2)[-1].strip()}".rstrip() + "\n")
+        lines.append(f"@@ {heading_above(old_lines, hunk.old_start - 1)}".rstrip() + "\n")
         try:
             lines += [line_text(line) for line in hunk.lines if line.origin in "+- "]
         except UnicodeDecodeError:
             return ""
     text = "".join(lines)
     return text if len(text) <= limit else None
+
+
+def heading_above(lines: Sequence[bytes], count: int) -> str:
+    """Return the heading of changes, "" if there is none: the nearest line above that is indented by
+    nothing.
+
+    Not the one of `git diff`, which depends on the attributes of the user's files.
+
+    Args:
+        lines: lines of the old file.
+        count: number of lines above the changes.
+    """
+    for line in reversed(lines[: max(0, count)]):
+        if HEADING.match(line):
+            return line.rstrip()[:HEADING_BYTES].decode("utf-8", "replace").strip()
+    return ""
 
 
 def line_text(line: pygit2.DiffLine) -> str:

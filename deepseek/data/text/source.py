@@ -7,9 +7,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ from deepseek.terminal import is_unicode, unicode_only, visible
 LATEST = 10**15
 """Latest time of a record, in seconds since 1970; milliseconds fit too."""
 
-PARQUET_ROWS = 1024
+PARQUET_ROWS = 128
+"""Rows of a Parquet file that are held in memory."""
+
+FIELDS = ("text", "messages", "prompt", "chosen", "time")
+"""Fields of a record that becomes a document."""
 
 LONGEST_LINE = 1 << 28
 """Lines of a record with at least this many bytes are refused."""
@@ -175,7 +179,8 @@ def read_records(path: str | Path) -> Iterator[Document]:
     """
     file = Path(path)
     name = unicode_only(file.name)
-    documents = (record_document(record, f"{name}:{number}") for number, record in records(file))
+    numbered = records(file, FIELDS)
+    documents = (record_document(record, f"{name}:{number}") for number, record in numbered)
     complaint = (
         f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` "
         "field."
@@ -183,9 +188,13 @@ def read_records(path: str | Path) -> Iterator[Document]:
     return not_empty(documents, lambda: complaint)
 
 
-def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def records(file: Path, fields: Collection[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield number (from 1) and record of each non-blank line of a JSONL file, gzip-compressed if
     its name ends with `.gz`, or of each row of a `.parquet` file.
+
+    Args:
+        file: the file.
+        fields: fields that the caller reads; of a Parquet file, the others are None.
 
     Raises:
         DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or
@@ -195,7 +204,7 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if file.suffix.lower() in (".zst", ".bz2", ".xz"):
         raise DataError(f"{file} is compressed; unpack it first, with unzstd or the like.")
     if file.suffix.lower() == ".parquet":
-        yield from enumerate(parquet_rows(file), 1)
+        yield from enumerate(parquet_rows(file, fields), 1)
         return
     for number, line in enumerate(_lines(file), 1):
         try:
@@ -265,14 +274,14 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
     """
     file, _, number = name.rpartition(":")
     location = f"{file} line {number}"
-    time = record_time(record.get("time", 0), location)
+    seconds = record_time(record.get("time", 0), location)
     if isinstance(record.get("text"), str):
-        document = Document(record["text"], name, "text", time)
+        document = Document(record["text"], name, "text", seconds)
     elif isinstance(record.get("messages"), list):
-        document = conversation(record["messages"], location, name, time)
+        document = conversation(record["messages"], location, name, seconds)
     elif "prompt" in record and "chosen" in record:
         messages = preferred(record["prompt"], record["chosen"], location)
-        document = conversation(messages, location, name, time)
+        document = conversation(messages, location, name, seconds)
     elif "text" in record:
         raise DataError(f"{location}: `text` is {shown(record['text'])}, no text; correct it.")
     else:
@@ -295,9 +304,17 @@ def field_names(record: Mapping[str, Any]) -> str:
 def record_time(value: object, location: str) -> int:
     """Return a record's time in whole seconds since 1970; 0 if it is neither a number nor a date.
 
+    Args:
+        value: seconds, a date, or a date in ISO 8601.
+        location: file and line, named in errors.
+
     Raises:
-        DataError: it is infinite, NaN or beyond `LATEST`; the message names `location`.
+        DataError: it is infinite, NaN or beyond `LATEST`.
     """
+    if isinstance(value, str):
+        value = _iso_date(value)
+    elif isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime.combine(value, time())
     if isinstance(value, datetime):
         # UTC if it has no zone, so that it means the same on every machine.
         zoned = value if value.tzinfo else value.replace(tzinfo=UTC)
@@ -310,6 +327,14 @@ def record_time(value: object, location: str) -> int:
             "leave it out."
         )
     return int(value)
+
+
+def _iso_date(text: str) -> datetime | None:
+    """Return the date that a text states in ISO 8601, None if it states none."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
 
 
 def preferred(prompt: object, chosen: object, location: str) -> list[Any]:
@@ -331,8 +356,15 @@ def preferred(prompt: object, chosen: object, location: str) -> list[Any]:
         raise DataError(f"{location} is nested too deeply; write messages as texts.") from None
 
 
-def parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+def parquet_rows(file: Path, fields: Collection[str]) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a Parquet file.
+
+    Only columns that the caller reads are decoded: others, such as images, can be large, or hold
+    values that Python cannot.
+
+    Args:
+        file: the file.
+        fields: names of these columns; the others are None.
 
     Raises:
         DataError: the file is damaged, or holds values that Python cannot hold; the message names
@@ -343,10 +375,12 @@ def parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
     row = 0
     try:
         with ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-                rows = batch.to_pylist()
-                yield from rows
-                row += len(rows)
+            unread = dict.fromkeys(name for name in table.schema_arrow.names if name not in fields)
+            columns = [name for name in table.schema_arrow.names if name in fields]
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    yield unread | record
+                    row += 1
     except Exception as error:  # damaged files and odd columns raise errors of many libraries
         raise DataError(
             f"{file} cannot be read as Parquet after row {row} ({error}); export it again."

@@ -62,20 +62,18 @@ async def review(
 ) -> dict[str, Any]:
     """Record which of the two shown answers is better; the pair's history keeps its old state."""
 
-    def judge(database: PreferenceDatabase) -> None:
-        pair = database.get(number)
+    def judge(pair: Preference) -> dict[str, Any]:
         chosen, rejected = shown(pair) if body.choice == 0 else reversed(shown(pair))
         swapped = chosen != pair.chosen
         scores = {name: both[::-1] if swapped else both for name, both in pair.scores.items()}
-        database.revise(
-            number,
-            chosen=chosen,
-            rejected=rejected,
-            labels=(*(pair.labels), *({REVIEWED} - {*pair.labels})),
-            scores={**scores, body.reviewer: (1.0, 0.0)},
-        )
+        return {
+            "chosen": chosen,
+            "rejected": rejected,
+            "labels": (*(pair.labels), *({REVIEWED} - {*pair.labels})),
+            "scores": {**scores, body.reviewer: (1.0, 0.0)},
+        }
 
-    await with_database(service, judge)
+    await with_database(service, lambda database: database.revise_by(number, judge))
     return {"object": "preference", "id": number, "new": False}
 
 

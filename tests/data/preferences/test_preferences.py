@@ -8,8 +8,10 @@ import os
 import signal
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +141,30 @@ def test_a_revision_is_found_by_its_new_words_and_keeps_the_old_ones(
         )
     assert database.get(1).chosen == "splendid reply" and len(database.history(1)) == 1
     database.check()
+
+
+def test_two_reviewers_at_once_are_both_heard(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    with closing(PreferenceDatabase(path)) as database:
+        database.add_all([replace(pair(number), scores={}) for number in range(30)])
+    gate = threading.Barrier(2)
+
+    def judge(reviewer: str) -> None:
+        for number in range(1, 31):
+            with closing(PreferenceDatabase(path)) as database:
+                gate.wait()
+                database.revise_by(
+                    number, lambda before: {"scores": {**before.scores, reviewer: (1.0, 0.0)}}
+                )
+
+    reviewers = [threading.Thread(target=judge, args=(name,)) for name in ("ann", "bob")]
+    for thread in reviewers:
+        thread.start()
+    for thread in reviewers:
+        thread.join()
+    with closing(PreferenceDatabase(path)) as database:
+        assert all(found.scores.keys() == {"ann", "bob"} for found in database.pairs())
+        assert [len(before["scores"]) for before in database.history(1)] == [0, 1]
 
 
 def test_pairs_of_a_prompt_stay_together_and_sides_do_not_change(

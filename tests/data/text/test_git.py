@@ -94,9 +94,15 @@ def test_a_repository_has_the_name_of_its_origin(url: str, name: str, tmp_path: 
 def test_the_form_of_a_diff_does_not_depend_on_git_settings(
     repository: Path, commit: Commit
 ) -> None:
-    commit({"a.py": "a = 1\n"}, "one", 100)
-    commit({"a.py": "a = 2\n"}, "two", 200)
+    body = "".join(f"        x = {number}\n" for number in range(9))
+    text = f"class A:\n    def two(self):\n{body}"
+    commit({"a.py": text}, "one", 100)
+    commit({"a.py": f"{text}        return x\n"}, "two", 200)
     before = list(read_git(repository))
+    assert "\n@@ class A:\n" in next(d.text for d in before if d.kind == "commit")
+    # Another rule for the headings.
+    (repository / ".git" / "info").mkdir(exist_ok=True)
+    (repository / ".git" / "info" / "attributes").write_text("*.py diff=python\n")
     config = pygit2.Repository(repository).config
     config["diff.noprefix"], config["diff.mnemonicPrefix"], config["diff.context"] = True, True, 0
     assert list(read_git(repository)) == before
@@ -167,6 +173,7 @@ def test_a_commit_that_only_renames_shows_no_text(repository: Path, commit: Comm
         ("unknown object format 'sha256'", "format that is not supported"),
         ("unsupported extension name extensions.refstorage", "format that is not supported"),
         ("object not found", "damaged or incomplete"),
+        ("repository path 'shop' is not owned by current user", r"git config .* safe\.directory"),
     ],
 )
 def test_what_libgit2_does_not_read_is_not_called_damaged(error: str, cause: str) -> None:
@@ -372,6 +379,17 @@ def test_a_branch_that_is_merged_late_is_no_cut(repository: Path, commit: Commit
     past, future = read_git_by_time(repository, 0.1)
     assert len([d for d in past if d.kind == "commit"]) == 17
     assert {d.name for d in future} == {"engine/s.py", f"engine@{side[:12]}"}
+
+
+@pytest.mark.parametrize("folder", ["", "src"])
+def test_a_work_tree_away_from_its_git_folder_is_read(
+    repository: Path, commit: Commit, tmp_path: Path, folder: str
+) -> None:
+    commit({"src/a.py": "a = 1\n", "b.py": "b = 1\n"}, "one", 100)
+    expected = list(read_git(repository / folder))
+    (repository / ".git").rename(tmp_path / "apart.git")
+    (repository / ".git").write_text(f"gitdir: {tmp_path / 'apart.git'}\n")
+    assert list(read_git(repository / folder)) == expected
 
 
 def test_a_head_without_commits_leaves_the_other_branches(repository: Path, commit: Commit) -> None:

@@ -214,6 +214,22 @@ def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
     assert rows[2499].name == "d.parquet:2500"
 
 
+def test_columns_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
+    largest = pa.array([2**63 - 1], pa.int64())
+    columns = {
+        "text": ["hello"],
+        "shot": largest.cast(pa.timestamp("ns")),  # Python has no nanoseconds
+        "expires": pa.array([3_000_000], pa.date32()),  # nor the year 10183
+        "raw": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet")
+    [document] = read_records(tmp_path / "d.parquet")
+    assert document.text == "hello"
+    pq.write_table(pa.table({**columns, "body": ["x"]}).drop(["text"]), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"has no `text`.* but body, expires, raw, shot"):
+        list(read_records(tmp_path / "e.parquet"))
+
+
 def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
@@ -306,6 +322,9 @@ def test_dates_of_parquet_files_are_times(tmp_path: Path) -> None:
 
 def test_a_date_without_a_zone_is_of_utc_and_may_be_of_any_year(tmp_path: Path) -> None:
     """Some programs write the first day of year 1 instead of no date."""
+    for column in (pa.array([20_786], pa.date32()), pa.array(["2026-11-29T00:00:00Z"])):
+        pq.write_table(pa.table({"text": ["text"], "time": column}), tmp_path / "t.parquet")
+        assert [one.time for one in read_records(tmp_path / "t.parquet")] == [1795910400]
     column = pa.array([datetime(2026, 11, 29), datetime(1, 1, 1)], pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["a", "b"], "time": column}), tmp_path / "t.parquet")
     times = [one.time for one in read_records(tmp_path / "t.parquet")]
