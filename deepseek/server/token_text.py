@@ -77,7 +77,7 @@ class TokenTexts:
         return TokenText(text, None if "\ufffd" in text else text.encode())
 
 
-class Places:
+class CharacterPlaces:
     """Counts the characters before each token of a text.
 
     A character that several tokens make up counts once, after the last of them.

@@ -19,7 +19,7 @@ from deepseek.server.retrieve import Retrieval, answer_tokens, described_passage
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
-from deepseek.server.token_text import Places, TokenReader, TokenText
+from deepseek.server.token_text import CharacterPlaces, TokenReader, TokenText
 from deepseek.server.translate import ask
 from deepseek.text.tokenizer import document_start_ids
 
@@ -157,14 +157,16 @@ class CompletionChunks(Chunks):
         if self.silent:
             # Only its last event counts: tokens in place of the prompt's last one have some too.
             if event.finish_reason:
-                yield self.choice(index, "", self.logprobs(reader, [], Places(0)), "length")
+                yield self.choice(
+                    index, "", self.logprobs(reader, [], CharacterPlaces(0)), "length"
+                )
         elif event.text or event.logprob or event.finish_reason:
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
             offset = self.lengths[index] + self.held.get(index, 0)
             self.held[index] = event.held
-            logprobs = self.logprobs(reader, scored, Places(offset))
+            logprobs = self.logprobs(reader, scored, CharacterPlaces(offset))
             choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
 
@@ -178,7 +180,7 @@ class CompletionChunks(Chunks):
         reader = TokenReader(texts, has_special=has_ids)
         # A prompt of text lacks the tokens that the tokenizer puts before it.
         before = [] if has_ids else document_start_ids(self.service.engine.tokenizer)
-        places = Places(-sum(len(texts.within(token).text) for token in before))
+        places = CharacterPlaces(-sum(len(texts.within(token).text) for token in before))
         for start in range(0, max(1, len(scored)), size):
             logprobs = self.logprobs(reader, scored[start : start + size], places)
             yield self.choice(index, "" if start else text, logprobs)
@@ -227,7 +229,7 @@ class CompletionChunks(Chunks):
         }
 
     def logprobs(
-        self, reader: TokenReader, scored: Sequence[Scored], places: Places
+        self, reader: TokenReader, scored: Sequence[Scored], places: CharacterPlaces
     ) -> Fields | None:
         """Return log probabilities in the column layout of this route, None if not requested.
 
