@@ -1,7 +1,7 @@
 """Find prompts in an expert's held-out text that the expert answers and its base does not."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -73,7 +73,9 @@ class Candidate:
     answer: str
 
 
-def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[WorkingPrompt]:
+def working_prompts(
+    engine: Engine, expert: str, count: int = PROMPTS, check: Callable[[], None] = lambda: None
+) -> list[WorkingPrompt]:
     """Return prompts to which a plugged expert's greedy answer comes much closer to its held-out
     text than the base's.
 
@@ -81,6 +83,8 @@ def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[W
         engine: engine with the expert plugged.
         expert: name of a trained expert that still has its run folder.
         count: maximum number of prompts; there may be fewer, or none.
+        check: called after each token; an error that it raises ends the work. Default: does
+            nothing.
 
     Raises:
         ConfigError: the engine fails to answer.
@@ -91,8 +95,8 @@ def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[W
         for candidate in candidates(shards, engine.tokenizer)
         if _fits(engine, candidate.prompt)
     ]
-    expert_answers = _answers(engine, fitting_candidates, ExpertChoice((expert,)))
-    base_answers = _answers(engine, fitting_candidates, ExpertChoice(()))
+    expert_answers = _answers(engine, fitting_candidates, ExpertChoice((expert,)), check)
+    base_answers = _answers(engine, fitting_candidates, ExpertChoice(()), check)
     return best(fitting_candidates, expert_answers, base_answers, count)
 
 
@@ -183,7 +187,10 @@ def _line_candidate(case: Case) -> Candidate:
 
 
 def _answers(
-    engine: Engine, prompt_candidates: Sequence[Candidate], experts: ExpertChoice
+    engine: Engine,
+    prompt_candidates: Sequence[Candidate],
+    experts: ExpertChoice,
+    check: Callable[[], None],
 ) -> list[str]:
     """Return the greedy answers of the model with some experts."""
     answers: list[str] = []
@@ -193,7 +200,11 @@ def _answers(
             for candidate in prompt_candidates[start : start + BATCH]
         ]
         running = [engine.submit(request) for request in requests]
-        answers += [answer_text(generation) for generation in running]
+        try:
+            answers += [answer_text(generation, check) for generation in running]
+        finally:
+            for generation in running:
+                generation.cancel()
     return answers
 
 

@@ -148,6 +148,11 @@ def stock_config(config: ModelConfig) -> Any:
         ]
         if not differences[family]:
             return CONFIG_MAPPING[family](**raw)
+    if not differences:
+        raise ConfigError(
+            f"No stock architecture has hidden_act={config.hidden_act!r} with the other fields; "
+            "keep the model's own folder."
+        )
     nearest_family = min(differences, key=lambda family: len(differences[family]))
     reason = ", ".join(
         f"{name}={getattr(config, name)!r}" for name in sorted(differences[nearest_family])
@@ -185,9 +190,11 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
         "mlp_only_layers": config.dense_layers or [],
     }
     if family in GEMMA:
+        scalar = config.query_pre_attn_scalar or config.head_dim
         values |= {
             "hidden_activation": config.hidden_act,
-            "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
+            # The families' configs take no float.
+            "query_pre_attn_scalar": int(scalar) if float(scalar).is_integer() else scalar,
         }
     if family == "gemma3_text":
         rotary = config.rope_parameters or {}

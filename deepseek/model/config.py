@@ -237,8 +237,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that the caller set explicitly, with their values."""
-        return {name: getattr(self, name) for name in self._given if name in field_names()}
+        """The fields that the caller set explicitly, also by an alias, with their values."""
+        names = [name for name in self._given if name in field_names()]
+        return {self.attribute_map.get(name, name): getattr(self, name) for name in names}
 
     def merged_into(self, checkpoint: dict[str, Any]) -> "ModelConfig":
         """Return a checkpoint's config, overridden by the fields that were set on this one.

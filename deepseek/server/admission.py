@@ -114,10 +114,22 @@ class Admission:
         for job in tuple(self.jobs):
             job.cancel()
 
+    def check_going_on(self) -> None:
+        """Raise an `ApiError` once every job is cancelled."""
+        if self.ended:
+            raise draining()
+
     def close(self) -> None:
         """Let the threads end."""
         for threads in (self._planners, self._converters):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def draining() -> ApiError:
+    """Return the reason why the end of the server stopped an answer."""
+    return ApiError(
+        503, "The server stopped this answer because it is shutting down.", code="draining"
+    )
 
 
 class Job(ABC):
@@ -162,9 +174,7 @@ class Job(ABC):
                 f"The answer took longer than {self._seconds:g} s; ask for less.",
                 code="timeout",
             )
-        return ApiError(
-            503, "The server stopped this answer because it is shutting down.", code="draining"
-        )
+        return draining()
 
     def _expire(self) -> None:
         self._expired = True

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import re
 import time
+from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from urllib.parse import parse_qs
@@ -21,7 +22,6 @@ from deepseek.server.errors import CLIENT_LEFT, ApiError, as_api_error
 from deepseek.server.keys import Permissions, permissions_of, sessions
 from deepseek.server.service import Service
 
-COOKIE = "deepseek_session"
 OPEN_PATHS = {"/health", "/ready"}
 UPLOAD_PATH = "/v1/experts/upload"
 LOGIN_PATH = "/login"
@@ -83,6 +83,8 @@ class Guard:
                 for key in settings.api_keys
             ),
         ]
+        # Browsers send a cookie to all ports of a host, so that each server needs a name of its own.
+        self.cookie = f"deepseek_{sha256(settings.secret.encode()).hexdigest()[:16]}"
         self.sessions = sessions(settings.secret, [permissions for _, permissions in self.keys])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -181,7 +183,7 @@ class Guard:
             return permissions_of(key.strip(), self.keys)
         if "x-api-key" in headers:  # Anthropic's client
             return permissions_of(headers["x-api-key"].strip(), self.keys)
-        session = re.search(rf"(?:^|; *){COOKIE}=([^;]*)", headers.get("cookie", ""))
+        session = re.search(rf"(?:^|; *){self.cookie}=([^;]*)", headers.get("cookie", ""))
         return permissions_of(session[1], self.sessions) if session else None
 
     def _login(self, form: bytes) -> Response:
@@ -192,7 +194,7 @@ class Guard:
             return login_page(refused=True)
         session = next(token for token, owner in self.sessions if owner == permissions)
         response = RedirectResponse("/", 303)
-        response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
+        response.set_cookie(self.cookie, session, httponly=True, samesite="strict")
         return response
 
 

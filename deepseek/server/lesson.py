@@ -84,6 +84,12 @@ class Lesson:
         self.stage = stage
         self.done = self.total = 0
 
+    def finish(self, state: State) -> None:
+        """End in a state, unless it has ended already."""
+        if self.state == "running":
+            self.seconds = self._elapsed()
+            self.state = state
+
     def look(self) -> None:
         """Update clock, plan and loss curves from the run folder."""
         folder = home() / "runs" / self.name
@@ -96,9 +102,12 @@ class Lesson:
             if "held_out_loss" in record
         ]
         if self.state == "running":
-            self.seconds = round(time.monotonic() - self._started, 1)
+            self.seconds = self._elapsed()
         if self.expected_seconds is None and (folder / "plan.json").is_file():
             self.expected_seconds = self.seconds + _planned_seconds(folder / "plan.json")
+
+    def _elapsed(self) -> float:
+        return round(time.monotonic() - self._started, 1)
 
     def end(self) -> None:
         """Read the result of a finished training from its run folder.

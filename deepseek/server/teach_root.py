@@ -2,12 +2,13 @@
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Query
 
-from deepseek.data.text.filters import VENDORED, reason_by_path
+from deepseek.data.text.filters import VENDORED, folder_reason, reason_by_path
 from deepseek.server.errors import ApiError
 from deepseek.server.field_errors import WITHOUT_NUL
 from deepseek.server.settings import Settings
@@ -116,14 +117,23 @@ def count_text(folder: Path) -> dict[str, Any]:
     return {"files": files, "bytes": size, "complete": True}
 
 
-def leads_out(folder: Path, root: Path) -> bool:
-    """Return whether a link below `folder` points outside `root` or is part of a loop.
+def entered(folder: Path) -> Iterator[Path]:
+    """Yield what is below a folder, without the inside of folders that a training does not enter,
+    such as a virtual environment, whose links lead to the machine's Python.
+    """
+    for place, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if folder_reason(Path(place, name)) is None]
+        yield from (Path(place, name) for name in (*inner, *names))
+
+
+def leads_out(paths: Iterable[Path], root: Path) -> bool:
+    """Return whether a link among `paths` points outside `root` or is part of a loop.
 
     Raises:
         ApiError: there are too many files to check.
     """
     deadline = time.monotonic() + CHECK_SECONDS
-    for path in folder.rglob("*"):
+    for path in paths:
         if time.monotonic() > deadline:
             raise ApiError(
                 400,

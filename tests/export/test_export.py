@@ -247,6 +247,11 @@ def test_a_gemma_of_ours_has_a_stock_architecture(family: str, fields: dict[str,
     config = ModelConfig(**SMALL | GEMMA | fields)
     assert config.query_pre_attn_scalar is None  # Gemma's class has head_dim for None
     assert stock_config(config).model_type == family
+    # As read from a checkpoint of Gemma, which states it.
+    scaled = ModelConfig(**SMALL | GEMMA | fields, query_pre_attn_scalar=24)
+    assert stock_config(scaled).query_pre_attn_scalar == 24
+    with pytest.raises(ConfigError, match="hidden_act='gelu_pytorch_tanh'"):
+        stock_config(ModelConfig(**SMALL | GEMMA | fields, query_pre_attn_scalar=24.5))
     with pytest.raises(ConfigError, match="clip_qkv"):
         stock_config(ModelConfig(**SMALL | GEMMA | fields, clip_qkv=0.5))
 

@@ -87,3 +87,14 @@ def test_other_libraries_names_of_arguments_are_answered_with_ours() -> None:
         deepseek.train_expert("nowhere", name="x", lr=1e-3)
     with pytest.raises((ConfigError, DataError), match=r"\(JSONL file to learn from\) must be"):
         deepseek.train_expert("nowhere", name="x", from_jsonl=3)
+
+
+@pytest.mark.parametrize(
+    ("alias", "field"),
+    [("max_len", "max_position_embeddings"), ("num_experts_per_tok", "max_experts")],
+)
+def test_an_alias_overrides_the_field_of_a_checkpoint(alias: str, field: str) -> None:
+    checkpoint = {"num_experts": 8, "expert_dim": 8, field: 2}
+    given = ModelConfig(**{alias: 4}).given
+    assert given == {field: 4}
+    assert getattr(ModelConfig(**{alias: 4}).merged_into(checkpoint), field) == 4

@@ -364,6 +364,26 @@ def test_a_text_file_goes_into_the_message_and_a_pack_is_plugged(
     expect(page.locator("#expert-count")).to_have_text("1 plugged")
 
 
+def test_an_expert_that_is_unplugged_elsewhere_is_not_asked_again(
+    browser: "Browser", served: Live
+) -> None:
+    page = browser.new_page()  # which may log the refusal
+    page.goto(served.url)
+    set_up(page, tokens=4)
+    page.locator("#pick").select_option("tiny+one")
+    served.engine.unplug("one")
+    try:
+        page.locator("#words").fill("the value")
+        page.locator("#words").press("Enter")
+        expect(page.locator("#notice")).to_contain_text("There is no model 'tiny+one'")
+        expect(page.locator("#pick")).to_have_value("tiny")
+        expect(page.locator("#expert-count")).to_have_text("none plugged")
+        say(page, "the value")
+    finally:
+        served.engine.plug(served.folder / "one.safetensors")
+        page.close()
+
+
 def test_an_empty_chat_offers_what_an_expert_knows(page: "Page", served: Live) -> None:
     digest = served.engine.experts()[0].digest
     prompts = [

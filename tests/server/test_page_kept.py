@@ -144,6 +144,37 @@ def test_two_tabs_on_one_chat_keep_each_others_turns(page: "Page") -> None:
     expect(other.locator("#chat-none")).to_be_visible()
 
 
+def test_a_reload_shows_the_chat_of_its_own_tab(page: "Page") -> None:
+    set_up(page, tokens=4)
+    say(page, "of one tab")
+    page.locator("#words").fill("my draft")
+    other = another_tab(page)
+    other.get_by_role("button", name="New chat").click()
+    say(other, "of the other")
+    page.reload()
+    expect_questions(page, "of one tab")
+    expect(page.locator("#words")).to_have_value("my draft")
+
+
+def test_a_refusal_to_go_on_leaves_the_answer_as_it_was(page: "Page") -> None:
+    set_up(page, tokens=3)
+    say(page, "the value")
+    page.get_by_role("button", name="Compare with base").click()
+    expect(page.locator(".comparison > p")).not_to_be_empty(timeout=60_000)
+    before = page.locator(".assistant").inner_text()
+    page.route(ANSWERS, lambda route: route.fulfill(body=REFUSAL))
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#notice")).to_have_text("The queue is full.")
+    assert page.locator(".assistant").inner_text() == before
+    page.reload()
+    expect(page.locator(".cut")).to_have_text("cut at 3 tokens")
+    assert page.locator(".assistant").inner_text() == before
+    page.unroute(ANSWERS)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".cut")).to_have_text("cut at 6 tokens")
+    expect(page.locator(".comparison")).to_have_count(0)
+
+
 def test_two_tabs_keep_each_others_settings(page: "Page") -> None:
     other = another_tab(page)
     page.locator("#gear").click()

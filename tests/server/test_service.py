@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,10 +28,12 @@ from deepseek.engine.load import load
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, DataError
+from deepseek.evaluate.answers import answer_text
 from deepseek.packs.library import prompts_file
 from deepseek.packs.manifest import LEAST_GAIN
 from deepseek.packs.pack import read_pack
 from deepseek.server.errors import without_paths
+from deepseek.server.guard import Guard
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen
 from deepseek.server.schema import TeachRequest, Tool
@@ -146,6 +149,17 @@ def test_health_needs_no_key_and_both_keys_serve(keyed: Live) -> None:
     for key in (USER, ADMIN):
         with keyed.http(key) as http:
             assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_servers_on_one_host_have_sessions_of_their_own() -> None:
+    """Browsers send a cookie to all ports of a host."""
+    service: Any = SimpleNamespace(settings=Settings(api_keys=("a",)))
+    other: Any = SimpleNamespace(settings=Settings(api_keys=("a",)))
+    app: Any = None
+    first, again, second = (
+        Guard(app, one, frozenset(), frozenset()).cookie for one in (service, service, other)
+    )
+    assert first == again != second
 
 
 def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
@@ -405,8 +419,30 @@ def test_prompts_are_those_of_the_plugged_pack_and_need_its_held_out_text(keyed:
         told.append(http.get("/v1/experts/one/prompts").json()["prompts"])
         assert told == [prompts, [], [], []]
         assert "held-out text" in http.post("/v1/experts/one/prompts").json()["error"]["message"]
+
         assert http.get("/v1/experts/absent/prompts").status_code == 404
     keyed.engine.unplug("one")
+
+
+def test_the_end_of_a_server_ends_the_search_for_prompts(
+    keyed: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(engine: Any, name: str, check: Callable[[], None]) -> list[Any]:
+        while True:
+            generation = engine.submit(Request((5, 6), Sampling(1)))
+            answer_text(generation, check)
+            keyed.service.admission.ended = True
+
+    monkeypatch.setattr("deepseek.server.routes.prompts.held_out_folder", lambda _: tmp_path)
+    monkeypatch.setattr("deepseek.server.routes.prompts.working_prompts", endless)
+    keyed.engine.plug(keyed.folder / "one.safetensors")
+    try:
+        with keyed.http(ADMIN) as http:
+            reply = http.post("/v1/experts/one/prompts")
+    finally:
+        keyed.service.admission.ended = False
+        keyed.engine.unplug("one")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "draining")
 
 
 def repository_with(folder: Path, change: Callable[[Path], object]) -> Path:

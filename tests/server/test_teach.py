@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from deepseek.server.app import create_app
+from deepseek.server.lesson import Lesson
 from deepseek.server.routes.teach import Teacher, command, lesson_fields, lines
 from deepseek.server.schema import TAUGHT, TeachRequest
 from deepseek.server.service import Service
@@ -97,6 +98,15 @@ def test_a_progress_bar_without_line_ends_is_read_to_its_end() -> None:
         return [line async for line in lines(output)]
 
     assert asyncio.run(read()) == ["first: 1/9", "last: 9/9"]
+
+
+def test_a_lesson_that_nobody_watches_has_its_duration(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 130.0, 160.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    lesson = Lesson("code")
+    lesson.finish("plugged")
+    lesson.finish("failed")
+    assert (lesson.state, lesson.seconds) == ("plugged", 30.0)
 
 
 def test_a_process_that_does_not_start_leaves_no_running_lesson(

@@ -135,6 +135,16 @@ def test_such_a_repository_does_read_outside(way: str, root: Path) -> None:
     assert pygit2.hash(SECRET) in pygit2.Repository(str(root / "one"))
 
 
+def test_folders_that_no_training_enters_may_lead_out(root: Path) -> None:
+    for name in ("src", ".venv/bin", "node_modules/.bin"):
+        (root / "project" / name).mkdir(parents=True)
+    (root / "project" / ".venv" / "bin" / "python").symlink_to("/usr/bin/env")
+    (root / "project" / "node_modules" / ".bin" / "tool").symlink_to(root.parent / "outside")
+    assert text(root, "project", is_repository=False) == root / "project"
+    (root / "project" / "src" / "more").symlink_to(root.parent / "outside")
+    assert refused(root, "project", is_repository=False)
+
+
 def test_a_store_inside_is_allowed(root: Path) -> None:
     for name in ("one", "two"):
         pygit2.init_repository(root / name)

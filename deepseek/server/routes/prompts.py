@@ -40,7 +40,8 @@ def find_prompts(service: Service, name: str) -> Prompts:
     """Find prompts for a plugged expert, and keep them beside its pack.
 
     Raises:
-        ApiError: no such expert is plugged, or its held-out text is not on this machine.
+        ApiError: no such expert is plugged, its held-out text is not on this machine, or the server
+            is shutting down.
         UserError: the engine cannot answer now.
     """
     digest = service.plugged(name).digest
@@ -50,7 +51,8 @@ def find_prompts(service: Service, name: str) -> Prompts:
             f"The held-out text of {name} is not here; train the expert on this machine.",
             param="name",
         )
-    prompts = [asdict(prompt) for prompt in working_prompts(service.engine, name)]
+    found = working_prompts(service.engine, name, check=service.admission.check_going_on)
+    prompts = [asdict(prompt) for prompt in found]
     path = prompts_file(name, service.settings.experts_folder)
     write_json(path, {"digest": digest, "prompts": prompts})
     return prompts

@@ -36,6 +36,7 @@ from deepseek.server.teach_root import (
     OUT_OF_BOUNDS,
     RelativePath,
     below,
+    entered,
     leads_out,
     listing,
     teach_root,
@@ -130,7 +131,11 @@ class Teacher:
             raise ApiError(
                 400, "path must name a git repository's own folder.", param="path"
             ) from None
-        if any(not folder.is_relative_to(root) or leads_out(folder, root) for folder in folders):
+        for folder in folders:
+            # Of a repository's store everything counts: a branch may have the name of any folder.
+            paths = folder.rglob("*") if is_repository else entered(folder)
+            if folder.is_relative_to(root) and not leads_out(paths, root):
+                continue
             raise ApiError(400, OUT_OF_BOUNDS, param="path")
         return text
 
@@ -146,7 +151,7 @@ class Teacher:
         try:
             if self._process.returncode is None:
                 if self.lesson is not None:
-                    self.lesson.state = "stopped"
+                    self.lesson.finish("stopped")
                 self._process.send_signal(signal.SIGINT)
             await asyncio.wait([self._task], timeout=STOP_SECONDS)
         finally:
@@ -172,12 +177,12 @@ class Teacher:
                 lesson.armed = plugged.armed
                 if lesson.armed:
                     lesson.begin("finding prompts")
-                    with suppress(UserError):  # the expert works without them
+                    with suppress(UserError, ApiError):  # the expert works without them
                         await asyncio.to_thread(find_prompts, self.service, lesson.name)
-                lesson.state = "plugged"
+                lesson.finish("plugged")
         except Exception as error:  # no failure of a training may end the server
             lesson.message = as_api_error(error).message
-        lesson.state = "failed" if lesson.state == "running" else lesson.state
+        lesson.finish("failed")
         await asyncio.to_thread(lesson.look)
 
 

@@ -119,6 +119,9 @@ export function openEditor(exchange, text) {
   return field;
 }
 
+/** The number of tokens of an answer, as the server counted them. @param {Answer} answer */
+const tokensOf = (answer) => Object.values(answer.counts).reduce((sum, count) => sum + count, 0);
+
 function foot(turn, actions) {
   const { answer } = turn;
   const told = [legend(answer)];
@@ -131,7 +134,7 @@ function foot(turn, actions) {
     told.push(
       element("span", {
         className: "cut",
-        textContent: `cut at ${answer.sampling.max_tokens} tokens`,
+        textContent: `cut at ${tokensOf(answer)} tokens`,
       }),
     );
   if (answer.finish === "failed")

@@ -5,7 +5,7 @@ import { announceOutcome, comparison, rivalOf } from "/static/compare.js";
 import * as store from "/static/conversations.js";
 import { announce, byId, composing, notice, refill } from "/static/dom.js";
 import { showExamples } from "/static/examples.js";
-import { choice, contextLength, modelOf, showChoice } from "/static/experts.js";
+import { choice, contextLength, modelOf, refresh, showChoice } from "/static/experts.js";
 import { blank, generate } from "/static/generate.js";
 import { showHistory } from "/static/history.js";
 import { ofTab } from "/static/storage.js";
@@ -179,23 +179,37 @@ export async function ask(question, kind, again = false) {
  */
 async function answer(turn, again = false) {
   const asked = conversation;
+  const before = { ...turn.answer };
+  const begun = turn.answer.tokens.length; // more than none if it goes on
   follows = true;
-  turn.answer.finish = ""; // also of one that goes on
+  turn.answer.finish = "";
   draw();
   announce("The answer is being written.");
   const exchange = byId("log").lastElementChild;
   // What is kept stays until there is something to put in its place.
-  const worthKeeping = () => !again || turn.answer.tokens.length > 0;
+  const worthKeeping = () => turn.answer.tokens.length > begun || !(again || begun);
   const failure = await run(
-    (signal, paint) =>
-      keeping(asked, worthKeeping, generate(asked, turn, turn.answer, signal, paint)),
-    () => showAnswer(exchange, turn),
+    (signal, paint) => {
+      const changed = () => {
+        delete turn.answer.rival; // it was compared with the answer as it was
+        paint();
+      };
+      return keeping(asked, worthKeeping, generate(asked, turn, turn.answer, signal, changed));
+    },
+    () => {
+      exchange.querySelector(".comparison")?.remove();
+      showAnswer(exchange, turn);
+    },
   );
   if (failure && leaving) turn.answer.finish = "stopped";
+  const broken = failure || turn.answer.finish === "stopped";
+  if (begun && broken && turn.answer.tokens.length === begun) Object.assign(turn.answer, before);
   const answered = turn.answer.tokens.length > 0 || turn.answer.finish === "stop";
   if (!answered && asked === conversation)
     asked.turns = asked.turns.filter((other) => other !== turn);
   if (answered || !again) keep(asked);
+  // An expert may have been unplugged, or forbidden, since the page asked.
+  if ([403, 404].includes(failure?.status)) await refresh().catch(() => {});
   if (asked !== conversation) return answered;
   draw();
   if (failure) notice(failure.message);
@@ -287,9 +301,7 @@ async function again(turn, edited) {
 }
 
 function proceed(turn) {
-  if (running) return;
-  delete turn.answer.rival;
-  answer(turn);
+  if (!running) answer(turn);
 }
 
 /** Let the base answer the same question. @param {Turn} turn */

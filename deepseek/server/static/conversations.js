@@ -1,6 +1,6 @@
 // Conversations, kept in this browser alone: one entry of its storage each.
 
-import { lasting } from "/static/storage.js";
+import { lasting, ofTab } from "/static/storage.js";
 
 /**
  * A token of an answer: its text, and the expert that wrote it, or null for the base.
@@ -100,12 +100,13 @@ export function search(wanted) {
   });
 }
 
-/** The conversation that was open last, or a new one. */
-export const current = () => read(lasting.read(CURRENT) ?? "") ?? fresh();
+/** The conversation that was open last, in this tab before others, or a new one. */
+export const current = () => read(ofTab.read(CURRENT) ?? lasting.read(CURRENT) ?? "") ?? fresh();
 
 /** Remember which conversation is open. @param {Conversation} conversation */
 export function open(conversation) {
   try {
+    ofTab.write(CURRENT, conversation.id);
     lasting.write(CURRENT, conversation.id);
   } catch {
     // The storage is full, which matters when a conversation is kept and is told then.
