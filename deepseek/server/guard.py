@@ -83,7 +83,7 @@ class Guard:
                 for key in settings.api_keys
             ),
         ]
-        # Browsers send a cookie to all ports of a host, so that each server needs a name of its own.
+        # Browsers send a cookie to all ports of a host, so each server has a name of its own.
         self.cookie = f"deepseek_{sha256(settings.secret.encode()).hexdigest()[:16]}"
         self.sessions = sessions(settings.secret, [permissions for _, permissions in self.keys])
 

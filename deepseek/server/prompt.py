@@ -37,9 +37,7 @@ LEAST_AROUND = 16
 
 
 def can_continue(messages: Sequence[ChatMessage]) -> bool:
-    """Return whether a conversation ends with an assistant's text, after another message, whose turn
-    can stay open.
-    """
+    """Return whether a conversation ends with text of the assistant, after another message."""
     return len(messages) > 1 and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from deepseek.server.errors import ApiError
@@ -108,7 +109,7 @@ class Calling:
     def read(self, text: str) -> list[dict[str, Any]]:
         """Return the calls in a finished answer, each with `name` and `arguments` (JSON text)."""
         values = list(_marked(text)) if MARK in text else [_parsed(text)]
-        calls = [call for value in values for call in self._calls(value)]
+        calls = list(chain.from_iterable(map(self._calls, values)))
         return calls[:1] if self.one else calls
 
     def _calls(self, value: Any) -> Iterator[dict[str, Any]]:

@@ -237,8 +237,7 @@ def patch_text(repository: Repository, patch: pygit2.Patch | None, limit: int) -
 
 
 def heading_above(lines: Sequence[bytes], count: int) -> str:
-    """Return the heading of changes, "" if there is none: the nearest line above that is indented by
-    nothing.
+    """Return the heading of changes: the nearest line above without indentation; "" if there is none.
 
     Not the one of `git diff`, which depends on the attributes of the user's files.
 
