@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from entry import existing_path, run_main
-from results import write
+from results import resumed, write
 from torch import Tensor
 
 import deepseek
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write, and a picture beside it")
     options = parser.parse_args()
     options.experts = tuple(options.experts or SETS[options.set])
+    resumed(options.work)
     for name in options.only or options.experts:
         train(options, name)
     if not options.only:

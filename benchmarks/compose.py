@@ -35,7 +35,7 @@ from typing import Any
 
 from base_and_gain import Everywhere, Text, Variant, losses_of
 from entry import existing_path, run_main
-from results import add_output, write
+from results import add_output, resumed, write
 from torch import Tensor
 
 import deepseek
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--layers", default="last:3", help="layers of the experts")
     add_output(parser, "compose")
     options = parser.parse_args()
+    resumed(options.work)
     pairs = [*product(options.languages, options.domains)]
     for language, domain in pairs:
         train(options, language, (language,))

@@ -23,7 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 from entry import existing_path, run_main
-from results import COMMIT, add_output, write
+from results import COMMIT, add_output, resumed, write
 
 from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.train.jobs.arguments import ExpertArguments
@@ -66,6 +66,7 @@ def main() -> None:
         )
     if CHANGES[0] not in options.changes:
         parser.error(f"--changes needs {CHANGES[0]!r}, which the others are compared with")
+    resumed(options.work)
     settings = {name: getattr(options, name) for name in SETTINGS}
     former = json.loads(options.json.read_text()) if options.json.exists() else {"sources": {}}
     figures = former["sources"]

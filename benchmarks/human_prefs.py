@@ -44,7 +44,7 @@ import torch
 from entry import existing_path, run_main
 from kept import kept
 from matplotlib.figure import Figure
-from results import add_output, write
+from results import add_output, resumed, write
 from rlpo import helpful_batches, new_database
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -57,6 +57,7 @@ from deepseek.data.preferences.preference import Preference
 from deepseek.engine.load import load
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.evaluate.safety import helpfulness
+from deepseek.evaluate.scores import paired_difference, wilson
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
 from deepseek.train.jobs.align import align
@@ -243,7 +244,10 @@ class Final:
         found = (
             features_of(self.base, fitted.layer, self.pairs.prompts, side) for side in self.sides
         )
-        return asdict(fitted.quality(*found))
+        quality = asdict(fitted.quality(*found))
+        pairs = len(self.pairs.prompts)
+        interval = wilson(round(quality["accuracy"] * pairs), pairs)
+        return quality | {"interval": [interval.low, interval.high]}
 
     def measure(self, name: str) -> dict[str, Any]:
         """Return the figures of one model."""
@@ -256,12 +260,14 @@ class Final:
         texts = self.texts(answers)
         harmless = self.texts(self.answers(model, self.harmless))
         helpful = helpfulness(model, self.batches)
-        figures = {
-            "accuracy": float((chosen > rejected).float().mean()),
+        outcomes = {
+            "accuracy": (chosen > rejected).int().tolist(),
+            "clean": [int(score > 0.5) for score in JUDGES["clean"]([], texts)],
+            "willing": JUDGES["willing"]([], harmless),
+        }
+        figures = {name: fmean(values) for name, values in outcomes.items()} | {
             "gained": float((gained_chosen > gained_rejected).float().mean()),
-            "clean": fmean(score > 0.5 for score in JUDGES["clean"]([], texts)),
             "preferred": self.preferred(answers),
-            "willing": fmean(JUDGES["willing"]([], harmless)),
             "tokens": fmean(len(ids) for part in answers for ids in part.answers()),
             "distinct": distinct(texts),
             "points": helpful.points,
@@ -269,7 +275,7 @@ class Final:
             "answers": len(texts),
         }
         print(name, json.dumps(figures), f"{time.perf_counter() - started:.0f} s", flush=True)
-        return figures
+        return figures | {"outcomes": outcomes}
 
     @torch.no_grad()
     def logprobs(self, model: DeepSeekModel) -> tuple[Tensor, Tensor]:
@@ -340,7 +346,7 @@ def main() -> None:
     )
     add_output(parser, "human_prefs")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    resumed(options.work)
     pairs = list(read_preferences(options.pairs))
     to_learn = [pair for pair in usable(pairs) if not is_final(pair)]
     learnt = options.work / f"preferences-{digest(to_learn)}.db"
@@ -370,6 +376,7 @@ def main() -> None:
             models[label]["kl"] = json.loads((run / "result.json").read_text())["kl"]
             curves[label] = curve(run)
     rewards = [options.work / f"{name}-run" / "reward" for name in runs.values()]
+    add_differences(models)
     reward = next(
         (
             final.kept(
@@ -382,6 +389,25 @@ def main() -> None:
     )
     write(options.json, {"reward": reward, "models": models, "curves": curves})
     draw_curves(curves, options.json.with_suffix(".png"))
+
+
+def add_differences(models: dict[str, dict[str, Any]]) -> None:
+    """Replace each model's outcomes by their difference from the base's, with 95 % intervals.
+
+    Outcomes are paired: by pair, by prompt, and by question; questions about one subject are alike
+    and are resampled together.
+    """
+    subjects = [subject for subject in SUBJECTS for _ in QUESTIONS]
+    base_outcomes = models["base"]["outcomes"]
+    for figures in models.values():
+        figures["over_base"] = {
+            name: asdict(
+                paired_difference(
+                    values, base_outcomes[name], documents=subjects if name == "willing" else None
+                )
+            )
+            for name, values in figures.pop("outcomes").items()
+        }
 
 
 def is_final(pair: Preference) -> bool:

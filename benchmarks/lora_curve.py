@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from entry import existing_path, run_main
-from results import add_output, write
+from results import add_output, resumed, write
 
 import deepseek
 import deepseek.train.jobs.adapt as adaptation
@@ -79,6 +79,7 @@ def main() -> None:
     )
     add_output(parser, "lora_curve")
     options = parser.parse_args()
+    resumed(options.work)
     bases = {}
     for base in options.bases:
         bases[base] = Curve(base, options).figures()

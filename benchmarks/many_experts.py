@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 from entry import existing_path, run_main
-from results import FOLDER, write
+from results import FOLDER, resumed, write
 from turns import in_turn
 
 import deepseek
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=FOLDER / "many_experts.json")
     options = parser.parse_args()
+    resumed(options.packs)
     train_missing(options)
     with tempfile.TemporaryDirectory() as folder:
         paths = filled(options, Path(folder))

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from entry import existing_path, run_main
-from results import FOLDER, write
+from results import FOLDER, resumed, write
 from turns import in_turn
 
 import deepseek
@@ -121,6 +121,7 @@ def main() -> None:
         path = options.json or FOLDER / "params_speed.json"
         write(path, {"figures": full_size_speeds(options.rounds)})
         return
+    resumed(options.work)
     runs = []
     for seed in range(FIRST_SEED[options.set], FIRST_SEED[options.set] + options.seeds):
         tokenizer = None  # all models use the first one's

@@ -35,7 +35,7 @@ import torch
 from code_rows import BATCH, SHORT, VOCAB, Corpus, Windows, read_corpus
 from entry import existing_path, run_main
 from long_rows import BIN, needles, score, summary, targets_of
-from results import add_output, write
+from results import add_output, resumed, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=home() / "bench" / "position_length")
     add_output(parser, "position_length")
     options = parser.parse_args()
-    folder = options.runs / run_name(options)
+    folder = resumed(options.runs / run_name(options))
     for length in options.test_length:
         corpus = read_corpus(options.code, options.test_rows, length)
         for seed in options.seeds:

@@ -46,6 +46,25 @@ COMMIT = commit()
 """The commit when the measurement began; it may change during a long one."""
 
 
+_resumed: set[str] = set()
+
+
+def resumed(work: Path) -> Path:
+    """Create the folder in which a measurement keeps finished parts, and return it.
+
+    The commit is added to `commits.txt` there. `write` then names every commit that parts of the
+    figures may come from, and they are stale if the code has changed since any of them.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    record = work / "commits.txt"
+    earlier = record.read_text().split() if record.exists() else []
+    if COMMIT not in earlier:
+        with record.open("a") as lines:
+            lines.write(f"{COMMIT}\n")
+    _resumed.update(earlier)
+    return work
+
+
 def command() -> str:
     """Return the running command, as typed in the root of the checkout."""
     script = Path(sys.argv[0]).resolve()
@@ -71,6 +90,7 @@ def write(path: Path, figures: dict[str, Any]) -> None:
         "machine": processor(),
         "threads": torch.get_num_threads(),
         "commit": COMMIT,
+        **({"earlier_commits": sorted(earlier)} if (earlier := _resumed - {COMMIT}) else {}),
         "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "torch": torch.__version__,

@@ -27,7 +27,7 @@ from statistics import fmean
 
 import rude_prompts
 from entry import run_main
-from results import add_output, write
+from results import add_output, resumed, write
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences.database import PreferenceDatabase
@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--helpful-tokens", type=int, default=16_384)
     add_output(parser, "rlpo")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    resumed(options.work)
     held_out = rude_prompts.prompts(
         rude_prompts.HELD_OUT,
         rude_prompts.HELD_OUT_ANSWERS,

@@ -39,7 +39,7 @@ import torch
 from decode import LLAMA, engine, rival, write_gguf
 from entry import run_main
 from llama_logits import llama_quantise
-from results import ROOT, write
+from results import ROOT, resumed, write
 from turns import Figures, Turn, add_llama, check_rivals, in_turn, medians, usual_waiting
 
 from deepseek.checkpoint.hub import resolve
@@ -301,8 +301,7 @@ class Work:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = resumed(folder)
         known = folder / "settings.json"
         if not known.exists():
             write_json(known, settings)

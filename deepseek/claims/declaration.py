@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deepseek.errors import ConfigError
 
@@ -75,7 +75,10 @@ class Figure(Declared):
     """Format of either side"""
 
     spread: str = ""
-    """What the values under "*" are, such as seeds: the figure is their median"""
+    """What the values under "*" are, such as seeds"""
+
+    statistic: Literal["median", "least", "largest"] = "median"
+    """Which of the values under "*" the figure is; where each must hold, the worst"""
 
     interval: tuple[str, str] | None = None
     """Paths of the lower and the upper bound of our side"""
@@ -89,6 +92,15 @@ class Figure(Declared):
 
     unmeasured: str = ""
     """Why there is no figure"""
+
+    @model_validator(mode="after")
+    def _better_beyond_chance(self) -> "Figure":
+        is_strict = self.goal is not None and self.goal[0] in (">", "<")
+        if is_strict and not self.interval and "*" not in str(self.ours):
+            raise ValueError(
+                f"{self.what!r} claims to be better and has no interval; name one, or drop the goal"
+            )
+        return self
 
     @field_validator("results", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -40,6 +41,13 @@ TWO_SIDED_VALUES: dict[str, Callable[[float, float], float]] = {
 }
 """What a figure with two sides shows."""
 
+STATISTICS: dict[str, Callable[[list[float]], float]] = {
+    "median": median,
+    "least": min,
+    "largest": max,
+}
+"""What a figure with several values shows."""
+
 
 class Shown(BaseModel):
     """Base of what is printed: `deepseek claims --json` prints it as it is."""
@@ -66,8 +74,9 @@ class Provenance(Shown):
     """Command that wrote the file"""
 
     changed: list[str] | None
-    """What it measures and has changed since: the result is stale; null: unknown without git, or
-    because the commit is not in this clone"""
+    """What it measures and has changed since, or since the commit of a part that an interrupted run
+    had kept: the result is stale; null: unknown without git, or because the commit is not in this
+    clone"""
 
 
 class MeasuredFigure(Shown):
@@ -238,14 +247,25 @@ class Evaluator:
         """Return where a result comes from, and what has changed since."""
         measurement: Measurement = self.declaration.results[result]
         commit = str(record.get("commit", "unknown"))
+        earlier = [str(one) for one in record.get("earlier_commits", [])]
+        changes = [self.history.changed(one, measurement.measures) for one in (commit, *earlier)]
         return Provenance(
             result=result,
             machine=str(record.get("machine", "unknown")),
             commit=commit,
             date=str(record.get("date", "unknown")),
             command=str(record.get("command", "unknown")),
-            changed=self.history.changed(commit, measurement.measures),
+            changed=_joined(changes),
         )
+
+
+def _joined(changes: list[list[str] | None]) -> list[str] | None:
+    """Return what has changed since any of several commits; None: unknown for one, and nothing is
+    known to have changed.
+    """
+    known = [paths for paths in changes if paths is not None]
+    changed_paths = [*dict.fromkeys(chain.from_iterable(known))]
+    return None if None in changes and not changed_paths else changed_paths
 
 
 def results_folder(checkout: Path) -> Path:
@@ -274,7 +294,7 @@ def compute(figure: Figure, record: Mapping[str, Json], source: Provenance) -> M
     theirs = numbers(record_values, figure.theirs) if figure.theirs else []
     values = ours if figure.show == "value" else paired(TWO_SIDED_VALUES[figure.show], ours, theirs)
     scaled_values = [figure.scale * value for value in values]
-    value = median(scaled_values)
+    value = STATISTICS[figure.statistic](scaled_values)
     bounds, spread = _bounds(figure, record_values, scaled_values)
     unit = figure.form.rpartition("}")[2]
     texts = [_text(figure, bound) for bound in bounds]

@@ -5,16 +5,26 @@ paths, history, evaluation).
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import pytest
 import yaml
 from claim_files import DECLARATION, commit_all, git, make_checkout, write_result
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from deepseek.claims.declaration import CHECKOUT, Claim, Figure, Goal, Side, read_declaration
-from deepseek.claims.evaluation import ClaimTable, MeasuredFigure, claim_table, meets, state_of
+from deepseek.claims.evaluation import (
+    ClaimTable,
+    MeasuredFigure,
+    Provenance,
+    claim_table,
+    compute,
+    meets,
+    state_of,
+)
 from deepseek.claims.history import History
 from deepseek.claims.paths import numbers
 from deepseek.errors import ConfigError
@@ -144,10 +154,48 @@ def test_states(met: list[bool | None], state: str) -> None:
     [(">", 0.5, True), (">", 0.0, False), (">", -0.5, False), (">=", -0.5, True)],
 )
 def test_being_better_needs_the_whole_interval(sign: Goal, low: float, met: bool) -> None:
-    figure = Figure(what="x", goal=(sign, 0))
+    figure = Figure(what="x", ours="seeds/*", goal=(sign, 0))
     assert meets(figure, 1.0, [low, 2.0]) is met
     assert meets(figure, 1.0, []) is True
     assert meets(Figure(what="x"), 1.0, [low, 2.0]) is None
+
+
+@pytest.mark.parametrize("sign", [">", "<"])
+def test_being_better_needs_an_interval(sign: Goal) -> None:
+    with pytest.raises(ValidationError, match="has no interval"):
+        Figure(what="x", ours="gain", goal=(sign, 0))
+    Figure(what="x", ours="gain", interval=("low", "high"), goal=(sign, 0))
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=1))
+def test_where_each_must_hold_the_worst_is_shown(values: list[float]) -> None:
+    names: tuple[Literal["least", "median", "largest"], ...] = ("least", "median", "largest")
+    source = Provenance(result="x", machine="", commit="", date="", command="", changed=None)
+    figures = {
+        name: compute(Figure(what="x", ours="kept/*", statistic=name), {"kept": values}, source)
+        for name in names
+    }
+    assert figures["least"].value == min(values)
+    assert figures["largest"].value == max(values)
+    assert figures["median"].value == median(values)
+    assert len({str(figure.interval) for figure in figures.values()}) == 1
+
+
+def test_a_result_is_stale_once_its_code_has_changed_since_a_part_of_it(checkout: Path) -> None:
+    earlier = git(checkout, "rev-parse", "--short", "HEAD")
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    head = commit_all(checkout)
+    path = checkout / "benchmarks" / "results" / "speed.json"
+    figures = json.loads(path.read_text()) | {"commit": head}
+    for commits, changed in (
+        ([], []),
+        ([earlier], ["package/engine"]),
+        (["unknown"], None),
+        (["unknown", earlier], ["package/engine"]),
+    ):
+        path.write_text(json.dumps(figures | {"earlier_commits": commits}))
+        source = by_name(claim_table(checkout))["fast"].figures[0].source
+        assert source.changed == changed
 
 
 def test_a_result_is_stale_once_its_code_has_changed(checkout: Path) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from deepseek.checkpoint.store import read_object
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.preference import Preference
 from deepseek.errors import ConfigError
@@ -28,6 +29,19 @@ def pair(*turns: str, chosen: str = "yes") -> Preference:
     roles = ("user", "assistant")
     prompt = tuple({"role": roles[place % 2], "content": text} for place, text in enumerate(turns))
     return Preference(prompt, chosen, "no")
+
+
+def test_figures_name_every_commit_that_parts_of_them_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = benchmark("results")
+    for commit, earlier in (("1111111", None), ("2222222", ["1111111"]), ("2222222", ["1111111"])):
+        monkeypatch.setattr(results, "COMMIT", commit)
+        monkeypatch.setattr(results, "_resumed", set())
+        results.resumed(tmp_path / "work")
+        results.write(tmp_path / "result.json", {"gain": 1})
+        written = read_object(tmp_path / "result.json")
+        assert (written["commit"], written.get("earlier_commits")) == (commit, earlier)
 
 
 def test_part_of_the_pairs_does_not_pass_for_all(tmp_path: Path) -> None:
