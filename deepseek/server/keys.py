@@ -5,10 +5,10 @@ This module imports nothing heavy, for the command line.
 
 import hmac
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deepseek.errors import ConfigError, shown
 from deepseek.packs.names import valid_name
@@ -136,7 +136,29 @@ def read_admin_keys(file: Path | None, variable: str, option: str) -> frozenset[
     return frozenset(keys)
 
 
-def _check_key(key: str, place: str) -> None:
+def checked_keys(name: str, value: Any) -> frozenset[str]:
+    """Return keys, each of which can be sent in a header.
+
+    Args:
+        name: the field that holds them, for messages, which never show a key.
+        value: a collection of texts.
+
+    Raises:
+        ConfigError: it is another type, such as one text, each character of which would be a key,
+            or a key cannot be sent.
+    """
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(
+            f"{name} is a {type(value).__name__}, not a collection of keys; give a single key as "
+            f"frozenset({{key}})."
+        )
+    keys = list(value)
+    for key in keys:
+        _check_key(key, name)
+    return frozenset(keys)
+
+
+def _check_key(key: Any, place: str) -> None:
     """Check that a key can be sent in a header, where clients encode other characters differently.
 
     Args:
@@ -144,8 +166,14 @@ def _check_key(key: str, place: str) -> None:
         place: where it stands, for messages.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot, or anyone could send it because it is empty.
     """
+    # White space around what a client sends is removed, so such a key would match nothing.
+    if not isinstance(key, str) or not key or key != key.strip():
+        raise ConfigError(
+            f"{place}: a key is empty, begins or ends with white space, or is no text; give a "
+            "text that is hard to guess."
+        )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(
             f"{place}: the key has characters that not every client can send in a header; use "

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_urlsafe
+from typing import Any
 
+from deepseek import checks
 from deepseek.checkpoint.store import home
+from deepseek.checks import Check
 from deepseek.errors import ConfigError
 from deepseek.packs.library import experts_folder
+from deepseek.server.keys import checked_keys
 from deepseek.server.request_log import LogLevel
 
 
@@ -44,7 +48,9 @@ class Settings:
         secret: secret from which session cookies are derived; replicas of one server share it.
 
     Raises:
-        ConfigError: a key in `key_experts` is not among the `api_keys`, or an admin key too.
+        ConfigError: a set of texts is something else, such as one text, or holds an empty one, a
+            key cannot be sent in a header, or a key in `key_experts` is not among the `api_keys`,
+            or is an admin key too.
     """
 
     model: str = "smollm2-135m"
@@ -70,8 +76,37 @@ class Settings:
     secret: str = field(default_factory=token_urlsafe, repr=False)
 
     def __post_init__(self) -> None:
+        checks.apply(SETTINGS, self)
         if self.key_experts and not self.key_experts.keys() <= self.api_keys - self.admin_keys:
             raise ConfigError(
                 "A key with a list of experts is not among the user keys, or an admin key too; "
                 "give each key once, for users or for administrators."
             )
+
+
+def _texts(name: str, value: Any) -> frozenset[str]:
+    """Return a set of texts, none of them empty."""
+    texts = checks.texts(name, value)
+    if not all(texts):
+        raise ConfigError(f"{name} holds an empty text; leave it out.")
+    return frozenset(texts)
+
+
+def _key_experts(name: str, value: Any) -> dict[str, frozenset[str]]:
+    """Return the names of experts by key; no message shows a key."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name} is a {type(value).__name__}, not a mapping of keys to names of experts."
+        )
+    return {key: _texts(f"{name}[...]", names) for key, names in value.items()}
+
+
+SETTINGS: dict[str, Check] = {
+    "hosts": _texts,
+    "origins": _texts,
+    "aliases": _texts,
+    "api_keys": checked_keys,
+    "key_experts": _key_experts,
+    "admin_keys": checked_keys,
+}
+"""Type and range of each field of `Settings`."""

@@ -3,6 +3,7 @@ start.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -133,6 +134,52 @@ def test_a_limited_key_is_a_users_and_no_administrators(admin_keys: frozenset[st
         Settings(
             api_keys=api_keys, admin_keys=admin_keys, key_experts={"limited": frozenset({"shop"})}
         )
+
+
+@pytest.mark.parametrize("field", ["api_keys", "admin_keys"])
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("sk-s3cret", "is a str, not a collection of keys"),
+        (b"sk-s3cret", "is a bytes, not"),
+        ({"sk-s3cret": ["shop"]}, "is a dict, not"),
+        (None, "is a NoneType, not"),
+        ({""}, "a key is empty"),
+        ({" sk-s3cret"}, "white space"),
+        ({None}, "is no text"),
+        ({"sk-s3cret\u00e9"}, "the key has characters"),
+    ],
+)
+def test_settings_hold_keys_and_nothing_else(field: str, value: Any, complaint: str) -> None:
+    """One text would make each of its characters a key, and an empty key opens the server."""
+    with pytest.raises(ConfigError) as refusal:
+        Settings(**{field: value})
+    assert str(refusal.value).startswith(field)
+    assert complaint in str(refusal.value)
+    assert "s3cret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ({"s3cret": "shop"}, "must be a list of texts"),
+        ({"s3cret": None}, "must be a list of texts"),
+        ({"s3cret": [""]}, "holds an empty text"),
+        ([("s3cret", ["shop"])], "is a list, not a mapping"),
+    ],
+)
+def test_settings_hold_names_of_experts_by_key(value: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^key_experts.*{complaint}") as refusal:
+        Settings(api_keys=frozenset({"s3cret"}), key_experts=value)
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_settings_take_any_collection_of_keys() -> None:
+    collections: Any = {"api_keys": ["a", "b"], "key_experts": {"a": ["shop"]}, "admin_keys": {"c"}}
+    settings = Settings(**collections)
+    assert settings.api_keys == frozenset({"a", "b"})
+    assert settings.key_experts == {"a": frozenset({"shop"})}
+    assert settings.admin_keys == frozenset({"c"})
 
 
 @given(st.lists(st.builds(Permissions, st.sampled_from(["admin", "user"]), LISTS), max_size=8))

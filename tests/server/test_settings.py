@@ -1,11 +1,13 @@
 """Settings for clients: pages of other sites, the model's names, and its default sampling."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from live_server import Live, live
 from transformers import GenerationConfig
 
+from deepseek.errors import ConfigError
 from deepseek.server.settings import Settings
 
 SITE = "https://chat.example"
@@ -119,3 +121,11 @@ def test_the_models_own_sampling_is_the_default(open_server: Live) -> None:
         assert len(texts()) == 1
     finally:
         model.generation_config = before
+
+
+@pytest.mark.parametrize("field", ["hosts", "origins", "aliases"])
+@pytest.mark.parametrize("value", ["chat.example", None, {""}, {5}])
+def test_a_set_of_texts_holds_texts(field: str, value: Any) -> None:
+    """One text would be taken for a set of letters."""
+    with pytest.raises(ConfigError, match=field):
+        Settings(**{field: value})
