@@ -8,6 +8,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.routing import Route
 
+from deepseek import checks
 from deepseek.engine.engine import Engine
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.errors import ApiError, ErrorBody, documented, install
@@ -104,7 +106,16 @@ def create_app(
             ("loading") until `app.state.service.attach` is called.
         settings: the server's settings; default: `Settings()`.
         lesson: an expert to train as soon as an engine is attached; default: none.
+
+    Raises:
+        ConfigError: an argument has a wrong type.
     """
+    for name, value, kind in (
+        ("engine", engine, Engine),
+        ("settings", settings, Settings),
+        ("lesson", lesson, TeachRequest),
+    ):
+        checks.optional(partial(checks.instance, kind=kind))(name, value)
     service = Service(settings or Settings())
     if engine is not None:
         service.attach(engine)

@@ -111,7 +111,7 @@ def serve(
     """
     choose_dtype(dtype, choose_device(device))  # a wrong one must not wait for the loading thread
     settings = replace(
-        settings or Settings(), model=Path(model).name, base=str(model), device=device
+        settings or Settings(), model=Path(model).name, base=str(model), device=str(device)
     )
     configure(settings.log_level)
     locked = None if lock is None else read_lock(Path(lock), lock_trusted)

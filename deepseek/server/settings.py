@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any
+from typing import Any, get_args
 
 from deepseek import checks
 from deepseek.checkpoint.store import home
@@ -48,9 +49,9 @@ class Settings:
         secret: secret from which session cookies are derived; replicas of one server share it.
 
     Raises:
-        ConfigError: a set of texts is something else, such as one text, or holds an empty one, a
-            key cannot be sent in a header, or a key in `key_experts` is not among the `api_keys`,
-            or is an admin key too.
+        ConfigError: a field has a wrong type or is out of range, a set of texts holds an empty one,
+            a key cannot be sent in a header, or a key in `key_experts` is not among the
+            `api_keys`, or is an admin key too.
     """
 
     model: str = "smollm2-135m"
@@ -101,12 +102,34 @@ def _key_experts(name: str, value: Any) -> dict[str, frozenset[str]]:
     return {key: _texts(f"{name}[...]", names) for key, names in value.items()}
 
 
+def _secret(name: str, value: Any) -> str:
+    """Return a secret; no message shows it."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a text that is not empty; leave it out to draw one.")
+    return value
+
+
 SETTINGS: dict[str, Check] = {
+    "model": checks.text,
+    "base": checks.text,
+    "device": checks.text,
+    "host": checks.text,
+    "port": partial(checks.whole, least=0, most=65535),
     "hosts": _texts,
     "origins": _texts,
     "aliases": _texts,
     "api_keys": checked_keys,
     "key_experts": _key_experts,
     "admin_keys": checked_keys,
+    "experts_folder": checks.path,
+    "teach_root": checks.optional(checks.path),
+    "preferences": checks.path,
+    "max_body": checks.positive,
+    "max_upload": checks.positive,
+    "request_seconds": partial(checks.number, above=0),
+    "answer_tokens": checks.positive,
+    "infill_passages": partial(checks.whole, least=0),
+    "log_level": checks.optional(partial(checks.choice, valid=get_args(LogLevel))),
+    "secret": _secret,
 }
 """Type and range of each field of `Settings`."""

@@ -1,6 +1,7 @@
 """Settings for clients: pages of other sites, the model's names, and its default sampling."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from live_server import Live, live
 from transformers import GenerationConfig
 
 from deepseek.errors import ConfigError
+from deepseek.server.app import create_app
 from deepseek.server.settings import Settings
 
 SITE = "https://chat.example"
@@ -129,3 +131,46 @@ def test_a_set_of_texts_holds_texts(field: str, value: Any) -> None:
     """One text would be taken for a set of letters."""
     with pytest.raises(ConfigError, match=field):
         Settings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", 5),
+        ("base", Path("base")),
+        ("device", None),
+        ("host", None),
+        ("port", "8000"),
+        ("port", 65536),
+        ("max_body", "4"),
+        ("max_upload", 0),
+        ("request_seconds", "x"),
+        ("request_seconds", 0),
+        ("answer_tokens", 0),
+        ("infill_passages", -1),
+        ("log_level", "loud"),
+        ("experts_folder", None),
+        ("teach_root", 5),
+        ("preferences", ""),
+        ("secret", ""),
+    ],
+)
+def test_a_wrong_value_is_refused_before_the_server_starts(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}\b"):
+        Settings(**{field: value})
+
+
+def test_a_path_may_be_a_text() -> None:
+    paths: Any = {"experts_folder": "packs", "teach_root": "text", "preferences": "pairs.db"}
+    settings = Settings(**paths)
+    assert settings.experts_folder == Path("packs")
+    assert settings.teach_root == Path("text")
+    assert settings.preferences == Path("pairs.db")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"engine": "smollm2-135m"}, {"engine": Settings()}, {"settings": 5}]
+)
+def test_an_application_takes_an_engine_and_settings(arguments: Any) -> None:
+    with pytest.raises(ConfigError, match="must be of class"):
+        create_app(**arguments)
