@@ -13,7 +13,8 @@ from deepseek.engine.sequence import ActiveSequence
 class Generation:
     """A running request.
 
-    Iterate over its `TokenEvent`s from one thread (`for`) or one coroutine (`async for`).
+    Iterate over its `TokenEvent`s from one thread (`for`) or one coroutine (`async for`). A loop
+    that is left early loses no event: the next one goes on where it ended.
 
     Args:
         sequence: the request's state in the engine.
@@ -43,12 +44,23 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Yield events as they arrive, without blocking the event loop.
 
-        Leaving the loop early does not cancel the request; call `cancel` for that.
+        Leaving the loop early does not cancel the request; call `cancel` for that. Another loop,
+        here or in a thread, goes on with the next event.
         """
-        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self.subscribe(queue.put_nowait)
+        arrived = asyncio.Event()
+        wake = _caller_in_loop(arrived.set)
+
+        def put_and_wake(event: TokenEvent) -> None:
+            self._events.append(event)
+            wake()
+
+        with self._arrived:
+            self._put = put_and_wake
         while not self._over:
-            event = await queue.get()
+            while not self._events:
+                arrived.clear()  # only this event loop sets it, so nothing comes in between
+                await arrived.wait()
+            event = self._events.popleft()
             self._over = event.finish_reason is not None
             yield event
 
@@ -60,13 +72,7 @@ class Generation:
         Args:
             put: takes one event and must not block.
         """
-        loop = asyncio.get_running_loop()
-
-        def put_in_loop(event: TokenEvent) -> None:
-            # A closed event loop raises RuntimeError; then nobody waits for the event.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(put, event)
-
+        put_in_loop = _caller_in_loop(put)
         with self._arrived:
             while self._events:
                 put_in_loop(self._events.popleft())
@@ -107,3 +113,15 @@ class Generation:
             if event.finish_reason is not None:
                 self._put = self._sequence.deliver = self._events.append
             self._arrived.notify()
+
+
+def _caller_in_loop(function: Callable[..., object]) -> Callable[..., None]:
+    """Return a function for any thread that has `function` called in the running event loop."""
+    loop = asyncio.get_running_loop()
+
+    def call(*arguments: object) -> None:
+        # A closed event loop raises RuntimeError; then nobody waits for the event.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(function, *arguments)
+
+    return call
