@@ -2,9 +2,7 @@
 unplugged.
 """
 
-import logging
-import threading
-import time
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepseek import checks
-from deepseek.device.memory import is_out_of_memory, out_of_memory, release
 from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.generation import Generation
@@ -21,6 +18,7 @@ from deepseek.engine.runners import reference_runner
 from deepseek.engine.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
 from deepseek.engine.sequence import ActiveSequence, activate
 from deepseek.engine.vocabulary import Vocabulary
+from deepseek.engine.worker import Worker
 from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
 from deepseek.model.experts.arming import ArmingValue
@@ -28,15 +26,7 @@ from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.packs.pack import ExpertPack
 from deepseek.runner import Runner
 
-LESS_MEMORY = (
-    "send shorter or fewer requests at once, or start the server with a lower --max-running or "
-    "--cache-gib"
-)
-"""What to do when the device is out of memory."""
-
 STOPPED = "The engine takes no more requests; start another one."
-
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -103,11 +93,10 @@ class Engine:
             max_running=max_running,
             prefill_chunk=prefill_chunk,
         )
-        self._changed = threading.Condition()
-        self._draining = self._closed = False
-        self._seconds = 0.0
-        self._worker = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._worker.start()
+        self._draining = False
+        self._worker = Worker(self._scheduler, model)
+        # An engine that nobody closed would keep its thread, and so the model, for ever.
+        weakref.finalize(self, self._worker.abandon).atexit = False
 
     def submit(self, request: Request) -> Generation:
         """Queue a request and return its stream of events.
@@ -231,7 +220,7 @@ class Engine:
             ahead: number of requests before them.
         """
         finished_count = self._scheduler.finished.total()
-        seconds_per_request = self._seconds / finished_count if finished_count else 1.0
+        seconds_per_request = self._worker.seconds / finished_count if finished_count else 1.0
         return QueueFullError(ahead, min(max(1.0, ahead * seconds_per_request), 60.0))
 
     def _check_memory(self, sequence: ActiveSequence | ActiveEmbedding, tokens: int) -> None:
@@ -260,13 +249,13 @@ class Engine:
             QueueFullError, EngineStoppedError: see `check_open`, or not all have a place.
         """
         scheduler = self._scheduler
-        with self._changed:
+        with self._worker.changed:
             self.check_open()
             ahead = len(scheduler.waiting) + len(scheduler.running)
             if ahead + len(sequences) > self.max_requests:
                 raise self._full(ahead)
             scheduler.waiting.extend(sequences)
-            self._changed.notify_all()
+            self._worker.changed.notify_all()
 
     def plug(self, source: str | Path | ExpertPack, *, in_place: bool = False) -> ExpertInfo:
         """Plug an expert for requests submitted from now on (see `ExpertSet.plug`).
@@ -330,7 +319,7 @@ class Engine:
             completion_tokens=scheduler.completion_tokens,
             finished=dict(scheduler.finished),
             steps=scheduler.steps,
-            step_seconds=self._seconds,
+            step_seconds=self._worker.seconds,
             expert_bytes=scheduler.weights.nbytes,
             expert_loads=scheduler.weights.loads,
         )
@@ -345,56 +334,17 @@ class Engine:
             Whether all requests finished in time.
         """
         checks.optional(partial(checks.number, least=0))("timeout", timeout)
-        with self._changed:
+        with self._worker.changed:
             self._draining = True
-            return self._changed.wait_for(lambda: self._scheduler.idle, timeout)
+            return self._worker.changed.wait_for(lambda: self._scheduler.idle, timeout)
 
     def close(self) -> None:
         """Cancel all requests and stop the engine's thread. Further calls do nothing."""
-        with self._changed:
-            self._draining = self._closed = True
-            self._changed.notify_all()
-        self._worker.join()
+        self._draining = True
+        self._worker.close()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _fail(self, error: Exception) -> None:
-        """End the running sequences, whose states are inconsistent after a failed step.
-
-        If memory ran out, drop the prefix cache too, so that the next request fits.
-        """
-        reason = f"{type(error).__name__}: {error}"
-        memory_is_full = is_out_of_memory(error)
-        if memory_is_full:
-            reason = f"the {out_of_memory(error)}; {LESS_MEMORY}"
-            self._scheduler.prefixes.shrink(0)
-        for sequence in list(self._scheduler.running):
-            self._scheduler.end(sequence, "error", reason)
-        if memory_is_full:
-            release(self.model.device)
-
-    def _run(self) -> None:
-        """Run steps while there is work, until the engine is closed."""
-        while True:
-            with self._changed:
-                self._changed.notify_all()  # a step has ended
-                self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
-                if self._closed:
-                    break
-            started = time.perf_counter()
-            try:
-                self._scheduler.step()
-            except Exception as error:  # fail the batch, keep the engine running
-                log.exception("a step failed")
-                try:
-                    self._fail(error)
-                except Exception:  # for example, the device has failed
-                    log.exception("memory was not freed after a failed step")
-            self._seconds += time.perf_counter() - started
-        self._scheduler.end_all("cancelled")
-        with self._changed:
-            self._changed.notify_all()

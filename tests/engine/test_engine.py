@@ -361,7 +361,7 @@ def test_an_error_after_an_error_does_not_end_the_engine(
             if memory == "of a state":
                 patch.setattr(TorchState, "close", fail)
             else:
-                patch.setattr("deepseek.engine.engine.release", fail)
+                patch.setattr("deepseek.engine.worker.release", fail)
             for generation in engine.submit_all([LONG] * 3):
                 event = list(generation)[-1]
                 assert event.finish_reason == "error"
