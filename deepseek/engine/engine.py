@@ -27,6 +27,10 @@ from deepseek.packs.pack import ExpertPack
 from deepseek.runner import Runner
 
 STOPPED = "The engine takes no more requests; start another one."
+NOT_HERE = (
+    "The engine's thread does not run in this process, because a fork copies no threads; start an "
+    "engine in the new process."
+)
 
 
 class Engine:
@@ -110,7 +114,7 @@ class Engine:
         Raises:
             QueueFullError: the queue is full; the error carries the number of seconds to wait
                 before a retry.
-            EngineStoppedError: the engine is draining or closed.
+            EngineStoppedError: the engine is draining or closed, or this is a forked process.
             ConfigError: the request can never run: it is too long for the model or for
                 `cache_bytes`, has token ids outside the vocabulary, its grammar does not compile,
                 or its experts need more memory at once than the budget has.
@@ -159,10 +163,12 @@ class Engine:
 
         Raises:
             QueueFullError: the queue is full.
-            EngineStoppedError: the engine is draining or closed.
+            EngineStoppedError: the engine is draining or closed, or this is a forked process.
         """
         if self._draining:
             raise EngineStoppedError(STOPPED)
+        if not self._worker.is_alive:
+            raise EngineStoppedError(NOT_HERE)
         waiting = len(self._scheduler.waiting)
         if waiting >= self._max_waiting:
             raise self._full(waiting)
@@ -195,7 +201,7 @@ class Engine:
             ConfigError: there is no text, a text has no ids, more than the model's context, or ids
                 outside the vocabulary, or it does not fit into `cache_bytes`.
             QueueFullError: the queue is full.
-            EngineStoppedError: the engine is draining or closed.
+            EngineStoppedError: the engine is draining or closed, or this is a forked process.
         """
         context = context_length(self.model)
         if not texts:
