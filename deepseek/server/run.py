@@ -105,10 +105,12 @@ def serve(
             not with `replicas`.
 
     Raises:
-        ConfigError: the address is taken, or reachable by others without a key.
+        ConfigError: the address is taken, or reachable by others without a key, or an event loop
+            runs in this thread.
         DeviceError: there is no such device, or it has too little memory.
         HubError, CheckpointError, PackError: the model or an expert cannot be loaded.
     """
+    refuse_running_loop()
     choose_dtype(dtype, choose_device(device))  # a wrong one must not wait for the loading thread
     settings = replace(
         settings or Settings(), model=Path(model).name, base=str(model), device=str(device)
@@ -169,6 +171,20 @@ def serve(
     announce(url)
     server.run(sockets=[listener])
     server.close()
+
+
+def refuse_running_loop() -> None:
+    """Raise `ConfigError` if an event loop runs in this thread, as in a notebook: the server runs
+    one of its own, and would find out only after the model began to load.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise ConfigError(
+        "serve() runs an event loop, but this thread runs one already, as notebooks do; use "
+        "`deepseek serve` in a terminal, or give create_app(engine) to a server in this loop."
+    )
 
 
 def as_function(experts: Packs | Callable[[], Packs]) -> Callable[[], Packs]:

@@ -1,5 +1,6 @@
 """The server as an operator sees it: permissions, limits, metrics, teaching, start and shutdown."""
 
+import asyncio
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from deepseek.packs.pack import read_pack
 from deepseek.server.errors import without_paths
 from deepseek.server.guard import Guard
 from deepseek.server.prompt import time_limit
-from deepseek.server.run import listen
+from deepseek.server.run import listen, serve
 from deepseek.server.schema import TeachRequest, Tool
 from deepseek.server.settings import Settings
 from deepseek.server.tools import Calling
@@ -760,6 +761,18 @@ def test_addresses_are_checked_before_anything_is_loaded() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"Port {port} .* is taken"):
             listen(Settings(port=port))
+
+
+def test_a_server_in_a_running_event_loop_is_refused_before_anything_is_loaded() -> None:
+    """A notebook runs one."""
+
+    async def cell() -> None:
+        serve("no-such-model", settings=Settings(port=0), announce=announced.append)
+
+    announced: list[str] = []
+    with pytest.raises(ConfigError, match=r"`deepseek serve` in a terminal, or .* create_app"):
+        asyncio.run(cell())
+    assert not announced
 
 
 @pytest.fixture(scope="module")
