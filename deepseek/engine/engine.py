@@ -119,6 +119,7 @@ class Engine:
                 `cache_bytes`, has token ids outside the vocabulary, its grammar does not compile,
                 or its experts need more memory at once than the budget has.
             PackError: the request names an expert that is not plugged.
+            GrammarCompilerError: the request has a grammar, and none can be compiled here.
         """
         checks.instance("request", request, Request)
         return self.submit_all([request])[0]
@@ -134,7 +135,7 @@ class Engine:
 
         Raises:
             ConfigError: there are more than `max_requests`, or one can never run (see `submit`).
-            QueueFullError, EngineStoppedError, PackError: see `submit`.
+            QueueFullError, EngineStoppedError, PackError, GrammarCompilerError: see `submit`.
         """
         checks.sequence("requests", requests, partial(checks.instance, kind=Request), "requests")
         if len(requests) > self.max_requests:

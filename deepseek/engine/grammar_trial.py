@@ -6,6 +6,7 @@ other process has limits of time, memory and stack; this module is also its prog
 """
 
 import json
+import os
 import resource
 import select
 import subprocess
@@ -75,14 +76,16 @@ class Trial:
         """Return the running process.
 
         Raises:
-            RuntimeError: it does not start; this is not cached.
+            GrammarCompilerError: it does not start; this is not cached.
         """
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__))],
+                # Without -P the folder of this file is searched first. Otherwise the process finds
+                # the same packages as this one, those of PYTHONPATH and of the user included.
+                [sys.executable, "-P", str(Path(__file__))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 text=True,
             )
             try:
@@ -90,16 +93,26 @@ class Trial:
             except TimeoutError:
                 line = ""
             if not line:
-                self.stop()
-                raise RuntimeError("The compiler of grammars does not start.")
+                # The other process needs this module alone, and the package would load torch there.
+                from deepseek.engine.request import GrammarCompilerError
+
+                complaints = self.stop().strip().splitlines() or ["it gives no reason"]
+                raise GrammarCompilerError(
+                    f"The process that compiles grammars does not start ({complaints[-1]}); check "
+                    "that `python -P -c 'import llguidance'` works in this environment."
+                )
         return self._process
 
-    def stop(self) -> None:
-        """End the other process; the next grammar starts it again."""
+    def stop(self) -> str:
+        """End the other process, and return what it wrote to its standard error while it started;
+        the next grammar starts it again.
+        """
+        complaints = ""
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            _, complaints = self._process.communicate()
         self._process = None
+        return complaints
 
 
 def _line(process: subprocess.Popen[str], seconds: float) -> str:
@@ -130,6 +143,8 @@ def answer_all() -> None:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Nobody reads the pipe after the start, and panics of llguidance would fill it.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     threading.stack_size(STACK)
     answering = threading.Thread(target=answer_all)
     answering.start()

@@ -37,6 +37,10 @@ class EngineStoppedError(UserError):
     """The engine is draining or closed and takes no more requests."""
 
 
+class GrammarCompilerError(UserError):
+    """Grammars cannot be compiled here, whatever they are."""
+
+
 @dataclass(frozen=True)
 class ExpertChoice:
     """The plugged experts that may fire in one request.

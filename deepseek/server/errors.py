@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from deepseek.engine.request import EngineStoppedError, QueueFullError
+from deepseek.engine.request import EngineStoppedError, GrammarCompilerError, QueueFullError
 from deepseek.errors import UserError
 from deepseek.packs.manifest import printable
 from deepseek.server.field_errors import field_error
@@ -271,6 +271,8 @@ CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
     EngineStoppedError: lambda _: ApiError(
         503, "The server is shutting down; ask another one.", code="draining"
     ),
+    # No fault of the client's grammar.
+    GrammarCompilerError: lambda error: ApiError(500, str(error), code="internal_error"),
     UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
     RequestValidationError: lambda error: explained(error.errors(), error.body),
     # A request of another API that has no equivalent in ours.

@@ -5,6 +5,7 @@ ends the process, fails later or takes long.
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny_model
 
 from deepseek.engine import grammar_trial
-from deepseek.engine.request import Grammar
+from deepseek.engine.request import Grammar, GrammarCompilerError
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError
 
@@ -129,7 +130,20 @@ def test_a_process_that_does_not_start_is_tried_again(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(grammar_trial, "START_SECONDS", 0.0)
-        with pytest.raises(RuntimeError, match="does not start"):
+        with pytest.raises(GrammarCompilerError, match="does not start"):
+            trial.complaint("start: /a/")
+    assert trial.complaint("start: /a/") == ""
+
+
+def test_the_process_finds_the_packages_of_this_one_and_its_failure_is_quoted(
+    trial: grammar_trial.Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llguidance.py").write_text("raise ImportError('built for another Python')\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(
+            GrammarCompilerError, match=r"\(ImportError: built for another Python\)"
+        ):
             trial.complaint("start: /a/")
     assert trial.complaint("start: /a/") == ""
 
