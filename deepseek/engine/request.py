@@ -22,6 +22,7 @@ class QueueFullError(UserError):
     """The queue is full.
 
     Attributes:
+        waiting: number of requests that are running or waiting.
         retry_after: estimated number of seconds until a retry can succeed.
     """
 
@@ -30,7 +31,12 @@ class QueueFullError(UserError):
             f"{waiting} requests are running or waiting already; try again in "
             f"{math.ceil(retry_after)} s."
         )
+        self.waiting = waiting
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[int, float]]:
+        # By default an exception is copied, or sent to another process, by its message alone.
+        return type(self), (self.waiting, self.retry_after)
 
 
 class EngineStoppedError(UserError):

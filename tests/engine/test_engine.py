@@ -1,6 +1,7 @@
 """The engine's output equals the model's, whatever else runs, is plugged or cached."""
 
 import asyncio
+import copy
 import gc
 import threading
 import time
@@ -302,8 +303,13 @@ def test_requests_are_taken_together_or_not_at_all(monkeypatch: pytest.MonkeyPat
         step = engine._scheduler.step
         monkeypatch.setattr(engine._scheduler, "step", lambda: gate.wait(60) and step())
         held = engine.submit_all([request] * 4)  # more than the queue holds
-        with pytest.raises(QueueFullError, match="4 requests are running or waiting already"):
+        with pytest.raises(
+            QueueFullError, match="4 requests are running or waiting already"
+        ) as full:
             engine.submit_all([request] * 2)
+        copied = copy.copy(full.value)  # as for another process
+        assert str(copied) == str(full.value)
+        assert (copied.waiting, copied.retry_after) == (4, full.value.retry_after)
         with pytest.raises(QueueFullError):
             engine.submit(request)
         assert engine.stats().waiting == 4
