@@ -22,6 +22,18 @@ MEMORY = DEVICES / "shm"
 """File system in memory, the one place below `DEVICES` for files."""
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` replaced; it stays relative, and links are not followed.
+
+    Raises:
+        ConfigError: there is no such user, or the path is impossible.
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path} is no possible path ({error}); check it.") from None
+
+
 def located(path: str | Path) -> Path:
     """Return an absolute path, with `~` and links resolved as far as they exist.
 
@@ -29,7 +41,7 @@ def located(path: str | Path) -> Path:
         ConfigError: there is no such user, the links form a loop, or the path is impossible.
     """
     try:
-        return Path(path).expanduser().resolve()
+        return expanded(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is no possible path ({error}); check it.") from None
 

@@ -253,11 +253,11 @@ def keygen(
     """Make a key pair for signing packs: NAME.pem, the private key, and NAME.pub, the public key
     for others to trust.
     """
-    from deepseek.checkpoint.files import writable_folder
+    from deepseek.checkpoint.files import expanded, writable_folder
     from deepseek.packs.signature import keygen as make_keys
 
     if folder is not None:
-        writable_folder(folder)
+        writable_folder(expanded(folder))
     private, public = make_keys(name, folder)
     echo(f"private key (keep it): {private}")
     echo(f"public key (give it away): {public}")

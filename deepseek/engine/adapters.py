@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek import checks
+from deepseek.checkpoint.files import expanded
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.store import read_json
@@ -71,12 +72,12 @@ def import_adapter(
     adapter = read_adapter(folder)
     signing_key = None if key is None else load_key(Path(key))
     model_folder = resolve(base)
-    title = _name_of(Path(folder)) if name is None else name
+    title = _name_of(expanded(folder)) if name is None else name
     description = BaseDescription.of(model_folder, model_name(base))
     pack = _pack(adapter, title, description, licence, domain, auto)
     assert isinstance(pack.manifest, LoraManifest)
     match_sites(pack.manifest, linear_layers(_skeleton(model_folder)))
-    path = experts_folder() / f"{title}{SUFFIX}" if out is None else Path(out)
+    path = experts_folder() / f"{title}{SUFFIX}" if out is None else expanded(out)
     if path.exists():
         _check_same(path, pack)
         if signing_key is None:

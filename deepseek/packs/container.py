@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deepseek.checkpoint.files import expanded
 from deepseek.errors import PackError
 from deepseek.packs.manifest import DtypeName, TensorSpec, parse_json, printable
 
@@ -44,12 +45,14 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
     """Open a regular file for reading, without following a symbolic link or blocking on a pipe.
 
     Args:
-        path: file to open.
+        path: file to open; `~` stands for the home folder.
         max_bytes: size of the largest file to accept.
 
     Raises:
+        ConfigError: there is no such user.
         PackError: the path is missing, is no regular file, is too large or cannot be opened.
     """
+    path = expanded(path)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek import checks
+from deepseek.checkpoint.files import expanded
 from deepseek.checkpoint.store import home
 from deepseek.errors import CheckpointError, ConfigError, PackError
 from deepseek.registry import nearest
@@ -185,6 +186,7 @@ def find_pack(name_or_path: str | Path, folder: Path | None = None) -> Path:
     """
     path = checks.path("expert", name_or_path)
     if path.suffix == SUFFIX or len(path.parts) > 1:
+        path = expanded(path)
         if path.is_file():
             return path
         raise PackError(

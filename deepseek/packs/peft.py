@@ -17,6 +17,7 @@ import regex
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.checkpoint.files import expanded
 from deepseek.checkpoint.store import file_digest
 from deepseek.errors import PackError
 from deepseek.packs.lora import MAX_RANK, MAX_SITES
@@ -103,7 +104,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         PackError: a file is missing or damaged, or the adapter is of a kind that is not supported;
             the message names the folder and the first reason.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         config = _read_config(folder)
         _check_config(config)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from deepseek.checkpoint.files import is_special
+from deepseek.checkpoint.files import expanded, is_special
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
 from deepseek.packs.manifest import Signature
@@ -45,7 +45,7 @@ def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
     """
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise PackError(f"key name {name!r} must consist of letters, digits, - and _.")
-    folder = folder or trust_folder()
+    folder = trust_folder() if folder is None else expanded(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     private = folder / f"{name}.pem"
     public = folder / f"{name}.pub"
@@ -72,6 +72,7 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         PackError: the file cannot be read, is accessible to other users, or is not an unencrypted
             Ed25519 key.
     """
+    path = expanded(path)
     if len(path.parts) == 1 and not path.exists():
         path = trust_folder() / f"{path.name.removesuffix('.pem')}.pem"
     if is_special(path):

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from deepseek.checkpoint.files import expanded
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
@@ -116,7 +117,7 @@ def serve(
         settings or Settings(), model=Path(model).name, base=str(model), device=str(device)
     )
     configure(settings.log_level)
-    locked = None if lock is None else read_lock(Path(lock), lock_trusted)
+    locked = None if lock is None else read_lock(expanded(lock), lock_trusted)
     if locked is not None:
         experts = locked_packs(locked, settings.experts_folder)
     if expert_gib is not None:

@@ -8,6 +8,7 @@ from secrets import token_urlsafe
 from typing import Any, get_args
 
 from deepseek import checks
+from deepseek.checkpoint.files import expanded
 from deepseek.checkpoint.store import home
 from deepseek.checks import Check
 from deepseek.errors import ConfigError
@@ -102,6 +103,11 @@ def _key_experts(name: str, value: Any) -> dict[str, frozenset[str]]:
     return {key: _texts(f"{name}[...]", names) for key, names in value.items()}
 
 
+def _path(name: str, value: Any) -> Path:
+    """Return a path, with `~` replaced."""
+    return expanded(checks.path(name, value))
+
+
 def _secret(name: str, value: Any) -> str:
     """Return a secret; no message shows it."""
     if not isinstance(value, str) or not value:
@@ -121,9 +127,9 @@ SETTINGS: dict[str, Check] = {
     "api_keys": checked_keys,
     "key_experts": _key_experts,
     "admin_keys": checked_keys,
-    "experts_folder": checks.path,
-    "teach_root": checks.optional(checks.path),
-    "preferences": checks.path,
+    "experts_folder": _path,
+    "teach_root": checks.optional(_path),
+    "preferences": _path,
     "max_body": checks.positive,
     "max_upload": checks.positive,
     "request_seconds": partial(checks.number, above=0),

@@ -172,3 +172,14 @@ def test_an_adapter_of_latent_attention_changes_its_own_request_alone(tmp_path: 
         expected = [event[1].logprob for event in one]
         assert [event[1].logprob for event in other] == pytest.approx(expected, abs=1e-4)
     assert len({tuple(event[0] for event in events) for events in alone}) > 1
+
+
+def test_a_pack_may_be_named_from_the_home_folder(
+    llama: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = Path("~/four.safetensors")
+    pack = import_adapter(adapters["one"], name="four", base=llama, out=path)
+    assert pack == tmp_path / "four.safetensors"
+    experts = load(llama, dtype="float32", experts=[str(path)]).model.experts
+    assert experts.plug(path, in_place=True).name == "four"

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from tiny_model import tiny_model
 
 from deepseek.checkpoint.licence import write_card
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.packs.kinds import KEY
+from deepseek.packs.library import find_pack
+from deepseek.packs.listing import read_manifest
 from deepseek.packs.manifest import BaseDescription, GateSettings, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.packs.policy import PackPolicy
@@ -155,6 +157,17 @@ def test_a_key_has_a_path_and_a_name(tmp_path, monkeypatch):
     assert len(set(sought)) == 1
     with pytest.raises(PackError, match="that `deepseek expert keygen` wrote"):
         load_key(Path("nobody"))
+
+
+def test_packs_and_keys_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    private, _ = keygen("me", Path("~/keys"))
+    assert private == tmp_path / "keys" / "me.pem"
+    write_pack(tmp_path / "p.safetensors", make_pack(), load_key(Path("~/keys/me.pem")))
+    assert find_pack("~/p.safetensors") == tmp_path / "p.safetensors"
+    assert read_pack("~/p.safetensors").manifest == read_manifest(Path("~/p.safetensors"))
+    with pytest.raises(ConfigError, match="no possible path"):
+        find_pack("~nobody-has-this-name/p.safetensors")
 
 
 def test_keys_are_private_and_never_overwritten(tmp_path):

@@ -161,9 +161,9 @@ def test_a_wrong_value_is_refused_before_the_server_starts(field: str, value: An
 
 
 def test_a_path_may_be_a_text() -> None:
-    paths: Any = {"experts_folder": "packs", "teach_root": "text", "preferences": "pairs.db"}
+    paths: Any = {"experts_folder": "~/packs", "teach_root": "text", "preferences": "pairs.db"}
     settings = Settings(**paths)
-    assert settings.experts_folder == Path("packs")
+    assert settings.experts_folder == Path.home() / "packs"
     assert settings.teach_root == Path("text")
     assert settings.preferences == Path("pairs.db")
 
