@@ -29,13 +29,19 @@ FOREIGN_KEYS = {
     "torch_dtype",
 }
 
+OLDER_ROTARY = {"rope_scaling", "rope_theta"}
+"""Older names of parts of `rope_parameters`."""
+
+ROTARY_FIELDS = {"rope_parameters", *OLDER_ROTARY}
+
 
 class ModelConfig(AttentionFields, PreTrainedConfig):
     """Architecture of a `DeepSeekModel`. Fields that Hugging Face also has keep its names.
 
-    A field that is not passed keeps its default. `from_pretrained(name, config=...)` takes it from
-    the checkpoint instead. An unknown or contradictory value raises `ConfigError`, which names the
-    field and the nearest valid one.
+    A field that is neither passed nor assigned later keeps its default.
+    `from_pretrained(name, config=...)` takes it from the checkpoint instead. An unknown or
+    contradictory value raises `ConfigError`, which names the field and the nearest valid one;
+    assigned fields must not contradict each other once a model is built.
 
     Backbone:
         vocab_size: number of token ids V.
@@ -207,6 +213,39 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
                 "leave it out."
             ) from None
         refuse_contradictions(self)
+        self._complete = True
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set a field. Once the config is complete, its check applies and it counts as given."""
+        if "_complete" not in self.__dict__:
+            super().__setattr__(key, value)
+            return
+        name = self.attribute_map.get(key, key)
+        if name in ROTARY_FIELDS:
+            names = self._set_rotary(name, value)
+        else:
+            names = {name} & field_names()
+            super().__setattr__(name, FIELDS[name](name, value) if name in FIELDS else value)
+        self.__dict__["_given"] = tuple(sorted(names.union(self._given)))
+
+    def _set_rotary(self, name: str, value: Any) -> set[str]:
+        """Set `rope_parameters`, or a part of them by its older name.
+
+        Returns:
+            The names of what was set: a base inside `rope_scaling` is one of its own.
+        """
+        names = {name}
+        ours = self.rope_parameters or {}
+        if name == "rope_theta":
+            value = {**ours, name: value}
+        parts = checks.optional(checks.mapping)(name, value) or {}
+        if name == "rope_scaling":
+            names |= OLDER_ROTARY & parts.keys()
+            parts = {key: ours[key] for key in OLDER_ROTARY & ours.keys()} | parts
+        context = self.max_position_embeddings
+        complete = type(self)(rope_parameters=parts, max_position_embeddings=context)
+        super().__setattr__("rope_parameters", complete.rope_parameters)
+        return names
 
     def _set_by_alias(self, alias: str, value: Any) -> None:
         """Set a field by its other name.
@@ -237,7 +276,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that the caller set explicitly, also by an alias, with their values."""
+        """The fields that were passed or assigned, also by an alias, with their values."""
         names = [name for name in self._given if name in field_names()]
         return {self.attribute_map.get(name, name): getattr(self, name) for name in names}
 
@@ -264,7 +303,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         """Return the `rope_parameters` of a checkpoint with the parts that were set on this config
         by their older names, `rope_theta` and `rope_scaling`; {} if neither was set.
         """
-        older = {"rope_theta", "rope_scaling"} & set(self._given)
+        older = OLDER_ROTARY.intersection(self._given)
         if not older or "rope_parameters" in self._given:
             return {}
         ours = self.rope_parameters or {}
@@ -282,7 +321,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
-        output.pop("_given", None)
+        for name in ("_complete", "_given"):
+            output.pop(name, None)
         return output
 
 

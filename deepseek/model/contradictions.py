@@ -35,7 +35,10 @@ def _validate_positions(config: Any) -> None:
     train_len = config.train_len
     longest = config.max_position_embeddings
     if config.rope_parameters is not None:
-        config.rope_parameters = check_rope(config.rope_parameters, kind)
+        rotary: dict[str, checks.Check] = {
+            "rope_parameters": lambda _, value: check_rope(value, kind)
+        }
+        checks.apply(rotary, config)
     if config.local_rope_theta is not None and (
         kind not in ROTARY or config.sliding_window is None
     ):

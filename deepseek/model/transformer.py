@@ -14,6 +14,7 @@ from deepseek import checks
 from deepseek.model.attention.capped import soft_cap
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
+from deepseek.model.contradictions import refuse_contradictions
 from deepseek.model.embedding import ScaledEmbedding
 from deepseek.model.experts import ExpertSet
 from deepseek.model.init import init_module
@@ -50,6 +51,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
     """Dtype of mixed precision (see `model/precision.py`); None: the fastest on the device."""
 
     def __init__(self, config: ModelConfig) -> None:
+        refuse_contradictions(config)  # fields may have been assigned since it was constructed
         super().__init__(config)
         embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
         self.embed_tokens: nn.Module = embedding(config.vocab_size, config.hidden_size)

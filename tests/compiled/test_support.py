@@ -118,7 +118,7 @@ def test_an_unsupported_value_means_the_reference_runner(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(model.config, field, COMPILED_REFUSES[field])
+    monkeypatch.setitem(vars(model.config), field, COMPILED_REFUSES[field])
     assert not supports(model)
     with caplog.at_level(logging.INFO, "deepseek.engine.start"):
         assert type(quickest_runner(model)) is TorchRunner
@@ -169,7 +169,7 @@ def test_a_graph_is_refused_with_the_reason(
     model: DeepSeekModel, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert graph.Graph(model).outputs[0] == "logits"
-    monkeypatch.setattr(model.config, field, GRAPH_REFUSES[field])
+    monkeypatch.setitem(vars(model.config), field, GRAPH_REFUSES[field])
     with pytest.raises(
         ConfigError, match=f"{field}={GRAPH_REFUSES[field]!r} .must be .* has no exported form"
     ):

@@ -1,5 +1,6 @@
 """`ModelConfig` under the habits of Hugging Face: shown, compared, completed, and loaded."""
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -98,3 +99,65 @@ def test_an_alias_overrides_the_field_of_a_checkpoint(alias: str, field: str) ->
     given = ModelConfig(**{alias: 4}).given
     assert given == {field: 4}
     assert getattr(ModelConfig(**{alias: 4}).merged_into(checkpoint), field) == 4
+
+
+def test_a_field_assigned_after_construction_is_as_good_as_a_passed_one(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    passed = ModelConfig(num_experts=4, expert_dim=16, num_experts_per_tok=2)
+    assigned = ModelConfig()
+    assigned.num_experts = 4
+    assigned.update({"expert_dim": 16, "num_experts_per_tok": 2})
+    assert assigned.given == passed.given
+    for config in (assigned, copy.deepcopy(assigned)):
+        model = deepseek.DeepSeekModel.from_pretrained(base, config=config)
+        assert model.config.max_experts == 2
+        assert model.sparse_layers == [0, 1, 2]
+    assigned.save_pretrained(tmp_path / "saved")
+    again = ModelConfig.from_pretrained(tmp_path / "saved")
+    assert again.to_dict() == assigned.to_dict()
+    assert not {"_given", "_complete"} & assigned.to_dict().keys()
+    assert ModelConfig.from_dict(SHAPE, use_cache=False).given == {**SHAPE, "use_cache": False}
+
+
+def test_an_assigned_value_is_checked(tmp_path: Path) -> None:
+    config = ModelConfig(**SHAPE)
+    with pytest.raises(ConfigError, match="num_experts=-1"):
+        config.num_experts = -1
+    with pytest.raises(ConfigError, match="max_position_embeddings='long'"):
+        config.max_len = "long"
+    assert config.given == SHAPE
+    config.attention = "lhs"
+    with pytest.raises(ConfigError, match="attention='lhs' is unknown; perhaps 'lsh'"):
+        deepseek.DeepSeekModel(config)
+    config = ModelConfig()
+    config.attention = "lhs"
+    with pytest.raises(ConfigError, match="attention='lhs' is unknown; perhaps 'lsh'"):
+        deepseek.DeepSeekModel.from_pretrained(save_base(tmp_path), config=config)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_theta", 500.0),
+        ("rope_scaling", LINEAR),
+        ("rope_scaling", {"type": "linear", "factor": 4.0, "rope_theta": 500.0}),
+        ("rope_parameters", LINEAR),
+        ("rope_parameters", None),
+    ],
+)
+def test_rotary_parameters_are_assigned_by_all_their_names(name: str, value: Any) -> None:
+    passed = ModelConfig(**{name: value})
+    assigned = ModelConfig()
+    setattr(assigned, name, value)
+    checkpoint = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}}
+    assert assigned.rope_parameters == passed.rope_parameters
+    merged = assigned.merged_into(checkpoint).rope_parameters
+    assert merged == passed.merged_into(checkpoint).rope_parameters
+
+
+def test_building_a_model_sets_no_field() -> None:
+    config = ModelConfig(**SHAPE)
+    assert deepseek.DeepSeekModel(config).config.given.keys() - SHAPE.keys() <= {"dtype"}
