@@ -63,6 +63,7 @@ def load(
             has the range of fp32.
         stored: leave the matrices in the checkpoint's files and read them when they are used, for a
             runner that packs its own; default: load them. For our own families, without `config`.
+            Such a model cannot be saved; copy its folder instead.
         expert_bytes: budget in bytes for the weights of experts, which are then read when they are
             armed or chosen; the least recently used are evicted. Default: all stay in memory.
 

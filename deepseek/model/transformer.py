@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from deepseek import checks
+from deepseek.errors import ConfigError
 from deepseek.model.attention.capped import soft_cap
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
@@ -28,6 +29,7 @@ from deepseek.model.passes import begin
 from deepseek.model.positions import POSITIONS
 from deepseek.model.pretrained import load_pretrained
 from deepseek.model.prompt_experts import PromptExperts, pin
+from deepseek.model.stored import stored_matrices
 from deepseek.registry import pick
 
 
@@ -233,6 +235,19 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             assert isinstance(block, Block)
             total += block.state_bytes(length, self.dtype.itemsize)
         return total
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model to a folder (see `PreTrainedModel.save_pretrained`).
+
+        Raises:
+            ConfigError: the model's matrices are in the files of another folder.
+        """
+        if stored_matrices(self):
+            raise ConfigError(
+                "This model was loaded with stored=True, so its matrices are still in the files of "
+                f"{self.experts.base_folder}; copy that folder, or load the model without stored."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the state dict with each tied tensor under its first name only."""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 
 from deepseek.checkpoint.stream import FILE_BYTES, TensorFiles, TensorWriter
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.quantize import quantize_model
 from deepseek.model.pretrained import load_stored
 from deepseek.model.stored import StoredEmbedding, StoredLinear, stored_matrices
@@ -62,6 +62,13 @@ def test_an_embedding_keeps_its_scale_and_a_head_of_its_own_is_stored(tmp_path, 
     loaded = DeepSeekModel.from_pretrained(folder, dtype="float32")
     assert stored.lm_head.stored is not stored.embed_tokens.stored
     assert torch.equal(stored(IDS).logits, loaded(IDS).logits)
+
+
+def test_a_stored_model_is_not_saved(folder, tmp_path):
+    """Its state dict lacks the matrices, which the written folder would lack too."""
+    with pytest.raises(ConfigError, match=f"still in the files of {folder}; copy that folder"):
+        load_stored(DeepSeekModel, folder).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_linear_layer_is_stored(folder):
