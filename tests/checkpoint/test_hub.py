@@ -10,11 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tiny_gguf
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+import torch
+from httpx import Request, Response
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tiny_expert import save_base
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
@@ -23,8 +26,9 @@ from deepseek.checkpoint.licence import copy_terms, read_licence
 from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.store import file_digest, temporary_path
 from deepseek.cli.pull import fetch
-from deepseek.errors import CheckpointError, HubError
+from deepseek.errors import CheckpointError, ConfigError, HubError
 from deepseek.model.presets import PRESETS
+from deepseek.model.transformer import DeepSeekModel
 
 
 @pytest.fixture(scope="session")
@@ -279,6 +283,76 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
         hub.resolve("owner/name")
     cached.append(converted)
     assert hub.resolve("owner/name") == converted
+
+
+def write_hub_cache(cache: Path, base: Path) -> dict[str, Path]:
+    """Write the hub client's cache with two revisions of a model; return their folders."""
+    repository = cache / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    folders = {}
+    for number, revision in enumerate(("main", "v2")):
+        commit = f"{number:040x}"
+        (repository / "refs" / revision).write_text(commit)
+        folder = repository / "snapshots" / commit
+        model = DeepSeekModel.from_pretrained(base)
+        torch.nn.init.constant_(model.norm.weight, 1.0 + number)
+        model.save_pretrained(folder)
+        folders[revision] = folder
+    return folders
+
+
+@pytest.mark.parametrize("loader", [DeepSeekModel, AutoModelForCausalLM])
+def test_the_options_of_the_hub_are_kept(
+    loader: type[DeepSeekModel] | type[AutoModelForCausalLM], tmp_path: Path
+) -> None:
+    folders = write_hub_cache(tmp_path / "cache", save_base(tmp_path / "base"))
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for revision, number in ((None, 1.0), ("main", 1.0), ("v2", 2.0)):
+        model = loader.from_pretrained("owner/name", revision=revision, **options)
+        assert model.norm.weight.unique().item() == number
+        assert model.experts.base_folder == folders[revision or "main"]
+
+
+def test_what_is_not_in_the_cache_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(HubError, match="has not been downloaded yet; leave local_files_only out"):
+        DeepSeekModel.from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_revision_and_token_reach_the_hub(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+
+    def model_info(_: object, name: str, **options: object) -> None:
+        calls.append(options)
+        if options.get("revision") == "v3":
+            raise RevisionNotFoundError("404", response=Response(404, request=Request("GET", "/")))
+
+    def snapshot(name: str, **options: object) -> str:
+        calls.append(options)
+        return str(converted)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    options = hub.HubOptions("v2", "secret", "downloads", force_download=True)
+    assert "secret" not in repr(options)
+    assert hub.resolve("owner/name", hub=options) == converted
+    assert calls[0] == {"timeout": 5, "revision": "v2", "token": "secret"}
+    wanted = {"revision": "v2", "token": "secret", "cache_dir": "downloads", "force_download": True}
+    assert wanted.items() <= calls[1].items()
+    with pytest.raises(HubError, match="'owner/name' has no revision 'v3'; give a branch"):
+        hub.resolve("owner/name", hub=hub.HubOptions("v3"))
+
+
+def test_only_the_hub_has_revisions(converted: Path, tmp_path: Path) -> None:
+    main = DeepSeekModel.from_pretrained(converted, revision="main", token="x", cache_dir=tmp_path)
+    assert main.config.name_or_path == str(converted)
+    for name in (str(converted), "smollm2-135m"):
+        with pytest.raises(HubError, match="is no hub id, so it has no revision 'v2'; leave"):
+            DeepSeekModel.from_pretrained(name, revision="v2")
+    with pytest.raises(ConfigError, match="revision=2 must be a text"):
+        DeepSeekModel.from_pretrained(converted, revision=2)
 
 
 @pytest.mark.parametrize("arrived", [[], ["model-00001-of-00009.safetensors"]])
