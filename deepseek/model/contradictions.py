@@ -5,6 +5,7 @@ from typing import Any
 from deepseek import checks
 from deepseek.errors import ConfigError
 from deepseek.model.rope_parameters import ROTARY, check_rope
+from deepseek.model.unread_arguments import refuse_attention_kind
 
 
 def refuse_contradictions(config: Any) -> None:
@@ -24,6 +25,7 @@ def refuse_contradictions(config: Any) -> None:
             f"head_dim={config.head_dim} must be a positive even number; set it, or choose a "
             f"hidden_size that {heads} heads divide evenly."
         )
+    refuse_attention_kind(config._attn_implementation)
     _validate_positions(config)
     _validate_attention(config)
     if config.num_experts:

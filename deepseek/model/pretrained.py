@@ -26,6 +26,7 @@ from deepseek.model.quantised import (
     restored,
 )
 from deepseek.model.stored import store_weights
+from deepseek.model.unread_arguments import refuse_attention_kind
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
@@ -334,6 +335,7 @@ def _generation_config(folder: Path, model: "DeepSeekModel") -> GenerationConfig
     path = folder / "generation_config.json"
     if path.exists():
         settings = read_object(path)
+        settings.pop("cache_implementation", None)  # Gemma's names a cache of the stock model
         try:
             return GenerationConfig.from_dict(settings)
         except (TypeError, ValueError, AttributeError, KeyError) as error:

@@ -30,6 +30,7 @@ from deepseek.model.positions import POSITIONS
 from deepseek.model.pretrained import load_pretrained
 from deepseek.model.prompt_experts import PromptExperts, pin
 from deepseek.model.stored import stored_matrices
+from deepseek.model.unread_arguments import refuse_cache_kind, refuse_unread
 from deepseek.registry import pick
 
 
@@ -146,16 +147,18 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss: the number of labels in all
                 micro-batches of an optimizer step, as Hugging Face's `Trainer` passes it; None: the
                 number of labels in this batch.
-            **kwargs: ignored; Hugging Face's callers pass them.
+            **kwargs: what callers pass to models of any family, if it changes nothing here (see
+                `model/unread_arguments.py`).
 
         Returns:
             `ModelOutput`; `loss` is set if `labels` are passed, in nats.
 
         Raises:
-            ConfigError: both or neither of ids and embeddings, an argument of a wrong shape, dtype
-                or range, armed experts with a cache that is not a `KVCache`, or several documents
-                in a row with past tokens.
+            ConfigError: both or neither of ids and embeddings, an unknown argument or one of a
+                wrong shape, dtype or range, armed experts with a cache that is not a `KVCache`, or
+                several documents in a row with past tokens.
         """
+        refuse_unread(kwargs, DeepSeekModel.forward, position_ids)
         cache = cache if cache is not None else past_key_values
         if (
             cache is None
@@ -269,6 +272,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
                 generation_config, model_kwargs, *args
             )
             return
+        refuse_cache_kind(generation_config.cache_implementation)
         # Hugging Face would create a plain DynamicCache, which cannot hold the gates' running
         # sums.
         if generation_config.use_cache is not False:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from deepseek import DeepSeekModel, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
@@ -164,6 +164,56 @@ def test_a_static_cache_is_refused(model: DeepSeekModel) -> None:
     with pytest.raises(ConfigError, match="slots that no token has filled"):
         model(ids, cache=StaticCache(model.config, max_cache_len=32))
     assert torch.equal(model(ids, cache=DynamicCache()).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"atention_mask": torch.ones(1, 3)}, "no argument 'atention_mask'; perhaps 'attention_m"),
+        ({"output_attentions": True}, "output_attentions=True is not supported"),
+        ({"is_causal": False}, "attention is causal; leave is_causal out"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "told apart by position_ids"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(
+    model: DeepSeekModel, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model(torch.tensor([[1, 2, 3]]), **arguments)
+
+
+def test_arguments_for_models_of_any_family_are_accepted(model: DeepSeekModel) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    positions = torch.tensor([[0, 1, 0]])
+    neutral = {"output_attentions": False, "is_causal": True, "token_type_ids": ids * 0}
+    assert torch.equal(model(ids, **neutral, cache_position=ids[0]).logits, model(ids).logits)
+    packed = model(ids, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 2, 3]))
+    assert torch.equal(packed.logits, model(ids, position_ids=positions).logits)
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
+def test_generate_has_a_cache_of_its_own(model: DeepSeekModel, kind: str) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ConfigError, match=f"cache_implementation='{kind}' is not supported"):
+        model.generate(ids, max_new_tokens=2, cache_implementation=kind)
+    with pytest.raises(ConfigError, match="never computed as a matrix"):
+        model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_a_cache_kind_of_the_checkpoint_is_left_out(model: DeepSeekModel, tmp_path: Path) -> None:
+    """Gemma's generation config names the cache of its stock model."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"cache_implementation": "hybrid"}')
+    loaded = DeepSeekModel.from_pretrained(tmp_path)
+    assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2).shape[1] > 3
+
+
+def test_another_attention_implementation_is_refused(model: DeepSeekModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    for loader in (DeepSeekModel, AutoModelForCausalLM):
+        with pytest.raises(ConfigError, match="attn_implementation='eager' is not supported"):
+            loader.from_pretrained(tmp_path, attn_implementation="eager")
+        assert loader.from_pretrained(tmp_path, attn_implementation="sdpa").config.num_experts == 8
 
 
 def test_a_cache_passed_to_generate_is_known_as_its_callers(model: DeepSeekModel) -> None:
