@@ -13,7 +13,8 @@ removed without a trace when it is unplugged. From a model's name to an answer:
     answer = model.generate(**prompt, max_new_tokens=64)
     model.experts.unplug(model.experts.list()[0].name)  # bit-identical to the base again
 
-Public names are imported at first use, so `import deepseek` is instant.
+Public names are imported at first use, so `import deepseek` is instant. Hugging Face's Auto classes
+know our models once `from deepseek import DeepSeekModel` has been run.
 """
 
 from importlib import import_module

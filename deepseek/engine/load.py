@@ -60,7 +60,7 @@ def load(
             `DeepSeekModel.from_pretrained`).
         device: "cpu", "cuda", "cuda:N" or "mps"; "auto" takes a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" takes the fastest one on the device that
-            has the range of fp32.
+            has the range of fp32, not the checkpoint's dtype, which "auto" means in Transformers.
         stored: leave the matrices in the checkpoint's files and read them when they are used, for a
             runner that packs its own; default: load them. For our own families, without `config`.
             Such a model cannot be saved; copy its folder instead.

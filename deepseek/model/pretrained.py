@@ -80,7 +80,7 @@ def load_pretrained(
         name_or_path: model name, folder or hub id.
         config: overrides of the checkpoint's config; None: use the checkpoint's.
         dtype: dtype of the weights and of mixed precision; None or "auto": the fastest on the
-            device.
+            device, whatever the checkpoint's.
         torch_dtype: older name of `dtype`.
         device_map: one device (see `choose_device`); None: the CPU.
         upcycle_seed: seed of the routed experts and routers of an upcycled model.

@@ -89,9 +89,10 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             config: overrides of the checkpoint's config. Fields that it does not set come from the
                 checkpoint. Default: None, use the checkpoint's config as it is.
             **kwargs: `dtype` (default "auto", the fastest dtype on the device: bf16 if the
-                processor has bf16 units, else fp32), `device_map` (a single device or "auto",
-                default CPU), `upcycle_seed` (default 0), and Hugging Face's hub arguments, which
-                are ignored.
+                processor has bf16 units, else fp32; not the checkpoint's dtype, which "auto" means
+                in Transformers), `device_map` (a single device or "auto", default CPU),
+                `upcycle_seed` (default 0), and of Hugging Face's hub arguments `revision`, `token`,
+                `cache_dir`, `local_files_only` and `force_download`.
 
         Returns:
             The model in eval mode.

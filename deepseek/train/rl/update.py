@@ -83,7 +83,8 @@ def rlpo_update(
     """Make one RLPO iteration: sample answers to the prompts, score them, update the model.
 
     Args:
-        model: model to train.
+        model: model to train. It is converted to fp32 in place, and stays so: a bf16 model takes
+            twice its memory from the first call on.
         reward_model: scores responses, see `Reward`; for example a `RewardModel` or a `TextReward`.
         data_batch: `prompts` as a list of texts (with a `tokenizer`), a list of id lists, or a
             tensor of ids.
