@@ -51,7 +51,8 @@ class _Scope(AbstractContextManager[None]):
         self._armed = armed
 
     def __enter__(self) -> None:
-        self._token = _running.set(self._armed)
+        self._before = _running.get()
+        _running.set(self._armed)
 
     def __exit__(
         self,
@@ -59,7 +60,10 @@ class _Scope(AbstractContextManager[None]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _running.reset(self._token)
+        # An interruption leaves a scope open. It is ended by the next pass, perhaps in another
+        # asyncio task, whose context may have a value of its own by then.
+        if _running.get() is self._armed:
+            _running.set(self._before)
 
 
 def _adapt_output(

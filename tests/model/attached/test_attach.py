@@ -1,7 +1,10 @@
 """Where experts attach, what is refused and why, and loading folders of any family."""
 
+import asyncio
+import contextvars
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from deepseek.checkpoint.store import read_json
 from deepseek.errors import CheckpointError, ConfigError, PackError
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.sites import find_sites
-from deepseek.model.experts import ExpertSet
+from deepseek.model.experts import ExpertSet, linear_hooks
 from deepseek.model.language_model import expert_beside, layers_in, load_language_model
 from deepseek.model.passes import begin
 from deepseek.model.transformer import DeepSeekModel
@@ -273,3 +276,33 @@ def test_a_block_without_experts_goes_on_after_an_interruption_inside_it() -> No
         handle.remove()
         assert torch.equal(model(IDS).logits, plain)
     assert not torch.equal(model(IDS).logits, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first_runs_alone", [True, False])
+def test_an_interruption_in_an_asyncio_task_does_not_break_the_next(first_runs_alone: bool) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    async def logits() -> torch.Tensor:
+        return model(IDS).logits
+
+    model = attached(tiny_family("olmo2"))
+    plain = model(IDS).logits
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS) if first_runs_alone else asyncio.run(logits())
+    handle.remove()
+    assert torch.equal(asyncio.run(logits()), plain)
+    assert torch.equal(model(IDS).logits, plain)
+
+
+def test_a_scope_that_is_ended_late_leaves_a_later_one_alone() -> None:
+    """One model's interrupted pass is ended while another model's pass is running."""
+    stale, running = SimpleNamespace(adapts=True), SimpleNamespace(adapts=True)
+    left = linear_hooks.adapting(stale)
+    with linear_hooks.adapting(running):
+        contextvars.copy_context().run(left.__enter__)
+        left.__exit__(None, None, None)
+        assert linear_hooks._running.get() is running
+    assert linear_hooks._running.get() is None
