@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from deepseek.errors import ConfigError
-from deepseek.model.attached.extend import extend_class
+from deepseek.model.attached.extend import Extension, extend_class
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.relevance_state import RelevanceState
 
@@ -53,7 +53,7 @@ class ExpertMemory:
             self.armed = self.armed.with_rows(change)
 
 
-class RemembersExperts(Cache):
+class RemembersExperts(Extension, Cache):
     """Mixin for the class of a cache: keeps its `ExpertMemory` in step with keys and values."""
 
     expert_memory: ExpertMemory

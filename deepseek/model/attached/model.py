@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from deepseek.errors import ConfigError
-from deepseek.model.attached.extend import extend_class, restore_class
+from deepseek.model.attached.extend import Extension, extend_class, restore_class
 from deepseek.model.attached.hooks import ExpertHooks
 from deepseek.model.attached.memory import remembering
 from deepseek.model.attached.sites import find_sites
@@ -19,7 +19,7 @@ from deepseek.model.experts import ExpertSet
 from deepseek.model.prompt_experts import PromptExperts, pin
 
 
-class AttachedModel(PreTrainedModel, GenerationMixin):
+class AttachedModel(Extension, PreTrainedModel, GenerationMixin):
     """A stock model with experts.
 
     `attach` makes the class of a loaded model a subclass of this one and of its own, so that the

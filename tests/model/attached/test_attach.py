@@ -2,6 +2,8 @@
 
 import asyncio
 import contextvars
+import copy
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,3 +308,18 @@ def test_a_scope_that_is_ended_late_leaves_a_later_one_alone() -> None:
         left.__exit__(None, None, None)
         assert linear_hooks._running.get() is running
     assert linear_hooks._running.get() is None
+
+
+@torch.no_grad()
+def test_a_cache_is_serialised_and_a_model_is_refused_in_one_sentence() -> None:
+    model = attached(tiny_family("olmo2"))
+    cache = model(IDS, use_cache=True).past_key_values
+    written = io.BytesIO()
+    torch.save(cache, written)
+    written.seek(0)
+    again = torch.load(written, weights_only=False)
+    assert type(again) is type(cache)
+    expected = model(IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    assert torch.equal(model(IDS[:, :1], past_key_values=again).logits, expected)
+    with pytest.raises(ConfigError, match="write it with save_pretrained"):
+        torch.save(model, io.BytesIO())
