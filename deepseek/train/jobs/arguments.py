@@ -32,6 +32,7 @@ from deepseek.train.jobs.limits import (
     MAX_WIDTH,
     PRINTABLE,
     UNKNOWN_LICENCE,
+    BaseModelName,
     ModelName,
     ResultName,
     SpdxLicence,
@@ -78,7 +79,7 @@ class TextArguments(RunArguments):
         "infill",
     }
 
-    base: str = Field(default="smollm2-135m", kw_only=False)
+    base: BaseModelName = Field(default="smollm2-135m", kw_only=False)
     """Base model: a known name, a folder, a GGUF file or a hub id"""
 
     name: ResultName = ""
@@ -113,8 +114,7 @@ class TextArguments(RunArguments):
     """Peak learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0;
     otherwise 1e-3 for last-n, 8e-3 for lora, less for ranks above 5, and 2e-4 for full; of fewer
     than 40,000 distinct tokens, 5e-4 for last-n and, in four or more passes, 2e-3 for an expert
-    above layer 0
-    """
+    above layer 0"""
 
     def text_paths(self) -> list[str | Path]:
         """Return the paths of the text."""
@@ -317,7 +317,7 @@ class AlignArguments(RunArguments):
 
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"name"}
 
-    base: str = Field(default="smollm2-135m", kw_only=False)
+    base: BaseModelName = Field(default="smollm2-135m", kw_only=False)
     """Model to align: a known name, a folder, a GGUF file or a hub id"""
 
     prefs: AnyPath = None

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from deepseek.train.jobs.declaration import DECLARED
-from deepseek.train.jobs.limits import MAX_COUNT, MAX_LENGTH
+from deepseek.train.jobs.limits import MAX_COUNT, MAX_LENGTH, BaseModelName
 from deepseek.train.jobs.run_arguments import AnyPath, JobArguments
 
 
@@ -17,7 +17,7 @@ class DistillHashArguments(JobArguments):
 
     lighter: ClassVar[str] = "a shorter --length"
 
-    base: str = Field(default="smollm2-135m", kw_only=False)
+    base: BaseModelName = Field(default="smollm2-135m", kw_only=False)
     """Base model: a known name, a folder, a GGUF file or a hub id"""
 
     data: tuple[str | Path, ...] = ()

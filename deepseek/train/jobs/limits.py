@@ -3,11 +3,13 @@
 A number beyond these bounds is a typing error, which would otherwise fail somewhere deep inside.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
 
 from deepseek.packs.names import valid_licence, valid_name
+from deepseek.terminal import is_unicode
 
 LAYERS = r"^(all|last:[0-9]{1,4}|[0-9]{1,4}(-[0-9]{1,4})?(, ?[0-9]{1,4}(-[0-9]{1,4})?)*)$"
 
@@ -38,6 +40,14 @@ def _result_name(name: str) -> str:
     return valid_name(name) if name else name
 
 
+def _model_text(model: Path | str) -> str:
+    """Return the name or path of a model as a text, as requests are stored."""
+    name = str(model)
+    if not is_unicode(name):
+        raise ValueError("not a Unicode text; correct the name or the path")
+    return name
+
+
 def model_name(name: str) -> str:
     """Return the name of a new model and of its run.
 
@@ -50,6 +60,9 @@ def model_name(name: str) -> str:
         raise ValueError(f"{name!r} is the name of a published model; choose another name")
     return _result_name(name)
 
+
+BaseModelName = Annotated[Path | str, AfterValidator(_model_text)]
+"""Name or folder of a base model. The validated value is a text."""
 
 ResultName = Annotated[str, AfterValidator(_result_name)]
 ModelName = Annotated[str, AfterValidator(model_name)]

@@ -18,7 +18,7 @@ from deepseek.errors import DataError
 from deepseek.train.text.corpus import Source
 
 
-def base_digest(base: str) -> str:
+def base_digest(base: str | Path) -> str:
     """Return a SHA-256 of a model's weights and tokenizer.
 
     Args:

@@ -16,6 +16,7 @@ from deepseek.packs.names import RESERVED_NAMES
 from deepseek.terminal import is_unicode, visible
 from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.declaration import Declaration, arguments_of
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import RecipeSettings
 
@@ -89,6 +90,18 @@ def test_a_model_cannot_take_the_name_of_a_published_one() -> None:
             with pytest.raises(ConfigError, match="is the name of a published model"):
                 declaration.read(**{**TO_BEGIN.get(declaration, {}), "name": name})
     assert AdaptArguments.read(name="smollm2-135m", mode="expert").for_expert().name
+
+
+@pytest.mark.parametrize(
+    "declaration", [ExpertArguments, AdaptArguments, AlignArguments, DistillHashArguments]
+)
+def test_the_base_may_be_a_path(declaration: type[Declaration], tmp_path: Path) -> None:
+    given_values = TO_BEGIN.get(declaration, {})
+    arguments = declaration.read(**given_values, base=tmp_path)
+    assert arguments == declaration.read(**given_values, base=str(tmp_path))
+    assert arguments.base == str(tmp_path)
+    with pytest.raises(ConfigError, match=r"base \(.*model.*\) must be a text, not 3"):
+        declaration.read(**given_values, base=3)
 
 
 def test_the_name_of_a_source_is_checked_like_a_given_one(tmp_path: Path) -> None:
