@@ -153,9 +153,8 @@ def serve(
         )
         return
     app = create_app(None, settings, lesson)
-    config = http_config(app, timeout_graceful_shutdown=1)
     server = DrainingServer(
-        config,
+        http_config(app, timeout_graceful_shutdown=1),
         app.state.service,
         app.state.teacher,
         partial(

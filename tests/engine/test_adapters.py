@@ -181,5 +181,5 @@ def test_a_pack_may_be_named_from_the_home_folder(
     path = Path("~/four.safetensors")
     pack = import_adapter(adapters["one"], name="four", base=llama, out=path)
     assert pack == tmp_path / "four.safetensors"
-    experts = load(llama, dtype="float32", experts=[str(path)]).model.experts
-    assert experts.plug(path, in_place=True).name == "four"
+    model = load(llama, dtype="float32", experts=[str(path)]).model
+    assert model.experts.plug(path, in_place=True).name == "four"
