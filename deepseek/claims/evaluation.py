@@ -247,8 +247,9 @@ class Evaluator:
         """Return where a result comes from, and what has changed since."""
         measurement: Measurement = self.declaration.results[result]
         commit = str(record.get("commit", "unknown"))
-        earlier = [str(one) for one in record.get("earlier_commits", [])]
-        changes = [self.history.changed(one, measurement.measures) for one in (commit, *earlier)]
+        earlier = record.get("earlier_commits")
+        commits = [commit, *map(str, earlier if isinstance(earlier, list) else ())]
+        changes = [self.history.changed(one, measurement.measures) for one in commits]
         return Provenance(
             result=result,
             machine=str(record.get("machine", "unknown")),
