@@ -18,8 +18,8 @@ HEAD = """\
 # Command line
 
 Every command has `--help`, which shows the same. `--debug` goes with any command and prints the traceback of an error.
-Exit codes: 0 done, 1 a defect of the library, 2 a mistake that the message says how to mend, 130 interrupted,
-141 nobody reads the output any more (`| head`).
+Exit codes: 0 success; 1 a bug in the library (`expert diff`: the packs differ; a confirmation prompt: answered no);
+2 a user error; 130 interrupted; 141 the reader of the output closed it (`| head`).
 """
 
 JSON = """\
