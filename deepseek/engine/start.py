@@ -92,9 +92,9 @@ def start_engine(
             stored=packed,
             expert_bytes=expert_bytes,
         )
-        progress(0, 0, "packing the weights")
-        runner = quickest_runner(model) if int8 and dtype == "auto" else None
-        progress(0, 0, "compiling kernels, which are kept for the next start")
+        runner = None
+        if int8 and dtype == "auto":
+            runner = quickest_runner(model, progress)
         engine = Engine(model, tokenizer, runner, **dials)
         for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
             pass
@@ -107,16 +107,24 @@ def _is_compiled(folder: Path) -> bool:
     return is_own(raw) and unsupported_config_reason(ModelConfig(**convert_config(raw))) is None
 
 
-def quickest_runner(model: LanguageModel) -> Runner:
+def quickest_runner(model: LanguageModel, progress: Progress = silent) -> Runner:
     """Return the compiled runner with 8-bit weights if it supports `model`, else the reference
     runner.
 
     The reason why the compiled runner is not used is logged at level INFO.
+
+    Args:
+        model: the model.
+        progress: called with the name of each slow step of the compiled runner, of which the
+            last, the compilation, begins at its first pass; default: not called.
     """
     if isinstance(model, AttachedModel):
         return reference_runner(model)
     reason = unsupported_reason(model)
     if reason is None:
-        return CompiledRunner(model)
+        progress(0, 0, "packing the weights")
+        runner = CompiledRunner(model)
+        progress(0, 0, "compiling kernels, which are kept for the next start")
+        return runner
     log.info("%s The reference runner computes this model.", reason)
     return reference_runner(model)

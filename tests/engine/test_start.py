@@ -37,6 +37,18 @@ def test_weights_are_rounded_only_where_that_is_wanted_and_possible(
             assert engine.stats().finished == {"length": 1}
 
 
+@pytest.mark.parametrize("int8", [True, False])
+def test_only_steps_that_are_taken_are_reported(wide: Path, base_folder: Path, int8: bool) -> None:
+    for folder, compiled in ((wide, int8), (base_folder, False)):
+        steps: list[str] = []
+        start_engine(
+            folder, int8=int8, progress=lambda done, total, step, steps=steps: steps.append(step)
+        ).close()
+        assert any("loading" in step for step in steps)
+        assert any("packing" in step for step in steps) == compiled
+        assert any("compiling" in step for step in steps) == compiled
+
+
 def test_unrounded_weights_write_what_generate_writes(wide: Path) -> None:
     with start_engine(wide, int8=False, max_running=2) as engine:
         written = [
