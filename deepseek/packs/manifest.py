@@ -314,11 +314,17 @@ class Manifest(PackManifest):
         return specs
 
 
-def explain(error: ValidationError) -> str:
-    """Return the first mistake in a pydantic error as one printable line."""
+def explain(error: ValidationError, whole: str = "manifest") -> str:
+    """Return the first mistake in a pydantic error as one printable line.
+
+    Args:
+        error: the error.
+        whole: name of the whole object, for a mistake in no single field; "": it is not named.
+    """
     first_error = error.errors(include_url=False, include_input=False)[0]
-    location = ".".join(str(part) for part in first_error["loc"]) or "manifest"
-    return printable(f"{location}: {first_error['msg'].removeprefix('Value error, ')}")
+    location = ".".join(str(part) for part in first_error["loc"]) or whole
+    message = first_error["msg"].removeprefix("Value error, ")
+    return printable(f"{location}: {message}" if location else message)
 
 
 def printable(text: object, limit: int = 160) -> str:

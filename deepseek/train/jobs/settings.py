@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
+from deepseek.terminal import visible
 from deepseek.train.jobs.declaration import unknown
 from deepseek.train.jobs.yaml_file import read_file
 
@@ -47,9 +48,18 @@ class JobSettings(BaseModel):
                 read_file(Path(given)) if isinstance(given, str | Path) else given
             )
         except ValidationError as error:
-            from deepseek.packs.manifest import explain
+            raise ConfigError(f"{where}{_explain(error)}.") from None
 
-            raise ConfigError(f"{where}{explain(error)}.") from None
+
+def _explain(error: ValidationError) -> str:
+    """Return the first mistake in a configuration file, with the path of its field, in one line."""
+    from deepseek.packs.manifest import explain
+
+    mistake = error.errors(include_url=False, include_input=False)[0]
+    if mistake["type"] == "missing":
+        field = ".".join(map(str, mistake["loc"]))
+        return f"{visible(field)} is missing; give it"
+    return explain(error, whole="")
 
 
 class TextSettings(JobSettings):

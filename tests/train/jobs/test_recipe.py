@@ -13,7 +13,7 @@ from deepseek.checkpoint.licence import read_licence, write_card
 from deepseek.checkpoint.store import home, write_json
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.evaluate.stage import STAGE, evaluate_stage
-from deepseek.train.jobs.recipe import train_recipe
+from deepseek.train.jobs.recipe import RecipeSettings, train_recipe
 from deepseek.train.loop.past_runs import find_run, summary
 
 
@@ -75,6 +75,24 @@ def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) 
             {"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]},
             quiet=True,
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nbse: tiny\n", "'bse' is no field here; perhaps 'base' is meant (valid: "),
+        ("name: x\n", "stages is missing; give it."),
+        ("name: x\nstages: [{name: y}]\n", "stages.0.stage is missing; give it."),
+    ],
+)
+def test_a_mistake_in_the_keys_of_a_file_is_blamed_on_the_file(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "e1.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        RecipeSettings.read(path)
+    assert str(refusal.value).startswith(f"{path}: {message}")
 
 
 def test_a_result_of_another_is_found_before_anything_runs(domains: Path, tmp_path: Path) -> None:
