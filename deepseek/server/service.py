@@ -253,7 +253,11 @@ class Service:
         for info in self.engine.experts():
             if info.name == name:
                 return info
-        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param=param)
+        raise ApiError(
+            404,
+            f"No expert named {name!r:.80} is plugged; POST /v1/experts plugs one.",
+            param=param,
+        )
 
     def may_use(self, name: str) -> bool:
         """Return whether requests may use an expert of this name, if there is one."""

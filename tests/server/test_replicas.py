@@ -194,7 +194,7 @@ def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(
         assert http.post("/v1/experts", json={"name": "two"}).status_code == 201
         assert http.post("/v1/experts", json={"name": "two"}).status_code == 409
         assert http.post("/v1/experts/arm", json={"arm": ["two"]}).json()["armed"] == ["two"]
-        assert http.post("/v1/experts/arm", json={"arm": ["three"]}).status_code == 400
+        assert http.post("/v1/experts/arm", json={"arm": ["three"]}).status_code == 404
         damaged = (fleet.folder / "experts" / "two.safetensors").read_bytes()[:-1]
         assert (
             http.post("/v1/experts/upload", content=damaged).json()["error"]["code"]

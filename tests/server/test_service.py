@@ -296,7 +296,9 @@ def test_experts_come_and_go(keyed: Live) -> None:
         assert http.post("/v1/chat/completions", json=CHAT).json()["experts"] == {"one": 2}
         assert http.post("/v1/experts/arm", json={"arm": []}).json()["armed"] == []
         assert http.post("/v1/chat/completions", json=CHAT).json()["experts"] == {}
-        assert http.post("/v1/experts/arm", json={"arm": ["nobody"]}).status_code == 400
+        unknown = http.post("/v1/experts/arm", json={"arm": ["nobody"]})
+        assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "arm")
+        assert "POST /v1/experts plugs one" in unknown.json()["error"]["message"]
         assert http.post("/v1/experts/arm", json={"arm": "auto"}).json()["armed"] == ["one"]
         assert http.delete("/v1/experts/one").status_code == 200
         assert http.delete("/v1/experts/one").status_code == 404

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deepseek.errors import PackError
 from deepseek.model.experts import ExpertInfo
+from deepseek.model.experts.arming import Arming
 from deepseek.packs.library import SUFFIX
 from deepseek.packs.listing import read_manifest
 from deepseek.server.body import ExpertName
@@ -153,6 +154,8 @@ async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
     """Set the experts that may fire in requests that select none; "auto" is every plugged expert,
     now and later.
     """
+    for name in Arming.parse(body.arm).named:
+        service.plugged(name, "arm")
     armed = await service.change(lambda owner: owner.arm(body.arm))
     return {"object": "list", "armed": list(armed)}
 
