@@ -151,6 +151,7 @@ def create_app(
     computing = frozenset(route.path for route in routes if isinstance(route, ComputingRoute))
     paths = frozenset(route.path for route in routes if isinstance(route, Route))
     app.state.paths = paths
+    app.state.routes = [route for route in routes if isinstance(route, Route)]
     app.add_middleware(Guard, service=service, computing=computing, paths=paths)
     # Outside the guard, because a browser's preflight request has no key. Cookies are not allowed:
     # a page of another site needs its own key.

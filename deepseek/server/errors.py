@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from deepseek.engine.request import EngineStoppedError, GrammarCompilerError, QueueFullError
 from deepseek.errors import UserError
@@ -197,15 +198,16 @@ def not_routed(request: Request, error: HTTPException) -> ApiError:
     """Return the error for a path that no route has, or a method that its route does not take.
 
     Args:
-        request: the request; its application's state has the paths of the routes.
+        request: the request; its application's state has the routes and their paths.
         error: Starlette's error, with status 404 or 405.
     """
     path = request.url.path
     shown_path = printable(path[:100])
     if error.status_code == 405:
-        methods = (error.headers or {}).get("Allow", "another method")
-        refusal = ApiError(405, f"{shown_path} does not take {request.method}; use {methods}.")
-        refusal.headers |= error.headers or {}
+        methods = _methods(request)
+        usable = " or ".join(methods) or "another method"
+        refusal = ApiError(405, f"{shown_path} does not take {request.method}; use {usable}.")
+        refusal.headers["Allow"] = ", ".join(methods)
         return refusal
     paths: frozenset[str] = request.app.state.paths
     if f"/v1{path}" in paths:
@@ -215,6 +217,15 @@ def not_routed(request: Request, error: HTTPException) -> ApiError:
     else:
         mend = "/openapi.json describes the routes that there are"
     return ApiError(404, f"There is no route {shown_path}; {mend}.", code="unknown_route")
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes with the path of a request; each method has its own."""
+    methods: set[str] = set()
+    for route in request.app.state.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)
 
 
 def refused(error: HTTPException) -> ApiError:

@@ -111,6 +111,21 @@ def test_a_wrong_address_is_answered_with_the_right_one(
     assert reply.headers.get("allow") == ("POST" if status == 405 else None)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "methods"),
+    [("PUT", "/v1/experts", ["GET", "POST"]), ("PATCH", "/v1/experts/one", ["DELETE", "GET"])],
+)
+def test_a_wrong_method_is_answered_with_all_that_the_path_takes(
+    method: str, path: str, methods: list[str], server: Live
+) -> None:
+    with server.http() as http:
+        reply = http.request(method, path)
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == ", ".join(methods)
+    told = f"{path} does not take {method}; use {' or '.join(methods)}."
+    assert reply.json()["error"]["message"] == told
+
+
 def test_an_unknown_expert_is_no_unknown_route(client: OpenAI) -> None:
     with pytest.raises(NotFoundError, match="No expert named 'nope' is plugged") as error:
         client.completions.create(
