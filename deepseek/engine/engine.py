@@ -13,7 +13,13 @@ from deepseek import checks
 from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.generation import Generation
-from deepseek.engine.request import EngineStats, EngineStoppedError, QueueFullError, Request
+from deepseek.engine.request import (
+    EngineStats,
+    EngineStoppedError,
+    Grammar,
+    QueueFullError,
+    Request,
+)
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
 from deepseek.engine.sequence import ActiveSequence, activate
@@ -310,6 +316,17 @@ class Engine:
             token: its id.
         """
         return self._vocabulary.token_bytes(token)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, whose compiled form is cached for the requests that have it.
+
+        Args:
+            grammar: the grammar.
+
+        Raises:
+            ConfigError, GrammarCompilerError: it cannot be compiled (see `submit`).
+        """
+        self._vocabulary.matcher(grammar)
 
     def stats(self) -> EngineStats:
         """Return the engine's counters and its current load."""

@@ -7,6 +7,7 @@ other process has limits of time, memory and stack; this module is also its prog
 
 import json
 import os
+import re
 import resource
 import select
 import subprocess
@@ -128,6 +129,15 @@ def _line(process: subprocess.Popen[str], seconds: float) -> str:
     return process.stdout.readline()
 
 
+def in_one_line(complaint: str) -> str:
+    """Return llguidance's complaint without the excerpts of the grammar below its first line, which
+    show our translation; of a regular expression, the reason is below them.
+    """
+    first, _, below = complaint.strip().partition("\n")
+    reason = re.search(r"^error: (.*)", below, re.MULTILINE)
+    return first.removesuffix("regex parse error:") + reason[1] if reason else first
+
+
 def answer_all() -> None:
     """Answer each grammar on standard input, a line of JSON, with a line of the same kind."""
     print(json.dumps("ready"), flush=True)
@@ -136,8 +146,7 @@ def answer_all() -> None:
         matcher = llguidance.LLMatcher(tokens, json.loads(line), log_level=0)
         if not matcher.is_error():
             matcher.compute_logit_bias()
-        complaint = matcher.get_error()
-        print(json.dumps(complaint.strip().partition("\n")[0]), flush=True)
+        print(json.dumps(in_one_line(matcher.get_error())), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
 from deepseek.engine.grammar import LIMITS, NO_FORCING, llguidance_form, unusable
-from deepseek.engine.grammar_trial import Trial
+from deepseek.engine.grammar_trial import Trial, in_one_line
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
 from deepseek.model.language_model import LanguageModel
@@ -74,7 +74,7 @@ class Vocabulary:
             raise unusable(grammar, complaint)
         compiled = self._compiled(lark)
         if compiled.is_error():
-            raise unusable(grammar, _first_line(compiled))
+            raise unusable(grammar, in_one_line(compiled.get_error()))
         return Matcher(compiled.deep_copy())
 
     def _compile(self, lark: str) -> llguidance.LLMatcher:
@@ -193,13 +193,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConfigError(
-                f"The grammar has become too complex ({_first_line(self._matcher)}); simplify it."
-            )
-
-
-def _first_line(matcher: llguidance.LLMatcher) -> str:
-    return matcher.get_error().strip().partition("\n")[0]
+            reason = in_one_line(self._matcher.get_error())
+            raise ConfigError(f"The grammar has become too complex ({reason}); simplify it.")
 
 
 class TextStream:

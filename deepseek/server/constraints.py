@@ -5,6 +5,7 @@ Servers name them differently; clients of OpenAI, vLLM and llama.cpp are underst
 
 import json
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints
@@ -12,7 +13,7 @@ from pydantic import Field, StringConstraints
 from deepseek.engine.grammar import check_length
 from deepseek.engine.request import Grammar
 from deepseek.server.body import Body, Several, ToolName
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import ApiError, about
 from deepseek.server.json_body import parsed
 from deepseek.server.json_schema import closed
 
@@ -52,21 +53,22 @@ class ResponseFormat(Body):
         """Return the constraint, None for free text.
 
         Raises:
-            ApiError: the type needs a field that is missing.
+            ApiError: the type needs a field that is missing, or the constraint is too long.
         """
+        field = "response_format"
         match self.type:
             case "text":
                 return None
             case "json_object":
-                return json_grammar(self.schema_ or {"type": "object"})
+                return _made(json_grammar, self.schema_ or {"type": "object"}, field)
             case "json_schema":
                 inner = self.json_schema.schema_
                 schema = self.schema_ if inner is None else inner
-                return json_grammar(_present(schema, "json_schema.schema"))
+                return _made(json_grammar, _present(schema, "json_schema.schema"), field)
             case "regex":
                 return Grammar("regex", _present(self.pattern, "pattern"))
             case "grammar":
-                return grammar_of(_present(self.grammar, "grammar"))
+                return _made(grammar_of, _present(self.grammar, "grammar"), field)
 
 
 class StructuredOutputs(Body):
@@ -85,16 +87,18 @@ class StructuredOutputs(Body):
             prefix: what the request has before these names, such as "guided_".
 
         Raises:
-            ApiError: the schema is text that is not a JSON object.
-            ConfigError: a constraint is too long.
+            ApiError: the schema is text that is not a JSON object, or a constraint is too long.
         """
-        schema = _parsed(self.json_, f"{prefix}json")
+        makers: dict[str, tuple[Callable[[Any], Grammar], Any]] = {
+            "json": (lambda schema: json_grammar(_parsed(schema)), self.json_),
+            "regex": (lambda pattern: Grammar("regex", pattern), self.regex),
+            "choice": (choice_of, self.choice),
+            "grammar": (grammar_of, self.grammar),
+            "json_object": (lambda _: json_grammar({"type": "object"}), self.json_object or None),
+        }
         return {
-            f"{prefix}json": None if schema is None else json_grammar(schema),
-            f"{prefix}regex": None if self.regex is None else Grammar("regex", self.regex),
-            f"{prefix}choice": None if self.choice is None else choice_of(self.choice),
-            f"{prefix}grammar": None if self.grammar is None else grammar_of(self.grammar),
-            f"{prefix}json_object": json_grammar({"type": "object"}) if self.json_object else None,
+            f"{prefix}{name}": _made(make, value, f"{prefix}{name}")
+            for name, (make, value) in makers.items()
         }
 
 
@@ -112,8 +116,12 @@ class ConstraintFields(Body):
     json_schema: Schema | None = None
     grammar: str | None = None
 
-    def constraint(self) -> Grammar | None:
+    def constraint(self, check: Callable[[Grammar], object] | None = None) -> Grammar | None:
         """Return the constraint on the answer, None for free text.
+
+        Args:
+            check: called with the constraint; the errors that it raises name the field. Default:
+                none.
 
         Raises:
             ApiError: there are several, or one is malformed.
@@ -128,8 +136,8 @@ class ConstraintFields(Body):
         response_format = self.response_format or ResponseFormat(type="text")
         by_field = {
             "response_format": response_format.constraint(),
-            "json_schema": None if self.json_schema is None else json_grammar(self.json_schema),
-            "grammar": grammar_of(self.grammar) if self.grammar else None,
+            "json_schema": _made(json_grammar, self.json_schema, "json_schema"),
+            "grammar": _made(grammar_of, self.grammar or None, "grammar"),
             **newer.constraints("structured_outputs."),
             **older.constraints("guided_"),
         }
@@ -140,6 +148,9 @@ class ConstraintFields(Body):
                 f"{' and '.join(constraints)} constrain the same answer; send one of them.",
                 param=next(iter(constraints)),
             )
+        for field, constraint in constraints.items() if check is not None else ():
+            with about(field):
+                check(constraint)
         return next(iter(constraints.values()), None)
 
 
@@ -178,12 +189,25 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-def _parsed(schema: Schema | str | None, field: str) -> Schema | None:
-    """Return a JSON schema that may have been sent as JSON text.
+def _made(make: Callable[[T], Grammar], value: T | None, field: str) -> Grammar | None:
+    """Return the constraint that a field states, None if it is not set.
 
     Args:
-        schema: value of the field.
-        field: its name.
+        make: makes the constraint of a value.
+        value: value of the field.
+        field: its name, for errors.
+
+    Raises:
+        ApiError: the value is malformed or too long.
+    """
+    if value is None:
+        return None
+    with about(field):
+        return make(value)
+
+
+def _parsed(schema: Schema | str) -> Schema:
+    """Return a JSON schema that may have been sent as JSON text.
 
     Raises:
         ApiError: the text breaks a rule for bodies (see `json_body.parsed`), or is no object.
@@ -192,14 +216,9 @@ def _parsed(schema: Schema | str | None, field: str) -> Schema | None:
     if not isinstance(schema, str):
         return schema
     check_length(Grammar("json_schema", schema))
-    try:
-        value = parsed(schema.encode(), "JSON schema")
-    except ApiError as error:
-        raise ApiError(400, error.message, param=field) from None
+    value = parsed(schema.encode(), "JSON schema")
     if not isinstance(value, dict):
-        raise ApiError(
-            400, "The JSON schema is not the text of a JSON object; correct it.", param=field
-        )
+        raise ApiError(400, "The JSON schema is not the text of a JSON object; correct it.")
     return value
 
 

@@ -250,6 +250,8 @@ def about(field: str) -> Iterator[None]:
     except ApiError as error:
         error.param = field
         raise
+    except GrammarCompilerError:  # no fault of the field
+        raise
     except UserError as error:
         raise ApiError(400, str(error), param=field) from None
 

@@ -14,10 +14,16 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.text.document import Document
 from deepseek.data.text.encode import header
 from deepseek.errors import DataError
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import ApiError, about
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
-from deepseek.text.chat_template import ControlTokens, encode_rendered, render, user_ids
+from deepseek.text.chat_template import (
+    ControlTokens,
+    check_variables,
+    encode_rendered,
+    render,
+    user_ids,
+)
 from deepseek.text.infilling import encode_around_gap, infill_layout
 from deepseek.text.tokenizer import document_start_ids, encode_continued, encode_plain
 
@@ -96,9 +102,12 @@ class PromptWriter:
             variables: further variables of the template; default: none.
 
         Raises:
-            ApiError: the prompt fills the context, the template takes too long, or there is no
-                assistant's message to continue.
+            ApiError: the prompt fills the context, a variable has the name of an argument of the
+                template, or there is no assistant's message to continue.
+            DataError: the template refuses the messages or takes too long.
         """
+        with about("chat_template_kwargs"):
+            check_variables(variables or {})
         self.check_size(sum(len(message.text) for message in messages), "messages")
         begun = ""
         if continued:

@@ -5,6 +5,7 @@ from typing import Any
 
 from deepseek.engine.request import Grammar, Request
 from deepseek.engine.sampler import Sampling
+from deepseek.server.errors import ApiError
 from deepseek.server.schema import SamplingFields
 from deepseek.server.service import Service
 
@@ -52,6 +53,7 @@ def ask(
     Raises:
         ApiError, UserError: the request is invalid.
     """
+    check_bias(service, body)
     free_tokens = service.writer.context - len(prompt_ids)
     stop = getattr(body, "stop", None) or ()
     return Request(
@@ -72,6 +74,19 @@ def ask(
         grammar=grammar,
         heal=heal,
     )
+
+
+def check_bias(service: Service, body: SamplingFields) -> None:
+    """Raise `ApiError` if `logit_bias` has a token that the model does not have."""
+    size = service.engine.model.config.get_text_config(decoder=True).vocab_size
+    for token in map(int, getattr(body, "logit_bias", None) or ()):
+        if token >= size:
+            raise ApiError(
+                400,
+                f"logit_bias has the token id {token}, but the model's end with {size - 1}; use "
+                "its own tokenizer.",
+                param="logit_bias",
+            )
 
 
 def sent(body: SamplingFields) -> dict[str, Any]:

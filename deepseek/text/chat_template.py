@@ -52,6 +52,15 @@ class EncodedChat:
     is_target: list[bool]
 
 
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise `DataError` for a variable that has the name of an argument of the template."""
+    reserved_names = sorted(RESERVED_VARIABLES & variables.keys())
+    if reserved_names:
+        raise DataError(
+            f"Chat templates have no variable {shown(reserved_names[0])}; leave it out."
+        )
+
+
 def render(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Message],
@@ -79,11 +88,7 @@ def render(
         UserError: raised by the caller's trace function, and passed on.
     """
     check_messages(messages)
-    reserved_names = sorted(RESERVED_VARIABLES & (variables or {}).keys())
-    if reserved_names:
-        raise DataError(
-            f"Chat templates have no variable {shown(reserved_names[0])}; leave it out."
-        )
+    check_variables(variables or {})
     if tokenizer.chat_template is None:
         raise DataError(
             "The model has no chat template; use an instruct model or give plain text instead of "

@@ -15,11 +15,13 @@ from deepseek.engine.vocabulary import Matcher
 from deepseek.errors import ConfigError
 from deepseek.server import constraints
 from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.errors import ApiError
 
 ASKED = [{"role": "user", "content": "the value of the model"}]
 GBNF = 'root ::= "y" ("es" | "ou")'
 LARK = 'start: "yes" | "you"'
 SCHEMA = {"enum": ["yes", "you"]}
+UNTYPED = {"type": "foo"}
 NESTED = '{"not": ' * 101 + "{}" + "}" * 101
 PLAIN: list[dict[str, Any]] = [
     {"response_format": {"type": "regex", "pattern": "yes|you"}},
@@ -116,6 +118,16 @@ def test_what_cannot_be_followed_is_refused(
         ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
         ({"guided_json": "[]"}, "guided_json"),
         ({"guided_json": NESTED}, "guided_json"),
+        ({"response_format": {"type": "regex", "pattern": "("}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": UNTYPED}}, "response_format"),
+        ({"structured_outputs": {"json": UNTYPED}}, "structured_outputs.json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "x" * (MAX_CHARACTERS["regex"] + 1)}, "guided_regex"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"grammar": "start: ("}, "grammar"),
+        ({"grammar": "x" * (MAX_CHARACTERS["gbnf"] + 1)}, "grammar"),
+        ({"json_schema": UNTYPED}, "json_schema"),
+        ({"logit_bias": {"999999999": 1}}, "logit_bias"),
     ],
 )
 def test_a_refusal_names_the_field_as_openai_does(
@@ -125,6 +137,17 @@ def test_a_refusal_names_the_field_as_openai_does(
     with server.http() as http:
         reply = http.post("/v1/chat/completions", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_the_reason_why_a_regular_expression_fails_is_in_one_line(server: Live) -> None:
+    body = {"model": "tiny", "prompt": "a", "guided_regex": "("}
+    with server.http() as http:
+        error = http.post("/v1/completions", json=body).json()["error"]
+    assert error["message"] == (
+        'The regular expression cannot be used (invalid regex "(" (in regex): unclosed group); '
+        "correct it."
+    )
+    assert error["param"] == "guided_regex"
 
 
 def test_the_empty_schema_is_any_json() -> None:
@@ -157,7 +180,7 @@ def test_what_is_too_long_is_refused_before_any_work_on_it(
     for name in ("closed", "parsed", "_literal"):
         monkeypatch.setattr(constraints, name, fail)
     monkeypatch.setattr(constraints, "LARK", None)
-    with pytest.raises(ConfigError, match="longer than"):
+    with pytest.raises(ApiError, match="longer than"):
         constraints.ConstraintFields.model_validate(fields).constraint()
 
 

@@ -86,7 +86,8 @@ def test_variables_cannot_replace_arguments(server: Live, name: str) -> None:
     with server.http() as http:
         reply = http.post("/v1/chat/completions", json=body)
     assert reply.status_code == 400
-    assert name in reply.json()["error"]["message"]
+    error = reply.json()["error"]
+    assert name in error["message"] and error["param"] == "chat_template_kwargs"
 
 
 def test_models_say_their_context_and_age(server: Live) -> None:

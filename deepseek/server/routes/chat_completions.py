@@ -12,7 +12,7 @@ from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
 from deepseek.server.constraints import json_grammar
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import ApiError, about
 from deepseek.server.job import GenerationJob
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, answer_tokens, described_passages
@@ -65,7 +65,12 @@ def plan(
         retrieved: output; the passages put into the prompt are appended to it.
     """
     call = calling.schema()
-    grammar = body.constraint() if call is None else json_grammar(call)
+    if call is None:
+        grammar = body.constraint(service.engine.check_grammar)
+    else:
+        with about("tools"):
+            grammar = json_grammar(call)
+            service.engine.check_grammar(grammar)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     continued = bool(body.continue_final_message)
     write = partial(

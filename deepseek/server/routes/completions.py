@@ -102,7 +102,7 @@ def plan(
     """
     limit = body.limit(service.settings.answer_tokens)
     scored = bool(body.echo) and body.logprobs is not None
-    grammar = body.constraint()
+    grammar = body.constraint(service.engine.check_grammar)
     retrieval = Retrieval.of(service, body)
     requests: list[Request] = []
     for prompt in prompts(body):
