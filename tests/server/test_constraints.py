@@ -11,10 +11,11 @@ import pytest
 from live_server import Live
 
 from deepseek.engine.grammar import MAX_CHARACTERS
+from deepseek.engine.request import Grammar, GrammarCompilerError
 from deepseek.engine.vocabulary import Matcher
 from deepseek.errors import ConfigError
 from deepseek.server import constraints
-from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.constraints import ConstraintFields, JsonSchema, ResponseFormat
 from deepseek.server.errors import ApiError
 
 ASKED = [{"role": "user", "content": "the value of the model"}]
@@ -148,6 +149,14 @@ def test_the_reason_why_a_regular_expression_fails_is_in_one_line(server: Live) 
         "correct it."
     )
     assert error["param"] == "guided_regex"
+
+
+def test_a_server_that_cannot_compile_grammars_blames_no_field() -> None:
+    def fail(_: Grammar) -> None:
+        raise GrammarCompilerError("The process does not start.")
+
+    with pytest.raises(GrammarCompilerError):
+        ConstraintFields(guided_regex="a").constraint(fail)
 
 
 def test_the_empty_schema_is_any_json() -> None:
