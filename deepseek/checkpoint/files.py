@@ -106,13 +106,13 @@ def existing_path(path: str | Path) -> Path:
 
 
 def writable_file(path: str | Path) -> Path:
-    """Return a path where a file can be written, without leaving a trace there.
+    """Return a path where a file can be written, with `~` replaced, without leaving a trace there.
 
     Raises:
         ConfigError: it is a folder, a device or a pipe, its name is impossible, or its folder
             cannot be written to.
     """
-    file = Path(path)
+    file = expanded(path)
     cause = _unwritable(file)
     if not cause and file.is_dir():
         cause = "is a folder"
@@ -124,13 +124,14 @@ def writable_file(path: str | Path) -> Path:
 
 
 def new_path(path: str | Path) -> Path:
-    """Return a path where a new file or folder can be written, without leaving a trace there.
+    """Return a path where a new file or folder can be written, with `~` replaced, without leaving
+    a trace there.
 
     Raises:
         ConfigError: something is there already, the path is impossible, or its folder cannot be
             written to.
     """
-    place = Path(path)
+    place = expanded(path)
     cause = _unwritable(place)
     if cause:
         raise ConfigError(f"{place} cannot be written, it {cause}; choose another path.")
@@ -140,7 +141,8 @@ def new_path(path: str | Path) -> Path:
 
 
 def writable_folder(path: str | Path, mark: str | None = None) -> Path:
-    """Return a path where a folder can be written, without leaving a trace there.
+    """Return a path where a folder can be written, with `~` replaced, without leaving a trace
+    there.
 
     Args:
         path: the folder, which need not exist.
@@ -150,7 +152,7 @@ def writable_folder(path: str | Path, mark: str | None = None) -> Path:
     Raises:
         ConfigError: the path is a file, holds something else, or cannot be written to.
     """
-    folder = Path(path)
+    folder = expanded(path)
     cause = _unwritable(folder)
     if not cause and os.path.lexists(folder):
         if not folder.is_dir():

@@ -28,7 +28,7 @@ def code(
     from deepseek.data.builders.functions import documented_functions
     from deepseek.errors import DataError
 
-    _check_output(out)
+    out = _checked_output(out)
     functions = documented_functions(clean(read_folder(folder))[0])
     if not functions:
         raise DataError(
@@ -66,7 +66,7 @@ def questions(
     from deepseek.train.text.corpus import Source as TextSource
     from deepseek.train.text.corpus import read_source
 
-    _check_output(out)
+    out = _checked_output(out)
     refuse_address(from_git)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     file = from_jsonl or from_parquet
@@ -92,19 +92,20 @@ def mathematics(
     """Write problems with worked answers, each checked by a second computation."""
     from deepseek.data.builders.mathematics import problems
 
-    _check_output(out)
+    out = _checked_output(out)
     _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))
 
 
-def _check_output(out: Path) -> None:
-    """Refuse a path that cannot be written, or that may be a source file and no JSONL.
+def _checked_output(out: Path) -> Path:
+    """Return a path that can be written, with `~` replaced. One that may be a source file and no
+    JSONL is refused.
 
     Raises:
         ConfigError: it is one.
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out} does not end with .jsonl; name a file that does.")
-    writable_file(out)
+    return writable_file(out)
 
 
 def _write(out: Path, records: Iterable[object]) -> None:

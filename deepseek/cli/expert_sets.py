@@ -63,7 +63,7 @@ def lock(
     from deepseek.packs.lock import lock_packs, write_lock
     from deepseek.packs.signature import load_key
 
-    writable_file(out)
+    out = writable_file(out)
     paths = _packs_of_set(experts, base, experts_folder)
     content = write_lock(out, lock_packs(paths, base), load_key(key) if key else None)
     echo(f"{out}: {', '.join(expert.name for expert in content.experts)}; {content.digest[:16]}")
@@ -85,7 +85,7 @@ def bundle(
     from deepseek.packs.lock import lock_packs
     from deepseek.packs.signature import load_key
 
-    new_path(out)
+    out = new_path(out)
     signing_key = load_key(key) if key else None
     paths = _packs_of_set(experts, base, experts_folder)
     content = write_bundle(out, lock_packs(paths, base), paths, signing_key)

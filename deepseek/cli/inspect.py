@@ -55,7 +55,7 @@ def attention(
     from deepseek.model.language_model import own_model
     from deepseek.train.loop.progress import ProgressBar
 
-    writable_file(out)
+    out = writable_file(out)
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
     loaded_model, tokenizer = load(base, device=device, dtype="float32")

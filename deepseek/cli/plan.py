@@ -169,7 +169,7 @@ def plan(
             zero=None if zero == 3 else zero,
             precision=None if precision == "mixed" else precision,
         )
-        writable_file(deepspeed)
+        deepspeed = writable_file(deepspeed)
     options = starting_options(profile, inference).overridden(
         model=model,
         device=device,

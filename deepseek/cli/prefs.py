@@ -221,7 +221,7 @@ def export(
 
     if file.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"{file} ends neither with .jsonl nor with .parquet; name one that does.")
-    writable_file(file)
+    file = writable_file(file)
     with open_existing(database) as store:
         if next(store.pairs(split), None) is None:
             pair_kind = f"pairs in the split {split}" if split else "pairs"

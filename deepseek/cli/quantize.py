@@ -33,7 +33,7 @@ def quantize(
     """
     if not 4 <= bits <= 8:  # NaN too
         raise ConfigError(f"--bits {bits:g} must be from 4 to 8.")
-    new_path(out)
+    out = new_path(out)
     from deepseek.device.choose import choose_device
     from deepseek.export.quantize import quantize_model
     from deepseek.train.loop.progress import ProgressBar

@@ -65,7 +65,7 @@ def export_model(
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """
-    new_path(out)
+    out = new_path(out)
     if to == "gguf":
         progress(0, 0, "writing the file, and comparing it with the original")
         return export_gguf(base, out, dtype, experts)

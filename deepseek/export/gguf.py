@@ -114,7 +114,7 @@ def export_gguf(
     encoding, file_type, limit = pick(ENCODINGS, dtype, "dtype of gguf")
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} is no name of a GGUF file; end it in .gguf.")
-    new_path(out)
+    out = new_path(out)
     if list(experts):
         raise ConfigError(
             "llama.cpp has no plugged experts; export the base alone, or use --to onnx."

@@ -148,9 +148,10 @@ class ConstraintFields(Body):
                 f"{' and '.join(constraints)} constrain the same answer; send one of them.",
                 param=next(iter(constraints)),
             )
-        for field, constraint in constraints.items() if check is not None else ():
-            with about(field):
-                check(constraint)
+        if check is not None:
+            for field, constraint in constraints.items():
+                with about(field):
+                    check(constraint)
         return next(iter(constraints.values()), None)
 
 

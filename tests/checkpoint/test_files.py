@@ -152,3 +152,14 @@ def test_what_is_there_or_cannot_be_is_no_new_path(odd: dict[str, Path], name: s
 def test_a_new_path_leaves_no_trace(tmp_path: Path) -> None:
     assert new_path(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert not any(tmp_path.iterdir())
+
+
+def test_the_home_is_found_where_the_shell_leaves_it_as_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for check in (new_path, writable_file, writable_folder):
+        assert check("~/out") == tmp_path / "out"  # as of `--out=~/out`
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        new_path("~/out")
