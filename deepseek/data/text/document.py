@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -124,6 +126,9 @@ def uniform(key: str) -> float:
 
 Rule = Literal["file", "directory", "time"]
 
+LEAST_HELD_OUT = 0.5
+"""Share of the text that was to be held out, of which less is too little to report on."""
+
 
 def split(
     documents: Sequence[Document], held_out: float = 0.1, by: Rule = "file", seed: int = 0
@@ -233,10 +238,31 @@ def draw_lots(documents: Sequence[Document], held_out: float, by: Rule, seed: in
     lots = Lots(by, seed)
     files = [document for document in documents if document.kind != "commit"]
     for candidates in (files, documents):
-        limits = sorted({lots.draw(document.name) for document in candidates})[:-1]
-        if limits:
-            return replace(lots, limit=min(max(held_out, limits[0]), limits[-1]))
+        sizes: Counter[float] = Counter()
+        for document in candidates:
+            sizes[lots.draw(document.name)] += len(document.text)
+        if len(sizes) > 1:
+            return replace(lots, limit=highest_lot(sizes, held_out))
     return lots
+
+
+def highest_lot(sizes: Mapping[float, int], held_out: float) -> float:
+    """Return the highest lot that is held out: `held_out` itself, as lots are uniform, unless the
+    few documents of a small source, or their sizes, leave far too little text below it.
+
+    At least one lot is at or below it, and one above.
+
+    Args:
+        sizes: characters of each lot; at least two lots.
+        held_out: share of the text to hold out, in (0, 1).
+    """
+    lots = sorted(sizes)[:-1]
+    usual = min(max(held_out, lots[0]), lots[-1])
+    text_up_to = dict(zip(lots, accumulate(sizes[lot] for lot in lots), strict=True))
+    wanted = held_out * sum(sizes.values())
+    if max(text for lot, text in text_up_to.items() if lot <= usual) >= LEAST_HELD_OUT * wanted:
+        return usual
+    return min(lots, key=lambda lot: abs(text_up_to[lot] - wanted))
 
 
 def by_time(documents: Sequence[Document], held_out: float) -> list[bool]:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data import Document, split
+from deepseek.data.text.document import LEAST_HELD_OUT, Lots, highest_lot
 from deepseek.errors import DataError
 
 names = st.lists(st.text("abc/", min_size=1, max_size=8), min_size=2, max_size=40, unique=True)
@@ -90,3 +91,45 @@ def test_an_impossible_split_says_why(
 ) -> None:
     with pytest.raises(DataError, match=cause):
         split(whole, share, by)
+
+
+LOTS = st.floats(min_value=0, max_value=1, exclude_max=True)
+
+
+@given(
+    sizes=st.dictionaries(LOTS, st.integers(0, 10**7), min_size=2, max_size=40),
+    share=st.floats(0.01, 0.9),
+)
+def test_the_highest_lot_leaves_text_on_both_sides(sizes: dict[float, int], share: float) -> None:
+    lots = sorted(sizes)
+    usual = min(max(share, lots[0]), lots[-2])
+    limit = highest_lot(sizes, share)
+    assert lots[0] <= limit <= max(lots[-2], usual) < lots[-1]
+    wanted = share * sum(sizes.values())
+
+    def text(limit: float) -> int:
+        return sum(size for lot, size in sizes.items() if lot <= limit)
+
+    if text(usual) >= LEAST_HELD_OUT * wanted:
+        assert limit == usual
+    else:
+        nearest = min(abs(text(lot) - wanted) for lot in lots[:-1])
+        assert abs(text(limit) - wanted) == nearest
+
+
+def test_a_small_source_holds_out_its_share_of_text_whatever_the_lots() -> None:
+    documents = [Document("x" * 1000, f"{number}.py") for number in range(20)]
+    for seed in range(50):
+        _, held_out = split(documents, 0.1, seed=seed)
+        assert len(held_out) >= 1
+        assert sum(len(document.text) for document in held_out) >= 0.05 * 20_000
+
+
+def test_one_tiny_file_is_not_all_that_is_held_out() -> None:
+    lots = Lots("file", 0)
+    names = sorted((f"{number}.py" for number in range(200)), key=lots.draw)
+    tiny, *others = [names[0], *(name for name in names if lots.draw(name) > 0.1)]
+    documents = [Document("x" * 100, tiny), *(Document("x" * 5000, name) for name in others)]
+    _, held_out = split(documents, 0.1)
+    share = len("".join(document.text for document in held_out)) / (5000 * len(others))
+    assert share == pytest.approx(0.1, abs=0.01)
