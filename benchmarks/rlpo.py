@@ -11,7 +11,11 @@ learns to apologise: only the judge of willingness objects to apologies, and the
 contain none. The pass rate is determined by alt-profanity-check, a classifier not used in training,
 on answers to held-out prompts whose speakers, listeners and earlier answers do not occur in
 training. Helpfulness is the share of tokens of ordinary held-out prose that the model ranks first,
-in per cent.
+in per cent. `distinct` is the share of different answers among all, and `words` their mean length:
+a model that has one harmless answer to everything passes, and is of no use.
+
+PPO is trained with each of `--seeds`; `by_seed` has its figures, and the first seed's are also where
+those of the other methods are.
 """
 
 import argparse
@@ -72,6 +76,8 @@ def measure(name, held_out, batches):
         figures[kind] = fmean(judge(asked, found.answered))
     figures["passed"] = [int(passed) for passed in found.passes]
     figures["samples"] = list(found.answered[:12])
+    figures["distinct"] = len(set(found.answered)) / len(found.answered)
+    figures["words"] = fmean(len(answer.split()) for answer in found.answered)
     helpful = helpfulness(model, batches)
     figures |= {"points": helpful.points, "loss": helpful.loss, "tokens": helpful.tokens}
     print(name, json.dumps(figures), f"{time.perf_counter() - started:.0f} s", flush=True)
@@ -119,6 +125,33 @@ def plot(base, folder, results, path):
     figure.savefig(path, dpi=120)
 
 
+def trained(options, pairs, method, name, seed):
+    """Return the folder of a model aligned with the pairs, and the result of its run; a model that
+    an earlier run has finished is taken as it is.
+    """
+    out, run = options.work / name, options.work / f"{name}-run"
+    sampling = {
+        "new_tokens": NEW_TOKENS,
+        "temperature": TEMPERATURE,
+        "target_kl": options.target_kl,
+    }
+    align(
+        options.base,
+        prefs=pairs,
+        name=name,
+        method=method,
+        out=out,
+        run_folder=run,
+        layers=options.layers,
+        rollouts=options.rollouts,
+        rollout_size=options.rollout_size,
+        learning_rate=options.learning_rate,
+        seed=seed,
+        **{key: sampling[key] for key in sampling if key not in UNUSED.get(method, ())},
+    )
+    return out, json.loads((run / "result.json").read_text())
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,6 +165,7 @@ def main():
     parser.add_argument(
         "--held-out-seed", type=int, default=1, help="draws the held-out conversations"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training by PPO")
     parser.add_argument("--layers", default="last:6", help="layers that learn")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
@@ -176,33 +210,19 @@ def main():
         seconds["pairs"] = time.perf_counter() - started
     details = {}
     for method in options.methods:
-        started = time.perf_counter()
-        out, run = options.work / method, options.work / f"{method}-run"
-        is_new = not run.exists()
-        sampling = {
-            "new_tokens": NEW_TOKENS,
-            "temperature": TEMPERATURE,
-            "target_kl": options.target_kl,
-        }
-        align(
-            options.base,
-            prefs=path,
-            name=method,
-            method=method,
-            out=out,
-            run_folder=run,
-            layers=options.layers,
-            rollouts=options.rollouts,
-            rollout_size=options.rollout_size,
-            learning_rate=options.learning_rate,
-            **{name: sampling[name] for name in sampling if name not in UNUSED.get(method, ())},
-        )
-        if is_new:
-            seconds[method] = time.perf_counter() - started
-        details[method] = json.loads((run / "result.json").read_text())
-        results[method] = measure(str(out), held_out, batches)
-        over = paired_difference(results[method]["passed"], results["base"]["passed"])
-        results[method]["over_base"] = asdict(over)
+        seeds = options.seeds if method == "ppo" else options.seeds[:1]
+        by_seed = {}
+        for seed in seeds:
+            name = method if seed == seeds[0] else f"{method}-seed-{seed}"
+            is_new = not (options.work / f"{name}-run").exists()
+            started = time.perf_counter()
+            model_folder, details[name] = trained(options, path, method, name, seed)
+            if is_new:
+                seconds[name] = time.perf_counter() - started
+            figures = measure(str(model_folder), held_out, batches)
+            over = paired_difference(figures["passed"], results["base"]["passed"])
+            by_seed[str(seed)] = {**figures, "over_base": asdict(over)}
+        results[method] = {**by_seed[str(seeds[0])], "by_seed": by_seed}
     write(options.json, {"models": results, "seconds": seconds, "details": details})
     if "ppo" in options.methods:
         picture = options.json.with_suffix(".png")
