@@ -224,7 +224,6 @@ RLPO = {
     "value_rollouts": st.integers(0, 3),
     "beta": RATE,
     "target_kl": st.none() | RATE,
-    "kl_horizon": COUNT,
     "kl_stop": RATE,
     "entropy_floor": RATE,
     "replay_routing": FLAG,

@@ -1,16 +1,21 @@
-"""Proximal policy optimisation as pure functions on tensors: rewards, advantages, losses, KL
-control.
+"""Proximal policy optimisation as pure functions on tensors: rewards, advantages, losses, and the
+coefficient of the KL penalty.
 
 These functions don't depend on a model. Rows are the responses of B prompts, columns their T
 tokens. `mask_BT` is 1.0 at response tokens and 0.0 at padding; values at padding have no effect.
-Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty and its controller
-arXiv:1909.08593, the k3 estimator joschu.net/blog/kl-approx.html.
+Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty arXiv:1909.08593, the
+k3 estimator joschu.net/blog/kl-approx.html.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+AT_TARGET, MOST = 10.0, 3.0
+"""Growth of the KL penalty's coefficient from no KL to the target, and the largest KL that it grows
+to, in targets: a single rollout may have a response of infinite KL.
+"""
 
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -133,22 +138,21 @@ def value_loss(
     return 0.5 * masked_mean(worse_BT, mask_BT)
 
 
-def steered(
-    beta: float, kl: float, responses: int, target: float | None, horizon: int = 10_000
-) -> float:
-    """Return the updated coefficient of the KL penalty (arXiv:1909.08593, eq. 3).
+def penalty_coefficient(beta: float, kl: float, target: float | None) -> float:
+    """Return the coefficient of the KL penalty for a rollout: `AT_TARGET` times `beta` at the target
+    KL, and exponential in the KL.
 
-    The source limits the error to 0.2 both ways. Above the target that is too slow for short runs,
-    so a KL of up to twice the target counts as it is.
+    An integral controller (arXiv:1909.08593, eq. 3) answers to a KL that is too large already: in a
+    run of some twenty rollouts it raised the coefficient when the KL was at twice its target and the
+    learning rate too low to come back (docs/log/alignment.md, 2026-12-02).
 
     Args:
-        beta: present coefficient.
-        kl: mean KL of the responses, in nats per response.
-        responses: number of responses that `kl` was measured on.
-        target: KL to aim for, in nats per response; None: keep the coefficient.
-        horizon: number of responses over which the coefficient changes by the relative error.
+        beta: coefficient without any KL.
+        kl: mean KL of the rollout's responses, in nats per response; a negative estimate counts
+            as 0.
+        target: KL to stay at or below, in nats per response; None: the coefficient is `beta`.
     """
     if target is None:
         return beta
-    error = min(1.0, max(-0.2, kl / target - 1.0))
-    return beta * (1.0 + error * responses / horizon)
+    exponent = min(MOST, max(0.0, kl) / target)
+    return float(beta * AT_TARGET**exponent)

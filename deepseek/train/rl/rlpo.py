@@ -21,8 +21,8 @@ from deepseek.train.rl.ppo import (
     k3,
     log_ratio,
     masked_mean,
+    penalty_coefficient,
     policy_loss,
-    steered,
     token_rewards,
     value_loss,
     whiten,
@@ -97,7 +97,7 @@ class RunningMoments:
 
 
 class Learner:
-    """Policy, reward and controllers: the task of the training loop.
+    """Policy, reward and KL penalty: the task of the training loop.
 
     Attributes:
         parameters: parameters of the policy by name.
@@ -138,11 +138,7 @@ class Learner:
         self.streams: dict[int, Tensor] = {}
 
     def collect(
-        self,
-        prompts: Sequence[Sequence[int]],
-        generator: torch.Generator,
-        learn: bool,
-        width: int | None = None,
+        self, prompts: Sequence[Sequence[int]], generator: torch.Generator, width: int | None = None
     ) -> tuple[Rollout, dict[str, float]]:
         """Sample and score responses; return the rollout and its figures.
 
@@ -150,7 +146,6 @@ class Learner:
             prompts: token ids of each prompt; it gets `config.answers` responses, next to each
                 other.
             generator: random generator of the sampling.
-            learn: whether the policy is trained on it, so that the KL controller counts it.
             width: columns of the prompts; None: those of the longest prompt.
         """
         config = self.config
@@ -174,9 +169,10 @@ class Learner:
             torch.cat(part) for part in zip(*parts, strict=True)
         )
         mask_BT = responses.mask_BT
-        advantages_BT, returns_BT = self.targets(scores_B, old_BT, reference_BT, values_BT, mask_BT)
-        beta = float(self.scalars["beta"])
         kl = float((old_BT - reference_BT).sum() / len(asked))
+        beta = penalty_coefficient(config.beta, kl, config.target_kl)
+        self.scalars["beta"].fill_(beta)
+        advantages_BT, returns_BT = self.targets(scores_B, old_BT, reference_BT, values_BT, mask_BT)
         metrics = {
             "score": float(scores_B.mean()),
             "kl": kl,
@@ -184,10 +180,6 @@ class Learner:
             "response_tokens": float(mask_BT.sum(1).mean()),
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
         }
-        if learn:
-            # Never go below the initial coefficient while the KL is small: the KL would overshoot.
-            next_beta = steered(beta, kl, len(asked), config.target_kl, config.kl_horizon)
-            self.scalars["beta"].fill_(max(config.beta, next_beta))
         self.check_entropy(metrics["entropy"])
         return Rollout(
             **responses.tensors(),
@@ -377,8 +369,7 @@ class RolloutBatches:
         count = self.size // self.learner.config.answers
         chosen = endless(self.made * count, (self.made + 1) * count, len(self.prompts), self.seed)
         prompts = [self.prompts[index] for index in chosen]
-        learn = self.made >= self.learner.config.value_only_rollouts
-        rollout, metrics = self.learner.collect(prompts, generator, learn, self.width)
+        rollout, metrics = self.learner.collect(prompts, generator, self.width)
         for name, tensor in self.rollout.tensors().items():
             tensor.copy_(getattr(rollout, name))
         self.made = self.made + 1

@@ -35,11 +35,9 @@ class RLPOConfig:
             a gradient, but its norm is clipped together with the policy's: with a large weight, the
             worse the values are, the less the policy would learn.
         value_rollouts: number of first rollouts that train only the value head (baseline "value").
-        beta: initial and smallest coefficient of the KL penalty, in standardised reward per nat.
-        target_kl: KL to the reference above which the coefficient rises, in nats per response;
-            None: constant coefficient.
-        kl_horizon: number of responses over which the coefficient grows or shrinks by the relative
-            error of the KL.
+        beta: coefficient of the KL penalty at the start, in standardised reward per nat.
+        target_kl: KL to the reference to stay near or below, in nats per response: the coefficient
+            grows exponentially with the KL (`penalty_coefficient`). None: it is constant.
         kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts; the
             minibatch that shows it does not train the policy.
         entropy_floor: share of the first rollout's entropy below which the policy counts as
@@ -62,7 +60,6 @@ class RLPOConfig:
     value_rollouts: int = 1
     beta: float = 0.05
     target_kl: float | None = 6.0
-    kl_horizon: int = 25
     kl_stop: float = 0.05
     entropy_floor: float = 0.2
     replay_routing: bool = True
@@ -100,7 +97,6 @@ RLPO: dict[str, checks.Check] = {
     "value_rollouts": partial(checks.whole, least=0),
     "beta": _weight,
     "target_kl": checks.optional(partial(checks.number, above=0)),
-    "kl_horizon": _count,
     "kl_stop": checks.number,  # a negative one starts a new rollout after each step
     "entropy_floor": partial(checks.number, least=0, most=1),
     "replay_routing": checks.flag,

@@ -21,7 +21,7 @@ from deepseek.train.rl.rlpo_config import RLPOConfig
 
 
 class RLPOState:
-    """State between calls of `rlpo_update`: reference, value head, optimizer, controllers,
+    """State between calls of `rlpo_update`: reference, value head, optimizer, moments,
     guards.
     """
 
@@ -118,7 +118,7 @@ def rlpo_update(
         raise ConfigError("state was made for another model or reward; give those, or a new state.")
     config = state.learner.config
     learn = state.rollouts >= config.value_only_rollouts
-    rollout, metrics = learner.collect(prompts, state.generator, learn)
+    rollout, metrics = learner.collect(prompts, state.generator)
     state.rollouts += 1
     learner.scalars["stop"].zero_()
     places = list(range(-(-len(rollout.mask_BT) // config.minibatch))) * config.epochs

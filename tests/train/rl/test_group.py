@@ -91,7 +91,7 @@ def test_the_estimate_of_the_divergence_has_the_right_mean() -> None:
 
 def test_the_answers_to_a_prompt_lie_next_to_each_other() -> None:
     trained = learner(tiny(), **GROUPS)
-    rollout, _ = trained.collect(prompts(3), torch.Generator().manual_seed(0), learn=True)
+    rollout, _ = trained.collect(prompts(3), torch.Generator().manual_seed(0))
     asked = [prompt for prompt in prompts(3) for _ in range(4)]
     assert rollout.prompts() == asked
     means = (rollout.advantages_BT.sum(1) / rollout.mask_BT.sum(1)).view(-1, 4).mean(1)
@@ -101,7 +101,7 @@ def test_the_answers_to_a_prompt_lie_next_to_each_other() -> None:
 @pytest.mark.parametrize("routing", [{}, {"num_experts": 16, "expert_dim": 8}])
 def test_the_first_update_starts_at_a_ratio_of_one(routing: dict[str, int]) -> None:
     trained = learner(tiny(**routing), ratio="sequence", **GROUPS)
-    rollout, _ = trained.collect(prompts(4), torch.Generator().manual_seed(0), learn=True)
+    rollout, _ = trained.collect(prompts(4), torch.Generator().manual_seed(0))
     output = trained.loss(Minibatch(rollout.rows(0, 8), 0, True), 0)
     assert output.metrics["ratio"] == 0.0 and output.metrics["clipped"] == 0.0
     assert "value_loss" not in output.metrics

@@ -1,6 +1,7 @@
 """PPO's formulas against loops written from the papers, and the properties that they must have."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from rl_fixtures import batch
 
 from deepseek.train.rl.ppo import (
+    AT_TARGET,
     advantages,
     k3,
     log_ratio,
     masked_mean,
+    penalty_coefficient,
     policy_loss,
-    steered,
     token_rewards,
     value_loss,
     whiten,
@@ -147,11 +149,19 @@ def test_whitened_values_have_mean_zero_and_variance_one() -> None:
     assert float(masked_mean(white.square(), mask)) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_the_controller_pulls_towards_its_target_and_harder_from_above() -> None:
-    assert steered(0.1, 6.0, 50, target=6.0, horizon=100) == pytest.approx(0.1)
-    assert steered(0.1, 600.0, 100, target=6.0, horizon=100) == pytest.approx(0.2)
-    assert steered(0.1, 0.0, 100, target=6.0, horizon=100) == pytest.approx(0.08)
-    assert steered(0.1, 99.0, 100, target=None) == 0.1
+def test_the_penalty_grows_tenfold_to_the_target_and_ever_faster_beyond() -> None:
+    assert penalty_coefficient(0.05, 0.0, target=6.0) == 0.05
+    assert penalty_coefficient(0.05, 6.0, target=6.0) == pytest.approx(0.05 * AT_TARGET)
+    steps = [penalty_coefficient(0.05, kl, target=6.0) for kl in (0.0, 3.0, 6.0, 9.0, 12.0)]
+    assert [after / before for before, after in pairwise(steps)] == pytest.approx(
+        [AT_TARGET**0.5] * 4
+    )
+
+
+@pytest.mark.parametrize("kl", [-1.0, 0.0, 1e9, math.inf])
+def test_the_penalty_is_finite_and_never_below_its_start(kl: float) -> None:
+    assert 0.05 <= penalty_coefficient(0.05, kl, target=6.0) < math.inf
+    assert penalty_coefficient(0.05, kl, target=None) == 0.05
 
 
 def test_a_bandit_is_solved() -> None:
