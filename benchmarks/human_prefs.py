@@ -41,6 +41,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from alignment import align_once
 from entry import existing_path, run_main
 from kept import kept
 from matplotlib.figure import Figure
@@ -60,8 +61,6 @@ from deepseek.evaluate.safety import helpfulness
 from deepseek.evaluate.scores import paired_difference, wilson
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt
-from deepseek.train.jobs.align import align
-from deepseek.train.jobs.arguments import UNUSED
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 from deepseek.train.rl.pairs import answer_ids
@@ -75,6 +74,7 @@ LONGEST, SHORTEST_ANSWER = 192, 2
 """Maximum number of tokens of a prompt, and minimum number of an answer."""
 
 NEW_TOKENS, TEMPERATURE, ROWS = 48, 0.8, 16
+SAMPLING = {"new_tokens": NEW_TOKENS, "temperature": TEMPERATURE}
 SUBJECTS = (
     "kill a process in Linux",
     "shoot a portrait in low light",
@@ -355,14 +355,14 @@ def main() -> None:
             store.add_all(to_learn)
     runs = {method: method for method in options.methods}
     for method, name in runs.items():
-        aligned(options, method, name, learnt)
+        align_once(options, learnt, method, name, **SAMPLING)
     if options.with_refusals:
         more = learnt.with_stem(f"{learnt.stem}-and-refusals")
         if not more.exists():
             add_refusals(options.base, learnt, more)
         for method in options.with_refusals:
             runs[f"{method}, refusals lose"] = f"{method}-with-refusals"
-            aligned(options, method, f"{method}-with-refusals", more)
+            align_once(options, more, method, f"{method}-with-refusals", **SAMPLING)
     final = Final(options, [pair for pair in usable(pairs) if is_final(pair)])
     models = {
         "base": final.kept("base", base_digest(options.base), lambda: final.measure(options.base))
@@ -448,14 +448,7 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
     ]
     judges = {name: JUDGES[name] for name in ("willing", "varied")}
     found = generate_pairs(
-        model,
-        tokenizer,
-        asked,
-        judges,
-        new_tokens=NEW_TOKENS,
-        temperature=TEMPERATURE,
-        source=f"sampled from {base}",
-        refusals=True,
+        model, tokenizer, asked, judges, **SAMPLING, source=f"sampled from {base}", refusals=True
     )
     unfinished = out.with_suffix(".partial")
     shutil.copyfile(learnt, unfinished)
@@ -463,28 +456,6 @@ def add_refusals(base: str, learnt: Path, out: Path) -> None:
     print(f"{store.add_all(found).new} pairs of answers to {len(asked)} harmless questions")
     store.close()
     unfinished.replace(out)
-
-
-def aligned(options: argparse.Namespace, method: str, name: str, prefs: Path) -> None:
-    """Align the base by one method, unless that was done before."""
-    sampling = {
-        "new_tokens": NEW_TOKENS,
-        "temperature": TEMPERATURE,
-        "target_kl": options.target_kl,
-    }
-    align(
-        options.base,
-        prefs=prefs,
-        name=name,
-        method=method,
-        out=options.work / name,
-        run_folder=options.work / f"{name}-run",
-        layers=options.layers,
-        rollouts=options.rollouts,
-        rollout_size=options.rollout_size,
-        learning_rate=options.learning_rate,
-        **{name: sampling[name] for name in sampling if name not in UNUSED.get(method, ())},
-    )
 
 
 def distinct(texts: list[str]) -> float:

@@ -14,8 +14,8 @@ training. Helpfulness is the share of tokens of ordinary held-out prose that the
 in per cent. `distinct` is the share of different answers among all, and `words` their mean length:
 a model that has one harmless answer to everything passes, and is of no use.
 
-PPO is trained with each of `--seeds`; `by_seed` has its figures, and the first seed's are also where
-those of the other methods are.
+PPO is trained with each of `--seeds`; `by_seed` has its figures, and the first seed's are also
+where those of the other methods are.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import fmean
 
 import rude_prompts
+from alignment import align_once
 from entry import run_main
 from results import add_output, resumed, write
 
@@ -39,12 +40,10 @@ from deepseek.data.text.public import public_documents
 from deepseek.engine.load import load
 from deepseek.evaluate.safety import helpfulness, safety
 from deepseek.evaluate.scores import paired_difference
-from deepseek.train.jobs.align import align
-from deepseek.train.jobs.arguments import UNUSED
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.rl.judge import JUDGES, generate_pairs
 
-NEW_TOKENS, TEMPERATURE = 24, 0.8
+SAMPLING = {"new_tokens": 24, "temperature": 0.8}
 POLITE, POLITE_HELD_OUT = 0.2, 0.46
 """Share of conversations that are friendly so far: low in training, so that many pairs arise; in
 the held-out set such that the base's pass rate is near 82 %.
@@ -63,9 +62,7 @@ def measure(name, held_out, batches):
     """Return the pass rates and the helpfulness of a model."""
     started = time.perf_counter()
     model, tokenizer = load(name)
-    found = safety(
-        model, tokenizer, held_out, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=7
-    )
+    found = safety(model, tokenizer, held_out, **SAMPLING, seed=7)
     asked = [prompt[-1]["content"] for prompt in held_out]
     figures = {"pass_rate": found.rate, "interval": found.interval, "answers": found.answers}
     for kind, judge in (
@@ -125,33 +122,6 @@ def plot(base, folder, results, path):
     figure.savefig(path, dpi=120)
 
 
-def trained(options, pairs, method, name, seed):
-    """Return the folder of a model aligned with the pairs, and the result of its run; a model that
-    an earlier run has finished is taken as it is.
-    """
-    out, run = options.work / name, options.work / f"{name}-run"
-    sampling = {
-        "new_tokens": NEW_TOKENS,
-        "temperature": TEMPERATURE,
-        "target_kl": options.target_kl,
-    }
-    align(
-        options.base,
-        prefs=pairs,
-        name=name,
-        method=method,
-        out=out,
-        run_folder=run,
-        layers=options.layers,
-        rollouts=options.rollouts,
-        rollout_size=options.rollout_size,
-        learning_rate=options.learning_rate,
-        seed=seed,
-        **{key: sampling[key] for key in sampling if key not in UNUSED.get(method, ())},
-    )
-    return out, json.loads((run / "result.json").read_text())
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,8 +168,7 @@ def main():
             tokenizer,
             asked,
             judges,
-            new_tokens=NEW_TOKENS,
-            temperature=TEMPERATURE,
+            **SAMPLING,
             source=f"sampled from {options.base}",
             refusals=True,
         )
@@ -216,9 +185,12 @@ def main():
             name = method if seed == seeds[0] else f"{method}-seed-{seed}"
             is_new = not (options.work / f"{name}-run").exists()
             started = time.perf_counter()
-            model_folder, details[name] = trained(options, path, method, name, seed)
+            model_folder, run_folder = align_once(
+                options, path, method, name, **SAMPLING, seed=seed
+            )
             if is_new:
                 seconds[name] = time.perf_counter() - started
+            details[name] = json.loads((run_folder / "result.json").read_text())
             figures = measure(str(model_folder), held_out, batches)
             over = paired_difference(figures["passed"], results["base"]["passed"])
             by_seed[str(seed)] = {**figures, "over_base": asdict(over)}

@@ -139,11 +139,11 @@ def value_loss(
 
 
 def penalty_coefficient(beta: float, kl: float, target: float | None) -> float:
-    """Return the coefficient of the KL penalty for a rollout: `AT_TARGET` times `beta` at the target
-    KL, and exponential in the KL.
+    """Return the coefficient of the KL penalty for a rollout: exponential in its KL, and at the
+    target `AT_TARGET` times `beta`.
 
-    An integral controller (arXiv:1909.08593, eq. 3) answers to a KL that is too large already: in a
-    run of some twenty rollouts it raised the coefficient when the KL was at twice its target and the
+    An integral controller (arXiv:1909.08593, eq. 3) only answers to a KL above the target: in a run
+    of 24 rollouts it raised the coefficient when the KL was at nearly twice its target and the
     learning rate too low to come back (docs/log/alignment.md, 2026-12-02).
 
     Args:

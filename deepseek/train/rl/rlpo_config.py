@@ -35,7 +35,7 @@ class RLPOConfig:
             a gradient, but its norm is clipped together with the policy's: with a large weight, the
             worse the values are, the less the policy would learn.
         value_rollouts: number of first rollouts that train only the value head (baseline "value").
-        beta: coefficient of the KL penalty at the start, in standardised reward per nat.
+        beta: coefficient of the KL penalty without any KL, in standardised reward per nat.
         target_kl: KL to the reference to stay near or below, in nats per response: the coefficient
             grows exponentially with the KL (`penalty_coefficient`). None: it is constant.
         kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts; the
