@@ -68,7 +68,8 @@ def run_pythons(
                     if on_start:
                         on_start(name)
                     file = output[name] if output else None
-                    running[name] = _start(programs[name], folder, environment, file)
+                    with _signals_held():
+                        running[name] = _start(programs[name], folder, environment, file)
                 for name, process in list(running.items()):
                     status = process.poll()
                     if status is not None:
@@ -141,6 +142,28 @@ def _stops_raised() -> Iterator[None]:
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Handle signals after the block: one that raised while a process starts would leave it behind,
+    unknown to those who stop it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPS)}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in held:
+        signal.signal(number, lambda raised, _: noted.append(raised))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    for got in noted:
+        signal.raise_signal(got)
 
 
 def _ignore_signal(_number: int, _frame: FrameType | None) -> None:

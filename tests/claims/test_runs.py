@@ -315,6 +315,30 @@ def test_a_benchmark_that_is_told_to_stop_does_so_at_a_safe_point(
     assert process.returncode == status
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_benchmark_starts_stops_it_too(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow.py").write_text(STOPS_SAFELY)
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(number)  # before anyone has the process
+        return started[0]
+
+    monkeypatch.setattr("deepseek.claims.child.subprocess.Popen", start)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run_python(["slow.py", str(tmp_path / "note")], tmp_path, os.environ)
+        assert started[0].wait(1) is not None
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        started[0].kill()
+
+
 def test_an_ignored_hang_up_stays_ignored_and_handlers_come_back(tmp_path: Path) -> None:
     (tmp_path / "hang_up.py").write_text("import os, signal; os.kill(os.getppid(), signal.SIGHUP)")
     before = [signal.getsignal(number) for number in STOPS]
