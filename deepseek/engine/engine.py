@@ -360,7 +360,7 @@ class Engine:
         checks.optional(partial(checks.number, least=0))("timeout", timeout)
         with self._worker.changed:
             self._draining = True
-            return self._worker.changed.wait_for(lambda: self._scheduler.idle, timeout)
+            return self._worker.changed.wait_for(lambda: self._worker.is_idle, timeout)
 
     def close(self) -> None:
         """Cancel all requests and stop the engine's thread. Further calls do nothing."""

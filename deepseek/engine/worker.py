@@ -43,6 +43,7 @@ class Worker:
         self._model = model
         self._closed = False
         self._abandoned = False
+        self._stepping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -50,6 +51,14 @@ class Worker:
     def is_alive(self) -> bool:
         """Whether the thread runs in this process: a fork does not copy it."""
         return self._thread.is_alive()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits, and the last step has ended; read with `changed` held.
+
+        A step frees a sequence before it delivers its last event.
+        """
+        return self._scheduler.idle and not self._stepping
 
     def close(self) -> None:
         """Cancel everything, and wait until the thread has ended."""
@@ -86,11 +95,13 @@ class Worker:
     def _wait(self) -> bool:
         """Wait until there is work; return False if the thread must end instead."""
         with self.changed:
-            self.changed.notify_all()  # a step has ended
+            self._stepping = False
+            self.changed.notify_all()
             self.changed.wait_for(
                 lambda: self._closed or self._abandoned or not self._scheduler.idle, LOOK_SECONDS
             )
-            return not self._closed and not (self._abandoned and self._scheduler.idle)
+            self._stepping = not self._closed and not (self._abandoned and self._scheduler.idle)
+            return self._stepping
 
     def _fail(self, error: Exception) -> None:
         """End the running sequences, whose states are inconsistent after a failed step.

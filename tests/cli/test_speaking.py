@@ -4,7 +4,6 @@ import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -231,15 +230,16 @@ def test_tabs_stay_tabs() -> None:
         assert file.getvalue() == f"{colour}all:{end}{colour}\t{end}cc\\x1b a.c\n"
 
 
-class Interrupted(Console):
-    """A terminal at which Ctrl-C is pressed while the fourth token is printed."""
+class Interrupted(io.StringIO):
+    """An output at which Ctrl-C is pressed while the fourth token is printed."""
 
     printed = 0
 
-    def print(self, *pieces: object, **dials: Any) -> None:
+    def write(self, text: str) -> int:
         self.printed += 1
         if self.printed == 4:
             raise KeyboardInterrupt
+        return super().write(text)
 
 
 def test_an_interrupted_answer_costs_nothing_more(
@@ -247,15 +247,20 @@ def test_an_interrupted_answer_costs_nothing_more(
 ) -> None:
     step = Scheduler.step
 
-    def slow_step(scheduler: Scheduler) -> None:
-        time.sleep(0.02)  # otherwise the tiny model ends before its first token is read
+    def waiting_step(scheduler: Scheduler) -> None:
+        # Otherwise the tiny model could end before its fourth token is printed.
+        deadline = time.monotonic() + 60
+        while scheduler.completion_tokens >= 50 and time.monotonic() < deadline:
+            if any(sequence.cancelled for sequence in scheduler.running):
+                break
+            time.sleep(0.001)
         step(scheduler)
 
-    monkeypatch.setattr(Scheduler, "step", slow_step)
+    monkeypatch.setattr(Scheduler, "step", waiting_step)
     with start_engine(base_folder) as engine:
         request = Request((5, 17), Sampling(60), ignore_end=True)
         with pytest.raises(KeyboardInterrupt):
-            speak(engine, request, Interrupted(force_terminal=True), Palette())
+            speak(engine, request, Console(file=Interrupted()), Palette())
         assert engine.drain(timeout=30)
         assert engine.stats().finished["cancelled"] == 1
 

@@ -353,6 +353,20 @@ def test_draining_ends_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not draining.is_alive()
 
 
+def test_draining_ends_after_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(*tiny_model()) as engine:
+        release = engine._scheduler._release
+        # A sequence is not running any more, but its last event is still to come.
+        monkeypatch.setattr(
+            engine._scheduler, "_release", lambda sequence: release(sequence) or time.sleep(0.3)
+        )
+        request = Request(PROMPTS[0], Sampling(max_new_tokens=4), ignore_end=True)
+        generation = engine.submit(request)
+        assert engine.drain(timeout=60)
+        assert engine.stats().finished == {"length": 1}
+        assert [event.finish_reason for event in generation][-1] == "length"
+
+
 @pytest.mark.parametrize("memory", ["of a state", "of the device"])
 def test_an_error_after_an_error_does_not_end_the_engine(
     memory: str, monkeypatch: pytest.MonkeyPatch
