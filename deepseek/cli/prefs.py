@@ -2,12 +2,12 @@
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from deepseek.checks import MAX_SEED
-from deepseek.cli.options import Base, Device, Json, Precision
+from deepseek.cli.options import Base, Device, DryRun, Json, Precision
 from deepseek.cli.output import echo
 from deepseek.errors import ConfigError, DataError
 
@@ -102,6 +102,7 @@ def generate(
     database: Database = None,
     device: Device = "auto",
     dtype: Precision = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Sample several answers to each prompt, let judges pick the better and the worse one, and add
     the pairs.
@@ -111,6 +112,7 @@ def generate(
     from deepseek.engine.load import load
     from deepseek.model.language_model import own_model
     from deepseek.registry import pick
+    from deepseek.train.jobs.estimate import of_pairs
     from deepseek.train.loop.progress import ProgressBar
     from deepseek.train.rl.judge import JUDGES, generate_pairs, prompt_of
 
@@ -119,20 +121,29 @@ def generate(
         raise ConfigError(f"--judges {judges!r} names no judge; give {' or '.join(JUDGES)}.")
     numbered = records(file, ("prompt",))
     prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in numbered]
-    model, tokenizer = load(base, device=device, dtype=dtype)
+    if not prompts:
+        raise DataError(f"{file} holds no prompts; give a file with some.")
+    loaded_model, tokenizer = load(base, device=device, dtype=dtype)
+    model = own_model(loaded_model, "Sampling of pairs")
+    sampling: dict[str, Any] = {
+        "answers": answers,
+        "new_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "refusals": refusals,
+    }
+    if dry_run:
+        echo(f"{of_pairs(model, tokenizer, prompts, selected_judges, **sampling)}")
+        return
     with open_database(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
-            own_model(model, "Sampling of pairs"),
+            model,
             tokenizer,
             prompts,
             selected_judges,
-            answers=answers,
-            new_tokens=max_tokens,
-            temperature=temperature,
             source=f"sampled from {base}",
-            seed=seed,
-            refusals=refusals,
             progress=bar,
+            **sampling,
         )
         counts = store.add_all(pairs, batch=1)
     echo(f"{counts.new:,} pairs added, {counts.duplicates:,} already in the database")

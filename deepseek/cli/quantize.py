@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deepseek.checkpoint.files import new_path
-from deepseek.cli.options import Device
+from deepseek.cli.options import Device, DryRun
 from deepseek.cli.output import echo
 from deepseek.errors import ConfigError
 
@@ -24,6 +24,7 @@ def quantize(
         ),
     ] = 8,
     device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Quantise a model's weight matrices to 8 bits or fewer, compare its predictions with the
     original, and write it.
@@ -35,10 +36,18 @@ def quantize(
         raise ConfigError(f"--bits {bits:g} must be from 4 to 8.")
     out = new_path(out)
     from deepseek.device.choose import choose_device
+    from deepseek.export.estimate import estimate_quantisation
     from deepseek.export.quantize import quantize_model
     from deepseek.train.loop.progress import ProgressBar
 
     choose_device(device)  # a wrong one is told before anything is loaded
+    if dry_run:
+        with ProgressBar() as progress:
+            estimate = estimate_quantisation(
+                model, out, bits=bits, device=device, progress=progress
+            )
+        echo(f"{estimate}")
+        return
     with ProgressBar() as progress:
         result = quantize_model(model, out, bits=bits, device=device, progress=progress)
     echo(

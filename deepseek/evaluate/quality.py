@@ -13,10 +13,11 @@ from deepseek.checkpoint.store import home, read_object
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
 from deepseek.data.text.document import Document, silent
 from deepseek.data.text.public import public_documents, read_documents
+from deepseek.device.estimate import Estimate
 from deepseek.errors import CheckpointError, DataError
 from deepseek.model.language_model import LanguageModel
 from deepseek.packs.manifest import PackManifest
-from deepseek.train.jobs.estimate import Estimate, of_passes
+from deepseek.train.jobs.estimate import of_passes
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.past_runs import finished_runs, latest_run
 

@@ -176,7 +176,7 @@ def quantise_along(
     hidden_BTD = torch.cat([begin(model, ids).hidden_BTD for ids in ids_BT.split(BATCH)])
     for layer, block in enumerate(model.layers):
         with in_memory(block) as matrices:
-            compute = partial(_quantised_layer, model, hidden_BTD, layer, matrices, bits)
+            compute = partial(quantised_layer, model, hidden_BTD, layer, matrices, bits)
             done = kept.layer(layer, compute)
             for stored in matrices.values():
                 if stored.name in done:
@@ -186,7 +186,7 @@ def quantise_along(
     yield from _quantised_ends(model, hidden_BTD, bits)
 
 
-def _quantised_layer(
+def quantised_layer(
     model: DeepSeekModel,
     hidden_BTD: Tensor,
     layer: int,

@@ -50,6 +50,11 @@ layers kept by an interrupted call of an earlier version are not reused.
 """
 
 
+def texts_shape(bits: float) -> tuple[int, int]:
+    """Return the number of calibration texts for `bits` a weight, and of the tokens in each."""
+    return TEXTS_OF_8 if bits == 8 else TEXTS_BELOW_8
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """Result of quantising a model.
@@ -105,7 +110,7 @@ def quantize_model(
     progress(0, 0, f"loading {base}")
     folder = resolve(str(base))
     place = choose_device(device)
-    model = _source(folder, base, place)
+    model = quantisable(folder, base, place)
     tokenizer = load_tokenizer(folder)
     ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=place)
     elements = _elements(model)
@@ -133,8 +138,13 @@ def quantize_model(
     return Quantisation(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
 
 
-def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekModel:
+def quantisable(folder: Path, base: str | Path, device: torch.device) -> DeepSeekModel:
     """Return the model to quantise, with its matrices left in the files.
+
+    Args:
+        folder: its folder.
+        base: its name in messages.
+        device: where to calibrate and compare.
 
     Raises:
         ConfigError: it is of a foreign family, too small, or already quantised.
@@ -189,7 +199,7 @@ def _write_weights(
     """Write all weights of a model, quantised."""
     stored = {matrix.name: matrix for matrix in stored_matrices(model).values()}
     count = len(stored)
-    rows, length = TEXTS_OF_8 if bits == 8 else TEXTS_BELOW_8
+    rows, length = texts_shape(bits)
     texts = kept.texts(lambda: sample(model, rows, length, progress)).to(model.device)
     bits_of = choose_bits(model, texts, bits, kept, progress)
     done = set()

@@ -1,5 +1,6 @@
 """Output and error messages of `deepseek prefs`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,22 @@ def test_an_export_of_another_ending_is_refused(
     assert call("export", str(tmp_path / "out.txt"), "--database", str(database)) == 2
     assert "ends neither with .jsonl nor with .parquet" in capsys.readouterr().err
     assert not (tmp_path / "out.txt").exists()
+
+
+def test_an_estimate_of_sampled_pairs_makes_no_database(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, database = tmp_path / "prompts.jsonl", tmp_path / "prefs.db"
+    prompts.write_text('{"prompt": "Hi"}\n' * 20)
+    words = ("generate", str(prompts), "--base", str(base_folder), "--judges", "varied")
+    words += ("--database", str(database), "--answers", "4", "--max-tokens", "8")
+    assert call(*words, "--dry-run") == 0
+    told = (
+        r"20 prompts with 4 answers each, \d pairs? from the first 8, about \d+\.\d minutes on cpu"
+    )
+    assert re.match(told, capsys.readouterr().out)
+    assert not database.exists()
+    prompts.write_text("")
+    assert call(*words) == 2
+    assert "prompts.jsonl holds no prompts; give a file with some." in capsys.readouterr().err
+    assert not database.exists()

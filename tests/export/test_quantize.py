@@ -1,6 +1,7 @@
 """A model written with quantised weights loads like any other, with nearly the same output."""
 
 import copy
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export import calibrate
 from deepseek.export.calibrate import quantise_along, sample
+from deepseek.export.estimate import estimate_quantisation, written_bytes
 from deepseek.export.kept import KeptParts
 from deepseek.export.quantize import quantize_model
 from deepseek.export.sensitivity import costs
@@ -72,7 +74,7 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
 def test_an_interrupted_call_goes_on_after_its_finished_layers(bits, source, tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     quantize_model(source, tmp_path / "whole", bits=bits)
-    compute = calibrate._quantised_layer
+    compute = calibrate.quantised_layer
     layers = []
 
     def stops_at_the_last(model, hidden_BTD, layer, *rest):
@@ -81,7 +83,7 @@ def test_an_interrupted_call_goes_on_after_its_finished_layers(bits, source, tmp
             raise KeyboardInterrupt
         return compute(model, hidden_BTD, layer, *rest)
 
-    monkeypatch.setattr(calibrate, "_quantised_layer", stops_at_the_last)
+    monkeypatch.setattr(calibrate, "quantised_layer", stops_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(source, tmp_path / "stopped", bits=bits)
     assert not (tmp_path / "stopped").exists()
@@ -167,6 +169,44 @@ def test_the_estimated_cost_of_4_bits_is_the_measured_divergence(source, tmp_pat
         measured = float((exact.exp() * (exact - rough)).sum(-1).mean())
 
         assert cost.divergence == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("experts", [0, 6])
+@pytest.mark.parametrize("large", [False, True])
+def test_an_estimate_changes_nothing_and_tells_the_size(
+    bits, experts, large, source, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    if large:  # no matrix stays in memory
+        monkeypatch.setattr("deepseek.model.stored.KEPT_SHARE", 0)
+    base = tmp_path / "base"
+    config = ModelConfig.from_pretrained(source)
+    DeepSeekModel(
+        ModelConfig(**(config.to_dict() | {"num_experts": experts, "expert_dim": 64}))
+    ).save_pretrained(base)
+    load_tokenizer(source).save_pretrained(base)
+    before = sorted(tmp_path.rglob("*"))
+    estimate = estimate_quantisation(base, tmp_path / "out", bits=bits)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert estimate.seconds > 0 and 1e8 < estimate.memory < 1e10
+    assert re.fullmatch(
+        r"0\.00 GB to write, about \d+\.\d minutes on cpu; memory .* GB", str(estimate)
+    )
+    size = written_bytes(load_stored(DeepSeekModel, base, "float32"), bits)
+    written = quantize_model(base, tmp_path / "out", bits=bits).num_bytes
+    # Between 4 and 8 bits, the last group of matrices that still fits ends below the mean.
+    assert size == written if bits != 6 else 0.9 * size <= written <= size
+
+
+def test_an_estimate_is_refused_like_the_quantisation(source, tmp_path):
+    with pytest.raises(ConfigError, match="exists already"):
+        estimate_quantisation(source, tmp_path)
+    quantize_model(source, tmp_path / "int8")
+    with pytest.raises(ConfigError, match="8-bit weights already"):
+        estimate_quantisation(tmp_path / "int8", tmp_path / "again")
+    with pytest.raises(ConfigError, match="at least 4 and at most 8"):
+        estimate_quantisation(source, tmp_path / "out", bits=3)
 
 
 @pytest.mark.parametrize("bits", [3, 8.5, float("nan")])

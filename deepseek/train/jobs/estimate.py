@@ -1,39 +1,20 @@
-"""Estimate what forward passes over packed rows will take, from one timed batch."""
+"""Estimate what passes over packed rows, or sampled answers, will take, from one timed batch."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import torch
+from transformers import PreTrainedTokenizerFast
 
 from deepseek.data import Batch
+from deepseek.device.estimate import Estimate
 from deepseek.device.memory import peak_memory, synchronize
 from deepseek.model.language_model import LanguageModel
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.chat_template import encode_prompt
+from deepseek.text.messages import Message
 from deepseek.train.loop.losses import held_out_loss
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What some forward passes will take.
-
-    Attributes:
-        tokens: tokens in all passes.
-        seconds: duration.
-        memory: peak memory so far, in bytes: of this process on the CPU, of the tensors on another
-            device.
-        device: where they are computed.
-    """
-
-    tokens: int
-    seconds: float
-    memory: int
-    device: torch.device
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens:,} tokens in all passes, about {self.seconds / 60:.1f} minutes on "
-            f"{self.device}; memory {self.memory / 1e9:.1f} GB"
-        )
+from deepseek.train.rl.judge import ROWS, Judge, check_room, generate_pairs
 
 
 def of_passes(model: LanguageModel, passes: Iterable[tuple[list[Batch], int]]) -> Estimate:
@@ -55,4 +36,38 @@ def of_passes(model: LanguageModel, passes: Iterable[tuple[list[Batch], int]]) -
     held_out_loss(model, [batch])
     synchronize(model.device)
     seconds = (time.perf_counter() - started) / batch.input_ids.numel() * tokens
-    return Estimate(tokens, seconds, peak_memory(model.device), model.device)
+    work = f"{tokens:,} tokens in all passes"
+    return Estimate(work, seconds, peak_memory(model.device), model.device)
+
+
+def of_pairs(
+    model: DeepSeekModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[Message]],
+    judges: Mapping[str, Judge],
+    *,
+    answers: int,
+    new_tokens: int,
+    **sampling: Any,
+) -> Estimate:
+    """Return what `generate_pairs` will take with the same arguments; the first batch of answers
+    is sampled, judged and thrown away.
+
+    Raises:
+        ConfigError: as `generate_pairs`.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_room(encoded, model.config.max_position_embeddings - new_tokens)
+    first = prompts[: max(1, ROWS // answers)]
+    started = time.perf_counter()
+    pairs = [
+        *generate_pairs(
+            model, tokenizer, first, judges, answers=answers, new_tokens=new_tokens, **sampling
+        )
+    ]
+    seconds = (time.perf_counter() - started) * len(prompts) / len(first)
+    work = (
+        f"{len(prompts):,} prompts with {answers} answers each, "
+        f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} from the first {len(first)}"
+    )
+    return Estimate(work, seconds, peak_memory(model.device), model.device)

@@ -20,6 +20,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.data import Batch, RowLoader, TokenShards
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.estimate import Estimate
 from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
@@ -32,7 +33,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates.background import background
 from deepseek.train.gates.calibrate import calibrate
 from deepseek.train.gates.public_text import public_statistics
-from deepseek.train.jobs.estimate import Estimate, of_passes
+from deepseek.train.jobs.estimate import of_passes
 from deepseek.train.jobs.expert import CALIBRATION_TOKENS, RELEVANCE_TOKENS, UNSEEN_TOKENS
 from deepseek.train.jobs.merge_fit import fitted
 from deepseek.train.jobs.update import TrainedExpert
