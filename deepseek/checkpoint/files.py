@@ -22,16 +22,20 @@ MEMORY = DEVICES / "shm"
 """File system in memory, the one place below `DEVICES` for files."""
 
 
-def expanded(path: str | Path) -> Path:
+def expanded(path: str | Path, error: type[UserError] = ConfigError) -> Path:
     """Return a path with `~` replaced; it stays relative, and links are not followed.
 
+    Args:
+        path: the path.
+        error: class of the error to raise.
+
     Raises:
-        ConfigError: there is no such user, or the path is impossible.
+        UserError: (of class `error`) there is no such user, or the path is impossible.
     """
     try:
         return Path(path).expanduser()
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{path} is no possible path ({error}); check it.") from None
+    except (RuntimeError, ValueError) as cause:
+        raise error(f"{path} is no possible path ({cause}); check it.") from None
 
 
 def located(path: str | Path) -> Path:
@@ -73,7 +77,7 @@ def readable_file(
     error: type[UserError] = DataError,
     most_bytes: int | None = None,
 ) -> Path:
-    """Return a path that is a readable regular file.
+    """Return a path that is a readable regular file, with `~` replaced.
 
     Args:
         path: path of the file; links are followed.
@@ -85,7 +89,7 @@ def readable_file(
         UserError: (of class `error`) there is no such file, it is a folder, a pipe or a device, it
             is too large, or it cannot be read.
     """
-    file = Path(path)
+    file = expanded(path, error)
     cause = _unreadable(file, most_bytes)
     if cause:
         raise error(f"{file} {cause}; give {replacement}.")
@@ -93,12 +97,12 @@ def readable_file(
 
 
 def existing_path(path: str | Path) -> Path:
-    """Return a path that is a readable file or folder.
+    """Return a path that is a readable file or folder, with `~` replaced.
 
     Raises:
         DataError: it is neither.
     """
-    place = Path(path)
+    place = expanded(path, DataError)
     cause = None if _is_folder(place) else _unreadable(place, None)
     if cause:
         raise DataError(f"{place} {cause}; check the path.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from deepseek.checkpoint.files import expanded
 from deepseek.checks import MAX_SEED
 from deepseek.cli.options import Base, Device, DryRun, Json, Precision
 from deepseek.cli.output import echo
@@ -253,6 +254,7 @@ def open_existing(path: Path | None) -> "closing[PreferenceDatabase]":
     Raises:
         DataError: the file does not exist, or is empty.
     """
+    path = path and expanded(path)
     if path is not None and not (path.is_file() and path.stat().st_size):
         problem = "is empty" if path.is_file() else "is not a file"
         raise DataError(
@@ -270,4 +272,4 @@ def open_database(path: Path | None) -> "closing[PreferenceDatabase]":
     from deepseek.checkpoint.store import home
     from deepseek.data.preferences.database import PreferenceDatabase
 
-    return closing(PreferenceDatabase(path or home() / "preferences.db"))
+    return closing(PreferenceDatabase(expanded(path or home() / "preferences.db")))

@@ -17,7 +17,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Run the stages of a recipe in order. If interrupted, the same command resumes it."""
-    existing_path(recipe)
+    recipe = existing_path(recipe)
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe
 

@@ -161,5 +161,7 @@ def test_the_home_is_found_where_the_shell_leaves_it_as_typed(
     for check in (new_path, writable_file, writable_folder):
         assert check("~/out") == tmp_path / "out"  # as of `--out=~/out`
     (tmp_path / "out").touch()
+    assert existing_path("~/out") == tmp_path / "out"
+    assert readable_file("~/out", "one") == tmp_path / "out"
     with pytest.raises(ConfigError, match="exists already"):
         new_path("~/out")

@@ -26,6 +26,22 @@ def database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     return path
 
 
+def test_files_below_the_home_are_found_as_typed(
+    database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("export", "~/pairs.jsonl", "--database", "~/prefs.db") == 0
+    assert call("import", "~/pairs.jsonl", "--database", "~/prefs.db") == 0
+    assert "0 pairs added, 1 already" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "pairs.jsonl",
+        database.name,
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "told"), [([], "there are no pairs"), (["soup"], "no pair has these words")]
 )

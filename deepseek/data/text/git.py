@@ -80,14 +80,14 @@ def open_repository(path: str | Path) -> Repository:
     if place.is_file():
         raise DataError(f"{path} is a file; give the repository, or a folder in it.")
     with damage_explained(path):
-        git_folder = pygit2.discover_repository(str(path))
+        git_folder = pygit2.discover_repository(str(place))
         if git_folder is None:
             raise DataError(
                 f"{path} is not inside a git repository; give a clone, or read it as a folder."
             )
         refuse_endless(Path(git_folder))
         # Not by the git folder, whose parent need not be the work tree.
-        repository = Repository(str(path))
+        repository = Repository(str(place))
         repository.folder = _folder_below_root(place, repository)
         return repository
 

@@ -200,7 +200,7 @@ def records(file: Path, fields: Collection[str]) -> Iterator[tuple[int, Mapping[
         DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or
             Parquet file.
     """
-    readable_file(file, "one JSONL or Parquet file")
+    file = readable_file(file, "one JSONL or Parquet file")
     if file.suffix.lower() in (".zst", ".bz2", ".xz"):
         raise DataError(f"{file} is compressed; unpack it first, with unzstd or the like.")
     if file.suffix.lower() == ".parquet":

@@ -54,7 +54,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, malformed, too large, or not a mapping of names.
     """
-    readable_file(path, "a YAML or TOML file", ConfigError, MAX_BYTES)
+    path = readable_file(path, "a YAML or TOML file", ConfigError, MAX_BYTES)
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
