@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, PrivateAttr, StringConstraints
 
 from deepseek.engine.grammar import check_length
 from deepseek.engine.request import Grammar
@@ -49,26 +49,46 @@ class ResponseFormat(Body):
     pattern: Pattern | None = None
     grammar: Pattern | None = None
 
+    _field: str = PrivateAttr("response_format")
+
+    @property
+    def field(self) -> str:
+        """The field of the request that holds this format, for error messages."""
+        return self._field
+
+    def of_field(self, field: str) -> "ResponseFormat":
+        """Return this format as that of another field: other APIs have their own names for it."""
+        self._field = field
+        return self
+
     def constraint(self) -> Grammar | None:
         """Return the constraint, None for free text.
 
         Raises:
             ApiError: the type needs a field that is missing, or the constraint is too long.
         """
-        field = "response_format"
         match self.type:
             case "text":
                 return None
             case "json_object":
-                return _made(json_grammar, self.schema_ or {"type": "object"}, field)
+                return _made(json_grammar, self.schema_ or {"type": "object"}, self.field)
             case "json_schema":
                 inner = self.json_schema.schema_
                 schema = self.schema_ if inner is None else inner
-                return _made(json_grammar, _present(schema, "json_schema.schema"), field)
+                # Only OpenAI's chat completions nest the schema.
+                path = "json_schema.schema" if self.field == "response_format" else "schema"
+                return _made(json_grammar, self._needed(schema, path), self.field)
             case "regex":
-                return Grammar("regex", _present(self.pattern, "pattern"))
+                return Grammar("regex", self._needed(self.pattern, "pattern"))
             case "grammar":
-                return _made(grammar_of, _present(self.grammar, "grammar"), field)
+                return _made(grammar_of, self._needed(self.grammar, "grammar"), self.field)
+
+    def _needed(self, value: T | None, path: str) -> T:
+        """Return a field that the type needs; `path` leads to it."""
+        if value is None:
+            where = f"{self.field}.{path}"
+            raise ApiError(400, f"The field {where} is missing; send it.", param=where)
+        return value
 
 
 class StructuredOutputs(Body):
@@ -135,7 +155,7 @@ class ConstraintFields(Body):
         newer = self.structured_outputs or StructuredOutputs()
         response_format = self.response_format or ResponseFormat(type="text")
         by_field = {
-            "response_format": response_format.constraint(),
+            response_format.field: response_format.constraint(),
             "json_schema": _made(json_grammar, self.json_schema, "json_schema"),
             "grammar": _made(grammar_of, self.grammar or None, "grammar"),
             **newer.constraints("structured_outputs."),
@@ -220,12 +240,4 @@ def _parsed(schema: Schema | str) -> Schema:
     value = parsed(schema.encode(), "JSON schema")
     if not isinstance(value, dict):
         raise ApiError(400, "The JSON schema is not the text of a JSON object; correct it.")
-    return value
-
-
-def _present(value: T | None, path: str) -> T:
-    """Return a field of `response_format` that its type needs; `path` leads to it."""
-    if value is None:
-        where = f"response_format.{path}"
-        raise ApiError(400, f"The field {where} is missing; send it.", param=where)
     return value

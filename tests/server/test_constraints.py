@@ -140,6 +140,22 @@ def test_a_refusal_names_the_field_as_openai_does(
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "param"),
+    [
+        ({"type": "json_schema", "name": "a"}, "text.format.schema"),
+        ({"type": "json_schema", "name": "a", "schema": UNTYPED}, "text.format"),
+    ],
+)
+def test_a_refused_response_names_its_own_field(
+    server: Live, wanted: dict[str, Any], param: str
+) -> None:
+    body = {"model": "tiny", "input": "Hello", "text": {"format": wanted}}
+    with server.http() as http:
+        reply = http.post("/v1/responses", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
 def test_the_reason_why_a_regular_expression_fails_is_in_one_line(server: Live) -> None:
     body = {"model": "tiny", "prompt": "a", "guided_regex": "("}
     with server.http() as http:

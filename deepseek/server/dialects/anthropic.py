@@ -179,6 +179,12 @@ class OutputFormat(Body):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
+    def response_format(self) -> ResponseFormat:
+        """Return the format in our layout."""
+        schema = JsonSchema(schema_=self.schema_)
+        wanted = ResponseFormat(type="json_schema", json_schema=schema)
+        return wanted.of_field("output_config.format")
+
 
 class OutputConfig(Body):
     """Format of the answer, and the effort of reasoning, of which the model has none."""
@@ -243,9 +249,7 @@ class MessagesRequest(CountRequest):
             "top_k": self.top_k,
             "experts": self.experts,
             "retrieve": self.retrieve,
-            "response_format": None
-            if wanted is None
-            else ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=wanted.schema_)),
+            "response_format": wanted and wanted.response_format(),
         }
         return super().chat().model_copy(update=generation)
 

@@ -170,8 +170,8 @@ class OllamaBody(Body):
         """Return the wanted format in our layout."""
         if isinstance(self.format, dict):
             schema = JsonSchema(schema_=self.format)
-            return ResponseFormat(type="json_schema", json_schema=schema)
-        return ResponseFormat(type="json_object") if self.format else None
+            return ResponseFormat(type="json_schema", json_schema=schema).of_field("format")
+        return ResponseFormat(type="json_object").of_field("format") if self.format else None
 
 
 class OllamaChat(OllamaBody):

@@ -257,7 +257,7 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
             response_format=ResponseFormat(
                 type=text_format.type,
                 json_schema=JsonSchema(**text_format.model_dump(exclude={"type"})),
-            ),
+            ).of_field("text.format"),
             experts=self.experts,
         )
 
