@@ -12,6 +12,7 @@ from deepseek import checks
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.errors import ConfigError
 from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.arming import AUTO, EVERY_EXPERT, Arming
@@ -73,12 +74,17 @@ def load(
     Raises:
         HubError: the checkpoint cannot be downloaded.
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: the config is invalid, or a name is unknown.
+        ConfigError: the config is invalid or goes with `stored`, or a name is unknown.
         DeviceError: there is no such device, or it does not support the dtype.
         PackError: a pack cannot be read, or does not fit the model.
     """
     checks.path("name", name)
     checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
+    if stored and config is not None:
+        raise ConfigError(
+            "stored=True uses the config of the checkpoint; leave config out, or load the weights "
+            "with stored=False."
+        )
     names = list(experts) if isinstance(experts, Mapping) else experts
     packs = [find_pack(expert) for expert in checks.sequence("experts", names, checks.path)]
     place = choose_device(device)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 
 from deepseek.checkpoint.stream import FILE_BYTES, TensorFiles, TensorWriter
+from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.quantize import quantize_model
+from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import load_stored
 from deepseek.model.stored import StoredEmbedding, StoredLinear, stored_matrices
 from deepseek.model.transformer import DeepSeekModel
@@ -69,6 +71,11 @@ def test_a_stored_model_is_not_saved(folder, tmp_path):
     with pytest.raises(ConfigError, match=f"still in the files of {folder}; copy that folder"):
         load_stored(DeepSeekModel, folder).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stored_model_takes_no_other_config(plain):
+    with pytest.raises(ConfigError, match="leave config out"):
+        load(plain, stored=True, config=ModelConfig())
 
 
 def test_every_linear_layer_is_stored(folder):
