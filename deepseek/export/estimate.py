@@ -65,7 +65,7 @@ def estimate_quantisation(
         sample(model, rows, 2)  # reads the weights
         sampling = _seconds(lambda: sample(model, rows, 3), place) / 2 * length
         # The original is kept in fp32, and so is the result, which is compared with it.
-        memory = peak_memory(place) + round(4 * _count(model))
+        memory = peak_memory(place) + 4 * _count(model)
     else:
         # The 8-bit model that writes the texts is rounded from the files, and computes as many
         # tokens as the calibration.
