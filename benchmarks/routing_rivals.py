@@ -22,6 +22,7 @@ other. The gates themselves, which decide token by token, are in `many_experts.p
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from math import log
 from pathlib import Path
 
@@ -118,10 +119,13 @@ def ids_of(passage: Passage) -> torch.Tensor:
 
 
 def public(engine: Engine, count: int, length: int) -> list[Passage]:
-    """Return passages of public text, the first of each file before second ones."""
-    texts = [*installed_source(), *descriptions()]
+    """Return passages of public text, one of each file: four fifths source, the rest descriptions
+    of packages.
+    """
+    few = count // 5
+    texts = [*islice(installed_source(), count - few), *islice(descriptions(), few)]
     documents = [Document(text, str(number)) for number, text in enumerate(texts)]
-    return [Passage(ids, None) for ids in pieces(engine, documents, length)[:count]]
+    return [Passage(ids, None) for ids in pieces(engine, documents, length)[: len(texts)]]
 
 
 class Texts:
