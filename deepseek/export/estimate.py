@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek import checks
 from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.stream import FILE_BYTES
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device
 from deepseek.device.estimate import Estimate
@@ -61,20 +62,24 @@ def estimate_quantisation(
     progress(0, 0, "quantising one layer to measure it")
     before = peak_memory(place)
     forward, quantising = _seconds_of_layer(model, ids_BT, bits)
+    size = written_bytes(model, bits)
+    buffered = min(size, FILE_BYTES)  # until a file is full
     if all(matrix.keeps for matrix in stored_matrices(model).values()):
         sample(model, rows, 2)  # reads the weights
         sampling = _seconds(lambda: sample(model, rows, 3), place) / 2 * length
         # The original is kept in fp32, and so is the result, which is compared with it.
-        memory = peak_memory(place) + 4 * _count(model)
+        memory = peak_memory(place) + buffered + 4 * _count(model)
     else:
         # The 8-bit model that writes the texts is rounded from the files, and computes as many
         # tokens as the calibration.
         sampling = 2 * forward * len(model.layers)
-        memory = max(peak_memory(place), before + written_bytes(model, 8))
-    passes = 1 if bits in (4, 8) else 2  # the first finds what 4 bits of each matrix cost
-    work = f"{written_bytes(model, bits) / 1e9:.2f} GB to write"
-    seconds = sampling + passes * (forward + quantising) * len(model.layers)
-    return Estimate(work, seconds, memory, place)
+        memory = max(peak_memory(place) + buffered, before + written_bytes(model, 8))
+    layers = len(model.layers) * (forward + quantising)
+    costs = 0.0 if bits in (4, 8) else layers  # of 4 bits, for each matrix
+    in_layers = _count(model.layers)
+    ends = len(model.layers) * quantising * (_count(model) - in_layers) / in_layers
+    seconds = sampling + costs + layers + ends
+    return Estimate(f"{size / 1e9:.2f} GB to write", seconds, memory, place)
 
 
 def written_bytes(model: DeepSeekModel, bits: float) -> int:
@@ -98,9 +103,9 @@ def _bytes(name: str, shape: tuple[int, ...], bits: float, plain: int = 4) -> fl
     return math.prod(shape) * (bits / 8 + SCALE_BYTES if is_large(name, shape) else plain)
 
 
-def _count(model: DeepSeekModel) -> int:
-    """Return the number of weights in the stored matrices of a model."""
-    return sum(math.prod(matrix.shape) for matrix in stored_matrices(model).values())
+def _count(module: nn.Module) -> int:
+    """Return the number of weights in the stored matrices of a module."""
+    return sum(math.prod(matrix.shape) for matrix in stored_matrices(module).values())
 
 
 def _seconds_of_layer(model: DeepSeekModel, ids_BT: Tensor, bits: float) -> tuple[float, float]:

@@ -117,9 +117,7 @@ def test_an_estimate_of_sampled_pairs_makes_no_database(
     words = ("generate", str(prompts), "--base", str(base_folder), "--judges", "varied")
     words += ("--database", str(database), "--answers", "4", "--max-tokens", "8")
     assert call(*words, "--dry-run") == 0
-    told = (
-        r"20 prompts with 4 answers each, \d pairs? from the first 8, about \d+\.\d minutes on cpu"
-    )
+    told = r"20 x 4 answers \(pairs from the first 8 x 4: \d\), about \d+\.\d minutes on cpu"
     assert re.match(told, capsys.readouterr().out)
     assert not database.exists()
     prompts.write_text("")

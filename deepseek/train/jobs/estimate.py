@@ -50,8 +50,17 @@ def of_pairs(
     new_tokens: int,
     **sampling: Any,
 ) -> Estimate:
-    """Return what `generate_pairs` will take with the same arguments; the first batch of answers
-    is sampled, judged and thrown away.
+    """Return what `generate_pairs` will take; the first batch of answers is sampled, judged and
+    thrown away.
+
+    Args:
+        model: model that answers.
+        tokenizer: its tokenizer.
+        prompts: conversations that end with a user turn.
+        judges: judges by name.
+        answers: answers to sample per prompt.
+        new_tokens: maximum tokens per answer.
+        sampling: other arguments of `generate_pairs`.
 
     Raises:
         ConfigError: as `generate_pairs`.
@@ -67,7 +76,7 @@ def of_pairs(
     ]
     seconds = (time.perf_counter() - started) * len(prompts) / len(first)
     work = (
-        f"{len(prompts):,} prompts with {answers} answers each, "
-        f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} from the first {len(first)}"
+        f"{len(prompts):,} x {answers} answers (pairs from the first {len(first)} x {answers}: "
+        f"{len(pairs)})"
     )
     return Estimate(work, seconds, peak_memory(model.device), model.device)
