@@ -34,6 +34,11 @@ class Measurement(Declared):
     measures: tuple[str, ...]
     """Files and folders of the package; a result is stale once one of them has changed"""
 
+    kept: tuple[str, ...] = ()
+    """Files and folders that decide what a run keeps for the next one, such as trained experts. A
+    result is stale once one of them has changed since an earlier commit that it has parts of.
+    Empty: those of `measures`"""
+
     command: str = ""
     """Arguments of Python in the checkout; empty: made on another machine, or by hand. RESULT is
     the file, PLOT a picture beside it, CORPORA the folder of `benchmarks/corpora.py`, WORK a folder

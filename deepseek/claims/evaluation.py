@@ -248,8 +248,12 @@ class Evaluator:
         measurement: Measurement = self.declaration.results[result]
         commit = str(record.get("commit", "unknown"))
         earlier = record.get("earlier_commits")
-        commits = [commit, *map(str, earlier if isinstance(earlier, list) else ())]
-        changes = [self.history.changed(one, measurement.measures) for one in commits]
+        earlier_commits = map(str, earlier if isinstance(earlier, list) else ())
+        kept = measurement.kept or measurement.measures
+        changes = [
+            self.history.changed(commit, measurement.measures),
+            *(self.history.changed(earlier_commit, kept) for earlier_commit in earlier_commits),
+        ]
         return Provenance(
             result=result,
             machine=str(record.get("machine", "unknown")),

@@ -90,7 +90,7 @@ def test_what_the_declaration_names_is_there() -> None:
     figures = [figure for claim in declared.claims.values() for figure in claim.figures]
     names = {name for figure in figures for name in figure.results}
     assert names == set(declared.results), "a claim uses every declared result, and no other"
-    paths = [path for one in declared.results.values() for path in one.measures]
+    paths = [path for one in declared.results.values() for path in one.measures + one.kept]
     paths += [f"docs/{claim.log}" for claim in declared.claims.values() if claim.log]
     paths += [
         f"benchmarks/results/{claim.picture}" for claim in declared.claims.values() if claim.picture
@@ -196,6 +196,25 @@ def test_a_result_is_stale_once_its_code_has_changed_since_a_part_of_it(checkout
         path.write_text(json.dumps(figures | {"earlier_commits": commits}))
         source = by_name(claim_table(checkout))["fast"].figures[0].source
         assert source.changed == changed
+
+
+def test_what_an_earlier_run_kept_is_judged_by_what_decides_it(checkout: Path) -> None:
+    earlier = git(checkout, "rev-parse", "--short", "HEAD")
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    head = commit_all(checkout)
+    path = checkout / "benchmarks" / "results" / "speed.json"
+    figures = json.loads(path.read_text()) | {"commit": head, "earlier_commits": [earlier]}
+    path.write_text(json.dumps(figures))
+    declaration = checkout / "benchmarks" / "claims.yaml"
+    text = declaration.read_text()
+    speed = "  speed:\n"
+    assert speed in text
+    declaration.write_text(text.replace(speed, f"{speed}    kept: [package/train.py]\n"))
+    assert by_name(claim_table(checkout))["fast"].figures[0].source.changed == []
+    (checkout / "package" / "train.py").write_text("new\n")
+    commit_all(checkout)
+    source = by_name(claim_table(checkout))["fast"].figures[0].source
+    assert source.changed == ["package/train.py"]
 
 
 def test_a_result_is_stale_once_its_code_has_changed(checkout: Path) -> None:
