@@ -7,9 +7,9 @@ its prompt is made, the engine's queue, and `Job` while it runs.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,12 +22,20 @@ from deepseek.server.errors import ApiError
 from deepseek.server.json_body import AnyTypeRoute, Handler, JsonRoute
 
 PLANNERS = 2
-"""Number of threads that make prompts: templates, tokenizer, retrieval, grammars."""
+"""Number of threads that make prompts: templates, tokenizer, retrieval."""
+
+CONSTRAINED = 1
+"""Number of threads for prompts of requests with a grammar, which may take seconds to compile, one
+after the other. They are separate so that other prompts do not wait for grammars.
+"""
 
 CONVERTERS = 1
 """Number of threads for routes that only convert between texts and tokens, of up to a whole body.
 They are separate so that prompts do not wait for conversions.
 """
+
+MOST_APART = 128
+"""Maximum number of requests in each of the separate lanes."""
 
 PLAN_SECONDS = 30.0
 """Time limit for making a prompt, waiting for a thread included."""
@@ -42,11 +50,31 @@ class Cancellable(Protocol):
         """Stop before the next step; thread safe."""
 
 
+class Lane:
+    """Threads for one kind of work, and the requests that have some for them.
+
+    Args:
+        threads: number of threads.
+        name: prefix of their names.
+
+    Attributes:
+        requests: number of requests whose work waits or runs.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.requests = 0
+        self.threads = ThreadPoolExecutor(threads, name)
+
+
 class Admission:
     """The computing requests of one server, from their bodies to their last tokens.
 
     Attributes:
-        planning: number of requests whose prompts are being made.
+        planning: number of requests whose prompts are being made, those in a separate lane left
+            out.
+        planners: the threads that make most prompts.
+        constrained: the lane of prompts with grammars.
+        converters: the lane of conversions.
         jobs: the running jobs.
         ended: whether every job is cancelled, now and later.
     """
@@ -55,8 +83,9 @@ class Admission:
         self.planning = 0
         self.jobs: set[Job] = set()
         self.ended = False
-        self._planners = ThreadPoolExecutor(PLANNERS, "plan")
-        self._converters = ThreadPoolExecutor(CONVERTERS, "convert")
+        self.planners = Lane(PLANNERS, "plan")
+        self.constrained = Lane(CONSTRAINED, "constrain")
+        self.converters = Lane(CONVERTERS, "convert")
 
     @asynccontextmanager
     async def plan(self, engine: Engine) -> AsyncIterator[None]:
@@ -92,21 +121,46 @@ class Admission:
             work: what to run. If the caller is cancelled before a thread is free, it never runs.
             abandon: called with the result if the caller is cancelled meanwhile.
         """
-        planned = self._planners.submit(work)
-        try:
-            return await asyncio.wrap_future(planned)
-        except asyncio.CancelledError:
-            if abandon is not None:
-                planned.add_done_callback(partial(_abandoned, abandon))
-            raise
+        return await _in_thread(self.planners, work, abandon)
+
+    async def run_constrained(
+        self, work: Callable[[], T], abandon: Callable[[T], object] | None = None
+    ) -> T:
+        """Run `work`, which may compile a grammar, in a thread of its own, and return its result.
+
+        Args:
+            work, abandon: see `run`.
+
+        Raises:
+            QueueFullError: `MOST_APART` other requests with grammars are in the making.
+        """
+        with self._apart(self.constrained):
+            return await _in_thread(self.constrained, work, abandon)
 
     async def convert(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the conversions and return its result.
 
         Args:
             work: what to run. If the caller is cancelled before a thread is free, it never runs.
+
+        Raises:
+            QueueFullError: `MOST_APART` other conversions wait or run.
         """
-        return await asyncio.wrap_future(self._converters.submit(work))
+        with self._apart(self.converters):
+            return await _in_thread(self.converters, work)
+
+    @contextmanager
+    def _apart(self, lane: Lane) -> Iterator[None]:
+        """Count a request in a separate lane, so that it takes no place of those that only plan."""
+        if lane.requests >= MOST_APART:
+            raise QueueFullError(lane.requests, 1.0)
+        lane.requests += 1
+        self.planning -= 1
+        try:
+            yield
+        finally:
+            self.planning += 1
+            lane.requests -= 1
 
     def end(self) -> None:
         """Cancel all jobs, now and later; their clients get status 503."""
@@ -121,8 +175,8 @@ class Admission:
 
     def close(self) -> None:
         """Let the threads end."""
-        for threads in (self._planners, self._converters):
-            threads.shutdown(wait=False, cancel_futures=True)
+        for lane in (self.planners, self.constrained, self.converters):
+            lane.threads.shutdown(wait=False, cancel_futures=True)
 
 
 def draining() -> ApiError:
@@ -232,6 +286,19 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _in_thread(
+    lane: Lane, work: Callable[[], T], abandon: Callable[[T], object] | None = None
+) -> T:
+    """Run `work` in a thread of `lane` and return its result; see `Admission.run`."""
+    planned = lane.threads.submit(work)
+    try:
+        return await asyncio.wrap_future(planned)
+    except asyncio.CancelledError:
+        if abandon is not None:
+            planned.add_done_callback(partial(_abandoned, abandon))
+        raise
 
 
 def _abandoned(abandon: Callable[[T], object], planned: "Future[T]") -> None:

@@ -64,6 +64,12 @@ ROUTERS = (
 )
 
 
+PRIVATE_NETWORK = "Access-Control-{}-Private-Network"
+"""Header by which a browser asks whether a public page may reach a private address, and by which
+that is allowed.
+"""
+
+
 class PageFiles(StaticFiles):
     """The files of the web page; with an `ETag`, revalidating an unchanged file is cheap."""
 
@@ -84,14 +90,23 @@ class Preflight(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         """Return the reply, an error in our layout for a page that may not.
 
+        A page that may send requests may also send them to this machine's own network, which some
+        browsers ask about in the same preflight (Private Network Access).
+
         Args:
             request_headers: headers of the browser's request.
         """
-        response = super().preflight_response(request_headers)
+        asked = request_headers.mutablecopy()
+        asks_network = asked.get(PRIVATE_NETWORK.format("Request"), "") == "true"
+        if asks_network:  # Starlette refuses it, or does not know it, depending on its version
+            del asked[PRIVATE_NETWORK.format("Request")]
+        response = super().preflight_response(asked)
         origin = request_headers["origin"]
-        if response.status_code == 200 or self.is_allowed_origin(origin):
-            return response
-        return foreign_origin(origin).response("")
+        if response.status_code != 200 and not self.is_allowed_origin(origin):
+            return foreign_origin(origin).response("")
+        if response.status_code == 200 and asks_network:
+            response.headers[PRIVATE_NETWORK.format("Allow")] = "true"
+        return response
 
 
 def create_app(

@@ -24,7 +24,7 @@ IDLE_SECONDS = 30
 """Time limit for the next request on a connection."""
 
 WRITE_SECONDS = 60.0
-"""Time limit for a client to read when the connection's send buffer is full."""
+"""Time within which a client must read something when the connection's send buffer is full."""
 
 MAX_HEAD = 1 << 14
 """Maximum size of a request's head in bytes."""
@@ -63,7 +63,13 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        discarding = self.conn.our_state is h11.DONE
         super().data_received(data)
+        if discarding and self._is_idle():
+            # Uvicorn ends its timer with the first bytes, but these were of a refused body.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         self._set_head_timer()
 
     def on_response_complete(self) -> None:
@@ -72,7 +78,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._set_write_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -89,6 +95,11 @@ class Connection(H11Protocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Log nothing: an upgrade is only an offer, and the connection continues with HTTP."""
 
+    def _is_idle(self) -> bool:
+        """Return whether the next request may begin, and no byte of it has come."""
+        states = (self.conn.our_state, self.conn.their_state)
+        return states == (h11.IDLE, h11.IDLE) and not self.conn.trailing_data[0]
+
     def _set_head_timer(self) -> None:
         """Start the timer if the server waits for the client, else stop it.
 
@@ -101,6 +112,20 @@ class Connection(H11Protocol):
             self._head_timer = None
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+
+    def _set_write_timer(self) -> None:
+        """Start the timer within which the send buffer must shrink.
+
+        A large reply is one write, so it is the buffer that tells whether the client reads.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_reading, unsent)
+
+    def _check_reading(self, unsent: int) -> None:
+        if self.transport.get_write_buffer_size() < unsent:
+            self._set_write_timer()
+        else:
+            self.transport.abort()
 
     def _too_slow(self) -> None:
         self._refuse(408, f"The request's head took longer than {HEAD_SECONDS:g} s; send it whole.")

@@ -136,6 +136,21 @@ class ConstraintFields(Body):
     json_schema: Schema | None = None
     grammar: str | None = None
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a field may constrain the answer, told without making its grammar."""
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        fields = (
+            self.structured_outputs,
+            self.guided_json,
+            self.guided_regex,
+            self.guided_choice,
+            self.guided_grammar,
+            self.json_schema,
+            self.grammar,
+        )
+        return formatted or any(field is not None for field in fields)
+
     def constraint(self, check: Callable[[Grammar], object] | None = None) -> Grammar | None:
         """Return the constraint on the answer, None for free text.
 

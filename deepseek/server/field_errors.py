@@ -45,6 +45,10 @@ RIGHT_TYPE = {*RANGES, "string_pattern_mismatch"}
 """Errors of values that have the right type."""
 
 
+PARAMETERS = {"path", "query", "header", "cookie"}
+"""Places of a mistake outside the body."""
+
+
 TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 DIGITS = r"^[0-9]{1,9}$"
 WITHOUT_NUL = r"^[^\x00]*$"
@@ -123,18 +127,37 @@ def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
         mistake: the error; its `loc` holds keys, indexes and names of branches.
         body: the parsed body; None: the field is a parameter, which has no branches.
     """
-    parts = mistake["loc"][1:]
-    if body is None:
+    place, parts = mistake["loc"][0], list(mistake["loc"][1:])
+    if body is None or place in PARAMETERS:
         return tuple(map(str, parts))
+    path = _followed(parts, body)
+    if mistake["type"] == "missing":
+        return (*map(str, path), str(parts[-1]))
+    if path[-1:] != parts[-1:]:
+        # A branch can have the name of a field, such as "text": not each part that is a key is one.
+        beyond = _followed(parts, body, skipped=True)
+        path = beyond if beyond[-1:] == parts[-1:] else path
+    return tuple(map(str, path))
+
+
+def _followed(parts: Sequence[Any], body: Any, *, skipped: bool = False) -> list[Any]:
+    """Return those of `parts` that are keys and indexes of `body`.
+
+    Args:
+        parts: keys, indexes and names of branches, from the outermost.
+        body: the parsed body.
+        skipped: whether a part that is the type of an object is a branch even if it is a key too;
+            default: no.
+    """
     path = []
     for part in parts:
+        if skipped and isinstance(body, dict) and part == body.get("type"):
+            continue
         known = part in body if isinstance(body, dict) else isinstance(part, int)
         if known and isinstance(body, dict | list):
             body = body[part]
-            path.append(str(part))
-    if mistake["type"] == "missing":
-        path.append(str(parts[-1]))
-    return tuple(path)
+            path.append(part)
+    return path
 
 
 def _expected(mistake: dict[str, Any]) -> str:

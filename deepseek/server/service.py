@@ -37,6 +37,9 @@ from deepseek.server.token_text import TokenTexts
 T = TypeVar("T")
 
 SEPARATOR = "+"
+OLLAMA_TAG = ":latest"
+"""Tag that Ollama's clients add to a model's name."""
+
 BASE_ALONE = "none"
 """`smollm2-135m+none` is the base with no expert armed. No expert can have this name."""
 
@@ -179,7 +182,13 @@ class Service:
         assert self._size is not None
         return self._size
 
-    async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> GenerationJob:
+    async def start(
+        self,
+        plan: Callable[[], Sequence[Request]],
+        choices: int = 1,
+        *,
+        is_constrained: bool = False,
+    ) -> GenerationJob:
         """Submit the requests that `plan` returns and return the job that follows them.
 
         Planning (template, tokenizer, retrieval) and submission run in a thread, so that they do
@@ -189,12 +198,14 @@ class Service:
         Args:
             plan: returns the engine's requests.
             choices: number of consecutive requests that share a prompt; default: 1.
+            is_constrained: whether `plan` compiles a grammar; default: no.
 
         Raises:
             ApiError, UserError: a request is invalid.
             QueueFullError: the queue has no room for all requests.
         """
-        generations = await self.admission.run(partial(self._submit, plan), cancel)
+        run = self.admission.run_constrained if is_constrained else self.admission.run
+        generations = await run(partial(self._submit, plan), cancel)
         return GenerationJob(
             generations,
             choices,
@@ -285,9 +296,11 @@ class Service:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`
         if one is not plugged, or the key may not use it.
         """
+        known_bases = (self.settings.model, *self.settings.aliases)
         bases = [
             name
-            for name in (self.settings.model, *self.settings.aliases)
+            # The routes of Ollama leave out this tag of a request's model.
+            for name in (*known_bases, *(base.removesuffix(OLLAMA_TAG) for base in known_bases))
             if model == name or model.startswith(name + SEPARATOR)
         ]
         base = max(bases, key=len, default=self.settings.model)

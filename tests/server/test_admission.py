@@ -401,13 +401,56 @@ def test_conversions_do_not_delay_a_chat(computing: Live, monkeypatch: pytest.Mo
         converted = [threads.submit(ask, name) for name in ("count_tokens", "tokenize", "template")]
         try:
             assert begun.acquire(timeout=30)
-            wait_for(lambda: computing.service.admission.planning == len(converted))
+            lane = computing.service.admission.converters
+            wait_for(lambda: lane.requests == len(converted))
+            assert computing.service.admission.planning == 0, "they take no chat's place"
             with computing.http() as http:
                 chat = http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2})
         finally:
             release.set()
         assert chat.status_code == 200
         assert [one.result() for one in converted] == [200, 200, 200]
+
+
+def test_a_slow_grammar_does_not_delay_other_requests(
+    computing: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: five requests with such schemas made a plain one wait for 19.5 s."""
+    begun = threading.Semaphore(0)
+    release = threading.Event()
+    check = computing.engine.check_grammar
+
+    def slow(grammar: Any) -> None:
+        begun.release()
+        release.wait(60)
+        check(grammar)
+
+    def ask(body: dict[str, Any]) -> int:
+        with computing.http() as http:
+            return http.post(
+                "/v1/chat/completions", json={**CHAT, "max_tokens": 2, **body}
+            ).status_code
+
+    forms: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "a"},
+        {"structured_outputs": {"choice": ["a"]}},
+        {"grammar": 'root ::= "a"'},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+    ]
+    monkeypatch.setattr(computing.engine, "check_grammar", slow)
+    with ThreadPoolExecutor() as threads:
+        constrained = [threads.submit(ask, form) for form in forms]
+        try:
+            assert begun.acquire(timeout=30)
+            lane = computing.service.admission.constrained
+            wait_for(lambda: lane.requests == len(forms))
+            assert ask({}) == 200
+            assert ask({"response_format": {"type": "text"}}) == 200
+            assert not any(one.done() for one in constrained)
+        finally:
+            release.set()
+        assert [one.result() for one in constrained] == [200] * len(forms)
 
 
 @pytest.mark.parametrize("name", ["detokenize", "template"])

@@ -251,6 +251,29 @@ MESSAGE = {"role": "user", "content": "a"}
             "messages.1.content.0.text",
             "missing",
         ),
+        (  # the type of a part can be the name of one of its keys
+            ChatRequest,
+            {
+                **CHAT,
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}
+                ],
+            },
+            "messages.0.content.0.cache",
+            "not supported",
+        ),
+        (
+            ChatRequest,
+            {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages.0.content.0.text",
+            "a text",
+        ),
+        (
+            ChatRequest,
+            {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]},
+            "tools.0.function.parameters",
+            "an object",
+        ),
         (
             ChatRequest,
             {**CHAT, "messages": [MESSAGE, {"role": "tool", "content": "a"}]},
@@ -341,6 +364,12 @@ def test_a_missing_preference_is_404(open_server: Live) -> None:
     told = error_of(open_server, "/v1/preferences/12345", '{"choice": 0}', 404)
     assert "12345" not in told["message"]
     assert str(open_server.folder.parent) not in told["message"]
+
+
+def test_a_mistake_in_the_path_is_told_by_its_name(open_server: Live) -> None:
+    with open_server.http() as http:
+        reply = http.post("/v1/preferences/abc", json={"choice": 0})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "number")
 
 
 def test_what_has_no_equivalent_in_our_requests_is_no_failure_of_the_server() -> None:

@@ -1,5 +1,6 @@
 """Slow, silent and non-HTTP clients: each gets an error or is disconnected in time."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -7,8 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import Live, live
@@ -185,6 +188,60 @@ def test_a_client_that_does_not_read_is_let_go(hasty: Live) -> None:
         while hasty.engine.stats().running and time.monotonic() < deadline:
             time.sleep(0.05)
     assert hasty.engine.stats().finished.get("cancelled", 0) > before
+
+
+def test_a_client_that_reads_slowly_gets_a_large_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the limit was for the whole reply, which is one write."""
+    monkeypatch.setattr(connection, "WRITE_SECONDS", SHORT)
+    reply = bytes(1 << 24)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % len(reply))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": reply})
+
+    def read(port: int) -> int:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n" + HOST + b"\r\n")
+            received = 0
+            began = time.monotonic()
+            while piece := client.recv(1 << 18):
+                received += len(piece)
+                behind = received / len(reply) * 5 * SHORT - (time.monotonic() - began)
+                time.sleep(max(0.0, behind))
+        return received
+
+    async def served() -> int:
+        config = connection.http_config(app, lifespan="off")
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        serving = asyncio.create_task(server.serve([listening]))
+        try:
+            return await asyncio.to_thread(read, port)
+        finally:
+            server.should_exit = True
+            await serving
+
+    assert asyncio.run(served()) > len(reply)
+
+
+def test_a_refused_request_does_not_end_an_idle_connection(hasty: Live) -> None:
+    """Regression: the rest of its body started the limit of the next head, with an answer (408)."""
+    with open_socket(hasty) as client:
+        client.sendall(b"POST /v1/nothing HTTP/1.1\r\n" + HOST + b"Content-Length: 4\r\n\r\n")
+        assert b" 404 " in client.recv(1 << 16).partition(b"\r\n")[0]
+        client.sendall(b"body")
+        client.settimeout(3 * SHORT)
+        with pytest.raises(TimeoutError):
+            client.recv(1 << 16)
+        client.settimeout(30)
+        client.sendall(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_connections_have_a_limit(hasty: Live, monkeypatch: pytest.MonkeyPatch) -> None:

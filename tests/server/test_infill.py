@@ -161,6 +161,14 @@ def test_vscodes_request_gets_a_whole_reply(server: Live) -> None:
     assert reply["stop"] is True
 
 
+def test_a_large_limit_leaves_room_for_the_text(server: Live) -> None:
+    """Regression: all of `n_predict` was reserved, and 28 tokens of the text were left."""
+    prefix = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(8))
+    body = {**VSCODE, "input_prefix": prefix, "n_predict": 8}
+    evaluated = post(server, body)["tokens_evaluated"]
+    assert post(server, {**body, "n_predict": 2 * CONTEXT})["tokens_evaluated"] == evaluated
+
+
 def test_a_stream_says_what_the_whole_reply_says(server: Live) -> None:
     with server.http() as http:
         text = http.post("/infill", json={**VSCODE, "stream": True}).text

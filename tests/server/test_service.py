@@ -308,6 +308,21 @@ def test_experts_come_and_go(keyed: Live) -> None:
         ]
 
 
+def test_a_file_is_plugged_under_its_own_name_only(keyed: Live) -> None:
+    """Regression: `replace` took the place of the expert in the file, not of the one named."""
+    copy = keyed.folder / "renamed.safetensors"
+    copy.write_bytes((keyed.folder / "one.safetensors").read_bytes())
+    try:
+        with keyed.http(ADMIN) as http:
+            before = http.get("/v1/experts").json()["data"]
+            reply = http.post("/v1/experts", json={"name": "renamed", "replace": True})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (409, "name")
+            assert "holds the expert one" in reply.json()["error"]["message"]
+            assert http.get("/v1/experts").json()["data"] == before
+    finally:
+        copy.unlink()
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_replaced_expert_stays_armed_as_it_was(
     stored: bool, keyed: Live, monkeypatch: pytest.MonkeyPatch

@@ -25,13 +25,33 @@ BODY = {"model": "gpt-4o-mini", "prompt": "the value", "max_tokens": 4, "tempera
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     settings = Settings(
         origins=frozenset({SITE}),
-        aliases=frozenset({"gpt-4o-mini", "org/c++"}),
+        aliases=frozenset({"gpt-4o-mini", "org/c++", "llama3.2:latest"}),
         api_keys=frozenset({"user"}),
         admin_keys=frozenset({"admin"}),
     )
     with live(tmp_path_factory.mktemp("settings"), settings) as running:
         running.engine.plug(running.folder / "one.safetensors")
         yield running
+
+
+@pytest.mark.parametrize(("site", "status"), [(SITE, 200), ("https://evil.example", 403)])
+def test_a_page_of_an_allowed_site_may_reach_a_private_network(
+    open_server: Live, site: str, status: int
+) -> None:
+    asked = {**PREFLIGHT, "Origin": site, "Access-Control-Request-Private-Network": "true"}
+    with open_server.http() as http:
+        preflight = http.options("/v1/completions", headers=asked)
+    assert preflight.status_code == status
+    allowed = preflight.headers.get("access-control-allow-private-network")
+    assert allowed == ("true" if status == 200 else None)
+
+
+def test_an_alias_with_a_tag_is_known_to_ollamas_clients(open_server: Live) -> None:
+    body = {"model": "llama3.2:latest", "prompt": "a", "stream": False}
+    with open_server.http("user") as http:
+        assert http.post("/api/generate", json=body).status_code == 200
+        assert http.post("/v1/completions", json={**BODY, "model": body["model"]}).is_success
+        assert http.get("/v1/models/").status_code == 404
 
 
 def test_a_page_of_an_allowed_site_may_ask(open_server: Live) -> None:

@@ -25,11 +25,9 @@ from deepseek.server.schema import (
     Tool,
     ToolCall,
 )
+from deepseek.server.service import OLLAMA_TAG
 from deepseek.server.stream import Fields
 from deepseek.server.tools import as_object
-
-LATEST = ":latest"
-"""Tag that Ollama's clients add to a model's name."""
 
 NANOSECONDS = 1_000_000_000
 
@@ -392,7 +390,7 @@ def entries(logprobs: Fields | None) -> list[Fields]:
 
 def base_name(model: str) -> str:
     """Return a model's name without the tag that Ollama's clients add."""
-    return model.removesuffix(LATEST)
+    return model.removesuffix(OLLAMA_TAG)
 
 
 def now() -> str:

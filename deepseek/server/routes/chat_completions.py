@@ -47,7 +47,11 @@ async def answer(service: Service, body: ChatRequest) -> "ChatChunks":
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     passages: list[Passage] = []
-    job = await service.start(lambda: plan(service, body, calling, passages), body.n or 1)
+    job = await service.start(
+        lambda: plan(service, body, calling, passages),
+        body.n or 1,
+        is_constrained=body.is_constrained or calling.must,
+    )
     chunks = ChatChunks(service, body, job, calling)
     chunks.retrieved = described_passages(passages) if body.retrieve else None
     return chunks

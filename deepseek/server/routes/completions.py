@@ -71,7 +71,9 @@ async def answer(
     passages: list[Passage] = []
     heal = heal or (bool(body.suffix) and not service.writer.layout.has_tokens)
     job = await service.start(
-        lambda: plan(service, body, passages, heal, document_ids), body.n or 1
+        lambda: plan(service, body, passages, heal, document_ids),
+        body.n or 1,
+        is_constrained=body.is_constrained,
     )
     chunks = CompletionChunks(service, body, job)
     chunks.retrieved = described_passages(passages) if body.retrieve else None

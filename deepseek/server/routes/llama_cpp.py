@@ -36,6 +36,9 @@ from deepseek.text.tokenizer import encode_document, encode_plain
 
 router = APIRouter(route_class=AnyTypeComputingRoute)
 
+MOST_RESERVED = 4
+"""Largest part of the context that is kept free for the text in a gap, as a divisor."""
+
 MAX_PIECES = 1 << 16
 """Most tokens of a reply that has their texts, of which each takes some hundred bytes."""
 
@@ -95,7 +98,9 @@ def gap_prompt(service: Service, gap: EditorGap, request: CompletionRequest) -> 
         request: the request to fill the gap.
     """
     limit = request.max_tokens or 0
-    ids = service.writer.gap(gap, limit)
+    # A large limit is not reserved in full: it would leave no room for the text around the gap.
+    reserved = min(limit, service.settings.answer_tokens, service.writer.context // MOST_RESERVED)
+    ids = service.writer.gap(gap, reserved)
     retrieval = (
         Retrieval.if_possible(service, request, service.settings.infill_passages)
         if request.retrieve is None
@@ -105,7 +110,7 @@ def gap_prompt(service: Service, gap: EditorGap, request: CompletionRequest) -> 
         return GapPrompt(ids, tuple(ids), None)
     answer = answer_tokens(service, limit)
     with_passages, passages = retrieval.for_editor(gap, ids, service, answer)
-    return GapPrompt(service.writer.gap(with_passages, limit), tuple(ids), passages)
+    return GapPrompt(service.writer.gap(with_passages, reserved), tuple(ids), passages)
 
 
 @router.post("/tokenize", response_model=dict[str, Any])

@@ -42,6 +42,8 @@ async def models(service: TheService) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}", responses=described(Model))
 async def model(model: str, service: TheService) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
+    if not model:
+        raise ApiError(404, "The name of a model is missing; GET /v1/models lists them.")
     service.named_experts(model)
     return card(service, model)
 
@@ -112,6 +114,14 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
             param="name",
         )
     path = pack_path(service, body.name)
+    named = (await asyncio.to_thread(read_manifest, path)).name
+    if named != body.name:
+        raise ApiError(
+            409,
+            f"The file {path.name} holds the expert {named}, not {body.name}; give the file that "
+            "name.",
+            param="name",
+        )
     return plugged_expert(
         await service.change(lambda owner: owner.plug(path, in_place=body.replace))
     )
