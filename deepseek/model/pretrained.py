@@ -58,6 +58,24 @@ HUB_ARGUMENTS: dict[str, checks.Check] = {
 }
 """Arguments of Hugging Face that say how a model is fetched (see `HubOptions`), and their checks."""
 
+
+class LoadedGenerationConfig(GenerationConfig):
+    """The generation config of a checkpoint, which can be saved with sampling values that greedy
+    decoding does not read.
+
+    Published checkpoints have such values, and `generate(do_sample=True)` reads them.
+    """
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Raise `ValueError` if a value is impossible.
+
+        Args:
+            strict: ignored; it would also refuse values that are not read.
+            user_set_attributes: names of the values to warn of; None: all.
+        """
+        super().validate(strict=False, user_set_attributes=user_set_attributes)
+
+
 OURS = ("config", "device_map", "dtype", "upcycle_seed", *HUB_ARGUMENTS)
 QUANTISING = ("load_in_4bit", "load_in_8bit", "quantization_config")
 
@@ -337,7 +355,7 @@ def _generation_config(folder: Path, model: "DeepSeekModel") -> GenerationConfig
         settings = read_object(path)
         settings.pop("cache_implementation", None)  # Gemma's names a cache of the stock model
         try:
-            return GenerationConfig.from_dict(settings)
+            return LoadedGenerationConfig.from_dict(settings)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise CheckpointError(
                 f"{path} is no generation config ({error}); fetch the model again, or delete it."

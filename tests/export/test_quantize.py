@@ -9,12 +9,14 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.checkpoint.licence import read_licence, write_card
+from deepseek.checkpoint.store import read_object, write_json
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export import calibrate
 from deepseek.export.calibrate import quantise_along, sample
 from deepseek.export.estimate import estimate_quantisation, written_bytes
+from deepseek.export.export import export_model
 from deepseek.export.kept import KeptParts
 from deepseek.export.quantize import quantize_model
 from deepseek.export.sensitivity import costs
@@ -121,6 +123,32 @@ def test_the_terms_of_the_base_go_along(source, tmp_path):
         assert (tmp_path / "int8" / name).read_text() == name
     # A pack made for the quantised model has the licence too.
     assert BaseDescription.of(tmp_path / "int8", "int8").licence == "LicenseRef-Gemma"
+
+
+@pytest.mark.parametrize("way", ["save", "export", "quantize"])
+def test_sampling_values_that_greedy_decoding_does_not_read_stay(way, source, tmp_path):
+    """Published models have such values, which Hugging Face refuses to save once it built them."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(source, base)
+    settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}
+    write_json(base / "generation_config.json", settings)
+    model = load(base, dtype="float32").model
+    if way == "save":
+        model.save_pretrained(out)
+    elif way == "export":
+        export_model(base, out, "hf", dtype="float32")
+    else:
+        quantize_model(base, out)
+    assert settings.items() <= read_object(out / "generation_config.json").items()
+    written = DeepSeekModel.from_pretrained(out, dtype="float32")
+    ids = torch.tensor([[5, 9, 40]])
+    for sampled in (None, True):
+        texts = []
+        for one in (model, written):
+            torch.manual_seed(0)
+            texts.append(one.generate(ids, max_new_tokens=8, do_sample=sampled))
+        # 8 bits change the probabilities a little, and so a drawn token now and then.
+        assert torch.equal(*texts) or (sampled and way == "quantize")
 
 
 def test_mistakes_are_told(source, tmp_path):
