@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from deepseek.checkpoint.files import new_path
+from deepseek.checkpoint.files import expanded, new_path
 from deepseek.checkpoint.store import (
     atomic_folder,
     atomic_write,
@@ -37,7 +37,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     The block may create files in it, but no folders.
 
     Args:
-        out: the folder to create; nothing may be there, and nothing is replaced.
+        out: the folder to create; nothing may be there, and nothing is replaced. `~` is the
+            home folder.
 
     Raises:
         ConfigError: something is at `out` or was put there meanwhile, another process is writing
@@ -45,9 +46,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         TrainError: the disk is full.
     """
     with (
-        _reserve(out),
+        _reserve(out) as place,
         disk_full_explained(no_room(out)),
-        atomic_folder(out, new=True) as temporary,
+        atomic_folder(place, new=True) as temporary,
     ):
         yield temporary
 
@@ -57,26 +58,31 @@ def new_file(out: str | Path) -> Iterator[Path]:
     """Yield a temporary path, whose file gets the name `out` when the block succeeds.
 
     Args:
-        out: the file to create; nothing may be there, and nothing is replaced.
+        out: the file to create; nothing may be there, and nothing is replaced. `~` is the
+            home folder.
 
     Raises:
         ConfigError: something is at `out` or was put there meanwhile, another process is writing
             it, or nothing can be written there.
         TrainError: the disk is full.
     """
-    with _reserve(out), disk_full_explained(no_room(out)), atomic_write(out, new=True) as temporary:
+    with (
+        _reserve(out) as place,
+        disk_full_explained(no_room(out)),
+        atomic_write(place, new=True) as temporary,
+    ):
         yield temporary
 
 
 @contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
+def scratch_folder(out: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` for temporary files of the block.
 
     Args:
         out: what is written, by `new_folder` or `new_file` around this block: what a killed process
             leaves is removed by the next one that writes `out`.
     """
-    scratch = temporary_path(Path(os.path.realpath(out)))
+    scratch = temporary_path(Path(os.path.realpath(expanded(out))))
     scratch.mkdir()
     try:
         yield scratch
@@ -101,8 +107,10 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _reserve(out: str | Path) -> Iterator[None]:
+def _reserve(out: str | Path) -> Iterator[Path]:
     """Keep other processes from writing `out` during the block, and delete what killed ones left.
+
+    Yields the path to write, with `~` and links resolved.
 
     The lock file is deleted with the block, as it would puzzle users among their own files.
     """
@@ -124,7 +132,7 @@ def _reserve(out: str | Path) -> Iterator[None]:
         ) from None
     try:
         remove_leftovers(place)
-        yield
+        yield place
     finally:
         # Before the release: afterwards it may be the lock of another process. A process that has
         # opened it already sees that it was unlinked, and does not count it as acquired.

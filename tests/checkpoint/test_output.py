@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,24 @@ def test_what_exists_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"), new_folder(tmp_path):
         raise AssertionError("not reached")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_a_path_below_the_home_folder_is_there(
+    new: Callable[[str], AbstractContextManager[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("home", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    with new("~/model") as temporary, scratch_folder("~/model") as scratch:
+        assert scratch.parent == temporary.parent == tmp_path / "home"
+        if new is new_file:
+            temporary.touch()
+    assert [*(tmp_path / "home").iterdir()] == [tmp_path / "home" / "model"]
+    assert [*(tmp_path / "work").iterdir()] == []
 
 
 def test_a_lock_that_cannot_be_taken_is_one_sentence(tmp_path: Path) -> None:
