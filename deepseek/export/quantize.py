@@ -14,7 +14,7 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.licence import copy_terms
 from deepseek.checkpoint.output import new_folder
-from deepseek.checkpoint.store import home, read_object
+from deepseek.checkpoint.store import canonical_json, home, read_object
 from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device
@@ -23,7 +23,7 @@ from deepseek.export.calibrate import Bits, quantise_along, sample
 from deepseek.export.kept import KeptParts
 from deepseek.export.sensitivity import costs, with_8_bits
 from deepseek.model.language_model import is_own
-from deepseek.model.pretrained import load_stored
+from deepseek.model.pretrained import load_stored, read_config
 from deepseek.model.quantised import is_large, stored_form, with_large_quantised
 from deepseek.model.stored import StoredMatrix, stored_matrices
 from deepseek.model.transformer import DeepSeekModel
@@ -173,7 +173,8 @@ def quantisable(folder: Path, base: str | Path, device: torch.device) -> DeepSee
 def _kept_folder(folder: Path, bits: float, device: torch.device) -> Path:
     """Return the folder for the finished parts of a model's quantisation."""
     weights = fingerprint(folder).weights
-    key = f"{METHOD} {weights} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
+    config = sha256(canonical_json(read_config(folder))).hexdigest()  # the layers' inputs change
+    key = f"{METHOD} {weights} {config} {bits:g} {device.type} {TEXTS_OF_8} {TEXTS_BELOW_8}"
     return home() / "quantising" / sha256(key.encode()).hexdigest()[:16]
 
 

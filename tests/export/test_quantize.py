@@ -110,6 +110,23 @@ def test_what_was_kept_of_other_bits_is_not_taken(source, tmp_path, monkeypatch)
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_what_was_kept_under_another_config_is_not_taken(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    base = tmp_path / "base"
+    shutil.copytree(source, base)
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.export.quantize._divergence", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_model(base, tmp_path / "stopped")
+    config = read_object(base / "config.json")
+    write_json(base / "config.json", config | {"rms_norm_eps": 0.5})
+    quantize_model(base, tmp_path / "resumed")
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "other"))
+    quantize_model(base, tmp_path / "whole")
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_the_terms_of_the_base_go_along(source, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(source, base)
