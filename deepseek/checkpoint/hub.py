@@ -5,6 +5,7 @@ A name is a local folder, a GGUF file, the `--name` of a model trained on this m
 `checkpoint.wheels`).
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ HUB_ID = re.compile(
 """The ids that the hub's client accepts; `./folder` and `../folder` are paths."""
 
 LONGEST_STEM = 100
-"""Maximum characters of a GGUF file's name in that of its folder; file systems limit its length."""
+"""Maximum bytes of a GGUF file's name in that of its folder; file systems limit its length."""
 
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
@@ -228,7 +229,7 @@ def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
         if dtype in (None, model.dtype) and digest == model.digest:
             return convert_known(name, model, path, report)
     suffix = f"-{dtype}" if dtype else ""
-    folder = home() / "models" / f"{path.stem[:LONGEST_STEM]}-{digest[:12]}{suffix}"
+    folder = home() / "models" / f"{_folder_stem(path)}-{digest[:12]}{suffix}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         remove_leftovers(folder)
@@ -241,6 +242,14 @@ def _pull_gguf(path: Path, dtype: str | None, report: Progress) -> Path:
                     write_card(target, str(licence), str(link), f"Converted from {path.name}.")
             report(1, 1, "converting")
     return folder
+
+
+def _folder_stem(path: Path) -> str:
+    """Return the beginning of the name of a GGUF file's folder: not hidden, and not too long."""
+    stem = path.stem.lstrip(".") or "model"
+    while len(os.fsencode(stem)) > LONGEST_STEM:
+        stem = stem[:-1]
+    return stem
 
 
 def _pull_hub(name: str, report: Progress, options: HubOptions) -> Path:

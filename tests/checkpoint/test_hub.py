@@ -23,7 +23,7 @@ from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.licence import copy_terms, read_licence
-from deepseek.checkpoint.models import model_name
+from deepseek.checkpoint.models import model_name, stored_models
 from deepseek.checkpoint.store import file_digest, temporary_path
 from deepseek.cli.pull import fetch
 from deepseek.errors import CheckpointError, ConfigError, HubError
@@ -449,6 +449,18 @@ def test_a_gguf_file_may_have_a_long_name(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     file = tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / f"{'n' * 250}.gguf")
     assert hub.resolve(file).name.startswith("nnn")
+
+
+@pytest.mark.parametrize(
+    ("stem", "start"), [("模" * 82, "模"), (".hid", "hid-"), ("...", "model-")]
+)
+def test_the_folder_of_any_gguf_file_is_listed(
+    stem: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    folder = hub.resolve(tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / f"{stem}.gguf"))
+    assert folder.name.startswith(start)
+    assert [model.folder for model in stored_models()] == [folder]
 
 
 def test_a_gguf_file_names_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
