@@ -4,10 +4,13 @@
 the file's rule, which silently gives other ids. Here an unknown rule is an error.
 """
 
+import json
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
     GGUF_TOKENIZER_MAPPING,
@@ -54,7 +57,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     pads if the file names no other.
 
     Raises:
-        CheckpointError: there is no vocabulary, or its kind or split rule is not known.
+        CheckpointError: there is no vocabulary, its kind or split rule is not known, or its tokens
+            cannot have the ids that the file gives them.
     """
     kind = file.fact("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in GGUF_TOKENIZER_TYPES:
@@ -79,6 +83,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     }
     try:
         backend, _ = convert_gguf_tokenizer(file.architecture, described)
+        backend = _with_added_tokens(file, tokens, backend, byte_level=kind == "gpt2")
         if kind == "gpt2":
             _set_split_rule(file, backend)
         elif file.facts.get("tokenizer.ggml.add_space_prefix") is False:
@@ -94,7 +99,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             "again."
         ) from None
     special["pad_token"] = special["pad_token"] or special["eos_token"]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=template,
         model_max_length=file.facts.get(f"{file.architecture}.context_length"),
@@ -102,6 +107,62 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),
         **special,
     )
+    _check_ids(file, tokens, tokenizer)
+    return tokenizer
+
+
+def _with_added_tokens(
+    file: GgufFile, tokens: list[str], backend: Tokenizer, byte_level: bool
+) -> Tokenizer:
+    """Return a tokenizer whose added tokens are the file's, each with its text and id.
+
+    `transformers` spells all of a byte-level vocabulary in the letters that stand for bytes and
+    then does not find added tokens such as `<｜User｜>` or `New York`, which stand in the file as
+    they are. It also adds the special tokens of its own class, which the model may not have.
+    """
+    kinds = file.facts.get("tokenizer.ggml.token_type") or []
+    added = {
+        index: kind == TokenType.CONTROL
+        for index, kind in enumerate(kinds)
+        if byte_level and kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    letters = bytes_to_unicode()
+    is_spelled = [set(text) <= set(letters.values()) for text in tokens]
+    content = json.loads(backend.to_str())
+    known = {token["id"]: token for token in content["added_tokens"] if token["id"] < len(tokens)}
+    if len(known) == len(content["added_tokens"]) and all(is_spelled[index] for index in added):
+        return backend
+    if byte_level:
+        as_bytes = {
+            "".join(letters[byte] for byte in text.encode()): index
+            for index, text in enumerate(tokens)
+            if index not in added and not is_spelled[index]
+        }
+        as_written = {
+            text: index for index, text in enumerate(tokens) if index in added or is_spelled[index]
+        }
+        content["model"]["vocab"] = as_bytes | as_written
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for index, special in added.items():
+        known[index] = {"id": index, "content": tokens[index], "special": special, **flags}
+    content["added_tokens"] = [known[index] for index in sorted(known)]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _check_ids(file: GgufFile, tokens: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `CheckpointError` unless the special tokens have the file's ids and none is new."""
+    for name, key in SPECIAL_TOKENS.items():
+        index = file.token_id(key)
+        if index is not None and getattr(tokenizer, f"{name}_token_id") != index:
+            raise CheckpointError(
+                f"{file.path} has the {key} token {shown(tokens[index])} under several ids or "
+                f"none, not under {index} alone; convert the original model to GGUF again."
+            )
+    if len(tokenizer) > len(tokens):
+        raise CheckpointError(
+            f"The tokenizer in {file.path} makes {len(tokenizer)} tokens of the file's "
+            f"{len(tokens)}; convert the original model to GGUF again."
+        )
 
 
 def _token(file: GgufFile, tokens: list[str], key: str) -> str | None:

@@ -1,0 +1,54 @@
+"""A tokenizer that is written as GGUF metadata and read again gives the same ids."""
+
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.gguf.reader import GgufFile
+from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
+from deepseek.errors import CheckpointError
+from deepseek.export.gguf_tokenizer import tokenizer_facts
+
+DISTILL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜tool sep｜>")
+
+
+def in_a_file(tokenizer: PreTrainedTokenizerFast, **changes: object) -> GgufFile:
+    """Return a GGUF file with the metadata of a tokenizer, some of it changed."""
+    facts = tokenizer_facts(tokenizer, len(tokenizer), [])
+    facts |= {f"tokenizer.{key}": value for key, value in changes.items()}
+    return GgufFile(Path("t.gguf"), {"general.architecture": "qwen2", **facts}, {})
+
+
+def test_added_tokens_with_spaces_and_other_letters_stay_whole() -> None:
+    ours = tiny_tokenizer(DISTILL)
+    ours.bos_token, ours.eos_token = DISTILL[:2]
+    # In letters that stand for bytes, "New York" is spelled as the ordinary token is.
+    ours.add_tokens(["NewĠYork", "New York", "größe", "<tool>"])
+    back = gguf_tokenizer(in_a_file(ours))
+    assert back.get_vocab() == ours.get_vocab()
+    assert (back.bos_token_id, back.eos_token_id) == (ours.bos_token_id, ours.eos_token_id)
+    text = "".join(DISTILL) + "in New York, größe <tool><|im_end|> a NewĠYork"
+    assert back(text).input_ids == ours(text).input_ids
+    assert back.decode(back(text).input_ids) == ours.decode(ours(text).input_ids)
+    ids = range(len(ours))
+    shown = [tokenizer.decode(ids, skip_special_tokens=True) for tokenizer in (ours, back)]
+    assert shown[0] == shown[1]
+
+
+def test_no_token_is_added_that_the_file_does_not_have() -> None:
+    """Llama 3 has no `<|endoftext|>`, which is a special token of GPT-2's class."""
+    ours = tiny_tokenizer()
+    file = in_a_file(ours)
+    file.facts["tokenizer.ggml.tokens"][0] = "<|begin_of_text|>"
+    back = gguf_tokenizer(file)
+    assert len(back) == len(ours)
+    assert max(back("a<|endoftext|>").input_ids) < len(ours)
+
+
+def test_a_special_token_that_stands_twice_is_refused() -> None:
+    file = in_a_file(tiny_tokenizer(("<spare>",)))
+    file.facts["tokenizer.ggml.tokens"][3] = "<|im_end|>"
+    with pytest.raises(CheckpointError, match=r"the eos token '<\|im_end\|>' under several ids"):
+        gguf_tokenizer(file)
