@@ -62,7 +62,8 @@ def tokenizer_facts(
         facts["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
     for name, key in SPECIAL_TOKENS.items():
         index = getattr(tokenizer, f"{name}_token_id")
-        if index is not None:
+        # An added token without a row has no place in the file, as in `_vocabulary`.
+        if index is not None and index < vocab_size:
             facts[f"tokenizer.ggml.{key}_token_id"] = index
     stop_ids = [index for index in stops if index is not None and 0 <= index < vocab_size]
     for role, index in _end_tokens(tokenizer, stop_ids).items():

@@ -186,6 +186,18 @@ def test_an_added_token_without_a_row_is_left_out(tmp_path: Path) -> None:
     assert len(read_gguf(out).facts["tokenizer.ggml.tokens"]) == 260
 
 
+def test_a_pad_token_without_a_row_is_left_out(tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad_new>"})
+    assert tokenizer.pad_token_id == 260
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "out.gguf"
+    assert export_model(folder, out, "gguf") < 1e-2
+    assert read_gguf(out).token_id("padding") is None
+    assert gguf_tokenizer(read_gguf(out)).pad_token == tokenizer.eos_token
+
+
 def test_computed_tensors_of_older_checkpoints_are_left_out(tmp_path: Path) -> None:
     folder = stock("llama", tmp_path)
     weights = load_file(folder / "model.safetensors")
