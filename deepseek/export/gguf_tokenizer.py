@@ -1,6 +1,7 @@
 """The metadata of a tokenizer in a GGUF file, under llama.cpp's names."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,8 +69,25 @@ def tokenizer_facts(
     stop_ids = [index for index in stops if index is not None and 0 <= index < vocab_size]
     for role, index in _end_tokens(tokenizer, stop_ids).items():
         facts[f"tokenizer.ggml.{role}_token_id"] = index
-    if isinstance(tokenizer.chat_template, str):
-        facts["tokenizer.chat_template"] = tokenizer.chat_template
+    return facts | _template_facts(tokenizer.chat_template)
+
+
+def _template_facts(templates: str | dict[str, str] | None) -> dict[str, Any]:
+    """Return the metadata of a chat template, or of several by their names."""
+    if templates is None:
+        return {}
+    if isinstance(templates, str):
+        return {"tokenizer.chat_template": templates}
+    # llama.cpp's converter writes other characters of a name as underscores.
+    by_name = {re.sub("[^A-Za-z0-9_]", "_", name): text for name, text in templates.items()}
+    default = by_name.pop("default", None)
+    facts: dict[str, Any] = {
+        f"tokenizer.chat_template.{name}": text for name, text in by_name.items()
+    }
+    if by_name:
+        facts["tokenizer.chat_templates"] = list(by_name)
+    if default is not None:
+        facts["tokenizer.chat_template"] = default
     return facts
 
 

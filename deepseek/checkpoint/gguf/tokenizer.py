@@ -5,6 +5,7 @@ the file's rule, which silently gives other ids. Here an unknown rule is an erro
 """
 
 import json
+import re
 from typing import Any
 
 from gguf import TokenType
@@ -46,6 +47,9 @@ merges make of it, and begins a text with the BOS token, unless the file says ot
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
+TEMPLATE_NAME = re.compile("[A-Za-z0-9_]+")
+"""Names of chat templates: what llama.cpp's converter makes of any name."""
+
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Name in `transformers` -> name in GGUF metadata."""
 
@@ -53,12 +57,12 @@ SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a GGUF file.
 
-    Its chat template is the file's; a file without one gives a tokenizer without one. The end token
-    pads if the file names no other.
+    Its chat template is the file's, or its templates by their names; a file without one gives a
+    tokenizer without one. The end token pads if the file names no other.
 
     Raises:
-        CheckpointError: there is no vocabulary, its kind or split rule is not known, or its tokens
-            cannot have the ids that the file gives them.
+        CheckpointError: there is no vocabulary, its kind or split rule is not known, its tokens
+            cannot have the ids that the file gives them, or a chat template is no text.
     """
     kind = file.fact("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in GGUF_TOKENIZER_TYPES:
@@ -69,12 +73,6 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     adds_bos = kind == "llama" or (
         kind == "gpt2" and file.facts.get("tokenizer.ggml.pre") in WHOLE_WORDS
     )
-    template = file.facts.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise CheckpointError(
-            f"{file.path} has the chat template {shown(template)}, which is no text; convert the "
-            "original model to GGUF again."
-        )
     tokens = file.fact("tokenizer.ggml.tokens")
     described = {
         name: file.facts[f"tokenizer.{key}"]
@@ -101,7 +99,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     special["pad_token"] = special["pad_token"] or special["eos_token"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=template,
+        chat_template=_chat_template(file),
         model_max_length=file.facts.get(f"{file.architecture}.context_length"),
         add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", adds_bos)),
         add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),
@@ -109,6 +107,32 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     )
     _check_ids(file, tokens, tokenizer)
     return tokenizer
+
+
+def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
+    """Return the chat template, or all by name if the file has more than the default one."""
+    names = file.facts.get("tokenizer.chat_templates") or []
+    # A name becomes that of a file when the tokenizer is saved.
+    if not isinstance(names, list) or not all(TEMPLATE_NAME.fullmatch(str(name)) for name in names):
+        raise CheckpointError(
+            f"{file.path} has chat templates of the names {shown(names)}, which are no words; "
+            "convert the original model to GGUF again."
+        )
+    keys = {name: f"tokenizer.chat_template.{name}" for name in names}
+    default_key = "tokenizer.chat_template"
+    if not names or default_key in file.facts:
+        keys["default"] = default_key
+    found: dict[str, str] = {}
+    for name, key in keys.items():
+        template = file.facts.get(key)
+        if isinstance(template, str):
+            found[name] = template
+        elif names or template is not None:
+            raise CheckpointError(
+                f"{file.path} has the chat template {shown(template)}, which is no text; convert "
+                "the original model to GGUF again."
+            )
+    return found if names else found.get("default")
 
 
 def _with_added_tokens(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.gguf.reader import GgufFile
 from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
@@ -51,4 +51,27 @@ def test_a_special_token_that_stands_twice_is_refused() -> None:
     file = in_a_file(tiny_tokenizer(("<spare>",)))
     file.facts["tokenizer.ggml.tokens"][3] = "<|im_end|>"
     with pytest.raises(CheckpointError, match=r"the eos token '<\|im_end\|>' under several ids"):
+        gguf_tokenizer(file)
+
+
+def test_several_chat_templates_keep_their_names(tmp_path: Path) -> None:
+    templates = {"tool-use": "TOOLS {{ bos_token }}", "default": "{{ eos_token }}", "rag": "RAG"}
+    ours = tiny_tokenizer(chat_template=templates)
+    file = in_a_file(ours)
+    assert file.facts["tokenizer.chat_template"] == templates["default"]
+    assert file.facts["tokenizer.chat_templates"] == ["tool_use", "rag"]
+    back = gguf_tokenizer(file)
+    templates["tool_use"] = templates.pop("tool-use")
+    assert back.chat_template == templates
+    back.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == back.chat_template
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["../x"], "no words"), ("x", "no words"), ([1], "no text"), (["rag"], "no text")],
+)
+def test_chat_templates_that_are_none_are_refused(names: object, message: str) -> None:
+    file = in_a_file(tiny_tokenizer(), chat_templates=names)
+    with pytest.raises(CheckpointError, match=message):
         gguf_tokenizer(file)
