@@ -11,7 +11,6 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from deepseek.checkpoint.gguf.tokenizer import SPECIAL_TOKENS
 from deepseek.errors import ConfigError
-from deepseek.text.tokenizer import document_start_ids
 
 NEVER_MERGED = -1e6
 """Score of tokens that no merge produces; llama.cpp merges by the highest score."""
@@ -23,6 +22,13 @@ before a tool's answer.
 
 SPACE_PREFIXES = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
 """Parts of a tokenizer's JSON by which it puts a space before a text."""
+
+
+SPACE_NORMALIZERS = {"Prepend", "Replace"}
+"""Normalizers of SentencePiece tokenizers, which write spaces as a sign of their own."""
+
+WHOLE_SPLITS = (("Isolated", False), ("Removed", True))
+"""`behavior` and `invert` of a `Split` whose parts are the matches of its pattern."""
 
 
 def tokenizer_facts(
@@ -37,7 +43,8 @@ def tokenizer_facts(
             two, and the others are left out.
 
     Raises:
-        ConfigError: llama.cpp has no such tokenizer.
+        ConfigError: llama.cpp has no such tokenizer: it knows another normalizer, splits text by
+            another rule or puts other tokens around a text.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
@@ -47,14 +54,16 @@ def tokenizer_facts(
         )
     byte_tokens = bool(model.get("byte_fallback"))
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    _check_normalizer(content, byte_tokens)
+    adds_bos, adds_eos = _ends_added(tokenizer, vocab_size)
     tokens, kinds = _vocabulary(tokenizer, content, vocab_size)
     facts: dict[str, Any] = {
         "tokenizer.ggml.model": "llama" if byte_tokens else "gpt2",
         "tokenizer.ggml.pre": "default" if byte_tokens else _split_rule(content),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.add_bos_token": bool(document_start_ids(tokenizer)),
-        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_bos_token": adds_bos,
+        "tokenizer.ggml.add_eos_token": adds_eos,
     }
     if byte_tokens:
         facts["tokenizer.ggml.scores"] = _scores(tokens, merges)
@@ -70,6 +79,40 @@ def tokenizer_facts(
     for role, index in _end_tokens(tokenizer, stop_ids).items():
         facts[f"tokenizer.ggml.{role}_token_id"] = index
     return facts | _template_facts(tokenizer.chat_template)
+
+
+def _check_normalizer(content: dict[str, Any], byte_tokens: bool) -> None:
+    """Raise `ConfigError` if a normalizer changes text in a way that llama.cpp does not."""
+    step = content["normalizer"]
+    steps = step["normalizers"] if step and step["type"] == "Sequence" else [step] if step else []
+    allowed = SPACE_NORMALIZERS if byte_tokens else {"NFC"}
+    for part in steps:
+        if part["type"] not in allowed:
+            raise ConfigError(
+                f"The tokenizer changes text by the normalizer {part['type']}, which llama.cpp "
+                "does not have; keep the model's own folder."
+            )
+
+
+def _ends_added(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[bool, bool]:
+    """Return whether the tokenizer puts BOS before a text, and EOS after it.
+
+    Raises:
+        ConfigError: it puts other tokens there, or ones without a row of the model.
+    """
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    bos, eos = (
+        [index] if index is not None and index < vocab_size else []
+        for index in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    for before, after in (([], []), (bos, []), ([], eos), (bos, eos)):
+        if ids == [*before, *plain, *after]:
+            return bool(before), bool(after)
+    raise ConfigError(
+        f"The tokenizer makes {tokenizer.convert_ids_to_tokens(ids)} of the text 'a'; llama.cpp "
+        "can only put BOS before a text and EOS after it. Keep the model's own folder."
+    )
 
 
 def _template_facts(templates: str | dict[str, str] | None) -> dict[str, Any]:
@@ -163,14 +206,24 @@ def _split_rule(content: dict[str, Any]) -> str:
     step = content["pre_tokenizer"] or {"type": "none"}
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     kinds = [part["type"] for part in steps]
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return "smollm"
-    patterns = [part["pattern"].get("Regex") for part in steps if part["type"] == "Split"]
-    for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items():
-        if patterns == [pattern]:
-            return name
+    if kinds[-1:] == ["ByteLevel"]:
+        if steps[-1]["add_prefix_space"]:
+            raise ConfigError(
+                "The tokenizer puts a space before a text (add_prefix_space), which llama.cpp "
+                "does not do for byte-level tokenizers; keep the model's own folder."
+            )
+        splits_words = steps[-1]["use_regex"]
+        if kinds == ["ByteLevel"] and splits_words:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and splits_words:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not splits_words:
+            for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items():
+                if (
+                    steps[0]["pattern"].get("Regex") == pattern
+                    and (steps[0]["behavior"], steps[0]["invert"]) in WHOLE_SPLITS
+                ):
+                    return name
     raise ConfigError(
         "The tokenizer splits text by a rule that llama.cpp has no known name for; convert the "
         "model with llama.cpp's own converter."

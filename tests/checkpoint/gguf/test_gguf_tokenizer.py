@@ -4,14 +4,29 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import Regex, normalizers
+from tokenizers import pre_tokenizers as steps
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from deepseek.checkpoint.gguf.reader import GgufFile
 from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.gguf_tokenizer import tokenizer_facts
 
 DISTILL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜tool sep｜>")
+
+LLAMA_3 = steps.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama3"]), "isolated")
+REMOVED = steps.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama3"]), "removed")
+BYTES = steps.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def around(template: str) -> TemplateProcessing:
+    """Return a post-processor that puts control tokens around a text."""
+    return TemplateProcessing(
+        single=template, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
 
 
 def in_a_file(tokenizer: PreTrainedTokenizerFast, **changes: object) -> GgufFile:
@@ -75,3 +90,36 @@ def test_chat_templates_that_are_none_are_refused(names: object, message: str) -
     file = in_a_file(tiny_tokenizer(), chat_templates=names)
     with pytest.raises(CheckpointError, match=message):
         gguf_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": normalizers.Lowercase()}, "normalizer Lowercase"),
+        ({"normalizer": normalizers.Sequence([normalizers.NFKC()])}, "normalizer NFKC"),
+        ({"pre_tokenizer": steps.ByteLevel(add_prefix_space=True)}, "add_prefix_space"),
+        ({"pre_tokenizer": steps.Sequence([steps.Digits(True), LLAMA_3, BYTES])}, "no known name"),
+        ({"pre_tokenizer": steps.Sequence([REMOVED, BYTES])}, "no known name"),
+        ({"post_processor": around("<|im_end|> $A")}, r"'<\|im_end\|>', 'a'\] of the text"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    ours = tiny_tokenizer()
+    for part, value in changes.items():
+        setattr(ours.backend_tokenizer, part, value)
+    with pytest.raises(ConfigError, match=message):
+        tokenizer_facts(ours, len(ours), [])
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|> ", ""])
+@pytest.mark.parametrize("eos", [" <|im_end|>", ""])
+def test_tokens_around_a_text_go_along(bos: str, eos: str) -> None:
+    ours = tiny_tokenizer()
+    ours.backend_tokenizer.post_processor = around(f"{bos}$A{eos}")
+    ours.backend_tokenizer.normalizer = normalizers.NFC()
+    file = in_a_file(ours)
+    assert file.facts["tokenizer.ggml.add_bos_token"] is bool(bos)
+    assert file.facts["tokenizer.ggml.add_eos_token"] is bool(eos)
+    assert gguf_tokenizer(file)("the router").input_ids == ours("the router").input_ids
