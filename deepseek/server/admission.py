@@ -51,7 +51,7 @@ class Cancellable(Protocol):
 
 
 class Lane:
-    """Threads for one kind of work, and the requests that have some for them.
+    """Threads for one kind of work, and the number of requests that use them.
 
     Args:
         threads: number of threads.

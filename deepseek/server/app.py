@@ -64,10 +64,11 @@ ROUTERS = (
 )
 
 
-PRIVATE_NETWORK = "Access-Control-{}-Private-Network"
-"""Header by which a browser asks whether a public page may reach a private address, and by which
-that is allowed.
-"""
+ASKS_NETWORK = "Access-Control-Request-Private-Network"
+"""Header by which a browser asks whether a public page may reach a private address."""
+
+ALLOWS_NETWORK = "Access-Control-Allow-Private-Network"
+"""Header by which that is allowed."""
 
 
 class PageFiles(StaticFiles):
@@ -97,15 +98,15 @@ class Preflight(CORSMiddleware):
             request_headers: headers of the browser's request.
         """
         asked = request_headers.mutablecopy()
-        asks_network = asked.get(PRIVATE_NETWORK.format("Request"), "") == "true"
+        asks_network = asked.get(ASKS_NETWORK, "") == "true"
         if asks_network:  # Starlette refuses it, or does not know it, depending on its version
-            del asked[PRIVATE_NETWORK.format("Request")]
+            del asked[ASKS_NETWORK]
         response = super().preflight_response(asked)
         origin = request_headers["origin"]
         if response.status_code != 200 and not self.is_allowed_origin(origin):
             return foreign_origin(origin).response("")
         if response.status_code == 200 and asks_network:
-            response.headers[PRIVATE_NETWORK.format("Allow")] = "true"
+            response.headers[ALLOWS_NETWORK] = "true"
         return response
 
 

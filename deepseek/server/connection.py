@@ -24,7 +24,10 @@ IDLE_SECONDS = 30
 """Time limit for the next request on a connection."""
 
 WRITE_SECONDS = 60.0
-"""Time within which a client must read something when the connection's send buffer is full."""
+"""Time limit for a client to read `LEAST_READ` when the connection's send buffer is full."""
+
+LEAST_READ = 1 << 20
+"""Bytes; a client that reads fewer would hold the memory of a large reply for hours."""
 
 MAX_HEAD = 1 << 14
 """Maximum size of a request's head in bytes."""
@@ -114,7 +117,7 @@ class Connection(H11Protocol):
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._too_slow)
 
     def _set_write_timer(self) -> None:
-        """Start the timer within which the send buffer must shrink.
+        """Start the timer within which the send buffer must shrink by `LEAST_READ`, or be read.
 
         A large reply is one write, so it is the buffer that tells whether the client reads.
         """
@@ -122,7 +125,7 @@ class Connection(H11Protocol):
         self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_reading, unsent)
 
     def _check_reading(self, unsent: int) -> None:
-        if self.transport.get_write_buffer_size() < unsent:
+        if self.transport.get_write_buffer_size() <= unsent - LEAST_READ:
             self._set_write_timer()
         else:
             self.transport.abort()

@@ -296,13 +296,10 @@ class Service:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`
         if one is not plugged, or the key may not use it.
         """
-        known_bases = (self.settings.model, *self.settings.aliases)
-        bases = [
-            name
-            # The routes of Ollama leave out this tag of a request's model.
-            for name in (*known_bases, *(base.removesuffix(OLLAMA_TAG) for base in known_bases))
-            if model == name or model.startswith(name + SEPARATOR)
-        ]
+        served = {self.settings.model, *self.settings.aliases}
+        # The routes of Ollama leave out this tag of a request's model.
+        served |= {name.removesuffix(OLLAMA_TAG) for name in served}
+        bases = [name for name in served if model == name or model.startswith(name + SEPARATOR)]
         base = max(bases, key=len, default=self.settings.model)
         plugged = {info.name for info in self.visible_experts()}
         if model in ("", base):  # llama.vim sends the empty name

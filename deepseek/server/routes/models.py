@@ -118,8 +118,7 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     if named != body.name:
         raise ApiError(
             409,
-            f"The file {path.name} holds the expert {named}, not {body.name}; give the file that "
-            "name.",
+            f"The file {path.name} holds the expert {named}, not {body.name}; rename the file.",
             param="name",
         )
     return plugged_expert(
