@@ -7,7 +7,7 @@ number of shards, their order, file names or metadata.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ from deepseek.checkpoint.store import (
     write_json,
 )
 from deepseek.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
 
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)")
 """Name of a shard, as `save_pretrained` writes it."""
@@ -53,13 +56,8 @@ def weight_files(folder: str | Path) -> list[Path]:
         CheckpointError: there are no weights, or a shard is missing.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        files = [folder / name for name in _shards(index)]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    present = {path.name for path in folder.glob("*") if path.is_file()}
+    files = [folder / name for name in weight_names(present, folder)]
     if not files:
         raise CheckpointError(
             f"{folder} holds no .safetensors weights; save the model with save_pretrained first."
@@ -71,6 +69,25 @@ def weight_files(folder: str | Path) -> list[Path]:
                 "model again."
             )
     return files
+
+
+def weight_names(names: Collection[str], folder: Path) -> list[str]:
+    """Return those names of a model's files that hold its weights, by `weight_files`' rule.
+
+    Args:
+        names: the names of all files, relative to the model's folder; those in subfolders, such as
+            copies of the weights in another format, are left out.
+        folder: where the index of the shards is read, if there is one.
+
+    Raises:
+        CheckpointError: the index is invalid.
+    """
+    index = folder / SHARD_INDEX
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if index.is_file():
+        return _shards(index)
+    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
 
 def _other_shards(files: Iterable[Path]) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from deepseek.checkpoint.files import is_special
-from deepseek.checkpoint.fingerprint import cached_digest, weight_files
+from deepseek.checkpoint.fingerprint import cached_digest, weight_files, weight_names
 from deepseek.checkpoint.licence import write_card
 from deepseek.checkpoint.models import stored_models
 from deepseek.checkpoint.store import atomic_folder, home, remove_leftovers
@@ -30,8 +30,6 @@ UNPUBLISHED = ("deepseek-nano", "deepseek-29m", "deepseek-1b", "deepseek-8b", "d
 """Presets of `ModelConfig` without published weights."""
 
 HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
     "*.json",
     "*.jinja",
     "*.txt",
@@ -44,7 +42,12 @@ HUB_FILES = [
     "*USE_POLICY*",
     "*TERMS*",
 ]
-"""Files to download from the hub: weights, config, tokenizer and terms, but no code, no pickles."""
+"""Files to download from the hub besides weights: config, index of the weights' shards, tokenizer
+and terms, but no code, no pickles.
+"""
+
+SUBFOLDERS = ["*/*"]
+"""Files of a hub's model that are not read: weights for other programs, most often."""
 
 HUB_ID = re.compile(
     r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/(?=.{1,96}$)\w(?:[\w.-]*\w)?(?<!\.git)", re.ASCII
@@ -254,7 +257,6 @@ def _folder_stem(path: Path) -> str:
 
 def _pull_hub(name: str, report: Progress, options: HubOptions) -> Path:
     """Download a model from the Hugging Face hub, or use its local cache if the hub is down."""
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -271,12 +273,7 @@ def _pull_hub(name: str, report: Progress, options: HubOptions) -> Path:
             ) from None
     report(0, 0, "asking the hub")
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT, **options.arguments("revision", "token"))
-        wanted = options.arguments("revision", "token", "cache_dir", "force_download")
-        folder = snapshot_download(
-            name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT, **wanted
-        )
-        return _check_folder(Path(folder))
+        return _check_folder(_download(name, options))
     except GatedRepoError:
         raise HubError(
             f"{name!r} is gated; accept its terms on the hub and run `hf auth login`."
@@ -308,10 +305,36 @@ def _pull_hub(name: str, report: Progress, options: HubOptions) -> Path:
         ) from hub_error
 
 
+def _download(name: str, options: HubOptions) -> Path:
+    """Download a model from the hub and return its folder.
+
+    Of weights that a repository holds several times, as one file and as shards or for other
+    programs, only those that `weight_files` reads are downloaded.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    asked = options.arguments("revision", "token")
+    info = HfApi().model_info(name, timeout=HUB_TIMEOUT, **asked)
+    wanted: dict[str, Any] = {
+        "etag_timeout": HUB_TIMEOUT,
+        **options.arguments("revision", "token", "cache_dir", "force_download"),
+    }
+    folder = Path(
+        snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=SUBFOLDERS, **wanted)
+    )
+    weights = weight_names([file.rfilename for file in info.siblings or ()], folder)
+    if weights:
+        # The folder is named by the commit: a branch may have moved on in the meantime.
+        snapshot_download(name, allow_patterns=weights, **wanted | {"revision": folder.name})
+    return folder
+
+
 def _cached(name: str, options: HubOptions) -> Path:
     """Return the folder of a model that was downloaded from the hub before."""
     from huggingface_hub import snapshot_download
 
     place = options.arguments("revision", "cache_dir")
-    folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True, **place)
+    folder = snapshot_download(
+        name, allow_patterns=HUB_FILES, ignore_patterns=SUBFOLDERS, local_files_only=True, **place
+    )
     return _check_folder(Path(folder))

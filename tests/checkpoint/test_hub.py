@@ -2,6 +2,7 @@
 not.
 """
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tiny_expert import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek.checkpoint import hub, wheels
-from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
+from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint, weight_files
 from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.licence import copy_terms, read_licence
 from deepseek.checkpoint.models import model_name, stored_models
@@ -261,6 +262,13 @@ def test_a_model_of_the_hub_has_its_own_name_and_not_that_of_a_commit(path: str,
     assert model_name(Path(path)) == name
 
 
+def model_info(*names: str) -> huggingface_hub.ModelInfo:
+    """Return what the hub says of a model with files of these names."""
+    return huggingface_hub.ModelInfo(
+        id="owner/name", siblings=[{"rfilename": name} for name in names]
+    )
+
+
 def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +277,7 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
-    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot(_: str, *, local_files_only: bool, **__: object) -> str:
         assert local_files_only
         if not cached:
             raise LocalEntryNotFoundError("not in the cache")
@@ -324,16 +332,17 @@ def test_what_is_not_in_the_cache_is_not_asked_for(
 def test_revision_and_token_reach_the_hub(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
 
-    def model_info(_: object, name: str, **options: object) -> None:
+    def asked(_: object, name: str, **options: object) -> huggingface_hub.ModelInfo:
         calls.append(options)
         if options.get("revision") == "v3":
             raise RevisionNotFoundError("404", response=Response(404, request=Request("GET", "/")))
+        return model_info("model.safetensors")
 
     def snapshot(name: str, **options: object) -> str:
         calls.append(options)
         return str(converted)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     options = hub.HubOptions("v2", "secret", "downloads", force_download=True)
     assert "secret" not in repr(options)
@@ -341,6 +350,7 @@ def test_revision_and_token_reach_the_hub(converted: Path, monkeypatch: pytest.M
     assert calls[0] == {"timeout": 5, "revision": "v2", "token": "secret"}
     wanted = {"revision": "v2", "token": "secret", "cache_dir": "downloads", "force_download": True}
     assert wanted.items() <= calls[1].items()
+    assert (wanted | {"revision": converted.name}).items() <= calls[2].items()
     with pytest.raises(HubError, match="'owner/name' has no revision 'v3'; give a branch"):
         hub.resolve("owner/name", hub=hub.HubOptions("v3"))
 
@@ -367,10 +377,48 @@ def test_a_download_that_breaks_off_says_so(
             raise ConnectionError("connection reset by peer")
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: model_info())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(HubError, match=r"'owner/name' broke off \(connection reset by peer\)"):
         hub.resolve("owner/name")
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "others"),
+    [
+        (["model.safetensors"], [*SHARDS, "model.fp16.safetensors", "onnx/model.safetensors"]),
+        (SHARDS, ["consolidated.safetensors", "original/model.safetensors"]),
+        (["pytorch_model.safetensors"], ["original/model.safetensors"]),
+    ],
+)
+def test_of_weights_that_are_there_twice_one_copy_is_downloaded(
+    weights: list[str], others: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["config.json", "tokenizer.json", "original/params.json"]
+    if weights == SHARDS or SHARDS[0] in others:
+        texts.append("model.safetensors.index.json")
+    remote = [*texts, *weights, *others, "pytorch_model.bin"]
+
+    def snapshot(
+        _: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None = None, **__: object
+    ) -> str:
+        for name in filter_repo_objects(
+            remote, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            file = tmp_path / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({"weight_map": dict(enumerate(SHARDS))}))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: model_info(*remote))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    folder = hub.resolve("owner/name")
+    expected = {name for name in [*texts, *weights] if "/" not in name}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == expected
+    assert [path.name for path in weight_files(folder)] == weights
 
 
 TERMS = [
