@@ -35,7 +35,7 @@ from deepseek.checkpoint.models import model_name
 from deepseek.checkpoint.output import new_file, scratch_folder
 from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.export.gguf_tokenizer import tokenizer_facts
+from deepseek.export.gguf_tokenizer import check_tokenizer, stop_ids, tokenizer_facts
 from deepseek.registry import nearest, pick
 from deepseek.text.tokenizer import load_tokenizer
 
@@ -107,7 +107,7 @@ def export_gguf(
 
     Raises:
         ConfigError: `out` exists, appears meanwhile, is being written by another process or is no
-            GGUF name, or the format cannot represent the model.
+            GGUF name, or the format cannot represent the model or its tokenizer.
         CheckpointError: the written file computes something else.
     """
     dtype = dtype or next(iter(ENCODINGS))
@@ -126,6 +126,7 @@ def export_gguf(
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _write(folder, config, temporary, encoding, file_type, original)
         _check_config(config, temporary)
+        check_tokenizer(load_tokenizer(folder), temporary)
         error = _difference(folder, temporary, scratch / "read")
         if not error <= limit:
             raise CheckpointError(
@@ -181,7 +182,7 @@ def _write(
         **({"general.license": licence.name} if licence.name else {}),
         **({"general.license.link": licence.link} if licence.link else {}),
         **_model_facts(config, architecture),
-        **tokenizer_facts(load_tokenizer(folder), config.vocab_size, _stops(folder)),
+        **tokenizer_facts(load_tokenizer(folder), config.vocab_size, stop_ids(folder)),
     }
     for key, value in facts.items():
         _add(writer, key, value)
@@ -315,22 +316,6 @@ def _frequency_factors(config: PretrainedConfig) -> dict[str, Floats]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     factors = llama3_factors(rope, rope["rope_theta"], head_dim // 2)
     return {"rope_freqs.weight": factors.astype(np.float32)}
-
-
-def _stops(folder: Path) -> list[int]:
-    """Return the ids of the tokens at which generation stops.
-
-    Raises:
-        CheckpointError: they are no whole numbers.
-    """
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return []
-    stops = read_object(file).get("eos_token_id") or []
-    stops = stops if isinstance(stops, list) else [stops]
-    if not all(type(stop) is int for stop in stops):
-        raise CheckpointError(f"{file} has an eos_token_id that is no token's number; correct it.")
-    return stops
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from deepseek.checkpoint.gguf.tokenizer import SPECIAL_TOKENS
-from deepseek.errors import ConfigError
+from deepseek.checkpoint.gguf.reader import read_gguf
+from deepseek.checkpoint.gguf.tokenizer import SPECIAL_TOKENS, gguf_tokenizer
+from deepseek.checkpoint.store import read_object
+from deepseek.errors import CheckpointError, ConfigError, shown
 
 NEVER_MERGED = -1e6
 """Score of tokens that no merge produces; llama.cpp merges by the highest score."""
@@ -18,6 +22,11 @@ NEVER_MERGED = -1e6
 END_ROLES = {"eot": "<|eot_id|>", "eom": "<|eom_id|>"}
 """Roles of end tokens beside EOS -> Llama 3's token: the end of a turn, and that of a message
 before a tool's answer.
+"""
+
+WORDS, JOINED = 20_000, 100
+"""Words of the vocabulary of which a file's tokenizer has to make the same ids, about, and texts
+into which they are joined.
 """
 
 SPACE_PREFIXES = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
@@ -79,6 +88,53 @@ def tokenizer_facts(
     for role, index in _end_tokens(tokenizer, stop_ids).items():
         facts[f"tokenizer.ggml.{role}_token_id"] = index
     return facts | _template_facts(tokenizer.chat_template)
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Return the ids of the tokens at which generation stops.
+
+    Raises:
+        CheckpointError: they are no whole numbers.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    stops = read_object(file).get("eos_token_id") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(stop) is int for stop in stops):
+        raise CheckpointError(f"{file} has an eos_token_id that is no token's number; correct it.")
+    return stops
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Raise `ConfigError` unless the tokenizer in a GGUF file makes the same ids of text.
+
+    The texts are words of the vocabulary, one by one and joined, so that rules of merging and of
+    splitting show. Left out are added tokens, parts of characters, spellings that NFC changes, which
+    llama.cpp keeps, and texts that begin with a space where another one is put before a text, on
+    which programs differ.
+    """
+    back = gguf_tokenizer(read_gguf(path))
+    added = tokenizer.added_tokens_decoder
+    ids = [[index] for index in range(len(tokenizer)) if index not in added]
+    words = [
+        text
+        for text in tokenizer.batch_decode(ids[:: max(1, len(ids) // WORDS)])
+        if "\ufffd" not in text and unicodedata.is_normalized("NFC", text)
+    ]
+    texts = [*words, *("".join(words[start::JOINED]) for start in range(JOINED))]
+    if _adds_space(json.loads(tokenizer.backend_tokenizer.to_str())):
+        texts = [text for text in texts if not text.startswith(" ")]
+    here = tokenizer(texts, add_special_tokens=False).input_ids
+    there = back(texts, add_special_tokens=False).input_ids
+    differing = [
+        text for text, ours, theirs in zip(texts, here, there, strict=True) if ours != theirs
+    ]
+    if differing:
+        raise ConfigError(
+            f"llama.cpp would make other tokens of {len(differing)} of {len(texts)} texts, such as "
+            f"{shown(min(differing, key=len))}; keep the model's own folder."
+        )
 
 
 def _check_normalizer(content: dict[str, Any], byte_tokens: bool) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 from tiny_tokenizer import tiny_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.gguf.config import generation_config
@@ -114,6 +114,48 @@ def test_a_space_before_the_text_goes_along(scheme: str, tmp_path: Path) -> None
         ids = back(text, add_special_tokens=False).input_ids
         assert ids == ours(text).input_ids
         assert back.decode(ids) == text
+
+
+def test_a_tokenizer_that_makes_other_tokens_in_llama_cpp_is_refused(tmp_path: Path) -> None:
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "1", "2", "12", "a1"]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, [("1", "2"), ("a", "1")], byte_fallback=True, unk_token="<unk>")
+    )
+    out = tmp_path / "out.gguf"
+
+    def export(name: str) -> None:
+        folder = tmp_path / name
+        tiny_gguf.tiny_model("llama", vocab_size=len(texts)).save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+        tokenizer.save_pretrained(folder)
+        export_model(folder, out, "gguf")
+
+    backend.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    with pytest.raises(ConfigError, match=r"other tokens of .* of \d+ texts, such as '(12|a1)'"):
+        export("digits")
+    assert not out.exists()
+    backend.pre_tokenizer = None
+    export("plain")
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_words_that_no_merge_makes_are_compared(whole_words: bool, tmp_path: Path) -> None:
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "abc"]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    folder = tmp_path / "stock"
+    tiny_gguf.tiny_model("llama", vocab_size=len(texts)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!").save_pretrained(folder)
+    out = tmp_path / "out.gguf"
+    if whole_words:
+        with pytest.raises(ConfigError, match=r"other tokens of \d of \d+ texts, such as 'abc'"):
+            export_model(folder, out, "gguf")
+    else:
+        export_model(folder, out, "gguf")
+    assert out.exists() is not whole_words
 
 
 def ends(tokenizer: PreTrainedTokenizerFast, stops: list[int]) -> tuple[dict[str, int], object]:
