@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.checkpoint.files import writable_file
+from deepseek.checkpoint.files import located, writable_file
 from deepseek.cli.output import echo
 from deepseek.errors import ConfigError
 
@@ -70,7 +70,7 @@ def questions(
     refuse_address(from_git)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     file = from_jsonl or from_parquet
-    if file and file.resolve() == out.resolve():
+    if file and located(file) == located(out):
         raise ConfigError(f"--out {out} is the file to read; choose another name.")
     skipped = Skipped()
     documents, _ = clean(read_source(source, skipped), skipped)

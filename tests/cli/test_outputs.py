@@ -1,5 +1,6 @@
 """An output path that cannot be written is refused before anything is read or computed."""
 
+import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,15 +24,22 @@ COMMANDS = (
 )
 
 
+@pytest.mark.parametrize("source", ["HOME/own.jsonl", "~/own.jsonl", "~/link.jsonl"])
 def test_the_source_of_questions_is_not_written_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "own.jsonl"
-    file.write_text('{"text": "a text"}\n')
-    with pytest.raises(SystemExit, match="2"):
-        main(["data", "questions", "--from-jsonl", str(file), "--out", str(file)])
+    text = "# Install it\n\nRun the tool with `--fast` to install it within ten minutes.\n"
+    content = json.dumps({"text": text}) + "\n"
+    file.write_text(content)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    source = source.replace("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "questions", f"--from-jsonl={source}", "--out=~/own.jsonl"])
+    assert stop.value.code == 2
     assert "is the file to read; choose another name." in capsys.readouterr().err
-    assert file.read_text() == '{"text": "a text"}\n'
+    assert file.read_text() == content
 
 
 def too_early(*_: object, **__: object) -> NoReturn:
