@@ -17,12 +17,23 @@ from deepseek.checkpoint.store import canonical_json, write_json
 from deepseek.errors import ConfigError, PackError
 from deepseek.packs.archive import is_archive, open_archive
 from deepseek.packs.library import SUFFIX, experts_folder, is_made_for
-from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, parse_json
+from deepseek.packs.manifest import (
+    Name,
+    Sha256,
+    Signature,
+    Strict,
+    explain,
+    later_format,
+    parse_json,
+)
 from deepseek.packs.pack import read_pack
 from deepseek.packs.signature import is_valid, sign, trusted_keys
 
 LOCK_FILE = "deepseek.lock"
 """Usual name of a lock file, and its name in a bundle."""
+
+FORMAT = 1
+"""Version of the format of lock files that is read and written (`Lock.format`)."""
 
 MAX_LOCK_BYTES = 1 << 20
 """Maximum bytes of a lock file; one of 1,024 experts takes 150 kB."""
@@ -177,11 +188,16 @@ def _content(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> Lock:
     """Return the lock that a file's content describes."""
     try:
-        parse_json(content)  # refuses what pydantic's reader accepts, such as repeated keys
-        return Lock.model_validate_json(content)
+        # It refuses what pydantic's reader accepts, such as repeated keys.
+        newer_format = later_format(parse_json(content), FORMAT)
+        if not newer_format:
+            return Lock.model_validate_json(content)
     except (PackError, ValidationError) as error:
         fault = explain(error) if isinstance(error, ValidationError) else str(error)
-    raise PackError(f"{path} is no lock file, {fault}; write one with `deepseek expert lock`.")
+        raise PackError(
+            f"{path} is no lock file, {fault}; write one with `deepseek expert lock`."
+        ) from None
+    raise PackError(f"The lock file {path} is refused: {newer_format}.")
 
 
 def locked_packs(lock: Lock, folder: Path | None = None) -> list[Path]:

@@ -327,6 +327,22 @@ def explain(error: ValidationError, whole: str = "manifest") -> str:
     return printable(f"{location}: {message}" if location else message)
 
 
+def later_format(fields: object, known: int) -> str:
+    """Return why a file of a later format is refused; "": it is of none.
+
+    Args:
+        fields: the JSON value that states its format.
+        known: the format that this version reads.
+    """
+    stated = fields.get("format") if isinstance(fields, dict) else None
+    if isinstance(stated, bool) or not isinstance(stated, int) or stated <= known:
+        return ""
+    return (
+        f"it is of format {printable(stated, 20)} and this version of deepseek reads format "
+        f"{known}; install a later version"
+    )
+
+
 def printable(text: object, limit: int = 160) -> str:
     """Return text as printable ASCII, so that a file cannot send escape codes to a terminal.
 

@@ -465,6 +465,18 @@ def manifest_of_noise(draft, path):
     return draft.bytes(json.dumps({"__metadata__": {KEY: "{"}} | draft.header))
 
 
+@case("is of format 3 and this version of deepseek reads format 2; install a later version")
+def later_format(draft, path):
+    draft.manifest |= {"format": 3, "shiny": 1}
+    return draft
+
+
+@case("shiny: Extra inputs are not permitted; if a later version of deepseek wrote it, install")
+def unknown_field(draft, path):
+    draft.manifest |= {"shiny": 1}
+    return draft
+
+
 @case("manifest is invalid")
 def manifest_is_a_number(draft, path):
     return draft.bytes(json.dumps({"__metadata__": {KEY: "7"}} | draft.header))

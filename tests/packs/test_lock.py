@@ -87,7 +87,7 @@ def test_a_signer_in_the_trust_folder_is_trusted(packs: list[Path], tmp_path: Pa
         "{",
         "[]",
         '{"format": 1}',
-        '{"format": 2, "base": "' + "a" * 64 + '", "experts": []}',
+        '{"format": "2", "base": "' + "a" * 64 + '", "experts": []}',
         '{"format": 1, "base": "' + "a" * 64 + '", "experts": [{"name": "../x", "digest": ""}]}',
     ],
 )
@@ -98,6 +98,15 @@ def test_what_is_no_lock_is_refused(content: str, tmp_path: Path) -> None:
         read_lock(path)
     with pytest.raises(PackError, match="cannot be read"):
         read_lock(tmp_path / "none")
+
+
+def test_a_lock_of_a_later_format_is_named_so(packs: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "deepseek.lock"
+    path.write_text('{"format": 2, "members": []}')
+    with pytest.raises(PackError, match=r"is of format 2 and .* reads format 1; install a later"):
+        read_lock(path)
+    with pytest.raises(ConfigError, match="choose another name"):
+        write_lock(path, lock_packs(packs))
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
