@@ -107,9 +107,11 @@ def install(
 
     `deepseek serve --lock BUNDLE` then plugs exactly these packs.
     """
+    from deepseek.checkpoint.files import expanded, writable_folder
     from deepseek.packs.bundle import install_bundle
 
-    installation = install_bundle(bundle, experts_folder, trusted=trusted, replace=replace)
+    folder = experts_folder and writable_folder(experts_folder)
+    installation = install_bundle(expanded(bundle), folder, trusted=trusted, replace=replace)
     for expert in installation.lock.experts:
         state = "installed" if expert.name in installation.written else "was there already"
         echo(f"{expert.name} {state}; {expert.digest[:16]}")
@@ -122,24 +124,23 @@ def _packs_of_set(experts: str, base: str | None, experts_folder: Path | None) -
         ConfigError: the folder does not exist.
         PackError: there are none.
     """
+    from deepseek.checkpoint.files import expanded
     from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.packs.library import find_pack, packs_for
 
-    existing_folder("--experts-folder", experts_folder)
+    folder = experts_folder and expanded(experts_folder)
+    existing_folder("--experts-folder", folder)
     if experts.strip() != "all":
         if not names(experts):
             raise PackError(f"--experts {experts!r} names no expert; give names, or all.")
-        return [
-            find_pack(experts_folder / f"{name}.safetensors" if experts_folder else name)
-            for name in names(experts)
-        ]
+        return [find_pack(name, folder) for name in names(experts)]
     model = base or BASE
-    packs, problems = packs_for(model, experts_folder)
+    packs, problems = packs_for(model, folder)
     for problem in problems:
         echo(f"warning: {problem}", error=True)
     if not packs:
         raise PackError(
-            f"There is no expert for the base {model} in {experts_folder or usual_folder()}; "
+            f"There is no expert for the base {model} in {folder or usual_folder()}; "
             "give --base the base of the others, or train one."
         )
     return [*packs.values()]

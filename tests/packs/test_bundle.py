@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack_fixtures import BASE
 
+from deepseek.cli.main import main
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
@@ -72,6 +73,43 @@ def test_an_installed_set_is_the_bundled_one(
     assert contents(folder) == {path.name: path.read_bytes() for path in packs}
     assert locked_packs(read_lock(bundle), folder) == [folder / path.name for path in packs]
     assert install_bundle(bundle, folder).written == ()  # again: nothing to do
+
+
+def test_the_command_installs_into_a_folder_of_the_users_home(
+    bundle: Path, packs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="0"):
+        main(["expert", "install", "~/team.tar", "--experts-folder=~/elsewhere"])
+    assert contents(tmp_path / "elsewhere") == {path.name: path.read_bytes() for path in packs}
+    with pytest.raises(SystemExit, match="0"):
+        main(["expert", "lock", "--experts=code", "--experts-folder=~/elsewhere"])
+    assert [path.name for path in work.iterdir()] == [LOCK_FILE]
+
+
+def test_the_command_refuses_a_file_as_its_folder(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(SystemExit, match="2"):
+        main(["expert", "install", str(bundle), "--experts-folder", str(tmp_path / "file")])
+    assert "file cannot be written, it is not a folder; choose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "told"), [("cod", "perhaps 'code' is meant"), ("zh.safetensors", "There is no")]
+)
+def test_an_expert_that_is_not_in_the_folder_is_named_as_it_was_given(
+    named: str, told: str, packs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(packs[0].parent)
+    with pytest.raises(SystemExit, match="2"):
+        main(["expert", "lock", "--experts", named, "--experts-folder", folder])
+    message = capsys.readouterr().err
+    assert told in message and ".safetensors.safetensors" not in message
 
 
 def test_equal_sets_give_equal_files(packs: list[Path], bundle: Path, tmp_path: Path) -> None:
