@@ -117,7 +117,8 @@ def resolve(
     with _possible_path(name_or_path):
         folder = Path(name_or_path).expanduser()
         for candidate in (folder, home() / "models" / folder):
-            if candidate.is_dir() and str(name_or_path) not in KNOWN:
+            # An empty name, such as that of an unset variable, is not the working folder.
+            if candidate.is_dir() and str(name_or_path) not in ("", *KNOWN):
                 hub.check_local(name_or_path)
                 return _check_folder(candidate)
     return pull(str(name_or_path), progress, hub=hub)

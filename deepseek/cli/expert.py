@@ -213,13 +213,13 @@ def verify(
     from deepseek.packs.pack import read_pack
     from deepseek.packs.policy import PackPolicy
 
-    folder = resolve(base) if base else None
+    folder = resolve(base) if base is not None else None
     description = BaseDescription.of(folder, model_name(folder)) if folder else None
     manifest = read_pack(find_pack(pack), PackPolicy(signature=signature), description).manifest
     signer = (
         f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
     )
-    base_note = f", fits {base}" if base else ""
+    base_note = f", fits {base}" if folder else ""
     terms = f"{manifest.licence} (base: {manifest.base.licence or 'not stated'})"
     echo(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{base_note}")
 

@@ -195,6 +195,11 @@ def test_verify_knows_the_base(pack: Path, base: Path, tmp_path: Path, capsys: C
     assert (status, "another base" in err) == (2, True)
 
 
+def test_verify_does_not_skip_the_base_if_its_name_is_empty(pack: Path, capsys: Capture) -> None:
+    status, out, err = run(capsys, "verify", "poems", "--base", "")
+    assert (status, out) == (2, "") and "'' is neither a folder nor a GGUF file" in err
+
+
 def test_verify_needs_a_shape_in_the_config_of_the_base(
     pack: Path, base: Path, capsys: Capture
 ) -> None:
