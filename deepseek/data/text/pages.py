@@ -54,8 +54,9 @@ class PageReader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Enter an element."""
-        if tag == "body":
-            self.silent.clear()  # the end tag of <head> is optional
+        in_head = self.silent[-1:] == ["head"]
+        if tag == "body" or (in_head and tag in BREAKS):
+            self.silent.clear()  # the end tag of <head> is optional, and so is <body>
             self.num_silent.clear()
         elif tag in SILENT and not (tag == "header" and self.articles):
             self.silent.append(tag)

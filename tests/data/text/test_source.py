@@ -262,6 +262,8 @@ def test_html_keeps_reading_order_and_drops_furniture() -> None:
         ("<p>a</p><table><form><tr><td>x</td></tr></table><p>rest</p>", ["a", "x", "rest"]),
         ("<article><header><h1>Title</h1></header><p>text</p></article>", ["Title", "text"]),
         ("<header>menu</header><main><p>text</p></main><header>menu</header>", ["text"]),
+        ("<html><head><title>no</title><h1>Title</h1><p>text", ["Title", "text"]),
+        ("<head><noscript><p>no</p></noscript><title>no</title></head>text", ["text"]),
     ],
 )
 def test_forms_and_heads_of_articles_are_text(page: str, lines: list[str]) -> None:
