@@ -147,6 +147,11 @@ def find_commit(repository: Repository, revision: str) -> pygit2.Commit:
             f"{repository.path} has no commit {shown(revision)} that can be read ({error}); "
             "name a branch, tag or commit id, or run `git fsck`."
         ) from None
+    if not has_folder and repository.is_submodule_of(commit):
+        raise DataError(
+            f"{repository.workdir}{repository.folder} is a submodule that is not checked out; run "
+            "`git submodule update --init` first."
+        )
     if not has_folder:
         raise DataError(
             f"{repository.workdir}{repository.folder} has no files at {shown(revision)}; commit "

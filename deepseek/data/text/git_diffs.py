@@ -69,6 +69,13 @@ class Repository(pygit2.Repository):
             return None
         return found if isinstance(found, pygit2.Tree) else None
 
+    def is_submodule_of(self, commit: pygit2.Commit) -> bool:
+        """Return whether the folder is a submodule at a commit."""
+        try:
+            return bool(self.folder) and commit.tree[self.folder].filemode == FileMode.COMMIT
+        except KeyError:
+            return False
+
     def changes(self, before: pygit2.Commit | None, after: pygit2.Commit) -> pygit2.Diff:
         """Return what changed in the folder between two commits, with paths below the folder.
 
@@ -174,7 +181,7 @@ def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:
     The format does not depend on the user's git settings, apart from files that git's attributes
     leave out of diffs. Two kinds of files are left out before their lines are compared: those that
     are not read as documents, by name, size or content, and those that were only renamed, which
-    would show the whole text twice.
+    would show the whole text twice. So are submodules, of which a diff has only the commit.
     """
     find_exact_renames(diff)
     parts: list[str] = []
@@ -191,10 +198,12 @@ def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:
 
 
 def is_left_out(repository: Repository, delta: pygit2.DiffDelta) -> bool:
-    """Return whether a changed file, before or after, is too large to be read, is generated or
-    holds data.
+    """Return whether a changed file, before or after, is too large to be read, is generated, holds
+    data or is a submodule.
     """
     for file in (delta.old_file, delta.new_file):
+        if file.mode == FileMode.COMMIT:  # libgit2 leaves out only a submodule that changes
+            return True
         if file.mode not in BLOB_MODES:
             continue
         if repository.odb.read_header(file.id)[1] > MAX_FILE_BYTES:

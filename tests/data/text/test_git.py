@@ -502,6 +502,25 @@ def test_renamed_files_of_a_folder_have_their_names_in_it(tmp_path: Path) -> Non
     ]
 
 
+def test_a_submodule_is_no_text(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    first = history.commit({"a.py": "a = 1\n"}, message="Add a")
+    index = pygit2.Index()
+    index.read_tree(history.head.tree)
+    index.add(pygit2.IndexEntry("lib", first, FileMode.COMMIT))
+    index.add(pygit2.IndexEntry("b.py", history.repository.create_blob(b"b = 2\n"), FileMode.BLOB))
+    tree = index.write_tree(history.repository)
+    who = pygit2.Signature("A", "a@example.org", 200)
+    history.repository.create_commit("refs/heads/main", who, who, "Use lib", tree, [first])
+    assert [document.text for document in read_git(tmp_path, files=False)] == [
+        "Use lib\n\n--- /dev/null\n+++ b.py\n@@\n+b = 2\n",
+        "Add a\n\n--- /dev/null\n+++ a.py\n@@\n+a = 1\n",
+    ]
+    (tmp_path / "lib").mkdir()
+    with pytest.raises(DataError, match="lib is a submodule that is not checked out; run"):
+        read_git(tmp_path / "lib")
+
+
 def test_a_file_is_no_repository(repository: Path, commit: Commit) -> None:
     commit({"a.py": "a = 1\n"}, "one", 100)
     with pytest.raises(DataError, match=r"a\.py is a file; give the repository"):
