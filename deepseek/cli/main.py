@@ -151,6 +151,8 @@ def _hide_foreign_warnings() -> None:
 
 def _run(arguments: list[str]) -> int:
     """Dispatch to a command and return its exit status."""
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], HELP[0]]
     if not arguments or arguments[0] in (*HELP, "help"):
         echo(_help(), lines=True)
         return 0

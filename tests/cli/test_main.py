@@ -195,6 +195,18 @@ def test_every_command_is_a_function_or_a_typer_application() -> None:
         assert summary.endswith(".")
 
 
+@pytest.mark.parametrize("words", [["expert"], ["expert", "lock"], ["pull"]])
+def test_help_names_the_command_that_it_is_about(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for arguments in (["help", *words], [*words, "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
 @pytest.mark.parametrize(
     ("command", "before", "after"),
     [("expert", None, "PASSIVE"), ("expert", "ACTIVE", "ACTIVE"), ("runs", None, None)],
