@@ -82,8 +82,9 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
     that this library writes.
 
     A folder that is not entered, or cannot be read, counts once in `skipped`. So does a link to a
-    file outside `root`, or to one that would be skipped itself: a folder from somebody else could
-    hold links to the user's private files.
+    folder, which could be read twice or without end, and a link to a file outside `root`, or to one
+    that would be skipped itself: a folder from somebody else could hold links to the user's private
+    files.
     """
     resolved_root = root.resolve()
 
@@ -91,7 +92,7 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
         skipped["unreadable"] += 1
 
     for folder, folders, names in os.walk(root, onerror=count_unreadable):
-        reasons = {name: folder_reason(Path(folder, name)) for name in folders}
+        reasons = {name: _reason_not_entered(Path(folder, name)) for name in folders}
         skipped.update(filter(None, reasons.values()))
         folders[:] = sorted(name for name in folders if reasons[name] is None)
         for name in sorted(names):
@@ -103,6 +104,11 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
                 skipped[reason] += 1
             else:
                 yield file
+
+
+def _reason_not_entered(folder: Path) -> str | None:
+    """Return why a folder, or a link to one, is not entered, or None."""
+    return folder_reason(folder) or ("link to a folder" if folder.is_symlink() else None)
 
 
 def _link_reason(link: Path, root: Path) -> str | None:

@@ -113,6 +113,19 @@ def test_folders_that_are_not_entered_are_counted(
     assert skipped == {"vendored or built": 2, "unreadable": 1}
 
 
+def test_a_folder_of_links_to_folders_says_why_it_has_no_text(tmp_path: Path) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "a.txt").write_text("text\n")
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "papers").symlink_to(tmp_path / "papers")
+    (shelf / "round").symlink_to(shelf)
+    with pytest.raises(DataError, match=r"no usable text files \(2 link to a folder\)"):
+        list(read_folder(shelf))
+    (shelf / "b.txt").write_text("text\n")
+    assert [document.name for document in read_folder(shelf)] == ["shelf/b.txt"]
+
+
 def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"
     shelf.mkdir()
