@@ -106,6 +106,7 @@ def _compare(
     dry_run: bool,
 ) -> None:
     """Print the losses of the base and of plugged experts, with the arguments of `evaluate`."""
+    from deepseek.checkpoint.files import existing_path
     from deepseek.cli.expert_base import base_of
     from deepseek.cli.shapes import print_json
     from deepseek.cli.table import comparison_table, evaluation
@@ -116,6 +117,8 @@ def _compare(
     from deepseek.packs.library import packs_for
     from deepseek.train.loop.progress import ProgressBar
 
+    for path in data:
+        existing_path(path)  # before anything is loaded
     base = base or base_of(experts) or BASE
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)

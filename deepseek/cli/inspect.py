@@ -37,7 +37,7 @@ def attention(
     """
     import torch
 
-    from deepseek.checkpoint.files import writable_file
+    from deepseek.checkpoint.files import existing_path, writable_file
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.text.encode import long_texts
@@ -56,6 +56,7 @@ def attention(
     from deepseek.train.loop.progress import ProgressBar
 
     out = writable_file(out)
+    texts = [existing_path(path) for path in data or []]  # before anything is loaded
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
     loaded_model, tokenizer = load(base, device=device, dtype="float32")
@@ -69,7 +70,7 @@ def attention(
     }
     results = {}
     with ProgressBar() as progress:
-        ids_RT = long_texts(documents_at(data or []), tokenizer, 1, length)
+        ids_RT = long_texts(documents_at(texts), tokenizer, 1, length)
         for layer, recalls in attention_kept(model, ids_RT, key_choices, first_layer=min(hashes)):
             results[layer] = recalls
             progress(layer + 1, len(model.layers), "inspect")

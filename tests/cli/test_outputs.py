@@ -42,6 +42,26 @@ def test_the_source_of_questions_is_not_written_over(
     assert file.read_text() == content
 
 
+@pytest.mark.parametrize(
+    "command", ["eval none --data nosuch", "inspect attention --base BASE --data nosuch"]
+)
+def test_a_text_that_is_not_there_is_named_before_a_model_is_loaded(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepseek.engine.load.load", too_early)
+    monkeypatch.setattr("deepseek.checkpoint.hub.resolve", too_early)
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert (stop.value.code, capsys.readouterr().err) == (
+        2,
+        "error: nosuch does not exist; check the path.\n",
+    )
+
+
 def too_early(*_: object, **__: object) -> NoReturn:
     raise AssertionError("the path comes first")
 
