@@ -18,7 +18,7 @@ from deepseek.data.text.git_diffs import (
     commit_name,
     is_shallow_boundary,
 )
-from deepseek.data.text.git_stores import refuse_endless
+from deepseek.data.text.git_stores import common_folder, refuse_endless
 from deepseek.errors import DataError, shown
 
 UNSUPPORTED_FORMATS = ("unsupported extension", "unknown object format")
@@ -104,8 +104,9 @@ def _folder_below_root(place: Path, repository: Repository) -> str:
 
 
 def repository_name(repository: Repository) -> str:
-    """Return the repository's name: from its origin, so that all clones agree, else its folder;
-    with the path of the folder that is read, if it is not all of it.
+    """Return the repository's name: from its origin, so that all clones agree, else its folder,
+    which is the main one for all work trees; with the path of the folder that is read, if it is not
+    all of it.
     """
     name = _name_of_all(repository)
     return document_name(f"{name}/{repository.folder}") if repository.folder else name
@@ -119,6 +120,8 @@ def _name_of_all(repository: Repository) -> str:
             if name := url.name.rpartition(":")[2].removesuffix(".git"):
                 return document_name(name)
     folder = Path(repository.workdir or repository.path).resolve()
+    if (shared := common_folder(Path(repository.path))) is not None:
+        folder = shared.parent if shared.name == ".git" else shared
     return document_name(folder.name.removesuffix(".git"))
 
 

@@ -63,10 +63,8 @@ def stores_of(git_folder: Path) -> list[Path]:
 
 def _stores(git_folder: Path) -> list[Path]:
     stores = [git_folder]
-    pointer = git_folder / "commondir"
-    if pointer.is_file():
-        target = os.fsdecode(pointer.read_bytes().rstrip())
-        stores.append((git_folder / target).resolve())
+    if (shared := common_folder(git_folder)) is not None:
+        stores.append(shared)
     own_folders = [(store / "objects").resolve() for store in stores]
     pending = list(own_folders)
     while pending:
@@ -80,6 +78,17 @@ def _stores(git_folder: Path) -> list[Path]:
         stores.append(objects)
         pending += alternates(objects, first=objects in own_folders)
     return stores
+
+
+def common_folder(git_folder: Path) -> Path | None:
+    """Return the git folder that a linked work tree (`git worktree add`) shares with the main one;
+    None if `git_folder` is not that of a linked work tree.
+    """
+    pointer = git_folder / "commondir"
+    if not pointer.is_file():
+        return None
+    target = os.fsdecode(pointer.read_bytes().rstrip())
+    return (git_folder / target).resolve()
 
 
 def alternates(objects: Path, *, first: bool) -> list[Path]:

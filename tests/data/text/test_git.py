@@ -91,6 +91,21 @@ def test_a_repository_has_the_name_of_its_origin(url: str, name: str, tmp_path: 
     assert repository_name(open_repository(tmp_path / "folder")) == name
 
 
+@pytest.mark.parametrize("folder", [".", "docs"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_all_work_trees_have_the_name_of_the_main_one(
+    bare: bool, folder: str, repository: Path, commit: Commit, tmp_path: Path
+) -> None:
+    commit({"docs/a.md": "# Ships\n"}, "Add ships", 1_700_000_000)
+    main = tmp_path / ("shop.git" if bare else "shop")
+    pygit2.clone_repository(str(repository), str(main), bare=bare).remotes.delete("origin")
+    pygit2.Repository(main).add_worktree("linked", tmp_path / "linked")
+    name = "shop" if folder == "." else "shop/docs"
+    assert repository_name(open_repository(tmp_path / "linked" / folder)) == name
+    if not bare:
+        assert repository_name(open_repository(main / folder)) == name
+
+
 def test_the_form_of_a_diff_does_not_depend_on_git_settings(
     repository: Path, commit: Commit
 ) -> None:
