@@ -14,6 +14,11 @@ from deepseek.kernels.numba.emit import FLOAT, FLOATS, SHORT, WORD, WORDS, Emit,
 
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
+AHEAD = 2048
+"""Distance in bytes at which weights are prefetched. The hardware prefetcher stops at the end of a
+page of 4 KiB, so that a thread would wait for memory once every two groups of 8-bit weights.
+"""
+
 
 def _scaled(
     emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]
@@ -83,6 +88,8 @@ def _group_sums(emit: Emit, block: Any, inputs: list[Any], sums: list[Any], bits
     def one_load(number: Any, sums: list[Any]) -> list[Any]:
         offset = builder.mul(number, number.type(4 * steps))
         start = emit.address(block, builder.mul(number, number.type(TILES * 64)))
+        for tile in range(TILES):
+            emit.prefetch(emit.address(start, AHEAD + 64 * tile))
         for step, tiles in enumerate(tile_words(emit, start, bits)):
             places = [emit.address(emit.address(base, offset), 4 * step) for base in inputs]
             words = [emit.splat(emit.load(WORD, place, 4)) for place in places]
@@ -124,6 +131,7 @@ def _panel_dot(rows: int, bits: int = 8) -> Any:
                 sums = _group_sums(emit, block, inputs, sums, bits)
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 weight_scales = emit.address(block, COLUMNS * GROUP * bits // 8)
+                emit.prefetch(emit.address(weight_scales, AHEAD))
                 return _scaled(emit, sums, factors, weight_scales, totals)
 
             zero = ir.Constant(FLOATS, [0.0] * LANES)
