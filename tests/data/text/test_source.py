@@ -42,7 +42,12 @@ def test_a_folder_gives_its_texts_sorted_and_counts_the_rest(tmp_path: Path) -> 
         ("shelf/page.html", "text", "Hello you\n"),
         ("shelf/sub/b.md", "text", "one\ntwo"),
     ]
-    assert skipped == {"binary or data": 1, "not a file": 1, "vendored or built": 1}
+    assert skipped == {
+        "binary or data": 1,
+        "link to a folder": 1,
+        "not a file": 1,
+        "vendored or built": 1,
+    }
     assert [d.name for d in read_folder(root / "a.py")] == ["shelf/a.py"]
 
 
