@@ -110,19 +110,21 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     """Raise `ConfigError` unless the tokenizer in a GGUF file makes the same ids of text.
 
     The texts are words of the vocabulary, one by one and joined, so that rules of merging and of
-    splitting show. Left out are added tokens, parts of characters, spellings that NFC changes, which
-    llama.cpp keeps, and texts that begin with a space where another one is put before a text, on
-    which programs differ.
+    splitting show. They are composed (NFC), as some tokenizers do and llama.cpp does not. Left out
+    are added tokens, parts of characters, and texts that begin with a space where another one is
+    put before a text, on which programs differ.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        path: the GGUF file.
     """
     back = gguf_tokenizer(read_gguf(path))
     added = tokenizer.added_tokens_decoder
     ids = [[index] for index in range(len(tokenizer)) if index not in added]
-    words = [
-        text
-        for text in tokenizer.batch_decode(ids[:: max(1, len(ids) // WORDS)])
-        if "\ufffd" not in text and unicodedata.is_normalized("NFC", text)
-    ]
-    texts = [*words, *("".join(words[start::JOINED]) for start in range(JOINED))]
+    decoded = tokenizer.batch_decode(ids[:: max(1, len(ids) // WORDS)])
+    words = [text for text in decoded if "\ufffd" not in text]
+    joined = ["".join(words[start::JOINED]) for start in range(JOINED)]
+    texts = [unicodedata.normalize("NFC", text) for text in words + joined]
     if _adds_space(json.loads(tokenizer.backend_tokenizer.to_str())):
         texts = [text for text in texts if not text.startswith(" ")]
     here = tokenizer(texts, add_special_tokens=False).input_ids

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_expert import save_base
 from tiny_tokenizer import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deepseek.checkpoint.gguf.config import generation_config
 from deepseek.checkpoint.gguf.convert import convert_gguf
@@ -156,6 +157,23 @@ def test_words_that_no_merge_makes_are_compared(whole_words: bool, tmp_path: Pat
     else:
         export_model(folder, out, "gguf")
     assert out.exists() is not whole_words
+
+
+def test_marks_that_join_the_letter_before_are_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek.export.gguf_tokenizer.JOINED", 1)
+    accent = "".join(bytes_to_unicode()[byte] for byte in "\u0301".encode())
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ee", accent]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(vocabulary, [("e", "e"), (accent[0], accent[1])]))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    folder = tmp_path / "stock"
+    tiny_gguf.tiny_model("llama", vocab_size=len(texts)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!").save_pretrained(folder)
+    export_model(folder, tmp_path / "out.gguf", "gguf")
 
 
 def ends(tokenizer: PreTrainedTokenizerFast, stops: list[int]) -> tuple[dict[str, int], object]:
