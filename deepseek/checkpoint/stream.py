@@ -165,11 +165,11 @@ class TensorFiles:
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data
         num_read = 0
         while num_read < len(memory):
-            part = os.pread(place.descriptor, min(PIECE, len(memory) - num_read), start + num_read)
-            if not part:
+            rest = memory[num_read : num_read + PIECE]
+            count = os.preadv(place.descriptor, [rest], start + num_read)
+            if not count:
                 raise CheckpointError(f"{place.path} is cut short; download the model again.")
-            memory[num_read : num_read + len(part)] = part
-            num_read += len(part)
+            num_read += count
         return tensor
 
 
