@@ -25,7 +25,7 @@ from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs
 from deepseek.engine.start import start_engine
-from deepseek.errors import ConfigError, PackError
+from deepseek.errors import ConfigError, PackError, shown
 from deepseek.packs.lock import Lock, check_digests, locked_packs, read_lock
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
@@ -349,6 +349,11 @@ def listen(settings: Settings) -> socket.socket:
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(2048)  # the backlog holds connections made before the event loop runs
+    except TypeError:  # what Python raises for a name that no host can have
+        listener.close()
+        raise ConfigError(
+            f"{shown(settings.host)} cannot be the name of a host; choose another --host."
+        ) from None
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

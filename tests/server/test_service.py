@@ -379,8 +379,9 @@ def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_pack")
             assert "/tmp" not in refused.text
         assert http.post("/v1/experts/upload", content=pack).json()["name"] == "two"
-        # It is already plugged.
-        assert http.post("/v1/experts/upload", content=pack).status_code == 400
+        again = http.post("/v1/experts/upload", content=pack)
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "conflict")
+        assert "plugged already; unplug it first" in again.text
         assert http.delete("/v1/experts/two").status_code == 200
 
 
@@ -773,6 +774,9 @@ def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[s
 def test_addresses_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="a key is needed"):
         listen(Settings(host="0.0.0.0"))
+    for host in ("ä..b", "a\x00b"):
+        with pytest.raises(ConfigError, match="cannot be the name of a host"):
+            listen(Settings(host=host, api_keys=frozenset({"key"})))
     with listen(Settings(port=0)) as taken:
         taken.listen()
         port = taken.getsockname()[1]

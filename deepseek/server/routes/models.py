@@ -107,7 +107,7 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     """Plug a pack of the experts folder; requests that start from now on can use it. With "replace"
     it takes the place of the plugged expert of its name, and is armed as that was.
     """
-    if not body.replace and any(info.name == body.name for info in service.engine.experts()):
+    if not body.replace and is_plugged(service, body.name):
         raise ApiError(
             409,
             f'The expert {body.name} is plugged already; unplug it first, or send "replace": true.',
@@ -143,6 +143,9 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
             async for piece in request.stream():
                 file.write(piece)
         try:
+            named = (await asyncio.to_thread(read_manifest, path)).name
+            if is_plugged(service, named):
+                raise ApiError(409, f"The expert {named} is plugged already; unplug it first.")
             return plugged_expert(await service.change(lambda owner: owner.plug(path)))
         except PackError as error:
             raise ApiError(
@@ -172,6 +175,11 @@ async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
 def plugged_expert(info: ExpertInfo) -> dict[str, Any]:
     """Return a plugged expert as clients see it."""
     return {"object": "expert", "plugged": True, **asdict(info)}
+
+
+def is_plugged(service: Service, name: str) -> bool:
+    """Return whether an expert of this name is plugged."""
+    return any(info.name == name for info in service.engine.experts())
 
 
 def packs(service: Service) -> dict[str, Path]:
