@@ -18,6 +18,7 @@ from report import ANCHOR, PROCESSORS, PROVENANCE, RESULTS, ROOT, head, line, pr
 from deepseek.claims.evaluation import ClaimRow, ClaimTable, MeasuredFigure, claim_table
 
 PAGE = ROOT / "docs" / "claims.md"
+LOG = ROOT / "docs" / "log"
 PICTURE = "claims.png"
 LEAST, MOST = 0.1, 20.0  # ends of the picture's axis
 
@@ -83,6 +84,19 @@ def wrapped(text: str) -> str:
     return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def entry_link(entry: str) -> str:
+    """Return a list item that links to an entry of the log, PAGE#ANCHOR, with its title."""
+    page, _, wanted = entry.partition("#")
+    headings = re.findall(r"^## (.*)$", (LOG / f"{page}.md").read_text(), re.MULTILINE)
+    titles = {anchor(title): title for title in headings}
+    return f"- [{titles[wanted]}](log/{page}.md#{wanted})"
+
+
+def anchor(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def section(row: ClaimRow) -> list[str]:
     """Return the page's section about a claim."""
     lines = [
@@ -105,6 +119,8 @@ def section(row: ClaimRow) -> list[str]:
     )
     if row.why or log:
         lines += [wrapped(f"{row.why}{log}"), ""]
+    if row.tried:
+        lines += ["Tried:", "", *map(entry_link, row.tried), ""]
     if row.picture:
         lines += [f"![{row.name}](../benchmarks/results/{row.picture})", ""]
     return lines

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from deepseek.claims.evaluation import claim_table
+
 ROOT = Path(__file__).parents[1]
 LOG = ROOT / "docs" / "log"
 INDEX = LOG / "index.md"
@@ -140,3 +142,11 @@ def test_what_refers_to_the_log_finds_it() -> None:
                 name,
                 date,
             )
+
+
+def test_a_claim_that_is_not_reached_names_what_was_tried() -> None:
+    titles = {f"{page.stem}#{anchor(entry.title)}" for page in PAGES for entry in entries(page)}
+    rows = claim_table(ROOT).claims
+    assert {entry for row in rows for entry in row.tried} <= titles
+    open_rows = {row.name: row.tried for row in rows if row.state != "reached"}
+    assert [name for name, tried in open_rows.items() if len(set(tried)) < 3] == []

@@ -134,6 +134,9 @@ class Claim(Declared):
     log: str = ""
     """Page of the docs with the experiments"""
 
+    tried: tuple[str, ...] = ()
+    """Entries of the log about ways to reach what is not met: PAGE#ANCHOR, PAGE without its ending"""
+
     picture: str = ""
     """Picture beside the results"""
 

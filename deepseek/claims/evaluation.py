@@ -156,6 +156,9 @@ class ClaimRow(Shown):
     log: str
     """Page of the docs with the experiments"""
 
+    tried: tuple[str, ...]
+    """Entries of the log about ways to reach what is not met, PAGE#ANCHOR"""
+
     picture: str
     """Picture in `benchmarks/results/`"""
 
@@ -203,6 +206,7 @@ class Evaluator:
             figures=figures,
             why=claim.why,
             log=claim.log,
+            tried=claim.tried,
             picture=claim.picture,
         )
 

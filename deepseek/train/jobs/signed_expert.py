@@ -7,6 +7,8 @@ accepts only signed packs would refuse it otherwise.
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from deepseek.errors import ConfigError
 from deepseek.packs.pack import read_pack, write_pack
 from deepseek.packs.signature import load_key
@@ -51,3 +53,18 @@ def check_key(expert: TrainedExpert, key: Path | None) -> None:
             f"{expert.name} is signed, and an update would drop the signature; give --key to sign "
             "it again."
         )
+
+
+def sign_unsigned(pack: Path, key: Ed25519PrivateKey) -> None:
+    """Sign a pack, unless it is signed already.
+
+    Args:
+        pack: the pack's file.
+        key: private key to sign it with.
+
+    Raises:
+        PackError: the pack is damaged.
+    """
+    content = read_pack(pack)
+    if content.manifest.signature is None:
+        write_pack(pack, content, key)

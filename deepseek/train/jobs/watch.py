@@ -11,9 +11,10 @@ from deepseek.device.names import Dtype
 from deepseek.errors import DataError, UserError
 from deepseek.packs.listing import read_manifest
 from deepseek.packs.signature import load_key
+from deepseek.terminal import visible
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert_server import ExpertServer
-from deepseek.train.jobs.signed_expert import check_key, train_signed
+from deepseek.train.jobs.signed_expert import check_key, sign_unsigned, train_signed
 from deepseek.train.jobs.update import MINUTES, TrainedExpert
 
 Say = Callable[[str], None]
@@ -57,9 +58,10 @@ class Watcher:
         choose_dtype(dtype, choose_device(device))
         self.expert = TrainedExpert.find(name)
         self.key = key
-        if key is not None:
-            load_key(key)  # report a bad key now, not at the first update
         check_key(self.expert, key)
+        if key is not None:
+            # An update that was killed in between may have left its pack without a signature.
+            sign_unsigned(self.expert.pack, load_key(key))
         self.server = server
         self.say = say
         self.seen = self.expert.state()
@@ -96,10 +98,11 @@ class Watcher:
                 self.say(f"{self.expert.name} is plugged")
             if not self.failures:
                 self.complaint = ""
-        except UserError as error:
-            if str(error) != self.complaint:
-                self.say(f"{self.expert.name}: {error}")
-            self.complaint = str(error)
+        except (UserError, OSError) as error:
+            complaint = _sentence(error)
+            if complaint != self.complaint:
+                self.say(f"{self.expert.name}: {complaint}")
+            self.complaint = complaint
 
     def update(self) -> None:
         """Update the expert."""
@@ -108,7 +111,7 @@ class Watcher:
         started = time.monotonic()
         try:
             pack = train_signed(key=self.key, update=name, quiet=True, **self.options)
-        except UserError as error:
+        except (UserError, OSError) as error:  # the latter of a full disk, or one that is away
             is_text = isinstance(error, DataError)
             self.pause = math.inf if is_text else min(LONGEST_PAUSE, 2**self.failures)
             self.failures += 1
@@ -116,6 +119,14 @@ class Watcher:
         self.failures = 0
         self.must_plug = self.server is not None
         self.say(f"{name} is updated in {time.monotonic() - started:.0f} s: {pack}")
+
+
+def _sentence(error: UserError | OSError) -> str:
+    """Return an error as one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return visible(f"{place}{error.strerror or error}.")
 
 
 def watch_expert(

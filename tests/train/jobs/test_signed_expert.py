@@ -102,3 +102,10 @@ def test_a_watcher_signs_before_it_plugs(pack: Path, key: Path) -> None:
     noting: Any = Noting()
     watch.watch_expert("words", noting, every=0, rounds=1, key=key)
     assert plugged == ["new"]
+
+
+def test_a_watcher_signs_what_an_update_left_unsigned(pack: Path, key: Path) -> None:
+    """As when the process is killed after the pack is written."""
+    write_pack(pack, unsigned("new"))
+    watch.watch_expert("words", rounds=0, key=key)
+    assert read_pack(pack, SIGNED).manifest.domain == "new"

@@ -1,5 +1,6 @@
 """An expert is updated with what is new in its source, and a watcher plugs every new state."""
 
+import errno
 import json
 import random
 import shutil
@@ -478,8 +479,15 @@ def test_a_server_of_another_kind_is_told_from_ours(server: Served) -> None:
         ExpertServer(server.url, "secret").plugged_digest("words")
 
 
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (TrainError("The disk is full."), "The disk is full."),
+        (OSError(errno.ENOSPC, "No space left", "run"), "run: No space left."),
+    ],
+)
 def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
-    words: Home, monkeypatch: pytest.MonkeyPatch
+    words: Home, monkeypatch: pytest.MonkeyPatch, error: Exception, complaint: str
 ) -> None:
     looks: list[int] = []
     tried: list[int] = []
@@ -491,14 +499,33 @@ def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
 
     def fail(**_: object) -> Path:
         tried.append(len(looks))
-        raise TrainError("The disk is full.")
+        raise error
 
     monkeypatch.setattr(TrainedExpert, "state", state)
     monkeypatch.setattr(watch, "train_signed", fail)
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
     watch.watch_expert("words", every=0, rounds=21, say=said.append)
     assert tried == [2, 4, 7, 12, 16, 18, 21]
-    assert said.count("words: The disk is full.") == 2, "once for each state"
+    assert said.count(f"words: {complaint}") == 2, "once for each state"
+
+
+def test_a_watcher_waits_for_a_source_that_is_away(
+    words: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[str | None] = ["old", None, None, "old"]
+    said: list[str] = []
+
+    def state(_: TrainedExpert) -> str:
+        found = states.pop(0)
+        if found is None:
+            raise OSError(errno.EIO, "Input/output error", "/texts")
+        return found
+
+    monkeypatch.setattr(TrainedExpert, "state", state)
+    monkeypatch.setattr(TrainedExpert, "learnt_states", lambda _: frozenset({"old"}))
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    watch.watch_expert("words", every=0, rounds=3, say=said.append)
+    assert said[1:] == ["words: /texts: Input/output error."]
 
 
 def test_a_watcher_plugs_later_what_the_server_has_missed(
