@@ -15,10 +15,11 @@ SILENT = words(
 CONTENT = words("article main")
 """HTML elements whose header is the head of a text, not that of the site."""
 
-BREAKS = words(
-    "p div section article main h1 h2 h3 h4 h5 h6 "
-    "li dt dd tr table ul ol dl br hr blockquote figure pre"
-)
+BREAKS = words("""
+    p div section article main h1 h2 h3 h4 h5 h6 hgroup address center
+    li dt dd tr table caption ul ol dl menu br hr blockquote figure figcaption pre
+    details summary fieldset legend
+""")
 """HTML elements that begin and end a line."""
 
 PARAGRAPHS = words("p div")

@@ -306,6 +306,21 @@ def test_a_paragraph_in_an_item_or_a_cell_starts_no_line(page: str, text: str) -
     assert html_to_text(page) == text
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<details><summary>More</summary>It is long.</details>end", "More\nIt is long.\nend\n"),
+        ("<address>Paris</address><address>Rome</address>", "Paris\nRome\n"),
+        ("<figure><figcaption>Figure 1</figcaption><img>A cat</figure>", "Figure 1\nA cat\n"),
+        ("<table><caption>Prices</caption>In euros<tr><td>1", "Prices\nIn euros\n  1\n"),
+        ("<fieldset><legend>Name</legend>Your own</fieldset>", "Name\nYour own\n"),
+    ],
+)
+def test_texts_of_blocks_are_not_glued_together(page: str, text: str) -> None:
+    lines = [line for line in html_to_text(page).split("\n") if line]
+    assert lines == text.split("\n")[:-1]
+
+
 @given(st.text("ab &;#T\n", min_size=1))
 def test_the_last_text_of_a_page_needs_no_end_tag(text: str) -> None:
     assert html_to_text(f"<p>First</p><p>{text}") == html_to_text(f"<p>First</p><p>{text}</p>")
