@@ -28,6 +28,9 @@ PARAGRAPHS = words("p div")
 CELLS = words("td th")
 """HTML elements that share a line with others of their kind."""
 
+SOFT_HYPHEN = "\u00ad"
+"""Where a browser may break a word; it is not seen elsewhere, and would make two words of one."""
+
 
 def html_to_text(page: str) -> str:
     """Return the text of an HTML page: one line per paragraph, list item or table row, with
@@ -132,7 +135,7 @@ class PageReader(HTMLParser):
             self.at_item_start = False
             return
         at_line_start = not self.parts or self.parts[-1].endswith("\n")
-        text = re.sub(r"\s+", " ", data)
+        text = re.sub(r"\s+", " ", data.replace(SOFT_HYPHEN, ""))
         if at_line_start or self.at_item_start or self.ended_paragraphs:
             text = text.lstrip()
         if text:

@@ -24,6 +24,7 @@ EDGES = 2
 CHARACTERS = {
     **{code: normalize("NFKC", chr(code)) for code in range(0xFB00, 0xFB07)},  # ligatures
     **{code: None for code in range(32) if chr(code) not in "\t\n"},  # unmapped glyphs
+    **dict.fromkeys((0x00AD, 0x2010), "-"),  # one glyph of a font, under three names
 }
 
 BROKEN_WORD = re.compile(r"\b([^\W\d_]{1,40})-\n([^\W\d_]{1,40})(\S*)[ \n]?")

@@ -186,6 +186,13 @@ def test_words_are_joined_at_line_ends(text: str, joined: str) -> None:
     assert joined_words(text) == joined
 
 
+@pytest.mark.parametrize("hyphen", ["-", "\u00ad", "\u2010"])
+def test_a_hyphen_is_one_under_any_of_its_names(hyphen: str) -> None:
+    """Word and browsers write the others, since a font has one glyph for all of them."""
+    lines = page_lines(f"A well{hyphen}known pro{hyphen}\ntein")
+    assert joined_words("\n".join(lines)) == "A well-known protein\n"
+
+
 @given(st.text("ab-\n .C", max_size=60))
 def test_joining_moves_only_hyphens_and_white_space(text: str) -> None:
     letters = str.maketrans("", "", "-\n ")

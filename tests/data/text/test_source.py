@@ -321,6 +321,11 @@ def test_texts_of_blocks_are_not_glued_together(page: str, text: str) -> None:
     assert lines == text.split("\n")[:-1]
 
 
+def test_hyphens_that_no_browser_shows_part_no_words() -> None:
+    page = "<p>Donau&shy;dampf\u00adschiff</p><pre>a\u00adb</pre>"
+    assert html_to_text(page) == "Donaudampfschiff\n\na\u00adb\n"
+
+
 @given(st.text("ab &;#T\n", min_size=1))
 def test_the_last_text_of_a_page_needs_no_end_tag(text: str) -> None:
     assert html_to_text(f"<p>First</p><p>{text}") == html_to_text(f"<p>First</p><p>{text}</p>")
