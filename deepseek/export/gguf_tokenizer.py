@@ -93,12 +93,14 @@ def tokenizer_facts(
 def stop_ids(folder: Path) -> list[int]:
     """Return the ids of the tokens at which generation stops.
 
+    A folder without a generation config has them in its config, where `transformers` finds them too.
+
     Raises:
         CheckpointError: they are no whole numbers.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
-        return []
+        file = folder / "config.json"
     stops = read_object(file).get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(stop) is int for stop in stops):

@@ -218,6 +218,16 @@ def test_the_stops_of_a_folder_go_along(stops: int | list[int], tmp_path: Path) 
     assert written == expected
 
 
+def test_the_stops_of_a_folder_without_a_generation_config_go_along(tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    (folder / "generation_config.json").unlink()
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"eos_token_id": [2, 7, 5]})
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf")
+    assert generation_config(read_gguf(out)).eos_token_id == [2, 7, 5]
+
+
 @pytest.mark.parametrize("stops", ["2", ["x"], 2.5, {"a": 1}])
 def test_stops_that_are_no_tokens_are_named(stops: object, tmp_path: Path) -> None:
     folder = stock("llama", tmp_path)
