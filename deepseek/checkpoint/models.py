@@ -45,12 +45,14 @@ def model_name(path: str | Path) -> str:
     """Return the name of a model by its folder or hub id.
 
     The hub's cache names the folder of a model's files by their commit; the model's name is that
-    of a folder above.
+    of a folder above. `.` and `..` are no names, so the folder that they lead to has it.
 
     Args:
         path: folder of the model, or its id on the hub.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        path = path.resolve()
     snapshot_match = re.search(r"(?:^|/)models--(?:.+--)?([^/]+)/snapshots/[^/]+$", path.as_posix())
     return snapshot_match[1] if snapshot_match else path.name
 

@@ -262,6 +262,16 @@ def test_a_model_of_the_hub_has_its_own_name_and_not_that_of_a_commit(path: str,
     assert model_name(Path(path)) == name
 
 
+@pytest.mark.parametrize("path", [".", "..", "sub/.."])
+def test_a_relative_path_without_a_name_is_the_folder_that_it_leads_to(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack of the nameless base "" would be none that `models rm` knows of."""
+    (tmp_path / "house" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "house" / ("sub" if path == ".." else ""))
+    assert model_name(path) == "house"
+
+
 def model_info(*names: str) -> huggingface_hub.ModelInfo:
     """Return what the hub says of a model with files of these names."""
     return huggingface_hub.ModelInfo(
