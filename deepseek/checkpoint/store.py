@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 STATE_NAME = re.compile(r"step-\d{8,}")
 
-
 RUN_STARTED = "start.json"
 """File in a run folder: the first request, and digests of the inputs."""
 
@@ -34,9 +33,10 @@ RUN_STARTED = "start.json"
 def home() -> Path:
     """Return the folder for downloaded models and caches.
 
-    It is `$DEEPSEEK_HOME` if that is set, else `~/.cache/deepseek`.
+    It is `$DEEPSEEK_HOME` if that is set, else `~/.cache/deepseek`. No shell replaces the `~` of a
+    variable that a file of settings sets.
     """
-    return Path(os.environ.get("DEEPSEEK_HOME") or Path.home() / ".cache" / "deepseek")
+    return Path(os.environ.get("DEEPSEEK_HOME") or "~/.cache/deepseek").expanduser()
 
 
 def is_ours(folder: Path) -> bool:

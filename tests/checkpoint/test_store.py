@@ -29,6 +29,21 @@ TENSORS = {
 META = {"step": 3, "rng": [1, 2], "note": "é"}
 
 
+@pytest.mark.parametrize(
+    ("stated", "place"),
+    [("~/models", "models"), ("", ".cache/deepseek"), (None, ".cache/deepseek")],
+)
+def test_a_tilde_in_the_variable_of_the_home_is_the_users_folder(
+    stated: str | None, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of settings, such as that of a service, sets it as it is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DEEPSEEK_HOME")
+    if stated is not None:
+        monkeypatch.setenv("DEEPSEEK_HOME", stated)
+    assert store.home() == tmp_path / place
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
