@@ -25,6 +25,9 @@ Database = Annotated[
     typer.Option("--database", help="Database file; default: preferences.db in the home folder."),
 ]
 
+MOST_ROWS = 20
+"""Most sources, and most labels, that `stats` prints: those of the most pairs."""
+
 
 @app.command("import")
 def import_file(
@@ -194,8 +197,10 @@ def stats(database: Database = None, as_json: Json = False) -> None:
         ("source", totals.sources),
         ("label", totals.labels),
     ):
-        for name, count in list(counts.items())[:20]:
+        for name, count in list(counts.items())[:MOST_ROWS]:
             echo(f"  {title:7} {name or '(none)':32} {count:10,}")
+        if len(counts) > MOST_ROWS:
+            echo(f"  {title:7} and {len(counts) - MOST_ROWS:,} more, which --json lists")
     for judge, share in totals.agreement.items():
         echo(f"  judge   {judge:32} prefers the chosen answer in {share:.1%}")
 

@@ -89,6 +89,18 @@ def test_a_wrong_value_is_told_by_the_name_of_its_option(
     assert told in capsys.readouterr().err
 
 
+def test_statistics_say_how_many_labels_they_leave_out(
+    database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [word for number in range(25) for word in ("--label", f"topic {number}")]
+    pair = ("--prompt", "Hi", "--chosen", "Hello!", "--rejected", "What?", *labels)
+    assert call("add", *pair, "--database", str(database)) == 0
+    assert call("stats", "--database", str(database)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  label   topic") for line in lines) == 20
+    assert lines[-1] == "  label   and 5 more, which --json lists"
+
+
 def test_an_export_without_pairs_leaves_the_file(
     database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
