@@ -124,12 +124,10 @@ def _packs_of_set(experts: str, base: str | None, experts_folder: Path | None) -
         ConfigError: the folder does not exist.
         PackError: there are none.
     """
-    from deepseek.checkpoint.files import expanded
     from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.packs.library import find_pack, packs_for
 
-    folder = experts_folder and expanded(experts_folder)
-    existing_folder("--experts-folder", folder)
+    folder = existing_folder("--experts-folder", experts_folder)
     if experts.strip() != "all":
         if not names(experts):
             raise PackError(f"--experts {experts!r} names no expert; give names, or all.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseek.checkpoint.files import expanded
 from deepseek.checks import MAX_SEED
 from deepseek.cli.output import echo
 from deepseek.device.names import ABOUT_DEVICE, ABOUT_DTYPE, Dtype
@@ -102,8 +103,8 @@ def refuse_ignored(rule: str, **options: object) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {rule}; leave it out.")
 
 
-def existing_folder(option: str, folder: Path | None) -> None:
-    """Refuse a folder that does not exist.
+def existing_folder(option: str, folder: Path | None) -> Path | None:
+    """Return the folder that an option names, with `~` replaced: shells leave it in `--option=~/x`.
 
     Args:
         option: name of the option, such as "--experts-folder".
@@ -112,8 +113,10 @@ def existing_folder(option: str, folder: Path | None) -> None:
     Raises:
         ConfigError: it is not a folder.
     """
-    if folder is not None and not folder.is_dir():
+    place = folder and expanded(folder)
+    if place is not None and not place.is_dir():
         raise ConfigError(f"{option} {folder} is not a folder; make it, or name one that exists.")
+    return place
 
 
 def usable_home() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from deepseek.checkpoint.files import expanded
 from deepseek.cli.options import (
     Device,
     Experts,
@@ -156,8 +157,10 @@ def serve(
         )
     elif lock_trusted:
         raise ConfigError("--lock-trusted says how to check a lock file; give --lock FILE too.")
-    existing_folder("--experts-folder", experts_folder)
-    existing_folder("--teach-root", teach_root)
+    experts_folder = existing_folder("--experts-folder", experts_folder)
+    teach_root = existing_folder("--teach-root", teach_root)
+    api_key_file = api_key_file and expanded(api_key_file)
+    admin_key_file = admin_key_file and expanded(admin_key_file)
     user_keys = read_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file")
     settings = Settings(
         host=host,

@@ -8,6 +8,7 @@ import pytest
 from deepseek.cli.main import main
 from deepseek.errors import PackError
 from deepseek.server import run
+from deepseek.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +110,27 @@ def test_experts_are_looked_up_while_the_server_listens(
     )
     assert "warning: two is left out" in refused(capsys, str(tmp_path), "--port", "0")
     assert plugged == [["one"]]
+
+
+def test_paths_below_the_home_are_found_as_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave the tilde of `--option=~/x` to the program."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("packs", "texts"):
+        (tmp_path / name).mkdir()
+    for name in ("user", "admin"):
+        (tmp_path / f"{name}-keys").write_text(f"{name}-{'k' * 40}\n")
+    started: list[Settings] = []
+    monkeypatch.setattr(run, "serve", lambda *_, settings, **__: started.append(settings))
+    options = ("experts-folder=~/packs", "teach-root=~/texts", "api-key-file=~/user-keys")
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", *(f"--{option}" for option in options), "--admin-key-file=~/admin-keys"])
+    assert stop.value.code == 0
+    (settings,) = started
+    assert (settings.experts_folder, settings.teach_root) == (
+        tmp_path / "packs",
+        tmp_path / "texts",
+    )
+    assert settings.api_keys == {f"user-{'k' * 40}"}
+    assert settings.admin_keys == {f"admin-{'k' * 40}"}
