@@ -139,6 +139,11 @@ def decode(data: bytes) -> str | None:
         return None
     if "\0" in text:  # binary, or UTF-32, which begins as UTF-16 does
         return None
+    return with_line_feeds(text)
+
+
+def with_line_feeds(text: str) -> str:
+    """Return a text with `\\n` line ends, in place of those of Windows or of old Macs."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

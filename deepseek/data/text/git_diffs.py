@@ -14,6 +14,7 @@ from deepseek.data.text.filters import (
     kind_of,
     reason_by_content,
     reason_in_git,
+    with_line_feeds,
 )
 from deepseek.data.text.patches import NOWHERE
 
@@ -165,14 +166,15 @@ def commit_document(
 
 
 def message_of(commit: pygit2.Commit) -> str:
-    """Return the message of a commit.
+    """Return the message of a commit, with `\\n` line ends: what is written into the form of a web
+    page, as for a squashed pull request, has those of Windows.
 
     Not `commit.message`, which uses any encoding that the commit names.
     """
     encoding = (commit.message_encoding or "").lower()
     if encoding not in MESSAGE_ENCODINGS:
         encoding = "utf-8"
-    return commit.raw_message.decode(encoding, "replace").strip()
+    return with_line_feeds(commit.raw_message.decode(encoding, "replace")).strip()
 
 
 def diff_text(repository: Repository, diff: pygit2.Diff) -> str | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pygit2.enums import FileMode, ObjectType, ResetMode
 
 from deepseek.data import read_git, read_git_by_time
+from deepseek.data.builders.questions import all_questions
 from deepseek.data.text.commits import renamed_files
 from deepseek.data.text.document import Document
 from deepseek.data.text.filters import Skipped
@@ -61,6 +62,20 @@ def test_commits_are_message_and_diff_newest_first(repository: Path, commit: Com
     assert oldest.text.startswith(
         "Add f\n\nIt returns one.\n\n--- /dev/null\n+++ a.py\n@@\n+def f():\n"
     )
+
+
+def test_a_message_from_the_form_of_a_web_page_has_paragraphs(
+    repository: Path, commit: Commit
+) -> None:
+    """Those of squashed pull requests have the line ends of Windows."""
+    paragraph = "The reader lost the last line of a file, as it has no end."
+    commit({"a.py": "a = 1\n"}, f"Fix it (#12)\r\n\r\n{paragraph}\r\n\r\n* add a test\r\n", 100)
+    (document,) = read_git(repository, files=False)
+    assert document.text.startswith(
+        f"Fix it (#12)\n\n{paragraph}\n\n* add a test\n\n--- /dev/null\n"
+    )
+    (question,) = all_questions([document])
+    assert question.answer == paragraph
 
 
 @pytest.mark.parametrize("encoding", ["ISO-8859-1", "windows-1252", "utf-8", "idna"])
