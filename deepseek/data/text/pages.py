@@ -33,8 +33,8 @@ SOFT_HYPHEN = "\u00ad"
 
 
 def html_to_text(page: str) -> str:
-    """Return the text of an HTML page: one line per paragraph, list item or table row, with
-    preformatted text unchanged.
+    """Return the text of an HTML page: one line per paragraph, list item or table row, and the lines
+    of preformatted text with their indentation. Several blank lines become one.
     """
     reader = PageReader()
     reader.feed(page)

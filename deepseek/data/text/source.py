@@ -47,7 +47,8 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
 def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
-    """Yield every text file under a folder (or one file), sorted by path, named `folder/path`.
+    """Yield every text file under a folder (or one file), named `folder/path`: those of each folder
+    by name, then those of its subfolders.
 
     Links to folders are not followed. HTML pages and PDF files are reduced to their readable text.
 
