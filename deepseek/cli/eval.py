@@ -52,9 +52,9 @@ def evaluate(
         ),
     ] = None,
     against: Annotated[
-        str,
+        str | None,
         typer.Option(help="Compare one expert with: rag (retrieval), lora, full; comma-separated."),
-    ] = "",
+    ] = None,
     cases: Annotated[
         int | None,
         typer.Option(
@@ -76,7 +76,7 @@ def evaluate(
     """
     if dry_run and as_json:
         raise ConfigError("--dry-run prints an estimate, which has no JSON; leave --json out.")
-    if against:
+    if against is not None:
         if as_json:
             raise ConfigError("--against writes result.json itself; leave --json out.")
         refuse_ignored(

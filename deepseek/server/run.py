@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 
 from deepseek.checkpoint.files import expanded
+from deepseek.checkpoint.models import model_name
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
@@ -114,7 +115,7 @@ def serve(
     refuse_running_loop()
     choose_dtype(dtype, choose_device(device))  # a wrong one must not wait for the loading thread
     settings = replace(
-        settings or Settings(), model=Path(model).name, base=str(model), device=str(device)
+        settings or Settings(), model=model_name(model), base=str(model), device=str(device)
     )
     configure(settings.log_level)
     locked = None if lock is None else read_lock(expanded(lock), lock_trusted)

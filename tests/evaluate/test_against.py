@@ -120,6 +120,7 @@ def test_a_dry_run_estimates_and_changes_nothing(
     out = capsys.readouterr().out
     assert "3 lines, each written by base, retrieval, expert, expert + retrieval, LoRA on" in out
     assert call("eval", "own", "--against", "rga", "--dry-run") == 2
+    assert call("eval", "own", "--against", "", "--dry-run") == 2
     assert sorted(trained.rglob("*")) == before
 
 

@@ -861,3 +861,21 @@ def test_a_signal_lets_answers_end_and_takes_no_more(
     assert told[-1] == "data: [DONE]"
     assert json.loads(told[-2][6:])["choices"][0]["finish_reason"] == "length"
     assert process.wait(20) == 0
+
+
+def test_a_model_in_the_working_folder_has_the_name_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[str] = []
+
+    def stop(settings: Settings) -> None:
+        models.append(settings.model)
+        raise ConfigError("no socket in this test")
+
+    folder = tmp_path / "house"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("deepseek.server.run.listen", stop)
+    with pytest.raises(ConfigError, match="no socket"):
+        serve(".")
+    assert models == ["house"]
