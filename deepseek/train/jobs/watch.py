@@ -33,7 +33,8 @@ class Watcher:
         say: called with messages for the user.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
-        key: private key to sign every new version with; None: only for packs that are not signed.
+        key: private key to sign every new version with, and the present one if it is not signed;
+            None: only for packs that are not signed.
 
     Raises:
         ConfigError: no update can have this budget or precision, or the pack is signed and no key
@@ -153,7 +154,8 @@ def watch_expert(
         say: called with messages for the user.
         device: where updates are computed.
         dtype: their precision; "auto": that of the training.
-        key: private key to sign every new version with; None: only for packs that are not signed.
+        key: private key to sign every new version with, and the present one if it is not signed;
+            None: only for packs that are not signed.
 
     Raises:
         DataError: there is no such expert, its source is gone, or the server does not answer or
