@@ -39,8 +39,9 @@ deepseek claims run all --quick   # tiny models: do the commands work? No figure
 ```
 
 A claim is *reached* if every bound holds, *partly* reached if some do and others do not or are not measured, *missed*
-if none does. An interval in brackets is the range over seeds, rounds or texts where a result has several, or the one
-that is named. A result is *stale* once the code that it measures has changed after its commit.
+if none does. Below those that are not reached stand the entries of the log about what was tried, failures included. An
+interval in brackets is the range over seeds, rounds or texts where a result has several, or the one that is named. A
+result is *stale* once the code that it measures has changed after its commit.
 """
 
 OLDER = "## Older than the code"
