@@ -120,8 +120,8 @@ def section(row: ClaimRow) -> list[str]:
     )
     if row.why or log:
         lines += [wrapped(f"{row.why}{log}"), ""]
-    if row.tried:
-        lines += ["Tried:", "", *map(entry_link, row.tried), ""]
+    if row.attempts:
+        lines += ["Attempts:", "", *map(entry_link, row.attempts), ""]
     if row.picture:
         lines += [f"![{row.name}](../benchmarks/results/{row.picture})", ""]
     return lines

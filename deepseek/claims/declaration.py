@@ -134,8 +134,8 @@ class Claim(Declared):
     log: str = ""
     """Page of the docs with the experiments"""
 
-    tried: tuple[str, ...] = ()
-    """Entries of the log about ways to reach what is not met: PAGE#ANCHOR, PAGE without its ending"""
+    attempts: tuple[str, ...] = ()
+    """Log entries about attempts to meet the goals: PAGE#ANCHOR, the page without `.md`"""
 
     picture: str = ""
     """Picture beside the results"""

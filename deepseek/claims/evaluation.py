@@ -156,8 +156,8 @@ class ClaimRow(Shown):
     log: str
     """Page of the docs with the experiments"""
 
-    tried: tuple[str, ...]
-    """Entries of the log about ways to reach what is not met, PAGE#ANCHOR"""
+    attempts: tuple[str, ...]
+    """Log entries about attempts to meet the goals: PAGE#ANCHOR, the page without `.md`"""
 
     picture: str
     """Picture in `benchmarks/results/`"""
@@ -206,7 +206,7 @@ class Evaluator:
             figures=figures,
             why=claim.why,
             log=claim.log,
-            tried=claim.tried,
+            attempts=claim.attempts,
             picture=claim.picture,
         )
 

@@ -64,8 +64,8 @@ def show(name: Name, as_json: Json = False) -> None:
     ):
         if text:
             echo(f"  {heading}: {text}")
-    for entry in row.tried:
-        echo(f"  tried: docs/log/{entry.replace('#', '.md#', 1)}")
+    for entry in row.attempts:
+        echo(f"  attempt: docs/log/{entry.replace('#', '.md#', 1)}")
     for figure in row.figures:
         echo()
         for line in figure_lines(figure):

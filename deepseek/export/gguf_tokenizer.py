@@ -93,7 +93,7 @@ def tokenizer_facts(
 def stop_ids(folder: Path) -> list[int]:
     """Return the ids of the tokens at which generation stops.
 
-    A folder without a generation config has them in its config, where `transformers` finds them too.
+    Without a generation config they are read from the model's config, as `transformers` does.
 
     Raises:
         CheckpointError: they are no whole numbers.

@@ -29,12 +29,16 @@ CELLS = words("td th")
 """HTML elements that share a line with others of their kind."""
 
 SOFT_HYPHEN = "\u00ad"
-"""Where a browser may break a word; it is not seen elsewhere, and would make two words of one."""
+"""Optional break within a word. It is invisible, and would split the word into two tokens."""
 
 
 def html_to_text(page: str) -> str:
-    """Return the text of an HTML page: one line per paragraph, list item or table row, and the lines
-    of preformatted text with their indentation. Several blank lines become one.
+    """Return the text of an HTML page: one line per paragraph, list item or table row.
+
+    Preformatted text keeps its lines and their indentation. Several blank lines become one.
+
+    Args:
+        page: the HTML source.
     """
     reader = PageReader()
     reader.feed(page)

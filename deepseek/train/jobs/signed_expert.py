@@ -55,7 +55,7 @@ def check_key(expert: TrainedExpert, key: Path | None) -> None:
         )
 
 
-def sign_unsigned(pack: Path, key: Ed25519PrivateKey) -> None:
+def sign_if_unsigned(pack: Path, key: Ed25519PrivateKey) -> None:
     """Sign a pack, unless it is signed already.
 
     Args:

@@ -14,7 +14,7 @@ from deepseek.packs.signature import load_key
 from deepseek.terminal import visible
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert_server import ExpertServer
-from deepseek.train.jobs.signed_expert import check_key, sign_unsigned, train_signed
+from deepseek.train.jobs.signed_expert import check_key, sign_if_unsigned, train_signed
 from deepseek.train.jobs.update import MINUTES, TrainedExpert
 
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ class Watcher:
         check_key(self.expert, key)
         if key is not None:
             # An update that was killed in between may have left its pack without a signature.
-            sign_unsigned(self.expert.pack, load_key(key))
+            sign_if_unsigned(self.expert.pack, load_key(key))
         self.server = server
         self.say = say
         self.seen = self.expert.state()
