@@ -1,7 +1,7 @@
 """How many experts dynamic routing uses on code and on prose, in mixtures trained here on both.
 
     python benchmarks/corpora.py public-code prose final-public-code final-public-prose
-    python benchmarks/code_routing.py CORPORA [--tokens 800000] [--seeds 0 1 2] [--json FILE]
+    python benchmarks/code_routing.py CORPORA [--tokens 3200000] [--seeds 0 1 2] [--json FILE]
 
 A small mixture with the article's threshold of 0.7 and at most five experts per token is trained
 from scratch on Python code and English prose in equal parts, once for each seed and each of two
@@ -9,11 +9,10 @@ settings: `controlled`, in which a temperature holds the mean over all tokens at
 and `free`, without a target. The router is not told which text is code. The mixtures are then run
 on documents of other code bases and other prose; a document's figure is the mean number of experts
 over its tokens and layers. `p` comes from a two-sided permutation test of the difference between
-the means over documents.
+the means over documents. An interrupted run resumes.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from entry import existing_path, run_main
 from numpy.typing import NDArray
-from results import add_output, write
+from results import add_output, resumed, write
 
 import deepseek
+from deepseek.checkpoint.store import home
 from deepseek.data import read_folder
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("corpora", type=existing_path)
-    parser.add_argument("--tokens", type=int, default=800_000, help="tokens of each training")
+    parser.add_argument("--tokens", type=int, default=3_200_000, help="tokens of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=4.0, help="mean experts of `controlled`")
     parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=SETTINGS)
@@ -67,14 +67,19 @@ def main() -> None:
         metavar=("CODE", "PROSE"),
         help="corpora of the documents",
     )
+    parser.add_argument(
+        "--work", type=Path, default=home() / "code-routing", help="the mixtures are kept here"
+    )
     add_output(parser, "code_routing")
     options = parser.parse_args()
+    resumed(options.work)
     runs = []
     for setting in options.settings:
         for seed in options.seeds:
-            with tempfile.TemporaryDirectory() as name:
-                model = trained(options, setting, seed, Path(name))
-                runs.append(run(model, Path(name) / "model", options, setting, seed))
+            name = f"{setting}-{options.target:g}-{options.tokens}-tokens-seed-{seed}"
+            folder = options.work / name
+            model = trained(options, setting, seed, folder)
+            runs.append(run(model, folder / "model", options, setting, seed))
             print(runs[-1], flush=True)
     figures = {
         setting: summary([found for found in runs if found["setting"] == setting])
@@ -85,7 +90,7 @@ def main() -> None:
 
 
 def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) -> DeepSeekModel:
-    """Return a mixture trained from scratch."""
+    """Return a mixture trained from scratch, or the one that an earlier run has trained."""
     target = {"target_experts": options.target} if setting == "controlled" else {}
     settings = {
         "name": "routing",

@@ -11,13 +11,13 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
+from deepseek.checkpoint.permissions import open_to_readers, settle_permissions
 from deepseek.checkpoint.rename import exchange, rename_to_new
 from deepseek.errors import CheckpointError, ConfigError, TrainError
 
@@ -35,8 +35,18 @@ def home() -> Path:
 
     It is `$DEEPSEEK_HOME` if that is set, else `~/.cache/deepseek`. No shell replaces the `~` of a
     variable that a file of settings sets.
+
+    Raises:
+        ConfigError: `$DEEPSEEK_HOME` begins with the `~` of a user who does not exist.
     """
-    return Path(os.environ.get("DEEPSEEK_HOME") or "~/.cache/deepseek").expanduser()
+    folder = os.environ.get("DEEPSEEK_HOME") or "~/.cache/deepseek"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"DEEPSEEK_HOME is {folder!r}, but the home of that user is unknown; set it to a full "
+            "path."
+        ) from None
 
 
 def is_ours(folder: Path) -> bool:
@@ -57,7 +67,7 @@ def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, or beside what `path` links to.
 
     The temporary file replaces `path` when the block succeeds, and is deleted when it fails. A link
-    stays, and the file that it leads to is replaced.
+    stays, and the file that it leads to is replaced. A replaced file's permissions stay.
 
     Args:
         path: the file to write.
@@ -71,7 +81,7 @@ def atomic_write(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
-        _open_to_readers(temporary)
+        settle_permissions(temporary, path)
         _sync(temporary)
         if new:
             _install_new(temporary, path)
@@ -126,7 +136,7 @@ def install(temporary: Path, path: Path, *, new: bool = False) -> None:
     An existing folder is replaced, unless `new`: see `atomic_write`.
     """
     for file in list(temporary.iterdir()):
-        _open_to_readers(file)
+        open_to_readers(file)
         _sync(file)
     _sync(temporary)
     if new:
@@ -365,23 +375,6 @@ def temporary_path(path: Path) -> Path:
     It is on the same file system, so that renaming it to `path` is atomic.
     """
     return path.with_name(f".{path.name}.{token_hex(4)}.tmp")
-
-
-def _open_to_readers(file: Path) -> None:
-    """Give a file at least the permissions of a new one, 0666 less the umask.
-
-    safetensors writes with mode 0600, which would shut out the user of a service. A new file shows
-    the umask; reading it with `os.umask` would change it for other threads.
-    """
-    mode = stat.S_IMODE(file.stat().st_mode)
-    if file.is_symlink() or mode & 0o077:  # what `open` makes has them already
-        return
-    probe = temporary_path(file.with_name("new"))
-    probe.touch()
-    default_mode = probe.stat().st_mode & 0o666
-    probe.unlink()
-    if mode | default_mode != mode:
-        file.chmod(mode | default_mode)
 
 
 def _sync(path: Path) -> None:

@@ -25,7 +25,7 @@ ALIASES = {
 
 def measurements() -> dict[str, str]:
     """Return name -> first sentence of its docstring for every benchmark in the checkout."""
-    sources = {file.stem: file.read_text() for file in FOLDER.glob("*.py")}
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in FOLDER.glob("*.py")}
     lines = {
         name: " ".join(text.strip('"').partition("\n\n")[0].split()).partition(". ")[0].strip('".')
         for name, text in sources.items()

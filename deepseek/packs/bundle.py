@@ -126,6 +126,8 @@ def _check_archive(path: Path) -> None:
     Raises:
         PackError: it is not.
     """
+    if path.is_dir():
+        raise PackError(f"{path} is a folder; give the file that `expert bundle` wrote.")
     try:
         is_bundle = not is_special(path) and is_archive(path)
     except OSError as error:

@@ -279,6 +279,11 @@ def is_address(name: str) -> bool:
     return True
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine can reach what listens on `host`."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def check_origin(headers: Headers, service: Service) -> None:
     """Raise `ApiError` for requests from pages of sites that are not allowed. Programs other than
     browsers send no `Origin`.

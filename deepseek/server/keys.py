@@ -95,7 +95,7 @@ def read_keys(file: Path | None, variable: str, option: str) -> dict[str, Expert
     if file is None:
         return keys
     try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{option} {file} cannot be read ({error}); give a text file with one key per line."

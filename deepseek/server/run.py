@@ -30,6 +30,7 @@ from deepseek.errors import ConfigError, PackError, shown
 from deepseek.packs.lock import Lock, check_digests, locked_packs, read_lock
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
+from deepseek.server.guard import is_loopback
 from deepseek.server.request_log import configure
 from deepseek.server.routes.teach import Teacher
 from deepseek.server.schema import TeachRequest
@@ -38,7 +39,6 @@ from deepseek.server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 DRAIN_SECONDS = 20.0
 """Default time in seconds that running answers have to finish after a signal."""
 
@@ -339,7 +339,7 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         ConfigError: the address is taken or invalid, or reachable by others without a key.
     """
-    if settings.host not in LOOPBACK and not settings.api_keys:
+    if not is_loopback(settings.host) and not settings.api_keys:
         raise ConfigError(
             f"{settings.host} can be reached by others, so a key is needed; "
             "use --api-key-file or set DEEPSEEK_API_KEY."

@@ -44,6 +44,12 @@ def test_a_tilde_in_the_variable_of_the_home_is_the_users_folder(
     assert store.home() == tmp_path / place
 
 
+def test_the_home_of_an_unknown_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", "~no-such-user/models")
+    with pytest.raises(ConfigError, match="'~no-such-user/models', but the home of that user"):
+        store.home()
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
@@ -228,6 +234,16 @@ def test_whoever_may_read_a_new_file_may_read_weights(umask: int, tmp_path: Path
         "tool": usual | 0o700,
         "hash.safetensors": usual,
     }
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_replaced_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    store.write_json(path, 1)
+    path.chmod(mode)
+    store.write_json(path, 2)
+    assert store.read_json(path) == 2
+    assert path.stat().st_mode & 0o777 == mode
 
 
 def test_a_private_key_stays_private(tmp_path: Path) -> None:

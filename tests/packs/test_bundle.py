@@ -90,6 +90,14 @@ def test_the_command_installs_into_a_folder_of_the_users_home(
     assert [path.name for path in work.iterdir()] == [LOCK_FILE]
 
 
+def test_the_command_refuses_a_folder_as_the_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["expert", "install", str(tmp_path)])
+    assert "is a folder; give the file that `expert bundle` wrote." in capsys.readouterr().err
+
+
 def test_the_command_refuses_a_file_as_its_folder(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

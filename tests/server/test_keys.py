@@ -54,6 +54,11 @@ def test_a_file_gives_its_keys_with_their_experts_or_is_refused(
             read(file)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one shop\n", encoding="utf-8-sig")
+    assert read(tmp_path / "file") == {"one": frozenset({"shop"})}
+
+
 def test_the_key_of_the_environment_is_added_and_may_use_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

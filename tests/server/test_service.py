@@ -774,6 +774,7 @@ def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[s
 def test_addresses_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="a key is needed"):
         listen(Settings(host="0.0.0.0"))
+    listen(Settings(host="127.0.0.2", port=0)).close()  # all of 127.0.0.0/8 is this machine
     for host in ("ä..b", "a\x00b"):
         with pytest.raises(ConfigError, match="cannot be the name of a host"):
             listen(Settings(host=host, api_keys=frozenset({"key"})))

@@ -114,11 +114,11 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
             param="name",
         )
     path = pack_path(service, body.name)
-    named = (await asyncio.to_thread(read_manifest, path)).name
-    if named != body.name:
+    name = (await asyncio.to_thread(read_manifest, path)).name
+    if name != body.name:
         raise ApiError(
             409,
-            f"The file {path.name} holds the expert {named}, not {body.name}; rename the file.",
+            f"The file {path.name} holds the expert {name}, not {body.name}; rename the file.",
             param="name",
         )
     return plugged_expert(
@@ -143,9 +143,9 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
             async for piece in request.stream():
                 file.write(piece)
         try:
-            named = (await asyncio.to_thread(read_manifest, path)).name
-            if is_plugged(service, named):
-                raise ApiError(409, f"The expert {named} is plugged already; unplug it first.")
+            name = (await asyncio.to_thread(read_manifest, path)).name
+            if is_plugged(service, name):
+                raise ApiError(409, f"The expert {name} is plugged already; unplug it first.")
             return plugged_expert(await service.change(lambda owner: owner.plug(path)))
         except PackError as error:
             raise ApiError(
@@ -188,8 +188,8 @@ def packs(service: Service) -> dict[str, Path]:
     Files with names that no expert can have, such as bytes that are not UTF-8, are left out.
     """
     files = service.settings.experts_folder.glob(f"*{SUFFIX}")
-    named = {path.stem: path for path in files if is_name(path.stem)}
-    return {name: path for name, path in named.items() if service.may_use(name)}
+    packs = {path.stem: path for path in files if is_name(path.stem)}
+    return {name: path for name, path in packs.items() if service.may_use(name)}
 
 
 def is_name(text: str) -> bool:
