@@ -130,9 +130,11 @@ class Curve:
             return losses[rate]
 
         best = STARTS[way.mode]
-        for factor in (0.5, 2.0):
-            while loss(best * factor) < loss(best):
-                best *= factor
+        # Rates so high that the base stays the best step have equal losses: lower ones follow.
+        while loss(best / 2) <= loss(best):
+            best /= 2
+        while loss(2 * best) < loss(best):
+            best *= 2
         return best
 
     def trained(self, text: Path, way: Way, rate: float, part: int) -> dict[str, Any]:
