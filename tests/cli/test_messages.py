@@ -93,7 +93,7 @@ def test_what_browsers_send_is_an_origin(origin: str) -> None:
             "expert install nosuch.tar",
             "The bundle nosuch.tar cannot be read (No such file or directory).",
         ),
-        ("expert install .", "cannot be read (Is a directory)."),
+        ("expert install .", "give the file that `expert bundle` wrote."),
         ("plan --deepspeed .", "cannot be written, it is a folder; choose another path."),
         ("expert rename demo x!y", "'x!y' is no name; use at most 64 letters"),
         ("pull tiny-byte", "perhaps 'tiny-bytes' is meant"),
