@@ -40,7 +40,7 @@ def tell(position: Position, steps: int, steps_a_pass: float, limit: str) -> str
         limit: what bounded the plan: the "text", the "time", or the requested "tokens".
     """
     if position.best_step == 0:
-        return "no gain: the base knows this text already, or there is too little of it"
+        return NO_GAIN
     passes = f"{position.best_step / steps_a_pass:.1f} of {steps / steps_a_pass:.1f} passes"
     if position.cooling:
         stalled_passes = position.cooling[0] / steps_a_pass
@@ -54,5 +54,9 @@ def tell(position: Position, steps: int, steps_a_pass: float, limit: str) -> str
     return f"still falling at the end of {all_passes}; more {MORE[limit]} would help"
 
 
+NO_GAIN = (
+    "no gain: the base knows this text already, there is too little of it, or the learning rate is "
+    "too high for this base"
+)
 MORE_TEXT = "more text would help more than more time"
 MORE = {"time": "minutes", "tokens": "tokens", "text": "text"}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.packs.manifest import Metric
-from deepseek.train.jobs.outcome import tell
+from deepseek.train.jobs.outcome import NO_GAIN, tell
 from deepseek.train.loop.position import Position
 
 
@@ -14,7 +14,7 @@ def test_the_story_of_a_run() -> None:
     ) -> str:
         return tell(Position(step=step, best_step=best_step, cooling=cooling or []), 60, 10, limit)
 
-    assert story(0, 40) == "no gain: the base knows this text already, or there is too little of it"
+    assert story(0, 40) == NO_GAIN
     assert story(21, 60) == "best after 2.1 of 6.0 passes; more text would help more than more time"
     assert (
         story(60, 60) == "best at the end of 6.0 passes; more text would help more than more time"
