@@ -22,6 +22,7 @@ WITHOUT = {
     "compiled_kinds_gemma": "compiled_kinds with the weights of gemma3-270m",
     "decode_avx2": "decode on a processor that is imitated",
     "int8_quality_gemma": "int8_quality with the weights of gemma3-270m",
+    "lora_curve_gemma": "lora_curve with another base and less text",
     "scale_1.2b": "scale_8b with another shape",
 }
 """Results without a quick command."""
