@@ -35,7 +35,9 @@ def evaluate(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Additional text: a folder, .jsonl or .parquet file; repeatable."),
+        typer.Option(
+            help="Additional text: a folder, .jsonl, .jsonl.gz or .parquet file; repeatable."
+        ),
     ] = None,
     tokens: Annotated[
         int | None,

@@ -22,7 +22,9 @@ def attention(
     base: Base = "smollm2-135m",
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text: a folder, .jsonl or .parquet file; default: Python's own."),
+        typer.Option(
+            help="Text: a folder, .jsonl, .jsonl.gz or .parquet file; default: Python's own."
+        ),
     ] = None,
     length: Annotated[int, typer.Option(min=512, help="Tokens of text to use.")] = 4096,
     probes: Annotated[int, typer.Option(min=1, help="Buckets probed by each query.")] = 10,

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 from deepseek.data.text.filters import words
 
 SILENT = words(
-    "script style head nav header footer aside noscript template svg math button select iframe"
+    "script style head title nav header footer aside noscript template svg math button select "
+    "iframe"
 )
 """HTML elements to skip: not readable text, or navigation, which repeats on every page."""
 

@@ -39,16 +39,17 @@ def documents_at(paths: Sequence[Path]) -> list[Document]:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the cleaned documents of a folder, a JSONL file or a Parquet file.
+    """Yield the cleaned documents of a folder, a JSONL file (also compressed by gzip), or a Parquet
+    file.
 
     Raises:
         DataError: the path does not exist, is another file, or holds no usable text.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; name a folder, or a .jsonl or .parquet file.")
-    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
+    if path.is_file() and not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise DataError(
-            f"{path} is neither a folder nor a .jsonl or .parquet file; "
+            f"{path} is neither a folder nor a .jsonl, .jsonl.gz or .parquet file; "
             "put text files into a folder."
         )
     yield from clean(read_folder(path) if path.is_dir() else read_records(path))[0]

@@ -1,5 +1,6 @@
 """Folders, JSONL, Parquet and HTML: what is read, and the message for each error."""
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from deepseek.data import read_folder, read_records
 from deepseek.data.text.filters import Skipped, decode, file_document
 from deepseek.data.text.pages import html_to_text
+from deepseek.data.text.public import read_documents
 from deepseek.errors import DataError
 
 
@@ -223,6 +225,17 @@ def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
             list(read_records(tmp_path / name))
 
 
+def test_text_to_measure_may_be_compressed(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "d.jsonl", {"text": "Ein Satz.\n" * 9})
+    compressed = tmp_path / "d.jsonl.gz"
+    compressed.write_bytes(gzip.compress(lines.read_bytes()))
+    texts = [[document.text for document in read_documents(path)] for path in (lines, compressed)]
+    assert texts[0] == texts[1] and texts[0]
+    (tmp_path / "d.gz").write_bytes(compressed.read_bytes())
+    with pytest.raises(DataError, match="is neither a folder nor"):
+        list(read_documents(tmp_path / "d.gz"))
+
+
 def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
     records = [{"text": f"text {number}", "time": number} for number in range(2500)]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
@@ -314,6 +327,7 @@ def test_a_paragraph_in_an_item_or_a_cell_starts_no_line(page: str, text: str) -
         ("<figure><figcaption>Figure 1</figcaption><img>A cat</figure>", "Figure 1\nA cat\n"),
         ("<table><caption>Prices</caption>In euros<tr><td>1", "Prices\nIn euros\n  1\n"),
         ("<fieldset><legend>Name</legend>Your own</fieldset>", "Name\nYour own\n"),
+        ("<title>Of a page without a head</title>Text<p>More", "Text\nMore\n"),
     ],
 )
 def test_texts_of_blocks_are_not_glued_together(page: str, text: str) -> None:
