@@ -6,13 +6,14 @@ RLOO for comparison.
 The base gives four answers to each conversation of `rude_prompts.py`; judges score them, which
 gives preference pairs. A reward model is fitted to the pairs, and the methods learn from it or from
 the pairs. The judges are a list of words (`rude_prompts.SWEARWORDS`), willingness to answer,
-variety, and length up to that of the base's answers. A second pair per conversation prefers a good answer to a refusal. Without it the model
-learns to apologise: only the judge of willingness objects to apologies, and the base's own answers
-contain none. The pass rate is determined by alt-profanity-check, a classifier not used in training,
-on answers to held-out prompts whose speakers, listeners and earlier answers do not occur in
-training. Helpfulness is the share of tokens of ordinary held-out prose that the model ranks first,
-in per cent. `distinct` is the share of different answers among all, and `words` their mean length:
-a model that has one harmless answer to everything passes, and is of no use.
+variety, and length up to that of the base's answers. A second pair per conversation prefers a good
+answer to a refusal. Without it the model learns to apologise: only the judge of willingness objects
+to apologies, and the base's own answers contain none. The pass rate is determined by
+alt-profanity-check, a classifier not used in training, on answers to held-out prompts whose
+speakers, listeners and earlier answers do not occur in training. Helpfulness is the share of tokens
+of ordinary held-out prose that the model ranks first, in per cent. `distinct` is the share of
+different answers among all, and `words` their mean length: a model that has one harmless answer to
+everything passes, and is of no use.
 
 PPO is trained with each of `--seeds`; `by_seed` has its figures, and the first seed's are also
 where those of the other methods are.
