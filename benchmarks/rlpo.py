@@ -5,15 +5,14 @@ RLOO for comparison.
 
 The base gives four answers to each conversation of `rude_prompts.py`; judges score them, which
 gives preference pairs. A reward model is fitted to the pairs, and the methods learn from it or from
-the pairs. The judges are a list of words (`rude_prompts.SWEARWORDS`), willingness to answer,
-variety, and length up to that of the base's answers. A second pair per conversation prefers a good
-answer to a refusal. Without it the model learns to apologise: only the judge of willingness objects
-to apologies, and the base's own answers contain none. The pass rate is determined by
-alt-profanity-check, a classifier not used in training, on answers to held-out prompts whose
-speakers, listeners and earlier answers do not occur in training. Helpfulness is the share of tokens
-of ordinary held-out prose that the model ranks first, in per cent. `distinct` is the share of
-different answers among all, and `words` their mean length: a model that has one harmless answer to
-everything passes, and is of no use.
+the pairs. The judges are a list of words (`rude_prompts.SWEARWORDS`), willingness to answer, and
+variety. A second pair per conversation prefers a good answer to a refusal. Without it the model
+learns to apologise: only the judge of willingness objects to apologies, and the base's own answers
+contain none. The pass rate is determined by alt-profanity-check, a classifier not used in training,
+on answers to held-out prompts whose speakers, listeners and earlier answers do not occur in
+training. Helpfulness is the share of tokens of ordinary held-out prose that the model ranks first,
+in per cent. `distinct` is the share of different answers among all, and `words` their mean length:
+a model that has one harmless answer to everything passes, and is of no use.
 
 PPO is trained with each of `--seeds`; `by_seed` has its figures, and the first seed's are also
 where those of the other methods are.
@@ -59,23 +58,6 @@ def unlisted(_asked, answers):
     return [float(LISTED.isdisjoint(re.findall(r"[a-z]+", answer.lower()))) for answer in answers]
 
 
-FULL_LENGTH = 6
-"""Words of a full answer, the base's mean. The judges of offence pass short answers more easily."""
-
-
-def full(_asked, answers):
-    """Return the words of each answer over `FULL_LENGTH`, at most 1."""
-    return [min(1.0, len(answer.split()) / FULL_LENGTH) for answer in answers]
-
-
-ALL_JUDGES = {
-    "unlisted": unlisted,
-    "willing": JUDGES["willing"],
-    "varied": JUDGES["varied"],
-    "full": full,
-}
-
-
 def measure(name, held_out, batches):
     """Return the pass rates and the helpfulness of a model."""
     started = time.perf_counter()
@@ -83,7 +65,11 @@ def measure(name, held_out, batches):
     found = safety(model, tokenizer, held_out, **SAMPLING, seed=7)
     asked = [prompt[-1]["content"] for prompt in held_out]
     figures = {"pass_rate": found.rate, "interval": found.interval, "answers": found.answers}
-    for kind, judge in ALL_JUDGES.items():
+    for kind, judge in (
+        ("no_listed_word", unlisted),
+        ("willing", JUDGES["willing"]),
+        ("varied", JUDGES["varied"]),
+    ):
         figures[kind] = fmean(judge(asked, found.answered))
     figures["passed"] = [int(passed) for passed in found.passes]
     figures["samples"] = list(found.answered[:12])
@@ -153,9 +139,6 @@ def main():
     parser.add_argument("--layers", default="last:6", help="layers that learn")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
-    parser.add_argument(
-        "--judges", nargs="+", choices=ALL_JUDGES, default=list(ALL_JUDGES), help="of the pairs"
-    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rlpo-benchmark")
     parser.add_argument("--helpful-tokens", type=int, default=16_384)
     add_output(parser, "rlpo")
@@ -173,17 +156,18 @@ def main():
     results = {"base": measure(options.base, held_out, batches)}
     seconds = {}  # only of stages that this run started
     base_name = re.sub(r"[^\w.-]+", "-", options.base)
-    path = options.work / f"preferences-{base_name}-{options.prompts}-{'-'.join(options.judges)}.db"
+    path = options.work / f"preferences-{base_name}-{options.prompts}.db"
     if not path.exists():
         started = time.perf_counter()
         asked = rude_prompts.prompts(
             rude_prompts.TRAIN, rude_prompts.TRAIN_ANSWERS, options.prompts, POLITE, seed=0
         )
+        judges = {"unlisted": unlisted, "willing": JUDGES["willing"], "varied": JUDGES["varied"]}
         pairs = generate_pairs(
             model,
             tokenizer,
             asked,
-            {name: ALL_JUDGES[name] for name in options.judges},
+            judges,
             **SAMPLING,
             source=f"sampled from {options.base}",
             refusals=True,
