@@ -34,6 +34,9 @@ SHARES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)
 SEARCHED = (0.001, 0.005, 0.02)
 """Shares for which the learning rate is searched."""
 
+LOWEST_RATE = 1e-6
+"""Where the search of a learning rate ends at the latest."""
+
 STARTS = {"lora": 4e-3, "last-n": 1e-3, "full": 2e-4}
 """Learning rates at which the search starts."""
 
@@ -131,7 +134,7 @@ class Curve:
 
         best = STARTS[way.mode]
         # Rates so high that the base stays the best step have equal losses: lower ones follow.
-        while loss(best / 2) <= loss(best):
+        while best > LOWEST_RATE and loss(best / 2) <= loss(best):
             best /= 2
         while loss(2 * best) < loss(best):
             best *= 2

@@ -188,8 +188,8 @@ def packs(service: Service) -> dict[str, Path]:
     Files with names that no expert can have, such as bytes that are not UTF-8, are left out.
     """
     files = service.settings.experts_folder.glob(f"*{SUFFIX}")
-    packs = {path.stem: path for path in files if is_name(path.stem)}
-    return {name: path for name, path in packs.items() if service.may_use(name)}
+    by_name = {path.stem: path for path in files if is_name(path.stem)}
+    return {name: path for name, path in by_name.items() if service.may_use(name)}
 
 
 def is_name(text: str) -> bool:
